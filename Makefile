@@ -1,0 +1,39 @@
+# One door for every tool; .ci/run uses the same targets. Needs Python 3.11 or 3.12 and a package index, nothing else.
+BIN := .venv/bin
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: .venv/.complete  ## make .venv with everything in it (quick the second time)
+
+demo: setup  ## fine-tune a real model through the real service, on this machine
+	$(BIN)/python -m examples.demo
+
+serve: setup  ## run the service on 127.0.0.1 until Ctrl-C; ARGS='--port 8001 --dashboard-port 8266'
+	$(BIN)/python -m serve_app.local $(ARGS)
+
+test: setup .venv-hf/.complete  ## run the test suite; ARGS='tests/events -x'
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## lint, formatting, types, import rule
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+bench: setup  ## measure the service; writes benchmarks/README.md
+	$(BIN)/python -m benchmarks.service $(ARGS)
+
+clean:  ## remove environments and caches; .tunewright (your jobs) stays
+	rm -rf .venv .venv-hf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.complete: pyproject.toml constraints.txt scripts/setup
+	scripts/setup
+
+.venv-hf/.complete: tests/hf/requirements.txt scripts/setup-hf
+	scripts/setup-hf

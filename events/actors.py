@@ -1,0 +1,224 @@
+"""The log and the log queue as Ray actors, one each per cluster, and the handles to call them by.
+
+Both are detached, live on the head node, and start again whenever their process dies (`max_restarts=-1`). Calls that
+were under way are made again (`max_task_retries=-1`); event ids and line numbers make that harmless.
+
+    handles = connect(settings.storage)
+    job = await handles.log.job(job_id)              # in asyncio code: Serve replicas, asyncio actors
+    job = blocking(handles.log.job(job_id))          # in a thread without an event loop
+"""
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from events.facts import Event, JobSubmitted
+from events.job import FineTuningJob
+from events.log import EventLog, LogUnavailable
+from events.log_queue import LogBatch, LogQueue
+from events.sqlite import SqliteStore
+from events.store import Recorded, StoreLockedError
+
+NAMESPACE = "tunewright"
+EVENT_LOG = "tunewright-event-log"
+LOG_QUEUE = "tunewright-log-queue"
+
+CALL_TIMEOUT_S = 30.0
+"""How long a call waits for an answer (beyond its own `wait_s`): longer than an actor takes to start again."""
+_LOCK_WAIT_S = 20.0
+
+T = TypeVar("T")
+
+
+class About(NamedTuple):
+    """Where an actor runs and what it keeps."""
+
+    storage: str
+    pid: int
+    node_id: str
+
+
+class StorageMismatchError(Exception):
+    """The cluster's actors keep another storage directory than the one asked for."""
+
+
+class _EventLogActor(EventLog):
+    def __init__(self, storage: str) -> None:
+        self._storage = storage
+        super().__init__(_open_store(Path(storage) / "events.db"))
+
+    async def about(self) -> About:
+        return _about(self._storage)
+
+
+class _LogQueueActor(LogQueue):
+    def __init__(self, storage: str) -> None:
+        self._storage = storage
+        super().__init__(Path(storage))
+
+    async def about(self) -> About:
+        return _about(self._storage)
+
+
+def _open_store(path: Path) -> SqliteStore:
+    """The process before this one may need a moment to die; Ray would not try a failed start again."""
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            return SqliteStore(path)
+        except StoreLockedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _about(storage: str) -> About:
+    return About(storage, os.getpid(), ray.get_runtime_context().get_node_id())
+
+
+def _actor(cls: type, name: str, storage: Path) -> ActorHandle[Any]:
+    """The actor of that name; started when there is none."""
+    options = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": 10_000,  # a long poll holds a slot while it waits
+        "num_cpus": 0,
+        "resources": {"node:__internal_head__": 0.001},
+    }
+    handle: ActorHandle[Any] = ray.remote(cls).options(**options).remote(str(storage))
+    return handle
+
+
+class _Client:
+    """Calls one of the actors. Picklable."""
+
+    def __init__(self, cls: type, name: str, storage: Path) -> None:
+        self._cls, self._name, self._storage = cls, name, storage
+        self._handle = _actor(cls, name, storage)
+
+    async def about(self) -> About:
+        """Raises LogUnavailable."""
+        about: About = await self._call("about")
+        return about
+
+    async def _call(self, method: str, *arguments: object, wait_s: float = 0) -> Any:  # noqa: ANN401  -- as the method
+        """The method's result or its own exception. LogUnavailable: no answer, or the actor is gone for good."""
+        try:
+            async with asyncio.timeout(wait_s + CALL_TIMEOUT_S):
+                return await getattr(self._handle, method).remote(*arguments)
+        except RayTaskError as error:
+            raise error.cause from error
+        except RayActorError as error:
+            self._handle = _actor(self._cls, self._name, self._storage)  # if it was killed for good: a new one
+            raise LogUnavailable(f"{self._name} has died: {error}") from error
+        except (RayError, TimeoutError) as error:
+            raise LogUnavailable(f"{self._name} does not answer: {error or 'no answer in time'}") from error
+
+
+class EventLogClient(_Client):
+    """`EventLog`'s methods, in the actor. They raise what it raises, and LogUnavailable."""
+
+    def __init__(self, storage: Path) -> None:
+        super().__init__(_EventLogActor, EVENT_LOG, storage)
+
+    async def submit(self, job_id: str, event: JobSubmitted, event_id: str, max_live_jobs: int) -> FineTuningJob:
+        job: FineTuningJob = await self._call("submit", job_id, event, event_id, max_live_jobs)
+        return job
+
+    async def append(
+        self, job_id: str, events: list[Event], event_ids: list[str], expected_version: int | None = None
+    ) -> FineTuningJob:
+        job: FineTuningJob = await self._call("append", job_id, events, event_ids, expected_version)
+        return job
+
+    async def job(self, job_id: str) -> FineTuningJob:
+        job: FineTuningJob = await self._call("job", job_id)
+        return job
+
+    async def job_json(self, job_id: str) -> bytes:
+        encoded: bytes = await self._call("job_json", job_id)
+        return encoded
+
+    async def jobs(self, limit: int, after: str | None = None) -> tuple[list[FineTuningJob], bool]:
+        page: tuple[list[FineTuningJob], bool] = await self._call("jobs", limit, after)
+        return page
+
+    async def live_jobs(self) -> list[FineTuningJob]:
+        jobs: list[FineTuningJob] = await self._call("live_jobs")
+        return jobs
+
+    async def read(self, job_id: str, after_version: int = -1, limit: int = 1000) -> list[Recorded]:
+        history: list[Recorded] = await self._call("read", job_id, after_version, limit)
+        return history
+
+    async def subscribe(self, after_position: int, limit: int = 1000, wait_s: float = 0) -> list[Recorded]:
+        history: list[Recorded] = await self._call("subscribe", after_position, limit, wait_s, wait_s=wait_s)
+        return history
+
+    async def wait(self, job_id: str, after_version: int, wait_s: float) -> FineTuningJob:
+        job: FineTuningJob = await self._call("wait", job_id, after_version, wait_s, wait_s=wait_s)
+        return job
+
+
+class LogQueueClient(_Client):
+    """`LogQueue`'s methods, in the actor. They raise what it raises, and LogUnavailable."""
+
+    def __init__(self, storage: Path) -> None:
+        super().__init__(_LogQueueActor, LOG_QUEUE, storage)
+
+    async def append(self, job_id: str, source: str, seq: int, lines: Sequence[tuple[str, str]]) -> int:
+        written: int = await self._call("append", job_id, source, seq, lines)
+        return written
+
+    async def read(self, job_id: str, after: int = 0, limit: int = 1000, wait_s: float = 0) -> LogBatch:
+        batch: LogBatch = await self._call("read", job_id, after, limit, wait_s, wait_s=wait_s)
+        return batch
+
+    async def wake(self, job_id: str) -> None:
+        await self._call("wake", job_id)
+
+
+@dataclass(frozen=True)
+class Handles:
+    log: EventLogClient
+    lines: LogQueueClient
+
+
+def connect(storage: Path) -> Handles:
+    """Handles to this cluster's actors, which are started when there are none. Ray must be initialised.
+
+    Blocks until both answer. Raises StorageMismatchError, or LogUnavailable.
+    """
+    storage = storage.resolve()
+    handles = Handles(EventLogClient(storage), LogQueueClient(storage))
+    for client in (handles.log, handles.lines):
+        kept = blocking(client.about()).storage
+        if kept != str(storage):
+            raise StorageMismatchError(f"this cluster keeps its jobs in {kept}, not in {storage}")
+    return handles
+
+
+def blocking(call: Coroutine[Any, Any, T]) -> T:
+    """The result of an async call, for threads that have no event loop of their own running."""
+    return asyncio.run_coroutine_threadsafe(call, _background_loop()).result()
+
+
+@cache
+def _background_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="tunewright-calls", daemon=True).start()
+    return loop

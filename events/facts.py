@@ -1,0 +1,196 @@
+"""The facts that make up a job's history: past tense, frozen, versioned.
+
+Each event is one pydantic model with a `type` tag; `Event` is their union. A fact that was written is never changed: a
+new field gets a default, a changed meaning gets a new `v` and an upcaster in `events.codec`.
+
+`attempt` counts the runs of the training function for a job, from 1. A fact about training names the attempt that
+saw it, so that a run that was replaced can't speak for the job any more.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _writable(text: str) -> str:
+    """`text` as it can be stored: what is no character (half a surrogate pair, from an odd file name) becomes '?'."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+Text = Annotated[str, AfterValidator(_writable)]
+"""Free text for people, which may quote anything: recording a failure must not fail because of its message."""
+
+
+class _Value(BaseModel):
+    # A loss may be NaN or infinite: stored as a string, so that it is plain JSON and reads back as the same number.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Fact(_Value):
+    v: int = 1
+
+
+class JobError(_Value):
+    """Why a job failed. `fault` says who can act: the `user`, or whoever runs the `infrastructure`."""
+
+    code: str = Field(description="A stable word for programs: `invalid_data`, `model_not_found`, `worker_died`, ...")
+    message: Text = Field(description="What happened and what to do next, for people.")
+    param: str | None = Field(default=None, description="The field of the request that is to blame, if one is.")
+    fault: Literal["user", "infrastructure"] = Field(description="Who can act on it.")
+
+
+class LineError(_Value):
+    """One bad row of a data file."""
+
+    line: int = Field(ge=1, description="Line number in the file, from 1.")
+    message: Text
+
+
+class DataReport(_Value):
+    """What validation found in one data file. Every count is of rows or tokens of the whole file."""
+
+    uri: str
+    rows: int = Field(description="Rows that will be trained on (or evaluated).")
+    invalid_rows: int
+    tokens: int = Field(description="Tokens after truncation.")
+    trained_tokens: int = Field(description="Tokens that carry loss, after truncation.")
+    truncated_rows: int
+    max_seq_len: int = Field(description="Longest row allowed, in tokens.")
+    length_histogram: dict[str, int] = Field(
+        description="Rows by tokenised length before truncation; the key is the upper bound of a power-of-two bucket."
+    )
+    errors: list[LineError] = Field(description="The first 20 bad rows.")
+
+
+class Resources(_Value):
+    """What a job holds while it trains: `workers` bundles of one placement group."""
+
+    workers: int = Field(ge=1)
+    nodes: int = Field(ge=1, description="Workers are spread over exactly this many nodes when it is more than one.")
+    cpus_per_worker: float = Field(gt=0)
+    gpus_per_worker: float = Field(ge=0)
+
+
+class StepMetrics(_Value):
+    """One optimizer step (or, where only `valid_loss` is set, one evaluation after `step` steps)."""
+
+    step: int = Field(ge=0, description="Optimizer steps done, over all epochs and attempts.")
+    epoch: int = Field(ge=0, description="Epoch the step belongs to, from 1. 0: before the first step.")
+    time: str = Field(description="RFC 3339 UTC, when the step ended.")
+    loss: float | None = Field(default=None, description="Mean over the step's trained tokens, all workers.")
+    lr: float | None = None
+    grad_norm: float | None = Field(default=None, description="Before clipping; present when clip_grad_norm is set.")
+    tokens: int | None = Field(default=None, description="Tokens in the step, padding excluded, all workers.")
+    tokens_per_second: float | None = Field(default=None, description="All workers together.")
+    peak_memory_bytes: int | None = Field(default=None, description="Of rank 0: device memory on CUDA, RSS on CPU.")
+    valid_loss: float | None = Field(default=None, description="Mean over the trained tokens of validation_data.")
+
+
+class JobSubmitted(Fact):
+    type: Literal["JobSubmitted"] = "JobSubmitted"
+    config: dict[str, Any] = Field(description="The Config exactly as the user sent it.")
+    resources: Resources
+    max_restarts: int = Field(ge=0, description="How often the run may be started again after an interruption.")
+    submission_id: str = Field(
+        description="Id of the Ray Job that runs it: the job id, unless the user made the Ray Job."
+    )
+    idempotency_key: str | None = None
+
+
+class DataValidated(Fact):
+    """Every row was read and tokenised; from here the job waits for resources."""
+
+    type: Literal["DataValidated"] = "DataValidated"
+    data: DataReport
+    validation_data: DataReport | None = None
+
+
+class DataRejected(Fact):
+    """Terminal: the data (or the model it is for) can't be trained on."""
+
+    type: Literal["DataRejected"] = "DataRejected"
+    error: JobError
+    error_path: str
+    data: DataReport | None = None
+    validation_data: DataReport | None = None
+
+
+class JobAdmitted(Fact):
+    """The job has reached the head of the line; its placement group may be asked for."""
+
+    type: Literal["JobAdmitted"] = "JobAdmitted"
+
+
+class RunStarted(Fact):
+    """The training function runs on every worker."""
+
+    type: Literal["RunStarted"] = "RunStarted"
+    attempt: int = Field(ge=1)
+    workers: int
+    nodes: int
+    device: str = Field(description="`cpu` or the accelerator's name, e.g. `NVIDIA H200`.")
+    total_steps: int
+    n_epochs: int | None = Field(default=None, description="Epochs the plan makes of it. None: as the config says.")
+    logs: str = Field(description="Where the logger writes: a file URI or the W&B run's URL.")
+
+
+class MetricsRecorded(Fact):
+    type: Literal["MetricsRecorded"] = "MetricsRecorded"
+    attempt: int = Field(ge=1)
+    steps: list[StepMetrics] = Field(min_length=1)
+
+
+class CheckpointSaved(Fact):
+    type: Literal["CheckpointSaved"] = "CheckpointSaved"
+    attempt: int = Field(ge=1)
+    step: int
+    epoch: int = Field(description="Epochs completed at this checkpoint.")
+    uri: str
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class RunInterrupted(Fact):
+    """The run ended without an outcome; the job waits for resources again."""
+
+    type: Literal["RunInterrupted"] = "RunInterrupted"
+    attempt: int = Field(ge=0, description="0: it was lost before the training function ran.")
+    reason: Text
+
+
+class CancelRequested(Fact):
+    type: Literal["CancelRequested"] = "CancelRequested"
+
+
+class JobSucceeded(Fact):
+    type: Literal["JobSucceeded"] = "JobSucceeded"
+    attempt: int | None = Field(default=None, description="The run that succeeded; a stale one is refused.")
+
+
+class JobFailed(Fact):
+    type: Literal["JobFailed"] = "JobFailed"
+    attempt: int | None = Field(default=None, description="The run that failed, if one did; a stale one is refused.")
+    error: JobError
+    error_path: str | None = None
+
+
+class JobCancelled(Fact):
+    """The job's resources are free again."""
+
+    type: Literal["JobCancelled"] = "JobCancelled"
+
+
+Event = Annotated[
+    JobSubmitted
+    | DataValidated
+    | DataRejected
+    | JobAdmitted
+    | RunStarted
+    | MetricsRecorded
+    | CheckpointSaved
+    | RunInterrupted
+    | CancelRequested
+    | JobSucceeded
+    | JobFailed
+    | JobCancelled,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,277 @@
+"""A job as its events tell it: `FineTuningJob`, the object of the API, and `evolve`, the fold that makes it.
+
+There is no other job state anywhere. `evolve` never raises: whatever was written replays.
+"""
+
+import math
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema
+from pydantic_core import CoreSchema
+
+from events.codec import AnyEvent
+from events.config import Config, optional
+from events.facts import (
+    CancelRequested,
+    CheckpointSaved,
+    DataRejected,
+    DataReport,
+    DataValidated,
+    JobAdmitted,
+    JobCancelled,
+    JobError,
+    JobFailed,
+    JobSubmitted,
+    JobSucceeded,
+    MetricsRecorded,
+    Resources,
+    RunInterrupted,
+    RunStarted,
+    StepMetrics,
+)
+from events.store import Recorded
+
+Status = Literal["validation", "queued", "running", "failed", "success", "cancelled"]
+TERMINAL: frozenset[Status] = frozenset({"failed", "success", "cancelled"})
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Progress(_Part):
+    """How far training is. After an interruption it goes back to the last checkpoint: that is where it resumes."""
+
+    step: int = Field(description="Optimizer steps done.")
+    total_steps: int
+    epoch: int = Field(description="Epoch the last step belongs to, from 1; 0 before the first step.")
+    n_epochs: int
+
+
+class Metrics(_Part):
+    """The latest value of each metric. A value that is not a number (a diverged loss) is left out."""
+
+    loss: float | SkipJsonSchema[None] = optional("Mean over the trained tokens of the last step.")
+    lr: float | SkipJsonSchema[None] = optional("Learning rate of the last step.")
+    grad_norm: float | SkipJsonSchema[None] = optional("Of the last step, before clipping.")
+    tokens: int | SkipJsonSchema[None] = optional("Tokens in the last step, padding excluded, all workers.")
+    tokens_per_second: float | SkipJsonSchema[None] = optional("All workers together.")
+    peak_memory_bytes: int | SkipJsonSchema[None] = optional("Of rank 0: device memory on CUDA, RSS on CPU.")
+    valid_loss: float | SkipJsonSchema[None] = optional("The last evaluation on validation_data.")
+    first_valid_loss: float | SkipJsonSchema[None] = optional(
+        "The first evaluation on validation_data, before the first step: what training started from."
+    )
+
+
+class _Saved(_Part):
+    """Where the last checkpoint stands: what an interruption falls back to."""
+
+    step: int = 0
+    epoch: int = 0
+    metrics: Metrics | None = None
+
+
+class _ConfigAsSent:
+    """Documents a config in the schema as `Config`; the value stays the JSON that the user sent."""
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(Config.__pydantic_core_schema__)
+
+
+class FineTuningJob(BaseModel):
+    """A job, as the API shows it and as the fold carries it. Times are UTC.
+
+    The fields marked `exclude` are the fold's own: they travel with the object (it pickles whole) but are no part of
+    the wire view.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    job_id: str = Field(description="Unique identifier for the fine tuning job.")
+    created: datetime = Field(description="The creation date and time of the job.")
+    finished_at: datetime | SkipJsonSchema[None] = optional("The completion date and time of the job.")
+    status: Status = Field(description="The current status of the job.")
+    why: str | SkipJsonSchema[None] = optional("What the job waits for, or what is being done about it.")
+    error: JobError | SkipJsonSchema[None] = optional("Why the job failed and who can act on it.")
+    error_path: str | SkipJsonSchema[None] = optional("Path to the error log file.", format="uri")
+    checkpoints: list[Annotated[str, Field(json_schema_extra={"format": "uri"})]] = Field(
+        default=[], description="List of paths to checkpoint files for various epochs."
+    )
+    logs: str | SkipJsonSchema[None] = optional("Path to the logs, either local or a WandB URI.", format="uri")
+    input_config: Annotated[dict[str, Any], _ConfigAsSent()] = Field(description="The config as it was sent.")
+    metadata: dict[str, Any] = Field(default={}, description="The config's metadata.")
+
+    progress: Progress | SkipJsonSchema[None] = optional("Present once training has started.")
+    metrics: Metrics | SkipJsonSchema[None] = optional("Present once the first step or evaluation was recorded.")
+    attempt: int = Field(default=0, description="Runs of the training function so far.")
+    interruptions: int = Field(default=0, description="Runs that ended without an outcome.")
+    max_restarts: int = Field(default=0, description="How many interruptions the job survives.")
+    cancel_requested: bool = Field(default=False, description="A cancelled job never succeeds.")
+    data: DataReport | SkipJsonSchema[None] = optional("What validation found in the training data.")
+    validation_data: DataReport | SkipJsonSchema[None] = optional("What validation found in the validation data.")
+    resources: Resources | SkipJsonSchema[None] = optional("What the job holds while it trains.")
+    submission_id: str | SkipJsonSchema[None] = optional("Id of the Ray Job that runs it.")
+
+    validated: SkipJsonSchema[bool] = Field(default=False, exclude=True)
+    admitted: SkipJsonSchema[bool] = Field(default=False, exclude=True)
+    idempotency_key: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
+    saved: SkipJsonSchema[_Saved] = Field(default=_Saved(), exclude=True)
+    version: SkipJsonSchema[int] = Field(default=-1, exclude=True)
+    """Version of the last event in the job's stream."""
+
+    @property
+    def over(self) -> bool:
+        """True once the job has its outcome; nothing changes it after that."""
+        return self.status in TERMINAL
+
+    def wire(self) -> dict[str, Any]:
+        """The job as the API shows it: JSON values, fields without a value left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def wire_json(self) -> bytes:
+        """`wire()` encoded."""
+        return self.model_dump_json(exclude_none=True).encode()
+
+
+def fold(history: Iterable[Recorded]) -> FineTuningJob | None:
+    """The job that these events of one stream, in order, tell of. None: they tell of none."""
+    job: FineTuningJob | None = None
+    for recorded in history:
+        job = evolve(job, recorded)
+    return job
+
+
+def evolve(job: FineTuningJob | None, recorded: Recorded) -> FineTuningJob:
+    """The job after this event. Total: an event that makes no sense here changes nothing but the version."""
+    if job is None:
+        job = _begin(recorded)
+    changes = {} if job.over else _changes(job, recorded.event, recorded.time)
+    return job.model_copy(update={**changes, "version": recorded.version})
+
+
+def _begin(recorded: Recorded) -> FineTuningJob:
+    event = recorded.event
+    if not isinstance(event, JobSubmitted):
+        return FineTuningJob(job_id=recorded.job_id, created=recorded.time, status="validation", input_config={})
+    metadata = event.config.get("metadata")
+    return FineTuningJob(
+        job_id=recorded.job_id,
+        created=recorded.time,
+        status="validation",
+        input_config=event.config,
+        metadata=metadata if isinstance(metadata, dict) else {},
+        resources=event.resources,
+        max_restarts=event.max_restarts,
+        submission_id=event.submission_id,
+        idempotency_key=event.idempotency_key,
+    )
+
+
+def _changes(job: FineTuningJob, event: AnyEvent, time: datetime) -> dict[str, Any]:
+    match event:
+        case DataValidated():
+            reports = {"data": event.data, "validation_data": event.validation_data}
+            return {"status": "queued", "validated": True, **reports}
+        case JobAdmitted():
+            return {"admitted": True}
+        case RunStarted():
+            return _started(job, event)
+        case MetricsRecorded() if event.attempt == job.attempt:
+            return _measured(job, event.steps)
+        case CheckpointSaved() if event.attempt == job.attempt:
+            return _saved(job, event)
+        case RunInterrupted():
+            return _interrupted(job, event)
+        case CancelRequested():
+            return {"cancel_requested": True, "why": "cancelling"}
+        case JobSucceeded():
+            return _over("success", time)
+        case JobCancelled():
+            return _over("cancelled", time)
+        case JobFailed():
+            return {**_over("failed", time), "error": event.error, "error_path": event.error_path}
+        case DataRejected():
+            reports = {"data": event.data, "validation_data": event.validation_data}
+            return {**_over("failed", time), "error": event.error, "error_path": event.error_path, **reports}
+        case _:
+            return {}
+
+
+def _over(status: Status, time: datetime) -> dict[str, Any]:
+    return {"status": status, "finished_at": time, "why": None, "admitted": False}
+
+
+def _started(job: FineTuningJob, event: RunStarted) -> dict[str, Any]:
+    progress = Progress(
+        step=job.saved.step,
+        total_steps=event.total_steps,
+        epoch=job.saved.epoch,
+        n_epochs=event.n_epochs or _n_epochs(job.input_config),
+    )
+    return {
+        "status": "running",
+        "attempt": event.attempt,
+        "admitted": True,
+        "validated": True,
+        "logs": event.logs,
+        "progress": progress,
+        "metrics": job.saved.metrics,
+        "why": "cancelling" if job.cancel_requested else None,
+    }
+
+
+def _interrupted(job: FineTuningJob, event: RunInterrupted) -> dict[str, Any]:
+    """The job falls back to its last checkpoint; the next attempt records the lost steps again."""
+    why = "cancelling" if job.cancel_requested else f"interrupted: {event.reason}, waiting to resume"
+    changes: dict[str, Any] = {
+        "status": "queued" if job.validated else "validation",
+        "admitted": False,
+        "interruptions": job.interruptions + 1,
+        "metrics": job.saved.metrics,
+        "why": why,
+    }
+    if job.progress is not None:
+        changes["progress"] = job.progress.model_copy(update={"step": job.saved.step, "epoch": job.saved.epoch})
+    return changes
+
+
+def _measured(job: FineTuningJob, steps: list[StepMetrics]) -> dict[str, Any]:
+    changes: dict[str, Any] = {"metrics": _latest(job.metrics, steps)}
+    kept = [step for step in steps if step.step <= job.saved.step]
+    if kept:
+        changes["saved"] = job.saved.model_copy(update={"metrics": _latest(job.saved.metrics, kept)})
+    last = steps[-1]
+    if job.progress is not None and last.step >= job.progress.step:
+        changes["progress"] = job.progress.model_copy(update={"step": last.step, "epoch": last.epoch})
+    return changes
+
+
+def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
+    progress = job.progress
+    if progress is not None and event.step > progress.step:
+        progress = progress.model_copy(update={"step": event.step, "epoch": event.epoch})
+    return {
+        "checkpoints": job.checkpoints if event.uri in job.checkpoints else [*job.checkpoints, event.uri],
+        "progress": progress,
+        "saved": _Saved(step=event.step, epoch=event.epoch, metrics=job.metrics),
+    }
+
+
+def _latest(metrics: Metrics | None, steps: list[StepMetrics]) -> Metrics:
+    values = {} if metrics is None else metrics.model_dump(exclude_none=True)
+    for step in steps:
+        for name, value in step.model_dump(exclude_none=True, include=set(Metrics.model_fields)).items():
+            values[name] = value if math.isfinite(value) else None
+    if values.get("first_valid_loss") is None:
+        values["first_valid_loss"] = values.get("valid_loss")
+    return Metrics.model_construct(**values)
+
+
+def _n_epochs(config: dict[str, Any]) -> int:
+    """As the config says, where the run did not: extras and overrides may have changed it."""
+    options = config.get("fine_tuning_options")
+    sent = options.get("n_epochs") if isinstance(options, dict) else None
+    return sent if isinstance(sent, int) else 1

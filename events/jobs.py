@@ -1,0 +1,149 @@
+"""Every job, folded: what the log knows by heart. `Draft` is what one commit would make of it."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+
+from events.decide import Refused, decide
+from events.facts import JobSubmitted
+from events.job import FineTuningJob, evolve
+from events.store import NO_STREAM, ExpectedVersionError, NewEvent, Recorded, StreamAppend
+
+
+class Jobs:
+    """All jobs as of `position`. Changed only by `adopt`, with what is on disk."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.time: datetime | None = None
+        self._jobs: dict[str, FineTuningJob] = {}
+        self._numbers: dict[str, int] = {}
+        self._order: list[str] = []
+        self._live: dict[str, None] = {}
+        self._by_key: dict[str, str] = {}
+
+    def get(self, job_id: str) -> FineTuningJob | None:
+        return self._jobs.get(job_id)
+
+    def with_key(self, idempotency_key: str) -> str | None:
+        return self._by_key.get(idempotency_key)
+
+    def live(self) -> list[FineTuningJob]:
+        """Jobs without an outcome, oldest first."""
+        return [self._jobs[job_id] for job_id in self._live]
+
+    def live_count(self) -> int:
+        return len(self._live)
+
+    def page(self, limit: int, after: str | None) -> tuple[list[FineTuningJob], bool]:
+        """Up to `limit` jobs, newest first, those older than `after`; and whether there are more.
+
+        Raises KeyError when there is no job `after`.
+        """
+        end = len(self._order) if after is None else self._numbers[after]
+        start = max(end - limit, 0)
+        return [self._jobs[job_id] for job_id in reversed(self._order[start:end])], start > 0
+
+    def adopt(self, draft: "Draft") -> None:
+        for job_id, job in draft.changed.items():
+            if job_id not in self._jobs:
+                self._numbers[job_id] = len(self._order)
+                self._order.append(job_id)
+            self._jobs[job_id] = job
+            if job.over:
+                self._live.pop(job_id, None)
+            else:
+                self._live[job_id] = None
+        self._by_key.update(draft.keys)
+        self.position = draft.position
+        self.time = draft.time
+
+
+class Draft:
+    """What one commit would write, and the jobs as they would then be. Proposals are decided in order, each seeing the
+    ones before it. Nothing of it is true until the store has written `appends` and `Jobs.adopt` took it over."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self.changed: dict[str, FineTuningJob] = {}
+        self.keys: dict[str, str] = {}
+        self.appends: list[StreamAppend] = []
+        self.position = jobs.position
+        self.time = jobs.time
+        self._jobs = jobs
+        self._known: set[str] = set()
+        self._live_change = 0
+
+    def replay(self, history: Iterable[Recorded]) -> None:
+        """Events that are in the store already."""
+        for recorded in history:
+            self._put(recorded, evolve(self._get(recorded.job_id), recorded))
+
+    def know(self, event_ids: Iterable[str]) -> None:
+        """These were written before: proposing them again changes nothing."""
+        self._known.update(event_ids)
+
+    def submit(self, job_id: str, new: NewEvent, max_live_jobs: int, time: datetime) -> FineTuningJob:
+        event = new.event
+        assert isinstance(event, JobSubmitted)  # noqa: S101  -- EventLog.submit takes nothing else
+        if new.event_id not in self._known:
+            if event.idempotency_key is not None and (earlier := self._with_key(event.idempotency_key)) is not None:
+                return _same_config(earlier, event)
+            live = self._jobs.live_count() + self._live_change
+            if live >= max_live_jobs:
+                raise Refused("too_many_jobs", f"{live} jobs are unfinished, the limit is {max_live_jobs}")
+        return self.append(job_id, [new], None, time)
+
+    def append(
+        self, job_id: str, events: Sequence[NewEvent], expected_version: int | None, time: datetime
+    ) -> FineTuningJob:
+        """Raises Refused or ExpectedVersionError, and then drafts nothing of it."""
+        job = self._get(job_id)
+        fresh = [new for new in events if new.event_id not in self._known]
+        actual = NO_STREAM if job is None else job.version
+        if fresh and expected_version not in (None, actual):
+            raise ExpectedVersionError(job_id, expected_version, actual)
+        accepted: list[tuple[NewEvent, Recorded, FineTuningJob]] = []
+        position = self.position
+        for new in fresh:
+            if decide(job, new.event):  # type: ignore[arg-type]  # only Event comes in here
+                position += 1
+                version = NO_STREAM + 1 if job is None else job.version + 1
+                recorded = Recorded(position, job_id, version, new.event_id, time, new.event)
+                job = evolve(job, recorded)
+                accepted.append((new, recorded, job))
+        if job is None:
+            raise Refused("unknown_job", f"no job {job_id}")
+        for _, recorded, then in accepted:
+            self._put(recorded, then)
+        if accepted:
+            self.appends.append(StreamAppend(job_id, [new for new, _, _ in accepted], actual))
+            self._known.update(new.event_id for new, _, _ in accepted)
+        return job
+
+    def _put(self, recorded: Recorded, job: FineTuningJob) -> None:
+        before = self._get(job.job_id)
+        self._live_change += (not job.over) - (before is not None and not before.over)
+        self.changed[job.job_id] = job
+        if isinstance(recorded.event, JobSubmitted) and recorded.event.idempotency_key is not None:
+            self.keys[recorded.event.idempotency_key] = job.job_id
+        self.position = recorded.position
+        self.time = recorded.time
+
+    def _get(self, job_id: str) -> FineTuningJob | None:
+        return self.changed.get(job_id) or self._jobs.get(job_id)
+
+    def _with_key(self, key: str) -> FineTuningJob | None:
+        job_id = self.keys.get(key) or self._jobs.with_key(key)
+        return None if job_id is None else self._get(job_id)
+
+
+def _same_config(job: FineTuningJob, event: JobSubmitted) -> FineTuningJob:
+    if _canonical(job.input_config) != _canonical(event.config):
+        raise Refused(
+            "idempotency_key_reused", f"this Idempotency-Key was used for job {job.job_id}, with another config"
+        )
+    return job
+
+
+def _canonical(config: Mapping[str, object]) -> str:
+    return json.dumps(config, sort_keys=True)

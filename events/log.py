@@ -1,0 +1,224 @@
+"""`EventLog`: the one writer of the event store, and the folded jobs in memory. Plain asyncio; knows no Ray.
+
+Appends that arrive while a commit is in flight go into the next one together (group commit), so their number per
+second is not bound by the number of fsyncs. What is returned or read is on disk.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from events.bell import Bell
+from events.decide import Refused
+from events.facts import Event, JobSubmitted
+from events.job import FineTuningJob
+from events.jobs import Draft, Jobs
+from events.store import EventStore, ExpectedVersionError, NewEvent, Recorded
+
+_PAGE = 1000
+_CACHED_JSON = 4096
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_ANY = object()  # the bell's key for "anything was appended"
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class LogUnavailable(Exception):
+    """The log can't be reached or can't write. Whether an append was written is unknown: retry it with the same event
+    ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Proposal:
+    """One caller's append, waiting for its commit. `draft` adds it, and returns the job or raises Refused."""
+
+    event_ids: list[str]
+    draft: Callable[[Draft, datetime], FineTuningJob]
+    done: asyncio.Future[FineTuningJob]
+
+
+Outcome = FineTuningJob | Refused | ExpectedVersionError | LogUnavailable
+
+
+class EventLog:
+    """Every method is a coroutine of one event loop; arguments and results pickle. The log owns the store from here.
+
+    An event id that was appended before is not appended again, so every append may be retried.
+    """
+
+    def __init__(self, store: EventStore) -> None:
+        self._store = store
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="event-log")  # all store calls, one at a time
+        self._jobs = Jobs()
+        self._jobs.adopt(self._replayed())
+        self._json: dict[str, tuple[int, bytes]] = {}
+        self._bell = Bell()
+        self._proposals: list[_Proposal] = []
+        self._committing: asyncio.Task[None] | None = None
+        self._in_doubt = False
+
+    async def submit(self, job_id: str, event: JobSubmitted, event_id: str, max_live_jobs: int) -> FineTuningJob:
+        """Begins a job. With an idempotency key that was used before: returns that job.
+
+        Raises Refused (`idempotency_key_reused` when that job's config differs, `too_many_jobs` when `max_live_jobs`
+        are unfinished, `job_exists`) or LogUnavailable.
+        """
+        new = _new(event, event_id)
+        return await self._propose([event_id], lambda draft, time: draft.submit(job_id, new, max_live_jobs, time))
+
+    async def append(
+        self, job_id: str, events: list[Event], event_ids: list[str], expected_version: int | None = None
+    ) -> FineTuningJob:
+        """Adds facts to a job, all or none, and returns the job as it then is. Facts that hold already add nothing.
+
+        Raises Refused, ExpectedVersionError (when given and the stream's version is another) or LogUnavailable.
+        """
+        new = [_new(event, event_id) for event, event_id in zip(events, event_ids, strict=True)]
+        return await self._propose(event_ids, lambda draft, time: draft.append(job_id, new, expected_version, time))
+
+    async def job(self, job_id: str) -> FineTuningJob:
+        """Raises Refused `unknown_job`."""
+        return self._job(job_id)
+
+    async def job_json(self, job_id: str) -> bytes:
+        """`job(job_id).wire_json()`, encoded once per version."""
+        job = self._job(job_id)
+        version, encoded = self._json.get(job_id, (None, b""))
+        if version != job.version:
+            encoded = job.wire_json()
+            if len(self._json) >= _CACHED_JSON:
+                self._json.pop(next(iter(self._json)))
+            self._json[job_id] = job.version, encoded
+        return encoded
+
+    async def jobs(self, limit: int, after: str | None = None) -> tuple[list[FineTuningJob], bool]:
+        """Up to `limit` jobs, newest first, those older than `after`; and whether there are more.
+
+        Raises Refused `unknown_job`.
+        """
+        try:
+            return self._jobs.page(limit, after)
+        except KeyError:
+            raise Refused("unknown_job", f"no job {after}") from None
+
+    async def live_jobs(self) -> list[FineTuningJob]:
+        """Jobs without an outcome, oldest first."""
+        return self._jobs.live()
+
+    async def read(self, job_id: str, after_version: int = -1, limit: int = _PAGE) -> list[Recorded]:
+        """A job's history in order. Empty for an unknown job."""
+        return await self._in_thread(lambda: self._store.read_stream(job_id, after_version, min(limit, _PAGE)))
+
+    async def subscribe(self, after_position: int, limit: int = _PAGE, wait_s: float = 0) -> list[Recorded]:
+        """Events of all jobs after `after_position`; waits up to `wait_s` for the first. Empty when time is up."""
+        if self._jobs.position <= after_position:
+            await self._bell.heard(_ANY, wait_s)
+        if self._jobs.position <= after_position:
+            return []
+        return await self._in_thread(lambda: self._store.read_all(after_position, min(limit, _PAGE)))
+
+    async def wait(self, job_id: str, after_version: int, wait_s: float) -> FineTuningJob:
+        """The job once its version is above `after_version`, or as it is when `wait_s` have passed.
+
+        Raises Refused `unknown_job`.
+        """
+        if self._job(job_id).version <= after_version:
+            await self._bell.heard(job_id, wait_s)
+        return self._job(job_id)
+
+    async def close(self) -> None:
+        """Finishes what was proposed, then closes the store."""
+        if self._committing is not None:
+            await self._committing
+        await self._in_thread(self._store.close)
+        self._thread.shutdown()
+
+    def _job(self, job_id: str) -> FineTuningJob:
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise Refused("unknown_job", f"no job {job_id}")
+        return job
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    async def _propose(self, event_ids: list[str], draft: Callable[[Draft, datetime], FineTuningJob]) -> FineTuningJob:
+        done: asyncio.Future[FineTuningJob] = asyncio.get_running_loop().create_future()
+        self._proposals.append(_Proposal(event_ids, draft, done))
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit_until_idle())
+        return await done
+
+    async def _commit_until_idle(self) -> None:
+        while self._proposals:
+            batch, self._proposals = self._proposals, []
+            for proposal, outcome in zip(batch, await self._outcomes(batch), strict=True):
+                _settle(proposal.done, outcome)
+        self._committing = None
+
+    async def _outcomes(self, batch: list[_Proposal]) -> Sequence[Outcome]:
+        try:
+            draft, outcomes = await self._in_thread(lambda: self._commit(batch))
+        except Exception as error:  # whatever it was, the callers must not wait for ever
+            logger.exception("the event log could not commit")
+            return [LogUnavailable(f"the event log could not commit: {error}")] * len(batch)
+        self._adopt(draft)
+        return outcomes
+
+    def _commit(self, batch: list[_Proposal]) -> tuple[Draft, list[Outcome]]:
+        """In the store's thread. Until it returns, the event loop does not touch `_jobs` but to read."""
+        draft = self._recovered() if self._in_doubt else Draft(self._jobs)
+        draft.know(self._store.find([event_id for proposal in batch for event_id in proposal.event_ids]))
+        time = max(datetime.now(UTC), draft.time or _EPOCH)  # never backwards, whatever the clock does
+        outcomes = [_try(proposal, draft, time) for proposal in batch]
+        if draft.appends:
+            self._in_doubt = True
+            self._store.append(draft.appends, time)
+        self._in_doubt = False
+        return draft, outcomes
+
+    def _recovered(self) -> Draft:
+        """After a failed commit: what of it is on disk is in the store, and goes into the jobs like any other."""
+        self._store.reopen()
+        return self._replayed()
+
+    def _replayed(self) -> Draft:
+        draft = Draft(self._jobs)
+        while page := self._store.read_all(draft.position, _PAGE):
+            draft.replay(page)
+        return draft
+
+    def _adopt(self, draft: Draft) -> None:
+        self._jobs.adopt(draft)
+        for job_id in draft.changed:
+            self._bell.ring(job_id)
+        if draft.changed:
+            self._bell.ring(_ANY)
+
+
+def _new(event: Event, event_id: str) -> NewEvent:
+    try:
+        return NewEvent.of(event_id, event)
+    except ValueError as error:
+        raise Refused("invalid_event", f"{event.type} can't be written as JSON: {error}") from error
+
+
+def _try(proposal: _Proposal, draft: Draft, time: datetime) -> Outcome:
+    try:
+        return proposal.draft(draft, time)
+    except (Refused, ExpectedVersionError) as refusal:
+        return refusal
+
+
+def _settle(done: "asyncio.Future[FineTuningJob]", outcome: Outcome) -> None:
+    if done.done():  # its caller has gone
+        return
+    if isinstance(outcome, Exception):
+        done.set_exception(outcome)
+    else:
+        done.set_result(outcome)

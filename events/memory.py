@@ -1,0 +1,43 @@
+"""An event store in memory: for tests, and for whoever wants the log's rules without its file."""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from datetime import datetime
+
+from events.store import Recorded, StreamAppend, place
+
+
+class MemoryStore:
+    """See `events.store.EventStore`. Nothing survives the process."""
+
+    def __init__(self) -> None:
+        self._all: list[Recorded] = []
+        self._streams: defaultdict[str, list[Recorded]] = defaultdict(list)
+        self._by_id: dict[str, Recorded] = {}
+
+    def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
+        known = self.find([event.event_id for stream in batch for event in stream.events])
+        versions = {stream.job_id: len(self._streams.get(stream.job_id, ())) - 1 for stream in batch}
+        placed, new = place(batch, known, versions, len(self._all), time)
+        for recorded, _body in new:
+            self._all.append(recorded)
+            self._streams[recorded.job_id].append(recorded)
+            self._by_id[recorded.event_id] = recorded
+        return placed
+
+    def find(self, event_ids: Collection[str]) -> dict[str, Recorded]:
+        return {event_id: self._by_id[event_id] for event_id in event_ids if event_id in self._by_id}
+
+    def read_stream(self, job_id: str, after_version: int = -1, limit: int = 1000) -> list[Recorded]:
+        first = max(after_version + 1, 0)
+        return self._streams.get(job_id, [])[first : first + limit]
+
+    def read_all(self, after_position: int = 0, limit: int = 1000) -> list[Recorded]:
+        first = max(after_position, 0)
+        return self._all[first : first + limit]
+
+    def reopen(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

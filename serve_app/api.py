@@ -1,0 +1,42 @@
+"""The ASGI application: routes + middleware + exception handlers, each from a module of its own."""
+
+from functools import cache
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.middleware import Middleware
+
+from serve_app import errors, openapi, reference
+from serve_app.backend import Backend
+from serve_app.middleware import RequestContext
+from serve_app.routes import router
+
+
+def build_api(backend: Backend, *, sends_request_id: bool = True) -> FastAPI:
+    """The HTTP API in front of `backend`. Holds no state of its own.
+
+    `sends_request_id`: whether responses get their x-request-id here; False where the server in front adds it.
+    """
+    app = FastAPI(
+        openapi_url=None,  # The document is served by a route of ours, and FastAPI's pages load scripts from a CDN.
+        middleware=[Middleware(RequestContext, sends_id=sends_request_id)],
+        exception_handlers=dict.fromkeys(errors.TABLE, errors.handle),
+    )
+    app.state.backend = backend
+    app.include_router(router)
+
+    @cache
+    def document() -> dict[str, Any]:
+        return openapi.describe(router.routes)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi_json() -> Response:
+        return JSONResponse(document())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(reference.page(document(), str(request.base_url)))
+
+    app.openapi = document  # type: ignore[method-assign]  -- what tools that hold the app ask for
+    return app

@@ -1,0 +1,44 @@
+"""Reading a request's body: its type, its size, its JSON."""
+
+from typing import Any
+
+from starlette.requests import Request
+
+from serve_app.errors import Answer, RequestRefused
+from serve_app.strict_json import parse_object
+
+
+async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in the body. No more than `max_bytes` and one chunk are ever held, whatever the headers claim."""
+    _require_json(request)
+    return parse_object(await _read(request, max_bytes))
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and len(declared) < 20 and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> RequestRefused:
+    message = f"the body is larger than {max_bytes} bytes; training data is named by URI, not sent in the request"
+    headers = {"Connection": "close"}  # The rest of the body is not going to be read.
+    return RequestRefused(Answer(413, "invalid_request_error", "body_too_large", message, headers=headers))
+
+
+def _require_json(request: Request) -> None:
+    """Also what keeps a web page of another origin from posting jobs: a browser asks before it sends this type."""
+    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    charset = parameters.strip().lower().removeprefix("charset=").strip('"')
+    if media_type.strip().lower() == "application/json" and charset in ("", "utf-8"):
+        return
+    message = "send the body as UTF-8 JSON, with the header Content-Type: application/json"
+    raise RequestRefused(Answer(415, "invalid_request_error", "unsupported_media_type", message))

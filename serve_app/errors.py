@@ -1,0 +1,141 @@
+"""One table from exceptions to HTTP, and one envelope for all of them.
+
+    {"error": {"message", "type", "param", "code", "errors"?}}
+
+    status  type                       when
+    404     not_found_error            unknown job, unknown route
+    405     invalid_request_error      the route exists, the method doesn't
+    409     conflict_error             cancelling a job that has succeeded or failed
+    413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES
+    415     invalid_request_error      the body is not application/json
+    422     invalid_request_error      anything wrong with the request; `errors` lists all of it
+    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs; Retry-After says when to try again
+    500     server_error               a bug; the operator's log has the traceback under the request's id
+    503     service_unavailable_error  the event log or the cluster can't be reached; nothing was recorded, or a retry
+                                       with the same Idempotency-Key finds it
+
+Messages never repeat what the request held, except names of fields and jobs, shortened and escaped.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from events.decide import Refused
+from events.log import LogUnavailable
+from serve_app.wire import ErrorBody, ErrorEnvelope, ErrorType, ProblemDetail
+from trainers.errors import ConfigProblems, Problem
+from trainers.preflight import problems_of
+
+RETRY_AFTER_S = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An error as the client gets it."""
+
+    status: int
+    type: ErrorType
+    code: str
+    message: str
+    param: str | None = None
+    problems: Sequence[Problem] = ()
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def response(self) -> Response:
+        details = [ProblemDetail(param=p.param, message=p.message, code=p.code) for p in self.problems] or None
+        body = ErrorBody(message=self.message, type=self.type, param=self.param, code=self.code, errors=details)
+        exclude = None if details else {"error": {"errors"}}
+        return Response(
+            ErrorEnvelope(error=body).model_dump_json(exclude=exclude),
+            self.status,
+            self.headers,
+            media_type="application/json",
+        )
+
+
+class RequestRefused(Exception):  # noqa: N818  -- it names what happened, as the events do
+    """A request refused by the door itself, before it meant anything."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.message)
+        self.answer = answer
+
+
+def _problems(problems: Sequence[Problem]) -> Answer:
+    named = "; ".join(f"{p.param}: {p.message}" if p.param else p.message for p in problems)
+    count = "" if len(problems) == 1 else f"{len(problems)} problems: "
+    first = problems[0]
+    return Answer(422, "invalid_request_error", first.code, count + named, first.param, problems)
+
+
+def _config_problems(exc: ConfigProblems) -> Answer:
+    return _problems(exc.problems)
+
+
+def _parameters(exc: RequestValidationError) -> Answer:
+    # The first element of `loc` says where the parameter is: query, path, header.
+    return _problems(problems_of([{**error, "loc": error["loc"][1:]} for error in exc.errors()]))
+
+
+_REFUSALS: dict[str, tuple[int, ErrorType, str | None]] = {
+    "unknown_job": (404, "not_found_error", "job_id"),
+    "job_is_over": (409, "conflict_error", "job_id"),
+    "too_many_jobs": (429, "rate_limit_error", None),
+    "idempotency_key_reused": (422, "invalid_request_error", "Idempotency-Key"),
+}
+
+
+def _refused(exc: Refused) -> Answer:
+    status, kind, param = _REFUSALS[exc.code]
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 429 else {}
+    problems = [Problem(param, exc.message, exc.code)] if status == 422 else []
+    return Answer(status, kind, exc.code, exc.message, param, problems, headers)
+
+
+def _log_unavailable(_: LogUnavailable) -> Answer:
+    message = "the event log can't be reached right now; try again"
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return Answer(503, "service_unavailable_error", "log_unavailable", message, headers=headers)
+
+
+def _http(exc: HTTPException) -> Answer:
+    headers = dict(exc.headers or {})
+    if exc.status_code == 404:
+        return Answer(404, "not_found_error", "unknown_route", "there is no such route; GET /docs lists them", None)
+    if exc.status_code == 405:
+        message = f"this route answers {headers.get('Allow', 'other methods')} only"
+        return Answer(405, "invalid_request_error", "method_not_allowed", message, headers=headers)
+    return Answer(exc.status_code, "invalid_request_error", "bad_request", str(exc.detail), headers=headers)
+
+
+def _disconnected(_: ClientDisconnect) -> Answer:
+    return Answer(400, "invalid_request_error", "client_disconnected", "the body ended before it was complete")
+
+
+TABLE: dict[type[Exception], Callable[[Any], Answer]] = {
+    RequestRefused: lambda exc: exc.answer,
+    ConfigProblems: _config_problems,
+    RequestValidationError: _parameters,
+    Refused: _refused,
+    LogUnavailable: _log_unavailable,
+    HTTPException: _http,
+    ClientDisconnect: _disconnected,
+}
+
+
+async def handle(request: Request, exc: Exception) -> Response:
+    """The one exception handler: looks the exception up in the table."""
+    describe = next(TABLE[kind] for kind in type(exc).__mro__ if kind in TABLE)
+    return describe(exc).response()
+
+
+def unexpected(request_id: str) -> Response:
+    """The answer to a bug. The traceback is in the operator's log under `request_id`."""
+    message = f"something went wrong on our side; the operator finds it in the log as request {request_id}"
+    return Answer(500, "server_error", "internal_error", message).response()

@@ -1,0 +1,326 @@
+"""The whole service on this machine: a Ray head of its own, and Serve on it. For `make serve`, the demo and the tests.
+
+Nothing here is needed on a cluster: there the same two files, `ray.env` and `serve.yaml`, are used by cluster.yaml.
+
+Everything listens on 127.0.0.1, on ports that were free at start, and lives in a temporary directory; the exceptions
+are read-only metrics ports of HAProxy and Ray's agent, whose address can't be configured. Several services can run next
+to each other, and next to any other Ray of this machine: only processes that were started here are ever stopped. They
+are recognised by RAY_TMPDIR, which every one of them inherits.
+
+    python -m serve_app.local [--port 8000] [--dashboard-port 8265]      in the foreground, until Ctrl-C
+"""
+
+import argparse
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import psutil
+import yaml
+from rich.console import Console
+
+from trainers.settings import settings
+
+HERE = Path(__file__).parent
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 3.0  # nothing is lost by a kill; this only lets Ray tidy up
+OBJECT_STORE_BYTES = 256 << 20  # Serve and Train put next to nothing into it
+REPLICA_PORTS = 50
+_http = httpx.Client(trust_env=False)  # loopback must not go through a proxy
+
+
+class ServiceError(RuntimeError):
+    """The service did not come up. The message ends with the log lines that say why."""
+
+
+class LocalService:
+    """A running service: `with LocalService(storage=path) as service: httpx.get(service.url + "/healthz")`.
+
+    `env` is added to the environment of every process of the service; `num_cpus` None means as many as the machine has.
+    `.env` is that environment: give it to `ray` and `serve` commands that are to reach this service (they end with it).
+    Port 0 means any free port. A second LocalService on the same storage, after this one ended in any way, goes on
+    where it stopped.
+    """
+
+    def __init__(
+        self,
+        storage: Path,
+        *,
+        num_cpus: int | None = None,
+        env: Mapping[str, str] | None = None,
+        http_port: int = 0,
+        dashboard_port: int = 0,
+    ) -> None:
+        self.storage = storage.resolve()
+        ports = _free_ports()
+        self._http_port = http_port or next(ports)
+        self._dashboard_port = dashboard_port or next(ports)
+        self._gcs_port = next(ports)
+        self._agent_port = next(ports)
+        self._client_port = next(ports)  # Ray Client can't be switched off; its default port is one per machine
+        self._num_cpus = num_cpus
+        # Unix socket paths end at 107 bytes and Ray's are long: a short parent, not TMPDIR.
+        self._dir = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))
+        self.env = self._environment(ports, dict(env or {}))
+        self._head: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Of the API."""
+        return f"http://{HOST}:{self._http_port}"
+
+    @property
+    def dashboard_url(self) -> str:
+        """Of Ray's dashboard and its job API."""
+        return f"http://{HOST}:{self._dashboard_port}"
+
+    @property
+    def ray_address(self) -> str:
+        """What `ray.init(address=...)` takes."""
+        return f"{HOST}:{self._gcs_port}"
+
+    def start(self) -> Self:
+        """Returns once GET /healthz answers 200. Raises ServiceError; nothing is left running then."""
+        self.storage.mkdir(parents=True, exist_ok=True)
+        _require_free(self._http_port, self._dashboard_port)
+        try:
+            self._start_head()
+            self._deploy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """Ends every process of the service, the jobs' included, within about ten seconds. Idempotent.
+
+        Jobs are not cancelled by this: the log keeps them, and the next start takes them up again.
+        """
+        processes = self.processes()
+        _end(processes, signal.SIGTERM, STOP_TIMEOUT_S)
+        _end(self.processes(), signal.SIGKILL, STOP_TIMEOUT_S)  # what ignored it, and what was born meanwhile
+        if self._head is not None:
+            self._head.wait()
+            self._head = None
+        shutil.rmtree(self._dir, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Blocks while the service runs. Raises ServiceError when its Ray head ends by itself."""
+        if self._head is not None:
+            self._head.wait()
+            raise ServiceError(f"the Ray head ended:\n{self._log_tail()}")
+
+    def processes(self) -> list[psutil.Process]:
+        """Every live process of this service, the job drivers included, which Ray puts into sessions of their own."""
+        return [process for process in psutil.process_iter() if _tmpdir_of(process) == str(self._dir)]
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _environment(self, ports: Iterator[int], extra: dict[str, str]) -> dict[str, str]:
+        haproxy = self._dir / "h"
+        env = (
+            {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+            | ray_env()
+            | {
+                "RAY_TMPDIR": str(self._dir),
+                "RAY_ADDRESS": self.ray_address,
+                "RAY_USAGE_STATS_ENABLED": "0",
+                # Despite its name: without it Ray replaces 127.0.0.1 by the machine's address, on every system.
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+                # HAProxy's defaults are one set of files and ports per machine.
+                "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "c"),
+                "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "s"),
+                "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "m"),
+                "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+                "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "state"),
+                "RAY_SERVE_HAPROXY_STATS_PORT": str(next(ports)),
+                "RAY_SERVE_HAPROXY_METRICS_PORT": str(next(ports)),
+                "TUNEWRIGHT_STORAGE": str(self.storage),
+                "TUNEWRIGHT_DATA_ROOTS": os.environ.get("TUNEWRIGHT_DATA_ROOTS", str(Path.cwd())),
+                "TUNEWRIGHT_MODEL_ROOTS": os.environ.get("TUNEWRIGHT_MODEL_ROOTS", str(Path.cwd())),
+                # Console scripts of this environment, also when it was not activated.
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            }
+        )
+        first = _free_block(REPLICA_PORTS)
+        env |= {
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 1),
+        }
+        env |= extra
+        if env.setdefault("RAY_AUTH_MODE", "disabled") == "token" and "RAY_AUTH_TOKEN_PATH" not in extra:
+            token = self._dir / "token"
+            token.write_text(secrets.token_hex(32))
+            token.chmod(0o600)
+            env["RAY_AUTH_TOKEN_PATH"] = str(token)
+        return env
+
+    def _start_head(self) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+        options = {
+            "node-ip-address": HOST,
+            "port": self._gcs_port,
+            "dashboard-host": HOST,
+            "dashboard-port": self._dashboard_port,
+            "dashboard-agent-listen-port": self._agent_port,
+            "ray-client-server-port": self._client_port,
+            "temp-dir": self._dir,
+            "object-store-memory": OBJECT_STORE_BYTES,
+        }
+        if self._num_cpus is not None:
+            options["num-cpus"] = self._num_cpus
+        command += [f"--{name}={value}" for name, value in options.items()]
+        with self._head_log.open("wb") as log:
+            self._head = subprocess.Popen(
+                command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self._wait("Ray's dashboard", lambda: self._dashboard("GET", "/api/serve/applications/").is_success)
+
+    def _deploy(self) -> None:
+        config = serve_config()
+        config["http_options"] = (config.get("http_options") or {}) | {"host": HOST, "port": self._http_port}
+        answer = self._dashboard("PUT", "/api/serve/applications/", json=config)
+        if not answer.is_success:
+            raise ServiceError(f"Serve refused serve.yaml ({answer.status_code}): {answer.text}")
+        self._wait("the service", self._healthy)
+
+    def _healthy(self) -> bool:
+        applications = self._dashboard("GET", "/api/serve/applications/").json().get("applications", {})
+        for name, application in applications.items():
+            if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+                reasons = [d.get("message", "") for d in application.get("deployments", {}).values()]
+                raise ServiceError("\n".join([f"application {name}: {application.get('message', '')}", *reasons]))
+        return _http.get(f"{self.url}/healthz", timeout=5).is_success
+
+    def _dashboard(self, method: str, path: str, json: Any = None) -> httpx.Response:  # noqa: ANN401 -- any JSON value
+        headers = {}
+        if self.env["RAY_AUTH_MODE"] == "token":
+            headers["Authorization"] = f"Bearer {Path(self.env['RAY_AUTH_TOKEN_PATH']).read_text().strip()}"
+        return _http.request(method, self.dashboard_url + path, headers=headers, json=json, timeout=60)
+
+    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._head is None or self._head.poll() is not None:
+                raise ServiceError(f"the Ray head ended while {what} came up:\n{self._log_tail()}")
+            try:
+                if ready():
+                    return
+            except (httpx.HTTPError, ValueError):
+                pass  # not listening yet, or not yet speaking JSON
+            time.sleep(0.1)
+        raise ServiceError(f"{what} did not come up within {START_TIMEOUT_S:.0f} s:\n{self._log_tail()}")
+
+    @property
+    def _head_log(self) -> Path:
+        return self._dir / "head.log"
+
+    def _log_tail(self) -> str:
+        return "\n".join(self._head_log.read_text(errors="replace").splitlines()[-30:])
+
+
+def ray_env() -> dict[str, str]:
+    """The KEY=VALUE lines of ray.env."""
+    lines = (line.strip() for line in (HERE / "ray.env").read_text().splitlines())
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def serve_config() -> dict[str, Any]:
+    """serve.yaml, as Serve's REST API takes it."""
+    config: dict[str, Any] = yaml.safe_load((HERE / "serve.yaml").read_text())
+    return config
+
+
+def _tmpdir_of(process: psutil.Process) -> str | None:
+    try:
+        environ: dict[str, str] = process.environ()
+    except (psutil.Error, OSError):
+        return None  # gone, a zombie, or another user's
+    return environ.get("RAY_TMPDIR")
+
+
+def _end(processes: list[psutil.Process], how: signal.Signals, timeout_s: float) -> None:
+    for process in processes:
+        try:
+            process.send_signal(how)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=timeout_s)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_ports() -> Iterator[int]:
+    """Distinct free ports below the range the kernel hands out itself, so that nobody gets them by chance."""
+    for port in random.sample(range(20000, 30000), k=10000):
+        if _is_free(port):
+            yield port
+
+
+def _free_block(size: int) -> int:
+    """First of `size` adjacent free ports."""
+    starts = random.sample(range(10000, 20000 - size), k=1000)
+    return next(start for start in starts if all(_is_free(port) for port in range(start, start + size)))
+
+
+def _require_free(*ports: int) -> None:
+    taken = [port for port in ports if not _is_free(port)]
+    if taken:
+        raise ServiceError(f"port {', '.join(map(str, taken))} is in use: stop what listens there, or choose another")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m serve_app.local", description="Run the service on this machine.")
+    parser.add_argument("--port", type=int, default=8000, help="of the API (default: 8000)")
+    parser.add_argument("--dashboard-port", type=int, default=8265, help="of Ray's dashboard (default: 8265)")
+    options = parser.parse_args()
+    console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops it as Ctrl-C does
+    service = LocalService(settings().storage, http_port=options.port, dashboard_port=options.dashboard_port)
+    try:
+        with console.status("Starting Ray and the service (about 20 s) ..."):
+            service.start()
+        console.print(f"API        {service.url}   (its page: {service.url}/docs)")
+        console.print(f"dashboard  {service.dashboard_url}")
+        console.print(f"storage    {service.storage}")
+        console.print("Ctrl-C stops it. Jobs that still run then go on at the next start.")
+        service.wait()
+    except KeyboardInterrupt:
+        console.print("Stopping ...")
+    except ServiceError as error:
+        console.print(f"[red]The service failed:[/red] {error}")
+        return 1
+    finally:
+        service.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The OpenAPI document: everything `fine_tuning_api.yaml` names, and what this service adds to it.
+
+FastAPI derives most of it from the routes. Bodies are read by `serve_app.body` and jobs are sent as the log encoded them, so the schemas of
+both are named here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.routing import BaseRoute
+
+from events.config import Config
+from events.job import FineTuningJob
+from serve_app.wire import CancelRequest, ErrorEnvelope, FineTuningJobList, Health, TailLine
+from trainers.data.dialog import TrainingDataItem
+
+TITLE = "Fine Tuning API"
+DESCRIPTION = """API for managing fine tuning jobs for machine learning models.
+
+Submit a job, read its status, tail its log, cancel it. Every error, of every route, has one form: `ErrorEnvelope`; its
+`type` goes with the status code, and a 422 names everything that is wrong with the request. Every response carries an
+`x-request-id`."""
+
+Responses = dict[int | str, dict[str, Any]]
+
+_MODELS = (CancelRequest, Config, ErrorEnvelope, FineTuningJob, FineTuningJobList, Health, TailLine, TrainingDataItem)
+_REF = "#/components/schemas/{model}"
+_WHEN = {
+    404: "`not_found_error`: there is no such job.",
+    409: "`conflict_error`: the job has already succeeded or failed.",
+    413: "`invalid_request_error`: the body is larger than TUNEWRIGHT_MAX_BODY_BYTES (1 MiB).",
+    415: "`invalid_request_error`: the body is not `application/json` in UTF-8.",
+    422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
+    429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already.",
+    500: "`server_error`: a bug; the operator finds it in the log under the request's id.",
+    503: "`service_unavailable_error`: the event log can't be reached; try again.",
+}
+_RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait before the next try.", "schema": {"type": "integer"}}}
+
+
+def documented(model: type[BaseModel], description: str, *errors: int) -> Responses:
+    """The `responses` of a route: `model` with 200, the envelope with `errors`, 500 and 503."""
+    return {200: {"description": description, "content": _content("application/json", model)}} | _errors(errors)
+
+
+def documented_stream(line: type[BaseModel], description: str, *errors: int) -> Responses:
+    """The same for a route that streams `line`s."""
+    headers = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
+    stream = {
+        "description": description,
+        "content": _content("application/x-ndjson", line),
+        "headers": {name: {"schema": {"type": "string", "default": value}} for name, value in headers.items()},
+    }
+    return {200: stream} | _errors(errors)
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """The `openapi_extra` of a route that reads `model` from its body."""
+    return {"requestBody": {"required": True, "content": _content("application/json", model)}}
+
+
+def _errors(statuses: tuple[int, ...]) -> Responses:
+    return {
+        status: {
+            "description": _WHEN[status],
+            "content": _content("application/json", ErrorEnvelope),
+            **({"headers": _RETRY_AFTER} if status in (429, 503) else {}),
+        }
+        for status in (*statuses, 500, 503)
+    }
+
+
+def _content(media_type: str, model: type[BaseModel]) -> dict[str, Any]:
+    return {media_type: {"schema": {"$ref": _REF.format(model=model.__name__)}}}
+
+
+def describe(routes: Sequence[BaseRoute]) -> dict[str, Any]:
+    """The whole document."""
+    document = get_openapi(title=TITLE, version="1.0.0", description=DESCRIPTION, routes=routes)
+    # In validation mode a field with a default is not required; that holds in both directions here.
+    _, definitions = models_json_schema([(model, "validation") for model in _MODELS], ref_template=_REF)
+    public = {name: schema for name, schema in sorted(definitions["$defs"].items()) if not name.startswith("_")}
+    document["components"] = {"schemas": public}
+    return document

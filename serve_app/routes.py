@@ -1,0 +1,196 @@
+"""The routes. Each is a few lines: read the request, ask the log, answer with the job."""
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from pydantic import ValidationError
+from pydantic.json_schema import SkipJsonSchema
+from ulid import ULID
+
+from events.config import Config
+from events.facts import CancelRequested, JobSubmitted
+from events.job import FineTuningJob
+from events.log import LogUnavailable
+from serve_app.backend import Backend
+from serve_app.body import read_object
+from serve_app.openapi import documented, documented_stream, json_body
+from serve_app.tail import tail
+from serve_app.wire import CancelRequest, FineTuningJobList, Health, TailLine
+from trainers.errors import ConfigProblems
+from trainers.preflight import examine, problems_of
+
+router = APIRouter(default_response_class=Response)  # whose type and schema the routes document themselves
+JOBS = "/fine_tuning/jobs"
+HEALTH_S = 5.0  # A log that takes longer than this to answer is as good as gone.
+
+
+def _backend(request: Request) -> Backend:
+    backend: Backend = request.app.state.backend
+    return backend
+
+
+TheBackend = Annotated[Backend, Depends(_backend)]
+JobId = Annotated[str, Query(min_length=1, max_length=128)]
+After = Annotated[
+    str | SkipJsonSchema[None],
+    Query(min_length=1, max_length=128, description="Only jobs older than this one: the last id of the page before."),
+]
+IdempotencyKey = Annotated[
+    str | SkipJsonSchema[None],
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern=r"^[ -~]+$",
+        description="Any printable ASCII text of yours. A retry with the same key and the same body returns the job "
+        "that the first request made.",
+    ),
+]
+
+
+@router.post(
+    f"{JOBS}/submit",
+    summary="Submit a fine tuning job",
+    openapi_extra=json_body(Config),
+    responses=documented(FineTuningJob, "Successfully submitted the fine tuning job.", 413, 415, 422, 429),
+)
+async def submit(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
+    """Submit a fine tuning job with the specified configuration.
+
+    Answers as soon as the job is on disk, with status `validation`. What can be known to be wrong with the request is
+    reported now, all of it at once; the rows of the data are validated by the job itself.
+    """
+    settings = backend.settings
+    document = await read_object(request, settings.max_body_bytes)
+    examined = await asyncio.to_thread(examine, document, settings)
+    problems = list(examined.problems)
+    if examined.plan is not None:
+        try:
+            resources = await backend.resources(examined.plan)
+        except ConfigProblems as infeasible:
+            problems += infeasible.problems
+    if examined.plan is None or problems:
+        raise ConfigProblems(problems)
+    job_id = f"ftjob-{ULID()}"
+    submitted = JobSubmitted(
+        config=examined.document,
+        resources=resources,
+        max_restarts=examined.plan.max_restarts,
+        submission_id=job_id,
+        idempotency_key=idempotency_key,
+    )
+    job = await backend.log.submit(job_id, submitted, f"{job_id}:submitted", settings.max_live_jobs)
+    return JSONResponse(job.wire())
+
+
+@router.get(
+    f"{JOBS}/status",
+    summary="Gets last N fine tuning jobs",
+    responses=documented(FineTuningJob, "Successfully retrieved the job status.", 404, 422),
+)
+async def status(
+    backend: TheBackend, job_id: Annotated[JobId, Query(description="The ID of the job to retrieve status for.")]
+) -> Response:
+    """Retrieve the status of one fine tuning job. `GET /fine_tuning/jobs` gives the last N."""
+    body = await backend.log.job_json(job_id)
+    why = (await backend.whys()).get(job_id)
+    if why is not None:
+        body = json.dumps(_with_why(json.loads(body), why)).encode()
+    return Response(body, media_type="application/json")
+
+
+@router.post(
+    f"{JOBS}/cancel",
+    summary="Cancel provided job",
+    openapi_extra=json_body(CancelRequest),
+    responses=documented(FineTuningJob, "Successfully cancelled the fine tuning job.", 404, 409, 413, 415, 422),
+)
+async def cancel(request: Request, backend: TheBackend) -> Response:
+    """Cancel the fine tuning job with the specified job ID.
+
+    Answers as soon as the wish is on disk. The job reads `cancelled` once its workers are gone and what they held is
+    free, within seconds. Cancelling it again returns it.
+    """
+    document = await read_object(request, backend.settings.max_body_bytes)
+    try:
+        job_id = CancelRequest.model_validate(document).job_id
+    except ValidationError as error:
+        raise ConfigProblems(problems_of(error.errors(include_input=False))) from None
+    job = await backend.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"])
+    return JSONResponse(job.wire())
+
+
+@router.get(
+    f"{JOBS}/tail",
+    summary="Tail logs of a particular job",
+    responses=documented_stream(TailLine, "Streaming logs in real-time.", 404, 422),
+)
+async def tail_logs(
+    backend: TheBackend,
+    job_id: Annotated[JobId, Query(description="The ID of the job to tail logs for.")],
+    after: Annotated[
+        int, Query(ge=0, lt=2**53, description="Offset to start from: 0, or the `next` of the last line you got.")
+    ] = 0,
+    follow: Annotated[
+        bool, Query(description="Go on with new lines until the job ends; `false`: end with the lines there are now.")
+    ] = True,
+) -> Response:
+    """Stream the logs of a particular job in real-time. This endpoint supports streaming responses.
+
+    Works before the job starts and after it has ended. An idle stream gets an empty line (`"logs": []`) at least every
+    TUNEWRIGHT_HEARTBEAT_S seconds (15). The last line of a job that has ended carries `status`.
+    """
+    job = await backend.log.job(job_id)
+    lines = tail(backend, job, after=after, follow=follow, heartbeat_s=backend.settings.heartbeat_s)
+    return StreamingResponse(lines, media_type="application/x-ndjson")
+
+
+@router.get(
+    JOBS,
+    summary="List the last N fine tuning jobs",
+    responses=documented(FineTuningJobList, "The jobs, newest first.", 404, 422),
+)
+async def list_jobs(
+    backend: TheBackend,
+    limit: Annotated[int, Query(ge=1, le=100, description="How many.")] = 20,
+    after: After = None,
+) -> Response:
+    """The last `limit` jobs, newest first; with `after`, the ones before that job."""
+    jobs, has_more = await backend.log.jobs(limit, after)
+    whys = await backend.whys()
+    data = [_with_why(job.wire(), whys.get(job.job_id)) for job in jobs]
+    return JSONResponse({"object": "list", "data": data, "has_more": has_more})
+
+
+@router.get(
+    "/healthz",
+    summary="Whether the service can work",
+    responses=documented(Health, "The event log answers."),
+)
+async def healthz(backend: TheBackend) -> Response:
+    """Asks the event log for one job: 200 when it answers, 503 when it doesn't."""
+    try:
+        async with asyncio.timeout(HEALTH_S):
+            await backend.log.jobs(1, None)
+    except TimeoutError:
+        raise LogUnavailable("no answer in time") from None
+    return JSONResponse(Health().model_dump())
+
+
+@router.get("/", include_in_schema=False)
+async def root(request: Request) -> Response:
+    return RedirectResponse(request.app.url_path_for("docs"))
+
+
+def _with_why(document: dict[str, Any], why: str | None) -> dict[str, Any]:
+    """The job with the reason it waits, which the dispatcher knows and the log doesn't.
+
+    The dispatcher's view is a moment old: where the log knows that the job no longer waits, the log is right.
+    """
+    if why is None or document["status"] not in ("validation", "queued") or document["cancel_requested"]:
+        return document
+    known = document.get("why")
+    return document | {"why": f"{known}; {why}" if known else why}

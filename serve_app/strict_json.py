@@ -1,0 +1,105 @@
+"""Request bodies: JSON as RFC 8259 has it, read strictly, with errors that say where.
+
+What Python's parser lets through is refused here, because it would fail (or lie) further down: NaN and Infinity, a key
+given twice, NUL characters and lone surrogates (no file name or UTF-8 text can hold them), integers beyond 64 bits,
+and nesting deeper than `MAX_DEPTH`.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from trainers.errors import ConfigProblems, Problem
+
+MAX_DEPTH = 64  # The serialisers of pydantic and the event log recurse; this stays far below their limits.
+_SHOWN = 60  # Characters of a key that an error message repeats.
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`. Raises ConfigProblems; where the text can be parsed at all, with every problem in it."""
+    document = _parse(body)
+    if not isinstance(document, dict):
+        raise _refuse(f"the body must be a JSON object, not {_kind(document)}")
+    problems = list(_unsafe(document))
+    if problems:
+        raise ConfigProblems(problems)
+    return document
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _refuse(f"the body is not UTF-8: byte {error.start} is 0x{body[error.start]:02x}") from None
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno} (character {error.pos})"
+        raise _refuse(f"the body is not valid JSON: {error.msg} at {where}") from None
+    except RecursionError:
+        raise _refuse(f"the body is nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError:  # int() refuses literals of thousands of digits
+        raise _refuse("the body holds an integer beyond 64 bits") from None
+
+
+def _refuse(message: str) -> ConfigProblems:
+    return ConfigProblems([Problem(None, message, "invalid_json")])
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _refuse(f"the key {shown(twice)} stands twice in one object")
+    return document
+
+
+def _constant(name: str) -> Any:
+    raise _refuse(f"{name} is not JSON")
+
+
+def _unsafe(document: dict[str, Any]) -> Iterator[Problem]:
+    """Walks without recursion, so that no input can exhaust the stack."""
+    pending: list[tuple[str, Any, int]] = [("", document, 1)]
+    while pending:
+        path, value, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            yield Problem(path.split(".")[0], f"nested deeper than {MAX_DEPTH} levels", "invalid_json")
+            return
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if complaint := _complaint(key):
+                    yield Problem(path or None, f"the key {shown(key)} {complaint}", "invalid_json")
+                else:
+                    pending.append((f"{path}.{key}" if path else key, inner, depth + 1))
+        elif isinstance(value, list):
+            pending.extend((f"{path}.{index}", inner, depth + 1) for index, inner in enumerate(value))
+        elif complaint := _complaint(value):
+            yield Problem(path, complaint, "invalid_json")
+
+
+def _complaint(value: Any) -> str | None:
+    if isinstance(value, str):
+        if "\0" in value:
+            return "contains a NUL character"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "contains a lone surrogate, which is not Unicode text"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "is an integer beyond 64 bits"
+    elif isinstance(value, float) and not math.isfinite(value):
+        return "is a number beyond double precision"
+    return None
+
+
+def shown(text: str) -> str:
+    """`text` quoted for an error message: cut short, everything unprintable escaped."""
+    return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+
+
+def _kind(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

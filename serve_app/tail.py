@@ -1,0 +1,90 @@
+"""GET /fine_tuning/jobs/tail: a job's log lines as NDJSON, replayed and then followed.
+
+Each line is a `TailLine`: `{"logs": [{"message", "timestamp"}, ...], "next": offset}`. `next` is where the line ends, so a reader
+that reconnects with the last `next` it saw loses and repeats nothing. Nothing is kept for a reader between two lines, and
+the next batch is read only when the last one has been sent: a slow reader delays nobody.
+
+The end: a job's lines are all in the queue before its terminal event is in the log. So once the job is known to be
+over, whatever a read finds is the rest, and an empty read means that everything was sent.
+"""
+
+import asyncio
+import json
+from asyncio import FIRST_COMPLETED, Task
+from collections.abc import AsyncIterator
+from typing import Any
+
+from events.job import FineTuningJob
+from events.log import LogUnavailable
+from events.log_queue import LogBatch
+from serve_app.backend import Backend
+
+BATCH_LINES = 500  # At most this many log lines in one line of the stream.
+WATCH_S = 30.0  # How long one question for news about the job may wait.
+RETRY_S = 1.0  # Pause before the log is asked again after it could not be reached.
+
+
+async def tail(
+    backend: Backend, job: FineTuningJob, *, after: int, follow: bool, heartbeat_s: float
+) -> AsyncIterator[bytes]:
+    """The lines of the stream, from offset `after`. `job` is as it was read just now.
+
+    Ends after the job's last line, or without `follow` when what is there now has been sent.
+    """
+    watch = asyncio.create_task(_until_over(backend, job)) if follow and not job.over else None
+    try:
+        while True:
+            if watch is not None and watch.done():
+                job, watch = watch.result(), None
+            # From here on, no watch means that nothing more is worth waiting for.
+            try:
+                batch = await _read(backend, job.job_id, after, heartbeat_s, watch)
+            except LogUnavailable:
+                yield _line(after)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if batch is None:
+                continue
+            after = batch.next
+            if not batch.lines and watch is None:
+                yield _line(after, status=job.status if job.over else None)
+                return
+            yield _line(after, batch)
+    finally:
+        if watch is not None:
+            watch.cancel()
+
+
+async def _read(
+    backend: Backend, job_id: str, after: int, heartbeat_s: float, watch: Task[FineTuningJob] | None
+) -> LogBatch | None:
+    """The lines after `after`; none when it is time for a heartbeat. While `watch` runs, waits for some: None once it
+    is done. Raises LogUnavailable."""
+    read = asyncio.create_task(backend.logs.read(job_id, after, BATCH_LINES, 0.0 if watch is None else heartbeat_s))
+    try:
+        pending = {read} if watch is None else {read, watch}
+        await asyncio.wait(pending, timeout=0.9 * heartbeat_s, return_when=FIRST_COMPLETED)
+        if read.done():
+            return read.result()
+        if watch is None:
+            raise LogUnavailable("the log lines don't come")
+        return None if watch.done() else LogBatch([], after)
+    finally:
+        read.cancel()  # Reading consumes nothing, so nothing is lost.
+
+
+async def _until_over(backend: Backend, job: FineTuningJob) -> FineTuningJob:
+    """The job as it is once it has ended."""
+    while not job.over:
+        try:
+            job = await backend.log.wait(job.job_id, job.version, WATCH_S)
+        except LogUnavailable:
+            await asyncio.sleep(RETRY_S)
+    return job
+
+
+def _line(after: int, batch: LogBatch | None = None, status: str | None = None) -> bytes:
+    line: dict[str, Any] = {"logs": batch.lines if batch else [], "next": after}
+    if status is not None:
+        line["status"] = status
+    return json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n"

@@ -1,0 +1,86 @@
+"""The bodies that only the HTTP door knows: errors, the list of jobs, the lines of a tail, health.
+
+`Config` and `FineTuningJob`, which the event log knows too, live in `events`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+from events.job import FineTuningJob
+
+ErrorType = Literal[
+    "invalid_request_error",
+    "not_found_error",
+    "conflict_error",
+    "rate_limit_error",
+    "service_unavailable_error",
+    "server_error",
+]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ProblemDetail(_Wire):
+    """One of the things wrong with a request."""
+
+    param: str | None = Field(description="Dotted path of the field; null when it is no single field.")
+    message: str = Field(description="What is wrong and what would be right, for people.")
+    code: str = Field(description="A stable word for programs.")
+
+
+class ErrorBody(_Wire):
+    message: str = Field(description="What happened and what to do next, for people. Names every problem.")
+    type: ErrorType = Field(description="The class of the error; it goes with the status code.")
+    param: str | None = Field(description="The field to blame: the first one where several are.")
+    code: str | None = Field(description="A stable word for programs: `unknown_job`, `unknown_field`, ...")
+    errors: list[ProblemDetail] | SkipJsonSchema[None] = Field(
+        default=None,
+        description="Every problem of the request. Present with status 422.",
+        json_schema_extra=lambda schema: schema.pop("default", None),
+    )
+
+
+class ErrorEnvelope(_Wire):
+    """What every error of the service looks like."""
+
+    error: ErrorBody
+
+
+class CancelRequest(_Wire):
+    job_id: str = Field(min_length=1, max_length=128, description="The job to cancel.")
+
+
+class FineTuningJobList(_Wire):
+    object: Literal["list"] = "list"
+    data: list[FineTuningJob] = Field(description="Newest first.")
+    has_more: bool = Field(description="There are older jobs: ask again with `after` = the last job's id.")
+
+
+class Log(_Wire):
+    message: str = Field(description="The log message.")
+    timestamp: str = Field(
+        description="The timestamp of the log message.", json_schema_extra={"format": "date-time"}
+    )
+
+
+class TailLine(_Wire):
+    """One line of the NDJSON stream. An empty `logs` is a heartbeat, or the last line."""
+
+    logs: list[Log]
+    next: int = Field(ge=0, description="Offset after these lines: `after` for a reader that reconnects.")
+    status: Annotated[
+        Literal["failed", "success", "cancelled"] | SkipJsonSchema[None],
+        Field(
+            default=None,
+            description="Only on the last line of a job that has ended.",
+            json_schema_extra=lambda schema: schema.pop("default", None),
+        ),
+    ]
+
+
+class Health(_Wire):
+    status: Literal["ok"] = "ok"

@@ -1,0 +1,109 @@
+"""What several parts' tests share: one small Ray cluster."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+class RayCluster(NamedTuple):
+    """A running cluster, for drivers (`ray.init(address)`), Ray Jobs (`dashboard_url`) and child processes (`env`)."""
+
+    address: str
+    dashboard_url: str
+    env: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """One node with four logical CPUs, on free loopback ports, in a directory of its own. This process is connected."""
+    import ray
+
+    directory = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))  # noqa: S108  -- Ray's socket paths must be short
+    gcs, dashboard, *agents = free_ports(5)
+    cluster = RayCluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", _environment(f"127.0.0.1:{gcs}"))
+    # Not ray.init(): its agents take fixed ports, which two clusters on one machine can't both have.
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
+        *(f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
+        *(f"--dashboard-agent-listen-port={agents[0]}", f"--dashboard-agent-grpc-port={agents[1]}"),
+        *(f"--runtime-env-agent-port={agents[2]}", f"--temp-dir={directory}", "--num-cpus=4", "--num-gpus=0"),
+        *("--object-store-memory=200000000", "--disable-usage-stats"),
+    ]
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        output = stack.enter_context((directory / "start.log").open("w"))
+        head = subprocess.Popen(
+            command, env=cluster.env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        stack.callback(_stop, head)
+        _await_port(gcs, head, directory / "start.log")
+        previous = {name: os.environ.get(name) for name in cluster.env}
+        os.environ.update(cluster.env)
+        stack.callback(_restore, previous)
+        ray.init(cluster.address, namespace="tunewright", log_to_driver=False)
+        stack.callback(ray.shutdown)
+        yield cluster
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def _environment(address: str) -> dict[str, str]:
+    ours = {
+        "RAY_ADDRESS": address,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_memory_monitor_refresh_ms": "0",  # the machine's other tenants are not ours to be killed for
+        "RAY_worker_niceness": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**os.environ, **ours}
+
+
+def _await_port(port: int, head: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if head.poll() is not None:
+            break
+        time.sleep(0.05)
+    pytest.fail(f"Ray did not start:\n{log.read_text()}")
+
+
+def _stop(head: "subprocess.Popen[bytes]") -> None:
+    """`ray start --block` stops its own processes on SIGTERM; what is left of its session is killed."""
+    head.send_signal(signal.SIGTERM)
+    try:
+        head.wait(20)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(head.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _restore(environment: dict[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

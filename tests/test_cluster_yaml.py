@@ -1,0 +1,82 @@
+"""cluster.yaml is what Ray's launcher takes, scales from zero and back, and starts the same service as `make serve`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from serve_app.local import ray_env
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    return config
+
+
+def test_it_fits_ray_s_own_schema(cluster: dict[str, Any]) -> None:
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(cluster, schema)
+
+
+def test_the_launcher_accepts_it_with_its_defaults_filled_in(cluster: dict[str, Any]) -> None:
+    validate_config(prepare_config(cluster))
+
+
+def test_gpu_nodes_scale_from_zero_and_back(cluster: dict[str, Any]) -> None:
+    gpu_types = {k: t for k, t in cluster["available_node_types"].items() if t["resources"].get("GPU")}
+    assert gpu_types
+    for name, node_type in gpu_types.items():
+        assert node_type["min_workers"] == 0, name
+        assert node_type["max_workers"] > 0, name
+        assert node_type["resources"]["CPU"] >= node_type["resources"]["GPU"], name
+        assert "ray.io/accelerator-type" in node_type["labels"], name
+    assert cluster["max_workers"] > 0
+    assert cluster["idle_timeout_minutes"] > 0
+
+
+def test_the_head_is_one_node_without_gpus(cluster: dict[str, Any]) -> None:
+    head = cluster["available_node_types"][cluster["head_node_type"]]
+    assert head["max_workers"] == 0
+    assert "GPU" not in head["resources"]
+
+
+def test_every_variable_is_set_in_one_place(cluster: dict[str, Any]) -> None:
+    """ray.env, plus one block of cluster.yaml for what differs on more than one machine; no start command sets any."""
+    setup = "\n".join(cluster["setup_commands"])
+    starts = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
+    assert "cat ~/tunewright/serve_app/ray.env - > ~/cluster.env" in setup
+    for command in starts:
+        assert not re.search(r"\b(RAY|TUNEWRIGHT)_[A-Za-z_]+=", command), command
+        if "ray start" in command or "serve deploy" in command:
+            assert command.startswith("set -a && . ~/cluster.env && set +a"), command
+    own = dict(re.findall(r"^([A-Z][A-Z_]+)=(.*)$", setup, re.MULTILINE))
+    assert own["RAY_AUTH_MODE"] == "token"
+    repeated = {name for name, value in own.items() if ray_env().get(name) == value}
+    assert not repeated, f"{repeated} already stand in ray.env"
+
+
+def test_storage_is_the_shared_mount(cluster: dict[str, Any]) -> None:
+    storage = re.search(r"TUNEWRIGHT_STORAGE=(\S+)", "\n".join(cluster["setup_commands"]))
+    assert storage
+    assert any(c.startswith("mountpoint") and c.endswith(storage[1]) for c in cluster["initialization_commands"])
+
+
+def test_the_dashboard_listens_on_loopback_and_the_token_is_distributed(cluster: dict[str, Any]) -> None:
+    start = next(c for c in cluster["head_start_ray_commands"] if "ray start" in c)
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "~/.ray/auth_token" in cluster["file_mounts"]
+
+
+def test_it_starts_the_service_that_make_serve_starts(cluster: dict[str, Any]) -> None:
+    deploy = cluster["head_start_ray_commands"][-1]
+    assert deploy.endswith("serve deploy serve_app/serve.yaml")
+    assert (ROOT / "serve_app" / "serve.yaml").exists()

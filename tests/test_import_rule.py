@@ -1,0 +1,65 @@
+"""serve_app -> trainers -> events: imports only ever point right, and torch stays out of what does not train."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "events": {"events"},
+    "trainers": {"trainers", "events"},
+    "serve_app": {"serve_app", "trainers", "events"},
+}
+HEAVY = ("torch", "torchtune", "ray.train")
+# What runs where a model is trained or used. Everything else is imported by the API, the dispatcher or the command line.
+TRAINING_MODULES = (
+    "trainers.batches",
+    "trainers.checkpoint",
+    "trainers.models.decoder",
+    "trainers.models.generate",
+    "trainers.models.rope",
+    "trainers.models.weights",
+    "trainers.recipe",
+    "trainers.runner",
+    "trainers.worker",
+)
+
+
+def imports_of(source: Path) -> Iterator[str]:
+    """Dotted names of every import statement in the file, wherever it stands."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: relative imports hide which way they point"
+            yield node.module or ""
+
+
+def modules(package: str) -> list[str]:
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / package).rglob("*.py")]
+    return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_only_point_right(package: str) -> None:
+    for source in (ROOT / package).rglob("*.py"):
+        ours = {name.split(".")[0] for name in imports_of(source)} & MAY_IMPORT.keys()
+        assert ours <= MAY_IMPORT[package], f"{source.relative_to(ROOT)} imports {ours - MAY_IMPORT[package]}"
+
+
+def test_nothing_that_the_service_imports_brings_in_torch() -> None:
+    light = [m for package in MAY_IMPORT for m in modules(package) if m not in TRAINING_MODULES and "__main__" not in m]
+    # One process, one import after the other, so that the first culprit is the one named.
+    script = f"""
+import importlib, sys
+for module in {light!r}:
+    importlib.import_module(module)
+    found = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]
+    assert not found, f"importing {{module}} imports {{found}}"
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]

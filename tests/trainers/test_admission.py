@@ -1,0 +1,92 @@
+"""The order in which jobs start, and what the others are told."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from events.facts import Resources
+from trainers.admission import Capacity, Node, NodeGroup, Waiting, decide, for_workers, infeasible, place
+
+
+def cpus(workers: int, nodes: int = 1) -> Resources:
+    return for_workers(nodes, workers // nodes, cpus_per_worker=1, gpus_per_worker=0)
+
+
+def gpus(workers: int, nodes: int = 1) -> Resources:
+    return for_workers(nodes, workers // nodes, cpus_per_worker=1, gpus_per_worker=1)
+
+
+def test_jobs_that_fit_together_start_together() -> None:
+    decision = decide([Waiting("a", cpus(1)), Waiting("b", cpus(3))], [Node(4, 0)])
+    assert decision.admit == ("a", "b")
+
+
+def test_only_the_head_of_the_line_waits_inside_ray() -> None:
+    decision = decide([Waiting("a", cpus(4)), Waiting("b", cpus(4)), Waiting("c", cpus(4))], [Node(2, 0)])
+    assert decision.admit == ("a",)
+
+
+def test_a_small_job_does_not_overtake_a_big_one() -> None:
+    decision = decide([Waiting("big", cpus(4)), Waiting("small", cpus(1))], [Node(2, 0)])
+    assert "small" not in decision.admit
+    assert decision.whys["small"] == "needs 1 CPU, 2 free; 1 job ahead"
+
+
+def test_an_admitted_job_that_still_waits_keeps_the_others_behind_it() -> None:
+    decision = decide([Waiting("big", cpus(4), admitted=True), Waiting("small", cpus(1))], [Node(2, 0)])
+    assert decision.admit == ()
+    assert decision.whys["big"] == "needs 4 CPUs, 2 free"
+
+
+def test_a_placed_job_is_not_counted_twice() -> None:
+    placed = Waiting("a", cpus(2), admitted=True, placed=True)
+    assert decide([placed, Waiting("b", cpus(2))], [Node(2, 0)]).admit == ("b",)
+
+
+def test_an_admitted_job_without_its_group_yet_keeps_what_it_will_take() -> None:
+    decision = decide([Waiting("a", cpus(2), admitted=True), Waiting("b", cpus(2))], [Node(3, 0)])
+    assert decision.admit == ("b",)
+    assert decision.whys["b"] == "needs 2 CPUs, 1 free"
+
+
+def test_free_gpus_on_different_nodes_are_not_one_node() -> None:
+    decision = decide([Waiting("a", gpus(2))], [Node(8, 1), Node(8, 1)])
+    assert decision.whys["a"] == "needs 2 GPUs, 2 free but not on one node"
+
+
+def test_workers_on_two_nodes_take_equal_shares_of_two_nodes() -> None:
+    assert place(gpus(4, nodes=2), [Node(8, 2), Node(8, 4)]) == (Node(6, 0), Node(6, 2))
+    assert place(gpus(4, nodes=2), [Node(8, 4), Node(8, 1)]) is None
+
+
+def test_a_job_no_node_can_hold_is_infeasible_and_says_what_there_is() -> None:
+    capacity = Capacity(nodes=(Node(2, 0),), free=(Node(2, 0),))
+    reason = infeasible(cpus(3), capacity)
+    assert reason is not None
+    assert "3 workers of 1 CPU on 1 node" in reason
+    assert "2 CPUs" in reason
+
+
+def test_what_an_autoscaler_may_add_makes_a_job_feasible() -> None:
+    capacity = Capacity(nodes=(Node(2, 0),), free=(Node(2, 0),), groups=(NodeGroup(Node(32, 8), max_count=2),))
+    assert infeasible(gpus(16, nodes=2), capacity) is None
+    assert infeasible(gpus(24, nodes=3), capacity) is not None
+    assert capacity.has_gpus
+
+
+@given(
+    st.lists(st.integers(1, 6), max_size=8),
+    st.lists(st.integers(0, 6), min_size=1, max_size=4),
+)
+def test_whatever_the_line_admission_is_a_prefix_of_it(sizes: list[int], free: list[int]) -> None:
+    line = [Waiting(str(i), cpus(size)) for i, size in enumerate(sizes)]
+    decision = decide(line, [Node(n, 0) for n in free])
+    assert list(decision.admit) == [str(i) for i in range(len(decision.admit))]
+    assert decision.whys.keys() == {job.job_id for job in line}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_placing_takes_exactly_what_the_job_needs(size: int) -> None:
+    left = place(cpus(size), [Node(4, 0), Node(3, 0)])
+    assert left is not None
+    assert sum(node.cpus for node in left) == 7 - size

@@ -1,0 +1,285 @@
+"""The dispatcher against a cluster in memory: whatever the log and the cluster say, passes bring them together."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from events.facts import (
+    CancelRequested,
+    DataReport,
+    DataValidated,
+    Event,
+    JobSubmitted,
+    JobSucceeded,
+    RunStarted,
+)
+from events.ids import new_event_id, new_job_id
+from events.job import FineTuningJob
+from events.log import EventLog
+from events.memory import MemoryStore
+from trainers.admission import Capacity, Node, for_workers
+from trainers.cluster import Runner, RunnerState
+from trainers.dispatcher import Dispatcher
+from trainers.settings import Settings
+
+REPORT = DataReport(
+    uri="file:///data.jsonl",
+    rows=1,
+    invalid_rows=0,
+    tokens=2,
+    trained_tokens=1,
+    truncated_rows=0,
+    max_seq_len=16,
+    length_histogram={"2": 1},
+    errors=[],
+)
+
+
+@dataclass
+class InMemoryCluster:
+    """A cluster of `cpus` CPUs whose runners do what the test says. Stopping takes until the test lets go."""
+
+    cpus: float = 2
+    runners: dict[str, RunnerState] = field(default_factory=dict)
+    groups: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    stopping: list[str] = field(default_factory=list)
+    held: dict[str, float] = field(default_factory=dict)
+
+    def capacity(self) -> Capacity:
+        free = self.cpus - sum(self.held.values())
+        return Capacity(nodes=(Node(self.cpus, 0),), free=(Node(free, 0),))
+
+    def start_runner(self, job_id: str, settings_env: dict[str, str]) -> None:
+        assert self.runners.get(job_id, "absent") == "absent"
+        self.runners[job_id] = "alive"
+        self.started.append(job_id)
+
+    def runner(self, job_id: str) -> Runner:
+        return Runner(self.runners.get(job_id, "absent"), "killed by the test")
+
+    def stop_runner(self, job_id: str) -> None:
+        self.stopping.append(job_id)
+
+    def forget_runner(self, job_id: str) -> None:
+        del self.runners[job_id]
+
+    def placement_groups(self) -> dict[str, list[tuple[str, str]]]:
+        return self.groups
+
+    def remove_placement_group(self, group_id: str) -> None:
+        self.groups = {name: [g for g in groups if g[0] != group_id] for name, groups in self.groups.items()}
+
+    def place(self, job_id: str, cpus: float) -> None:
+        """Ray has reserved the job's resources."""
+        self.held[job_id] = cpus
+        self.groups[job_id] = [(f"group-of-{job_id}", "CREATED")]
+
+    def free(self, job_id: str) -> None:
+        self.held.pop(job_id, None)
+        self.groups.pop(job_id, None)
+
+
+@dataclass
+class World:
+    log: EventLog
+    cluster: InMemoryCluster
+    dispatcher: Dispatcher
+
+    async def submit(self, workers: int = 1, max_restarts: int = 1) -> str:
+        job_id = new_job_id()
+        event = JobSubmitted(
+            config={"model": "m", "data": "d"},
+            resources=for_workers(1, workers, 1, 0),
+            max_restarts=max_restarts,
+            submission_id=job_id,
+        )
+        await self.log.submit(job_id, event, new_event_id(), 100)
+        return job_id
+
+    async def tell(self, job_id: str, *events: Event) -> None:
+        await self.log.append(job_id, list(events), [new_event_id() for _ in events])
+
+    async def job(self, job_id: str) -> FineTuningJob:
+        return await self.log.job(job_id)
+
+    async def pass_(self, times: int = 1) -> None:
+        for _ in range(times):
+            await self.dispatcher.reconcile()
+
+    async def validated(self, workers: int = 1, max_restarts: int = 1) -> str:
+        """A job whose runner is there and whose data is checked."""
+        job_id = await self.submit(workers, max_restarts)
+        await self.pass_()
+        await self.tell(job_id, DataValidated(data=REPORT))
+        return job_id
+
+    async def running(self, workers: int = 1, max_restarts: int = 1) -> str:
+        job_id = await self.validated(workers, max_restarts)
+        await self.pass_()
+        self.cluster.place(job_id, workers)
+        await self.tell(job_id, started(1))
+        return job_id
+
+
+def started(attempt: int) -> RunStarted:
+    return RunStarted(attempt=attempt, workers=1, nodes=1, device="cpu", total_steps=1, logs="file:///metrics.jsonl")
+
+
+def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
+    def run() -> None:
+        async def main() -> None:
+            log, cluster = EventLog(MemoryStore()), InMemoryCluster()
+            await test(World(log, cluster, Dispatcher(log, cluster, Settings())))
+
+        asyncio.run(main())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+@in_world
+async def test_a_submitted_job_gets_one_runner_however_many_passes(world: World) -> None:
+    job_id = await world.submit()
+    await world.pass_(times=3)
+    assert world.cluster.started == [job_id]
+
+
+@in_world
+async def test_only_so_many_jobs_wait_with_a_process_and_the_others_say_why(world: World) -> None:
+    ids = [await world.submit() for _ in range(6)]
+    await world.pass_()
+    assert world.cluster.started == ids[:4]
+    assert world.dispatcher.whys()[ids[5]] == "waits for its turn to be validated; 5 jobs ahead"
+
+
+@in_world
+async def test_two_jobs_that_need_the_whole_machine_run_one_after_the_other(world: World) -> None:
+    first = await world.validated(workers=2)
+    second = await world.validated(workers=2)
+    await world.pass_()
+    world.cluster.place(first, 2)
+    await world.tell(first, started(1))
+    await world.pass_()
+    assert (await world.job(first)).status == "running"
+    assert world.dispatcher.whys()[second] == "needs 2 CPUs, 0 free"
+    await world.tell(first, JobSucceeded())
+    world.cluster.free(first)
+    await world.pass_()
+    assert (await world.job(second)).admitted
+
+
+@in_world
+async def test_a_cancelled_job_reads_cancelled_only_when_its_runner_and_its_group_are_gone(world: World) -> None:
+    job_id = await world.running()
+    await world.tell(job_id, CancelRequested())
+    await world.pass_()
+    assert world.cluster.stopping == [job_id]
+    assert (await world.job(job_id)).status == "running"
+
+    world.cluster.runners[job_id] = "stopped"
+    await world.pass_()
+    assert world.cluster.groups[job_id] == []
+    assert (await world.job(job_id)).status == "running"
+
+    await world.pass_()
+    assert (await world.job(job_id)).status == "cancelled"
+
+
+@in_world
+async def test_a_job_cancelled_before_it_had_a_runner_never_gets_one(world: World) -> None:
+    job_id = await world.submit()
+    await world.tell(job_id, CancelRequested())
+    await world.pass_(times=2)
+    assert (await world.job(job_id)).status == "cancelled"
+    assert world.cluster.started == []
+
+
+@in_world
+async def test_a_runner_that_somebody_stopped_means_the_job_was_cancelled(world: World) -> None:
+    job_id = await world.validated()
+    world.cluster.runners[job_id] = "stopped"
+    await world.pass_(times=2)
+    assert (await world.job(job_id)).status == "cancelled"
+
+
+@in_world
+async def test_a_runner_that_died_is_started_again_and_the_job_waits_its_turn(world: World) -> None:
+    job_id = await world.running()
+    world.cluster.runners[job_id] = "ended"
+    world.cluster.free(job_id)
+    await world.pass_()
+    job = await world.job(job_id)
+    assert (job.status, job.interruptions) == ("queued", 1)
+    assert "killed by the test" in (job.why or "")
+    await world.pass_(times=2)
+    assert world.cluster.started == [job_id, job_id]
+    assert (await world.job(job_id)).admitted
+
+
+@in_world
+async def test_a_job_whose_runner_dies_too_often_fails_and_the_fault_is_not_the_users(world: World) -> None:
+    job_id = await world.running(max_restarts=0)
+    world.cluster.runners[job_id] = "ended"
+    world.cluster.free(job_id)
+    await world.pass_()
+    job = await world.job(job_id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert (job.error.code, job.error.fault) == ("runner_died", "infrastructure")
+
+
+@in_world
+async def test_an_outcome_recorded_just_before_the_runner_ended_stands(world: World) -> None:
+    job_id = await world.running()
+    await world.tell(job_id, JobSucceeded())
+    world.cluster.runners[job_id] = "ended"
+    await world.pass_(times=2)
+    assert (await world.job(job_id)).status == "success"
+
+
+@in_world
+async def test_after_a_restart_of_the_whole_cluster_a_running_job_is_queued_and_started_again(world: World) -> None:
+    job_id = await world.running()
+    world.cluster.runners.clear()
+    world.cluster.free(job_id)
+    await world.pass_(times=2)
+    job = await world.job(job_id)
+    assert job.status == "queued"
+    assert world.cluster.started == [job_id, job_id]
+
+
+@in_world
+async def test_a_group_left_by_a_dead_runner_is_freed(world: World) -> None:
+    job_id = await world.running()
+    world.cluster.runners[job_id] = "ended"
+    await world.pass_()
+    assert world.cluster.groups[job_id] == []
+
+
+@pytest.mark.parametrize("event", [JobSucceeded(), CancelRequested()])
+def test_passes_after_the_end_change_nothing(event: Event) -> None:
+    @in_world
+    async def scenario(world: World) -> None:
+        job_id = await world.running()
+        await world.tell(job_id, event)
+        world.cluster.runners[job_id] = "ended"
+        world.cluster.free(job_id)
+        await world.pass_(times=2)
+        before = await world.job(job_id)
+        assert before.over
+        await world.pass_(times=3)
+        assert await world.job(job_id) == before
+
+    scenario()
+
+
+def test_the_in_memory_cluster_of_these_tests_answers_every_call_of_the_real_one() -> None:
+    from trainers.cluster import Cluster
+
+    calls = {name for name, value in vars(Cluster).items() if callable(value) and not name.startswith("_")}
+    assert calls <= set(dir(InMemoryCluster))
+
+

@@ -1,0 +1,45 @@
+"""The command line: `python -m trainers CONFIG.json` submits one job, follows it to its end, and exits with its outcome.
+
+    ray job submit --working-dir . -- python -m trainers CONFIG.json
+
+CONFIG.json is the body of POST /fine_tuning/jobs/submit. Local files it names, relative to the working directory, are copied into
+the service's storage first: a job outlives the directory that `ray job submit` unpacked. `ray job stop`, SIGTERM and
+Ctrl-C cancel the job.
+
+`python -m trainers run JOB_ID` is the runner, which the dispatcher starts.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from trainers.settings import settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["run"]:
+        from trainers.runner import run
+
+        return run(_runner_arguments(arguments[1:]), settings())
+    from trainers.submit import submit_and_follow
+
+    return submit_and_follow(_arguments(arguments), settings())
+
+
+def _runner_arguments(arguments: list[str]) -> str:
+    parser = argparse.ArgumentParser("python -m trainers run", description="Run one job of the event log.")
+    parser.add_argument("job_id")
+    job_id: str = parser.parse_args(arguments).job_id
+    return job_id
+
+
+def _arguments(arguments: list[str]) -> Path:
+    parser = argparse.ArgumentParser("python -m trainers", description="Run one fine-tuning job to its end.")
+    parser.add_argument("config", type=Path, help="JSON file: the body of POST /fine_tuning/jobs/submit")
+    path: Path = parser.parse_args(arguments).config
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

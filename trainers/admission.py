@@ -1,0 +1,154 @@
+"""Who may start now, and why the others wait. A policy: it decides and touches nothing.
+
+Jobs are admitted strictly in the order they were submitted. A job that fits the free resources starts; the first one that doesn't
+is admitted too, so that its placement group, pending inside Ray, makes an autoscaler add nodes, and nobody behind it is:
+a small job never delays a big one that came first.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from events.facts import Resources
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node has (or has free). Quantities are Ray's logical resources."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """A kind of node an autoscaler may add, up to `max_count` of them."""
+
+    node: Node
+    max_count: int
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The cluster as it is and as it could become."""
+
+    nodes: tuple[Node, ...]
+    free: tuple[Node, ...]
+    groups: tuple[NodeGroup, ...] = ()
+
+    @property
+    def has_gpus(self) -> bool:
+        return any(node.gpus >= 1 for node in self.nodes) or any(
+            group.node.gpus >= 1 and group.max_count > 0 for group in self.groups
+        )
+
+    def largest(self) -> tuple[Node, ...]:
+        """Every node there could ever be. A group counts as many nodes as one job could use."""
+        return self.nodes + tuple(group.node for group in self.groups for _ in range(min(group.max_count, 1024)))
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A validated job that has not started. `admitted` jobs may ask Ray for resources; `placed` ones hold them."""
+
+    job_id: str
+    resources: Resources
+    admitted: bool = False
+    placed: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Jobs to admit now, in order, and for each job that waits, why."""
+
+    admit: tuple[str, ...]
+    whys: dict[str, str]
+
+
+def place(resources: Resources, nodes: Sequence[Node]) -> tuple[Node, ...] | None:
+    """What is left of `nodes` once the job's workers are on them; None if they don't fit.
+
+    A job takes its workers in equal shares on exactly `resources.nodes` nodes, as torchrun's --nnodes means it. The
+    fullest nodes that still fit are taken first, which keeps room for bigger jobs.
+    """
+    share = -(-resources.workers // resources.nodes)
+    cpus, gpus = share * resources.cpus_per_worker, share * resources.gpus_per_worker
+    order = sorted(range(len(nodes)), key=lambda i: (nodes[i].gpus, nodes[i].cpus))
+    chosen = [i for i in order if nodes[i].cpus >= cpus and nodes[i].gpus >= gpus][: resources.nodes]
+    if len(chosen) < resources.nodes:
+        return None
+    left = list(nodes)
+    for i in chosen:
+        left[i] = Node(nodes[i].cpus - cpus, nodes[i].gpus - gpus)
+    return tuple(left)
+
+
+def infeasible(resources: Resources, capacity: Capacity) -> str | None:
+    """Why no state of this cluster could ever hold the job; None when one could."""
+    if place(resources, capacity.largest()) is not None:
+        return None
+    biggest = max(capacity.largest(), key=lambda node: (node.gpus, node.cpus), default=Node(0, 0))
+    return (
+        f"the job needs {describe(resources)}, and this cluster can never hold it: it has, or can grow to, "
+        f"{len(capacity.largest())} nodes, the largest with {_amount(biggest.cpus, 'CPU')} and "
+        f"{_amount(biggest.gpus, 'GPU')}; ask for fewer workers with --nproc_per_node or --nnodes"
+    )
+
+
+def decide(waiting: Iterable[Waiting], free: Sequence[Node]) -> Decision:
+    """Which of the `waiting` jobs (in the order they were submitted) to admit, given what is free now."""
+    left = tuple(free)
+    admit: list[str] = []
+    whys: dict[str, str] = {}
+    blocked = False
+    ahead = 0
+    for job in waiting:
+        if job.placed:
+            whys[job.job_id] = "its resources are reserved; its workers are starting"
+            continue
+        rest = place(job.resources, left)
+        if blocked:
+            whys[job.job_id] = _why(job.resources, left, ahead)
+        elif rest is None:
+            blocked = True
+            if not job.admitted:
+                admit.append(job.job_id)
+            whys[job.job_id] = _why(job.resources, left, ahead)
+        else:
+            left = rest
+            if not job.admitted:
+                admit.append(job.job_id)
+            whys[job.job_id] = "its resources are free and are being reserved"
+            continue
+        ahead += 1
+    return Decision(tuple(admit), whys)
+
+
+def describe(resources: Resources) -> str:
+    """`2 workers of 1 GPU and 4 CPUs on one node`, for people."""
+    per_worker = _amount(resources.cpus_per_worker, "CPU")
+    if resources.gpus_per_worker:
+        per_worker = f"{_amount(resources.gpus_per_worker, 'GPU')} and {per_worker}"
+    workers = "1 worker" if resources.workers == 1 else f"{resources.workers} workers"
+    spread = "" if resources.workers == 1 else f" on {_amount(resources.nodes, 'node')}"
+    return f"{workers} of {per_worker}{spread}"
+
+
+def for_workers(nodes: int, per_node: int, cpus_per_worker: float, gpus_per_worker: float) -> Resources:
+    """The resources of `nodes` x `per_node` workers."""
+    return Resources(
+        workers=nodes * per_node, nodes=nodes, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker
+    )
+
+
+def _why(resources: Resources, left: Sequence[Node], ahead: int) -> str:
+    kind, per_worker = ("GPU", resources.gpus_per_worker) if resources.gpus_per_worker else ("CPU", resources.cpus_per_worker)
+    free = sum(node.gpus if kind == "GPU" else node.cpus for node in left)
+    needs = f"needs {_amount(per_worker * resources.workers, kind)}, {free:g} free"
+    if resources.nodes == 1 and resources.workers > 1 and free >= per_worker * resources.workers:
+        needs += " but not on one node"
+    return needs if ahead == 0 else f"{needs}; {_amount(ahead, 'job')} ahead"
+
+
+def _amount(quantity: float, unit: str) -> str:
+    return f"{quantity:g} {unit}" if quantity == 1 else f"{quantity:g} {unit}s"
+

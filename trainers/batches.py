@@ -1,0 +1,199 @@
+"""Which rows make up each step, and how rows become tensors.
+
+The order of an epoch depends on seed and epoch only. A step takes the next `world * batch_size * accumulation` items;
+ranks take turns, so the same global batch trains the same on any number of workers. The last step of an epoch takes
+what is left: no row is dropped, none leaks into the next epoch. An item is a row, or with packing a pack of rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position that is not trained."""
+
+
+class Rows(Protocol):
+    """What `TokenisedDataset` offers."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+
+class Batch(NamedTuple):
+    """One micro-batch. `tokens` and `labels` have shape [b, s]; labels are shifted: labels[:, j] follows tokens[:, j].
+
+    `mask` [b, s, s] says which position attends to which and `positions` [b, s] counts within a row; both are None for
+    rows that aren't packed, where attention is causal and padding only follows. `n_tokens` leaves padding out.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    n_tokens: int
+    n_trained: int
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._replace(
+            tokens=self.tokens.to(device),
+            labels=self.labels.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+            positions=None if self.positions is None else self.positions.to(device),
+        )
+
+
+def collate(dataset: Rows, items: Sequence[np.ndarray], pad_to: int | None = None) -> Batch:
+    """The micro-batch of `items`, each an array of row indices; `pad_to` is given for packs. Without items: a batch of
+    one untrained token, so that a rank that has run out of rows still takes part in the step."""
+    documents = [[_document(dataset, int(row)) for row in item] for item in items] or [[_EMPTY]]
+    width = pad_to or max(sum(len(tokens) for tokens, _ in item) for item in documents)
+    tokens = np.zeros((len(documents), width), dtype=np.int64)
+    labels = np.full((len(documents), width), IGNORED, dtype=np.int64)
+    positions = np.zeros((len(documents), width), dtype=np.int64)
+    document = np.tile(-1 - np.arange(width), (len(documents), 1))  # each padding position is a document of its own
+    for line, item in enumerate(documents):
+        start = 0
+        for number, (ids, targets) in enumerate(item):
+            end = start + len(ids)
+            tokens[line, start:end], labels[line, start:end] = ids, targets
+            positions[line, start:end] = np.arange(len(ids))
+            document[line, start:end] = number
+            start = end
+    n_tokens, n_trained = int((document >= 0).sum()) if items else 0, int((labels != IGNORED).sum())
+    batch = Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, n_tokens, n_trained)
+    if pad_to is None:
+        return batch
+    return batch._replace(mask=_block_diagonal(torch.from_numpy(document)), positions=torch.from_numpy(positions))
+
+
+_EMPTY = (np.zeros(1, dtype=np.int64), np.full(1, IGNORED, dtype=np.int64))
+
+
+def _document(dataset: Rows, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and shifted labels of a row; the last position has nothing to predict."""
+    tokens, trained = dataset[row]
+    labels = np.full(len(tokens), IGNORED, dtype=np.int64)
+    labels[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
+    return tokens, labels
+
+
+def _block_diagonal(document: Tensor) -> Tensor:
+    """[b, s] document numbers -> [b, s, s]: a position sees itself and what precedes it in its own document."""
+    same = document.unsqueeze(2) == document.unsqueeze(1)
+    return same.tril()
+
+
+def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Rows in order, as many to a pack as fit into `size` tokens (next-fit). No row may be longer than `size`."""
+    ends = np.cumsum(lengths)
+    packs, start, used = [], 0, 0
+    while start < len(lengths):
+        end = int(np.searchsorted(ends, used + size, side="right"))
+        if end == start:
+            message = f"row {start} has {lengths[start]} tokens, more than a pack's {size}"
+            raise ValueError(message)
+        packs.append(np.arange(start, end))
+        start, used = end, int(ends[end - 1])
+    return packs
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: `step` steps done over all epochs, `epoch` epochs completed, and how far the one under way
+    has come. At the end of an epoch the latter are 0."""
+
+    step: int = 0
+    epoch: int = 0
+    epoch_steps: int = 0
+    epoch_items: int = 0
+
+    @property
+    def between_epochs(self) -> bool:
+        return self.epoch_items == 0
+
+
+class StepItems(NamedTuple):
+    """This rank's items of one step, by micro-batch (some may be empty), and where training stands after the step."""
+
+    epoch: int
+    micro_batches: list[list[np.ndarray]]
+    after: Progress
+
+
+class Schedule:
+    """Every step of a run. `batch_size` is per worker and micro-batch; `shuffle_seed` None keeps the items in order."""
+
+    def __init__(
+        self,
+        items: list[np.ndarray],
+        *,
+        n_epochs: int,
+        batch_size: int,
+        accumulation: int = 1,
+        max_steps_per_epoch: int | None = None,
+        shuffle_seed: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._items = items
+        self._n_epochs = n_epochs
+        self._micro_rows = batch_size * world
+        self._step_rows = batch_size * world * accumulation
+        self._max_steps = max_steps_per_epoch
+        self._seed = shuffle_seed
+        self._rank, self._world = rank, world
+
+    def total_steps(self, progress: Progress) -> int:
+        """Steps done and to come, for a run that has come as far as `progress`."""
+        if progress.epoch >= self._n_epochs:
+            return progress.step
+        later_epochs = self._n_epochs - progress.epoch - 1
+        return progress.step + self._steps_left(progress) + later_epochs * self._steps_left(Progress())
+
+    def steps(self, progress: Progress) -> Iterator[StepItems]:
+        """The steps to come, to the end of the last epoch."""
+        while progress.epoch < self._n_epochs:
+            epoch, order = progress.epoch, self._order(progress.epoch)
+            for left in range(self._steps_left(progress), 0, -1):
+                taken = order[progress.epoch_items : progress.epoch_items + self._step_rows]
+                progress = _advanced(progress, len(taken)) if left > 1 else Progress(progress.step + 1, epoch + 1)
+                yield StepItems(epoch, self._shares(taken), progress)
+
+    def _steps_left(self, progress: Progress) -> int:
+        """Steps to come in the epoch under way; at least one."""
+        left = -(-(len(self._items) - progress.epoch_items) // self._step_rows)
+        if self._max_steps is not None:
+            left = min(left, self._max_steps - progress.epoch_steps)
+        return max(left, 1)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Indices of the items in the order of `epoch`, the one that torch's DistributedSampler has."""
+        if self._seed is None:
+            return np.arange(len(self._items))
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        return torch.randperm(len(self._items), generator=generator).numpy()
+
+    def _shares(self, taken: np.ndarray) -> list[list[np.ndarray]]:
+        """A step's items by micro-batch, every rank taking turns with the others."""
+        starts = range(0, len(taken), self._micro_rows)
+        shares = [taken[start : start + self._micro_rows][self._rank :: self._world] for start in starts]
+        return [[self._items[i] for i in share] for share in shares]
+
+
+def _advanced(progress: Progress, items: int) -> Progress:
+    return Progress(progress.step + 1, progress.epoch, progress.epoch_steps + 1, progress.epoch_items + items)
+
+
+def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world: int) -> list[list[np.ndarray]]:
+    """Every row once, over all ranks; as many batches on each (some may be empty). Rows of like length go together."""
+    order = np.argsort(lengths, kind="stable")
+    starts = range(0, len(order), batch_size * world)
+    shares = [order[start : start + batch_size * world][rank::world] for start in starts]
+    return [[np.array([row]) for row in share] for share in shares]

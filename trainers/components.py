@@ -1,0 +1,94 @@
+"""The components a job may name with `_component_`, and the arguments each one takes.
+
+torchtune's `config.instantiate` calls whatever Python function a config names. Here a component runs only if its exact
+name stands in `COMPONENTS`, with arguments whose names and types stand beside it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from trainers.values import Check, boolean, integer, nullable, number, pair
+
+_fraction = number(0, 1, below=True)
+
+
+@dataclass(frozen=True)
+class Component:
+    """`arguments`: what a job may set. `computed`: what the recipe sets, with the reason a job can't."""
+
+    section: str
+    arguments: Mapping[str, Check]
+    computed: Mapping[str, str] = field(default_factory=dict)
+
+
+_ADAM: dict[str, Check] = {
+    "betas": pair(_fraction),
+    "eps": number(0),
+    "weight_decay": number(0),
+    "amsgrad": boolean,
+    "maximize": boolean,
+    "foreach": nullable(boolean),
+    "fused": nullable(boolean),
+}
+_SGD: dict[str, Check] = {
+    "momentum": number(0, 1, below=True),
+    "dampening": number(0, 1),
+    "weight_decay": number(0),
+    "nesterov": boolean,
+    "maximize": boolean,
+    "foreach": nullable(boolean),
+    "fused": nullable(boolean),
+}
+_MASKED = "the loss mask (keep_loss) decides which tokens count"
+_SUMMED = "losses are always summed over a step's trained tokens and divided by their number"
+
+COMPONENTS: Mapping[str, Component] = MappingProxyType(
+    {
+        "torch.optim.AdamW": Component("optimizer", _ADAM),
+        "torch.optim.Adam": Component("optimizer", _ADAM),
+        "torch.optim.SGD": Component("optimizer", _SGD),
+        "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup": Component(
+            "lr_scheduler",
+            {"num_warmup_steps": integer(0, 10**9), "num_cycles": number(0, 1000, above=True)},
+            {
+                "num_training_steps": "it follows from the data and the number of epochs",
+                "last_epoch": "it follows from the checkpoint a job resumes from",
+            },
+        ),
+        "torchtune.modules.loss.CEWithChunkedOutputLoss": Component(
+            "loss", {"num_output_chunks": integer(1, 1024)}, {"ignore_index": _MASKED}
+        ),
+        "torch.nn.CrossEntropyLoss": Component(
+            "loss",
+            {"label_smoothing": number(0, 1)},
+            {"ignore_index": _MASKED, "reduction": _SUMMED, "size_average": _SUMMED, "reduce": _SUMMED},
+        ),
+    }
+)
+DEFAULTS: Mapping[str, str] = MappingProxyType(
+    {
+        "optimizer": "torch.optim.AdamW",
+        "lr_scheduler": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+        "loss": "torchtune.modules.loss.CEWithChunkedOutputLoss",
+    }
+)
+
+
+def allowed(section: str) -> list[str]:
+    """The components that may stand in `section`."""
+    return [name for name, component in COMPONENTS.items() if component.section == section]
+
+
+def conflicts(component: str, kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Arguments that are fine by themselves but that the component refuses together, each with what is wrong."""
+    found = []
+    if kwargs.get("foreach") and kwargs.get("fused"):
+        found.append(("fused", "can't be true together with foreach"))
+    if component == "torch.optim.SGD" and kwargs.get("nesterov"):
+        if not kwargs.get("momentum"):
+            found.append(("nesterov", "needs a momentum greater than 0"))
+        if kwargs.get("dampening"):
+            found.append(("nesterov", "needs a dampening of 0"))
+    return found

@@ -1,0 +1,316 @@
+"""A model's tokenizer and chat template: dialogs to token ids with an exact loss mask.
+
+Only what the chat template writes can become a control token. Text of a row that looks like one (`<|im_end|>`) is
+tokenised as the characters it consists of; such rows take a slower path with the same result otherwise.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers.processors import Sequence as NoProcessing
+
+from trainers.data.dialog import Dialog, RowError
+from trainers.data.spans import Span, SpanFinder
+from trainers.data.template import DEFAULT_TEMPLATE, ChatTemplate, Turn, find_template
+from trainers.errors import UserError
+
+Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""Token ids [n], and for each [n] whether it is a training target."""
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# Noncharacters again (see spans.py, which uses the first two) stand in for control tokens that a user wrote.
+_ESCAPE = "\ufdd2{}\ufdd3"
+_ESCAPES = re.compile("\ufdd2(\\d+)\ufdd3")
+_RESERVED = "\ufdd0-\ufdd3"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A dialog as text. `trained`: its trained characters. `control`: its control tokens (start, end, token id); None
+    where the tokenizer finds them by itself, because no text of the user looks like one."""
+
+    text: str
+    trained: list[Span]
+    control: list[tuple[int, int, int]] | None = None
+
+
+class ChatTokenizer:
+    """Made by `from_dir`. Immutable, apart from caches; use one per thread."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None, named: Mapping[str, str], eos_ids: set[int]) -> None:
+        """`named`: special tokens by name, `eos_token` among them. `template` None: the default one."""
+        self.has_own_template = template is not None
+        if template is None:
+            begins = _adds_bos(tokenizer, named.get("bos_token"))
+            template = ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # The template writes BOS and EOS; a ByteLevel post-processor would also trim blanks off the offsets.
+        tokenizer.post_processor = NoProcessing([])
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(template, named)
+        self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
+        self._ids = {token.content: id_ for id_, token in self._special}
+        self._names = sorted(self._ids, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, self._names)))
+        self._user_control = re.compile(f"{self._control.pattern}|[{_RESERVED}]")
+        self._spans = SpanFinder(self._template, self._control)
+        eos = self._ids[named["eos_token"]]
+        self.eos_ids: frozenset[int] = frozenset({eos} | eos_ids | self._assistant_end())
+        """Ids that end generation: EOS, what the generation config names, what ends an assistant's turn."""
+        self.pad_id: int = self._ids.get(named.get("pad_token", ""), eos)
+        """Id to pad with: the pad token, or EOS where there is none."""
+
+    @classmethod
+    def from_dir(cls, model_dir: Path) -> Self:
+        """Reads tokenizer.json and the configs beside it. Raises UserError (param `model`) for what is missing."""
+        tokenizer = _read_tokenizer(model_dir / "tokenizer.json")
+        config = _read_json(model_dir / "tokenizer_config.json")
+        ids = [_read_json(model_dir / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        eos_ids = [id_ for entry in ids for id_ in (entry if isinstance(entry, list) else [entry]) if id_ is not None]
+        named = _named_tokens(model_dir, config)
+        if "eos_token" not in named and eos_ids:
+            named["eos_token"] = tokenizer.id_to_token(eos_ids[0]) or ""
+        _declare_special(tokenizer, [*named.values(), *_extra_tokens(config)])
+        if tokenizer.token_to_id(named.get("eos_token", "")) is None:
+            raise UserError("model_incomplete", "the model's tokenizer has no end-of-sequence token", "model")
+        return cls(tokenizer, find_template(model_dir, config), named, set(eos_ids))
+
+    @property
+    def template(self) -> str:
+        """The Jinja source in use. Where `has_own_template` is false it has to be saved with what was trained on it."""
+        return self._template.source
+
+    def render(
+        self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool = False
+    ) -> str:
+        """The dialog as the model sees it, control tokens included. Raises RowError where the template refuses it."""
+        return self._template.render(messages, tools, add_generation_prompt=add_generation_prompt)
+
+    def locate(self, dialog: Dialog) -> Rendered:
+        """The first, per-row half of `encode`. Raises RowError for a dialog this model can't be trained on."""
+        if not self._looks_like_control(dialog):
+            text, spans = self._spans.render(dialog)
+            return Rendered(text, spans)
+        messages, tools = _map_text((dialog.messages, dialog.tools), self._escape)
+        text, spans = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
+        return self._unescape(text, spans)
+
+    def encode_rendered(self, batch: Sequence[Rendered]) -> list[Encoded]:
+        """The second half: tokens and masks, on all cores."""
+        easy = iter(
+            self._tokenizer.encode_batch([r.text for r in batch if r.control is None], add_special_tokens=False)
+        )
+        return [_mask_one(next(easy), r.trained) if r.control is None else self._encode_hard(r) for r in batch]
+
+    def encode(self, dialogs: Sequence[Dialog]) -> list[Encoded]:
+        """Token ids and loss mask of each dialog, not truncated. Raises RowError at the first bad one."""
+        return self.encode_rendered([self.locate(dialog) for dialog in dialogs])
+
+    def encode_prompt(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids that an assistant's answer to `messages` starts from."""
+        escaped, tools = _map_text((tuple(messages), tuple(tools)), self._escape)
+        rendered = self._unescape(self.render(escaped, tools, add_generation_prompt=True), [])
+        ids: list[int] = self._encode_hard(rendered)[0].tolist()
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without control tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _assistant_end(self) -> set[int]:
+        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+        end = self._spans.turn_end(Dialog(turns, (False, True)), "assistant").strip()
+        return {self._ids[end]} if end else set()
+
+    def _looks_like_control(self, dialog: Dialog) -> bool:
+        search = self._user_control.search
+        for message in dialog.messages:
+            # Role and content are all that most messages have.
+            if search(message["content"]) or (len(message) > 2 and search(_flat(message))):
+                return True
+        return bool(dialog.tools) and search(_flat(dialog.tools)) is not None
+
+    def _escape(self, text: str) -> str:
+        def stand_in(match: re.Match[str]) -> str:
+            if match.group() not in self._ids:
+                raise RowError(f"the text holds the noncharacter U+{ord(match.group()):04X}, which is reserved")
+            return _ESCAPE.format(self._ids[match.group()])
+
+        return self._user_control.sub(stand_in, text)
+
+    def _unescape(self, text: str, spans: list[Span]) -> Rendered:
+        """Puts the user's own text back; what is a control token until then is one for good."""
+        control = [match.span() for match in self._control_with_blanks.finditer(text)]
+        names = {str(id_): token.content for id_, token in self._special}
+        pieces: list[str] = []
+        shifts: list[tuple[int, int]] = []  # (from this offset on, characters that were added)
+        done = added = 0
+        for match in _ESCAPES.finditer(text):
+            name = names[match.group(1)]
+            pieces += text[done : match.start()], name
+            done = match.end()
+            added += len(name) - len(match.group())
+            shifts.append((done, added))
+        pieces.append(text[done:])
+        starts, totals = np.array([(0, 0), *shifts], dtype=np.int64).T
+
+        def moved(span: Span) -> Span:
+            start, end = (at + int(totals[np.searchsorted(starts, at, "right") - 1]) for at in span)
+            return start, end
+
+        ids = [self._ids[text[start:end].strip()] for start, end in control]
+        found = [(*moved(span), id_) for span, id_ in zip(control, ids, strict=True)]
+        return Rendered("".join(pieces), [moved(span) for span in spans], found)
+
+    @cached_property
+    def _control_with_blanks(self) -> re.Pattern[str]:
+        """As `_control`, with the blanks that some tokens swallow on their left or right."""
+        flags = {token.content: token for _, token in self._special}
+        return re.compile(
+            "|".join(
+                (r"\s*" if flags[name].lstrip else "") + re.escape(name) + (r"\s*" if flags[name].rstrip else "")
+                for name in self._names
+            )
+        )
+
+    @cached_property
+    def _literal(self) -> tuple[Tokenizer, Tokenizer]:
+        """Tokenizers for which control tokens are mere text: for the beginning of a dialog, and for all behind it."""
+        first = Tokenizer.from_str(self._tokenizer.to_str())
+        spec = json.loads(self._tokenizer.to_str())
+        for part in _parts(spec.get("pre_tokenizer")):
+            if part.get("prepend_scheme") == "first":
+                part["prepend_scheme"] = "never"
+        later = Tokenizer.from_str(json.dumps(spec))
+        first.encode_special_tokens = later.encode_special_tokens = True
+        return first, later
+
+    def _encode_hard(self, rendered: Rendered) -> Encoded:
+        """Tokenises the text between control tokens by itself, so that nothing in it can be mistaken for one."""
+        ids: list[NDArray[np.int32]] = []
+        masks: list[NDArray[np.bool_]] = []
+        position = 0
+        for start, end, control in [*(rendered.control or ()), (len(rendered.text), len(rendered.text), None)]:
+            if position < start:
+                tokenizer = self._literal[position > 0]
+                piece = tokenizer.encode(rendered.text[position:start], add_special_tokens=False)
+                local = [
+                    (max(a - position, 0), b - position) for a, b in rendered.trained if b > position and a < start
+                ]
+                tokens, mask = _mask_one(piece, local)
+                ids.append(tokens)
+                masks.append(mask)
+            if control is not None:
+                ids.append(np.array([control], dtype=np.int32))
+                masks.append(np.array([any(a < end and b > start for a, b in rendered.trained)]))
+            position = end
+        if not ids:
+            return np.empty(0, np.int32), np.empty(0, np.bool_)
+        return np.concatenate(ids), np.concatenate(masks)
+
+
+def _mask_one(encoding: Encoding, trained: Sequence[Span]) -> Encoded:
+    """Marks every token that shares a character with a trained span."""
+    ids = np.array(encoding.ids, dtype=np.int32)
+    mask = np.zeros(len(ids), dtype=np.bool_)
+    for start, end in trained:
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        if first is None or last is None:
+            mask |= _overlaps(encoding.offsets, start, end)
+            continue
+        while last + 1 < len(ids) and encoding.token_to_chars(last + 1)[0] < end:
+            last += 1  # a character of several bytes may be several tokens, and the first was found
+        mask[first : last + 1] = True
+    return ids, mask
+
+
+def _overlaps(offsets: Sequence[Span], start: int, end: int) -> NDArray[np.bool_]:
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    empty_inside = (starts == ends) & (starts >= start) & (starts < end)
+    overlap: NDArray[np.bool_] = ((starts < end) & (ends > start) & (starts < ends)) | empty_inside
+    return overlap
+
+
+def _flat(value: object) -> str:
+    """All strings in `value`, in one."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _map_text(value: Any, change: Any) -> Any:  # noqa: ANN401  -- any JSON value
+    """`value` with `change` made to every string in it."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _map_text(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_map_text(item, change) for item in value)
+    return value
+
+
+def _parts(spec: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if spec:
+        yield spec
+        for part in spec.get("pretokenizers", ()):
+            yield from _parts(part)
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise UserError("model_incomplete", "the model directory has no tokenizer.json", "model")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001  -- the library raises bare Exception for a file it can't read
+        raise UserError("model_incomplete", f"the model's tokenizer.json can't be read: {error}", "model") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("model_incomplete", f"the model's {path.name} is not JSON: {error}", "model") from None
+    if not isinstance(value, dict):
+        raise UserError("model_incomplete", f"the model's {path.name} is not a JSON object", "model")
+    return value
+
+
+def _text_of(token: object) -> str | None:
+    """A token as configs spell it: a string, or an object with its content."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _named_tokens(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    entries = _read_json(model_dir / "special_tokens_map.json") | dict(config)
+    tokens = {name: _text_of(entries.get(name)) for name in _NAMED_TOKENS}
+    return {name: text for name, text in tokens.items() if text}
+
+
+def _extra_tokens(config: Mapping[str, Any]) -> list[str]:
+    decoder = config.get("added_tokens_decoder") or {}
+    special = [entry for entry in decoder.values() if isinstance(entry, dict) and entry.get("special")]
+    extra = config.get("additional_special_tokens") or []
+    return [text for entry in [*special, *extra] if (text := _text_of(entry))]
+
+
+def _declare_special(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
+    """Makes control tokens of those `tokens` that are in the vocabulary and aren't yet, as transformers does."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    for token in dict.fromkeys(tokens):
+        if token not in special and tokenizer.token_to_id(token) is not None:
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+
+
+def _adds_bos(tokenizer: Tokenizer, bos: str | None) -> bool:
+    """Whether the tokenizer by itself begins a text with BOS."""
+    return bos is not None and tokenizer.encode("a").ids[:1] == [tokenizer.token_to_id(bos)]

@@ -1,0 +1,156 @@
+"""Where data files are, and their lines.
+
+A data URI is a local path (bare or `file://`), which must lie under a configured root, or an object that fsspec can
+read: `s3://`, `gs://`, `hf://` (`memory://` in tests). Credentials come from the environment, never from the URI. No
+error of this module repeats a URI that may hold a secret, nor the text of a storage library's exception.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from trainers.data.dialog import MAX_ROW_BYTES
+from trainers.errors import InfrastructureError, UserError
+from trainers.settings import Settings
+
+REMOTE_SCHEMES = ("s3", "gs", "hf", "memory")
+_BLOCK_BYTES = 4 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+def check_data_uri(uri: str, settings: Settings) -> str:
+    """The normal form of `uri`: `file:///real/path` or the remote URI. Cheap: remote objects are not looked at.
+
+    Local paths are resolved, relative ones against the data roots in turn; they must be non-empty regular files that
+    really lie under a root. Raises UserError (codes unsupported_scheme, credentials_in_uri, path_outside_roots, data_not_found,
+    data_is_directory, data_not_a_file, data_empty) without a param: the caller knows which field it is.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return _check_local(uri, settings).as_uri()
+    if scheme == "file":
+        return _check_local(_path_of(uri), settings).as_uri()
+    if scheme not in REMOTE_SCHEMES:
+        known = ", ".join(f"{name}://" for name in ("file", *REMOTE_SCHEMES))
+        raise UserError("unsupported_scheme", f"data can't be read from this kind of URI: use a path or one of {known}")
+    if "@" in rest.partition("/")[0]:
+        raise UserError(
+            "credentials_in_uri", "the URI holds credentials: give them to the workers' environment instead"
+        )
+    if not rest.strip("/"):
+        raise UserError("data_not_found", f"{uri} names no file")
+    return uri
+
+
+def open_lines(uri: str) -> Iterator[tuple[int, bytes]]:
+    """Lines of a checked URI with their numbers from 1: no line break, no byte order mark, blank ones left out.
+
+    Reads in blocks: memory doesn't grow with the file. Of a line longer than MAX_ROW_BYTES only the first MAX_ROW_BYTES
+    + 1 bytes are given, which `parse_row` refuses. Raises UserError (data_not_found, data_is_directory,
+    data_not_readable, data_empty) or InfrastructureError (data_unreachable), maybe after some lines.
+    """
+    for number, line in enumerate(_split(_blocks(uri)), start=1):
+        text = line.removeprefix(_BOM) if number == 1 else line
+        if text.strip():
+            yield number, text.removesuffix(b"\r")
+
+
+def data_size(uri: str) -> int | None:
+    """Bytes of a checked URI; None where the storage doesn't say."""
+    try:
+        size = fsspec.core.url_to_fs(_plain(uri))[0].size(_plain(uri))
+    except Exception:  # noqa: BLE001  -- only progress needs it; reading reports what is wrong
+        return None
+    return int(size) if size is not None else None
+
+
+def _check_local(path: str, settings: Settings) -> Path:
+    try:
+        found = _resolve(path, settings)
+        info = found.stat()
+    except FileNotFoundError:
+        raise UserError("data_not_found", f"there is no file {path}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a name too long, a loop of links
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError("data_not_found", f"{path!r} can't be opened: {reason}") from None
+    if stat.S_ISDIR(info.st_mode):
+        raise UserError("data_is_directory", f"{path} is a directory, not a JSONL file")
+    if not stat.S_ISREG(info.st_mode):
+        raise UserError("data_not_a_file", f"{path} is not a regular file")
+    if not os.access(found, os.R_OK):
+        raise UserError("data_not_readable", f"{path} can't be read: permission denied")
+    if info.st_size == 0:
+        raise UserError("data_empty", f"{path} is empty")
+    return found
+
+
+def _resolve(path: str, settings: Settings) -> Path:
+    """The real path, links followed. Says nothing about what lies outside the roots, not even whether it exists."""
+    roots = [root.resolve() for root in settings.data_roots]
+    inside = [real for root in roots if any((real := (root / path).resolve()).is_relative_to(one) for one in roots)]
+    if not inside:
+        raise UserError("path_outside_roots", f"{path} lies outside the directories that data may be read from")
+    return next((real for real in inside if real.exists()), inside[0])
+
+
+def _path_of(uri: str) -> str:
+    parts = urlsplit(uri)
+    if parts.netloc not in ("", "localhost"):
+        raise UserError("unsupported_scheme", "a file:// URI must have an absolute path: file:///path/to/data.jsonl")
+    return unquote(parts.path)
+
+
+def _plain(uri: str) -> str:
+    """fsspec takes file URIs literally, without undoing their percent signs."""
+    return _path_of(uri) if uri.startswith("file://") else uri
+
+
+def _open(uri: str) -> Any:  # noqa: ANN401  -- fsspec has no types
+    if uri.startswith("file://"):
+        return Path(_path_of(uri)).open("rb", buffering=0)
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return filesystem.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
+
+
+def _blocks(uri: str) -> Iterator[bytes]:
+    empty = True
+    try:
+        with closing(_open(uri)) as file:
+            while block := file.read(_BLOCK_BYTES):
+                empty = False
+                yield block
+    except FileNotFoundError:
+        raise UserError("data_not_found", f"there is no file {uri}") from None
+    except IsADirectoryError:
+        raise UserError("data_is_directory", f"{uri} is a directory, not a JSONL file") from None
+    except PermissionError:
+        raise UserError("data_not_readable", f"{uri} can't be read: permission denied") from None
+    except Exception as error:
+        # Storage libraries raise what they like, and put signed URLs into it.
+        raise InfrastructureError("data_unreachable", f"{uri} can't be read: {type(error).__name__}") from None
+    if empty:
+        raise UserError("data_empty", f"{uri} is empty")
+
+
+def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their b"\\n", each cut at MAX_ROW_BYTES + 1 bytes."""
+    limit = MAX_ROW_BYTES + 1
+    rest = bytearray()
+    for block in blocks:
+        head, found, tail = block.partition(b"\n")
+        rest += head[: limit - len(rest)]
+        if not found:
+            continue
+        yield bytes(rest)
+        lines = tail.split(b"\n")
+        rest = bytearray(lines.pop())
+        yield from lines
+    if rest:
+        yield bytes(rest)

@@ -1,0 +1,236 @@
+"""Keeps the cluster equal to the log: every live job has a runner, every job that is over has none.
+
+Level-triggered. Each pass reads the live jobs and what runs, and acts on the difference, so a pass may be lost, repeated
+or cut short anywhere, and a dispatcher started after any crash simply goes on. One per cluster: a named detached actor,
+restarted by Ray without limit. It holds nothing that matters: `whys` is a view of its last pass.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+
+from events.actors import NAMESPACE, connect
+from events.facts import (
+    CancelRequested,
+    CheckpointSaved,
+    Event,
+    JobAdmitted,
+    JobCancelled,
+    JobError,
+    JobFailed,
+    MetricsRecorded,
+    RunInterrupted,
+)
+from events.decide import Refused
+from events.ids import new_event_id
+from events.job import FineTuningJob
+from events.log import EventLog
+from trainers import admission
+from trainers.admission import Capacity, Waiting
+from trainers.cluster import Cluster, Runner
+from trainers.settings import Settings
+
+logger = logging.getLogger("tunewright.dispatcher")
+
+NAME = "tunewright-dispatcher"
+TICK_S = 1.0
+SETTLING_TICK_S = 0.2
+"""Between passes while a runner is being stopped: a cancelled job should not read `running` longer than it does."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One live job and what the cluster shows of it."""
+
+    job: FineTuningJob
+    runner: Runner
+    groups: tuple[tuple[str, str], ...]
+
+    @property
+    def unsettled(self) -> bool:
+        """To be cancelled, or without the runner that the log says it has."""
+        lost = self.runner.state in ("stopped", "ended") or (self.runner.state == "absent" and self.job.status == "running")
+        return self.job.cancel_requested or lost
+
+    @property
+    def placed(self) -> bool:
+        return any(state == "CREATED" for _, state in self.groups)
+
+
+class Dispatcher:
+    """Acts on the difference between `log` and `cluster`. See the module for its guarantees."""
+
+    def __init__(self, log: EventLog, cluster: Cluster, settings: Settings) -> None:
+        self._log = log
+        self._cluster = cluster
+        self._settings = settings
+        self._whys: dict[str, str] = {}
+        self._position = 0
+        self._settling = False
+
+    def whys(self) -> dict[str, str]:
+        """For each job that waits, why; as of the last pass, at most a second or two old."""
+        return self._whys
+
+    async def capacity(self) -> Capacity:
+        return await asyncio.to_thread(self._cluster.capacity)
+
+    async def run(self) -> None:
+        """Pass after pass, for ever: at once when something was appended, and every `TICK_S` to watch the cluster.
+
+        A pass that fails is logged and tried again: the causes (log or dashboard restarting) pass, and nothing else
+        would look after the jobs meanwhile.
+        """
+        while True:
+            try:
+                await self.reconcile()
+                await self._wait_for_news()
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                logger.exception("dispatcher pass failed; the next one follows in %s s", TICK_S)
+                await asyncio.sleep(TICK_S)
+
+    async def reconcile(self) -> None:
+        """One pass."""
+        live = await self._log.live_jobs()
+        groups = await asyncio.to_thread(self._cluster.placement_groups) if live else {}
+        sights = await asyncio.gather(*(self._look(job, groups) for job in live))
+        unsettled = [sight for sight in sights if sight.unsettled]
+        await asyncio.gather(*(self._settle(sight) for sight in unsettled))
+        rest = [sight for sight in sights if not sight.unsettled]
+        whys = await self._start_runners(rest)
+        whys |= await self._admit(rest)
+        self._whys = whys
+        self._settling = bool(unsettled)
+
+    async def _look(self, job: FineTuningJob, groups: dict[str, list[tuple[str, str]]]) -> Sight:
+        runner = await asyncio.to_thread(self._cluster.runner, job.job_id)
+        return Sight(job, runner, tuple(groups.get(job.job_id, ())))
+
+    async def _settle(self, sight: Sight) -> None:
+        """A job that is to be cancelled, or whose runner is gone, though the log calls it live."""
+        job_id = sight.job.job_id
+        if sight.runner.state == "alive":
+            await asyncio.to_thread(self._cluster.stop_runner, job_id)
+            return
+        for group_id, _ in sight.groups:
+            # The runner is gone and its group is not: nobody else will free it.
+            await asyncio.to_thread(self._cluster.remove_placement_group, group_id)
+        if sight.groups:
+            return  # the next pass sees whether they are gone
+        job = await self._log.job(job_id)  # the runner may have appended its outcome just before it ended
+        if job.finished_at is not None:
+            return
+        if job.cancel_requested:
+            await self._append(job, JobCancelled())
+        elif sight.runner.state == "stopped":
+            # `ray job stop`, or the dashboard's stop button: somebody wanted it to end.
+            await self._append(job, CancelRequested(), JobCancelled())
+        else:
+            await self._interrupted(job, sight.runner)
+
+    async def _interrupted(self, job: FineTuningJob, runner: Runner) -> None:
+        if runner.state == "absent":
+            reason = "the cluster was restarted while it ran"
+        else:
+            reason = f"its runner ended without an outcome: {_first_line(runner.message)}"
+        if job.interruptions >= job.max_restarts:
+            error = JobError(
+                code="runner_died",
+                message=f"{reason}; it was restarted {job.interruptions} times, which is all --max-restarts allows",
+                fault="infrastructure",
+            )
+            await self._append(job, JobFailed(error=error))
+            return
+        await self._append(job, RunInterrupted(attempt=job.attempt, reason=reason))
+        if runner.state != "absent":
+            await asyncio.to_thread(self._cluster.forget_runner, job.job_id)
+
+    async def _start_runners(self, sights: list[Sight]) -> dict[str, str]:
+        """Start what has no runner, oldest first, while few enough runners wait. Returns why the others wait."""
+        waiting = sum(s.runner.state == "alive" and s.job.status in ("validation", "queued") for s in sights)
+        whys: dict[str, str] = {}
+        behind = 0
+        for sight in sights:
+            if sight.runner.state != "absent":
+                continue
+            if waiting < self._settings.max_waiting_runners:
+                waiting += 1
+                await asyncio.to_thread(self._cluster.start_runner, sight.job.job_id, self._settings.as_env())
+                whys[sight.job.job_id] = "its runner is starting"
+            else:
+                whys[sight.job.job_id] = f"waits for its turn to be validated; {waiting + behind} jobs ahead"
+                behind += 1
+        return whys
+
+    async def _admit(self, sights: list[Sight]) -> dict[str, str]:
+        """Admit whoever is next. Only jobs whose runner is there: a job without one would block the line for nothing."""
+        queue = [
+            Waiting(s.job.job_id, s.job.resources, admitted=s.job.admitted, placed=s.placed)
+            for s in sights
+            if s.job.status == "queued" and s.runner.state == "alive" and s.job.resources is not None
+        ]
+        if not queue:
+            return {}
+        decision = admission.decide(queue, (await self.capacity()).free)
+        by_id = {s.job.job_id: s.job for s in sights}
+        for job_id in decision.admit:
+            await self._append(by_id[job_id], JobAdmitted())
+        return decision.whys
+
+    async def _append(self, job: FineTuningJob, *events: Event) -> None:
+        try:
+            await self._log.append(job.job_id, list(events), [new_event_id() for _ in events])
+        except Refused as refusal:
+            # The job moved on between this pass's look and now; the next pass looks again.
+            logger.info("%s: %s", job.job_id, refusal)
+
+    async def _wait_for_news(self) -> None:
+        """Return when something was appended that a pass could act on, or when it is time to look at the cluster again."""
+        deadline = time.monotonic() + (SETTLING_TICK_S if self._settling else TICK_S)
+        while (left := deadline - time.monotonic()) > 0:
+            news = await self._log.subscribe(self._position, limit=1000, wait_s=left)
+            if news:
+                self._position = news[-1].position
+            if any(not isinstance(recorded.event, MetricsRecorded | CheckpointSaved) for recorded in news):
+                return
+
+
+def _first_line(message: str) -> str:
+    return next((line.strip() for line in message.splitlines() if line.strip()), "no message from Ray")
+
+
+class DispatcherActor:
+    """The Ray face of `Dispatcher`: its passes start with the actor, also when Ray restarts it."""
+
+    async def __init__(self, settings: Settings) -> None:
+        logging.basicConfig(level=logging.INFO)
+        self._dispatcher = Dispatcher(connect(settings.storage).log, Cluster(), settings)
+        self._passes = asyncio.create_task(self._dispatcher.run())
+
+    async def whys(self) -> dict[str, str]:
+        return self._dispatcher.whys()
+
+    async def capacity(self) -> Capacity:
+        return await self._dispatcher.capacity()
+
+
+def start_dispatcher(settings: Settings) -> ActorHandle:
+    """The cluster's dispatcher; started if there is none yet."""
+    options = {
+        "name": NAME,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": 1000,
+        "num_cpus": 0,
+        "resources": {"node:__internal_head__": 0.001},  # beside the dashboard that it starts Ray Jobs through
+    }
+    return ray.remote(DispatcherActor).options(**options).remote(settings)

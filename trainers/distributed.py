@@ -1,0 +1,69 @@
+"""This process among the ranks of a run: its device, and what the ranks do together. One process alone is rank 0 of 1."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def current(cls) -> "Ranks":
+        """As torch.distributed says, where it is initialised; otherwise a single process."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), _device("nccl" in dist.get_backend()))
+        return cls(0, 1, _device(torch.cuda.is_available()))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over all ranks; every rank gets the same answer to the last bit."""
+        if self.world == 1:
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return [float(total) for total in totals.tolist()]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.sum([0.0])
+
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+
+def _device(cuda: bool) -> torch.device:
+    if not cuda:
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    index = local if local < torch.cuda.device_count() else torch.cuda.current_device()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def whole(tensor: Tensor, device: torch.device) -> Tensor:
+    """The full tensor, on the CPU, of one that may be sharded. Every rank has to call it."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to(device).full_tensor()  # shards that are offloaded to the host can't be gathered by nccl
+    return tensor.cpu()
+
+
+def like(full: Tensor, parameter: Tensor) -> Tensor:
+    """`full`, placed as `parameter` is: this rank's shard of it, on the same device. Every rank has to call it."""
+    if not isinstance(parameter, DTensor):
+        return full.to(parameter.device)
+    mesh = parameter.device_mesh
+    sharded = distribute_tensor(full.to(mesh.device_type), mesh, parameter.placements)
+    return sharded.to(parameter.to_local().device)

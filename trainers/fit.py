@@ -1,0 +1,114 @@
+"""One attempt: a Ray Train run on a placement group of its own, and what its end means.
+
+Ray Train is not asked to restart anything (max_failures=0). It would restart every failure alike; here a fault of the
+user's ends the job, and a lost worker sends it back to the queue, where it is admitted and resumed like any other job.
+"""
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray.exceptions
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from events.facts import Resources
+from trainers.errors import InfrastructureError, JobProblem, UserError
+from trainers.naming import NameAfterJob
+from trainers.worker import FINISHED, Assignment, train_worker
+
+
+class Interrupted(Exception):
+    """The attempt was cut short by the infrastructure; another one may go on from the last checkpoint."""
+
+
+def fit(assignment: Assignment, resources: Resources) -> None:
+    """Train to the end. Blocks, also while the placement group waits for resources.
+
+    Must be called on the main thread: Ray Train's SIGINT handler, which aborts the run and exits the process, is only
+    installed there.
+
+    Raises Interrupted, or the JobProblem that ends the job.
+    """
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=assignment.as_dict(),
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=_bundle(resources),
+            placement_strategy=_strategy(resources),
+        ),
+        run_config=RunConfig(
+            name=assignment.job_id,
+            storage_path=str(Path(assignment.job_dir) / "ray"),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            callbacks=[NameAfterJob(assignment.job_id)],
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except WorkerGroupError as error:
+        raise _cause(error.worker_failures) from error
+    except ControllerError as error:
+        raise Interrupted(f"Ray Train's controller failed: {error.controller_failure}") from error
+    except ray.exceptions.RayActorError as error:
+        raise Interrupted(f"Ray Train's controller died: {error}") from error
+    if result.return_value != FINISHED:
+        raise Interrupted("the run ended before its last step")
+
+
+def _bundle(resources: Resources) -> dict[str, float]:
+    bundle = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        bundle["GPU"] = resources.gpus_per_worker
+    return bundle
+
+
+def _strategy(resources: Resources) -> str:
+    if resources.nodes == 1:
+        return "STRICT_PACK"
+    return "STRICT_SPREAD" if resources.workers == resources.nodes else "SPREAD"
+
+
+def _cause(failures: dict[int, Exception]) -> Exception:
+    """What the workers' failures amount to. When one rank dies the others fail too, in collective calls: the order
+    of the rules tells cause from consequence."""
+    causes = {rank: _unwrapped(failure) for rank, failure in sorted(failures.items())}
+    for cause in causes.values():
+        if isinstance(cause, JobProblem):
+            return cause
+    for rank, cause in causes.items():
+        if isinstance(cause, ray.exceptions.OutOfMemoryError) or "OOM" in str(cause):
+            return UserError(
+                "out_of_memory",
+                f"rank {rank} was killed because its node ran out of memory: lower batch_size or max_seq_len, set "
+                "enable_activation_checkpointing, or use LoRA",
+            )
+    for rank, cause in causes.items():
+        if isinstance(cause, _DEATHS):
+            return Interrupted(f"rank {rank} died: {_first_line(cause)}")
+    rank, cause = next(iter(causes.items()))
+    if type(cause).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return Interrupted(f"rank {rank} lost its connection to the others: {_first_line(cause)}")
+    problem = InfrastructureError("training_error", f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}")
+    problem.__cause__ = failures[rank]
+    return problem
+
+
+_DEATHS = (ray.exceptions.RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+
+
+def _unwrapped(failure: Exception) -> BaseException:
+    return failure._base_exc if isinstance(failure, UserExceptionWithTraceback) else failure
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,150 @@
+"""Merging settings in layers, the later over the earlier, each value checked and remembered with where it came from."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from trainers.components import COMPONENTS, DEFAULTS, allowed, conflicts
+from trainers.errors import Problem
+from trainers.keys import BY_NAME, REFUSED, SECTIONS, unknown_key
+from trainers.values import shown
+
+_ALIAS_SECTIONS = frozenset(name.partition(".")[0] for name in BY_NAME if "." in name)
+_NESTED = frozenset(SECTIONS) | _ALIAS_SECTIONS
+
+
+class _Setting(NamedTuple):
+    value: Any
+    param: str
+    prefix: str
+
+
+class _Section:
+    """A component as it stands so far: its name, its arguments, or None where the user said null."""
+
+    def __init__(self, default: str) -> None:
+        self.default = default
+        self.component: _Setting | None = None
+        self.arguments: dict[str, _Setting] = {}
+        self.absent = False
+
+    @property
+    def name(self) -> str:
+        return self.component.value if self.component else self.default
+
+    def choose(self, setting: _Setting) -> None:
+        """Another component takes over: the arguments that were meant for the earlier one go."""
+        if setting.value != self.name:
+            self.arguments.clear()
+        self.component, self.absent = setting, False
+
+    def remove(self) -> None:
+        self.component, self.absent = None, True
+        self.arguments.clear()
+
+    def set(self, name: str, setting: _Setting) -> None:
+        self.arguments[name], self.absent = setting, False
+
+
+class Merged:
+    """Add layers with `options` and `settings`, then read `problems`, `values` and `components`."""
+
+    def __init__(self, method: str) -> None:
+        self.problems: list[Problem] = []
+        self._method = method
+        self._values: dict[str, _Setting] = {}
+        self._sections = {section: _Section(default) for section, default in DEFAULTS.items()}
+
+    def options(self, values: Mapping[str, Any], parent: str) -> None:
+        """Fields of the request that carry the name of a key; the request's model has checked their types."""
+        for name, value in values.items():
+            self._put(name, _Setting(value, f"{parent}.{name}", ""))
+
+    def settings(self, pairs: list[tuple[str, Any]], param: Callable[[str], str], *, named: bool = False) -> None:
+        """A layer of keys, nested or dotted. `named`: its `param` doesn't name the key, so messages have to."""
+        seen: dict[str, str] = {}
+        leaves = [leaf for key, value in pairs for leaf in _leaves(str(key), value)]
+        leaves.sort(key=lambda leaf: not leaf[0].endswith("._component_"))
+        for key, value in leaves:
+            setting = _Setting(value, param(key), f"{key}: " if named else "")
+            canonical = BY_NAME[key].name if key in BY_NAME else key
+            if canonical in seen:
+                other = "" if seen[canonical] == key else f" (as {seen[canonical]} too)"
+                self._problem(setting, f"is given twice{other}", "duplicate_key")
+            seen[canonical] = key
+            self._put(key, setting)
+
+    def _put(self, key: str, setting: _Setting) -> None:
+        section, _, argument = key.partition(".")
+        if key in BY_NAME:
+            self._put_value(key, setting)
+        elif section in self._sections:
+            self._put_component(self._sections[section], section, argument, setting)
+        elif section in REFUSED and not (section in _ALIAS_SECTIONS and argument):
+            self._problem(setting, f"can't be set here: {REFUSED[section]}", "unsupported_key")
+        else:
+            self._problem(setting, unknown_key(key), "unknown_key")
+
+    def _put_value(self, name: str, setting: _Setting) -> None:
+        key = BY_NAME[name]
+        if key.only and key.only != self._method:
+            self._problem(setting, "has no meaning in full fine-tuning: only LoRA has adapters")
+            return
+        try:
+            self._values[key.name] = setting._replace(value=key.check(setting.value))
+        except ValueError as error:
+            self._problem(setting, str(error))
+
+    def _put_component(self, part: _Section, section: str, argument: str, setting: _Setting) -> None:
+        if argument and argument != "_component_":
+            part.set(argument, setting)
+        elif setting.value is None and section == "lr_scheduler":
+            part.remove()
+        elif isinstance(setting.value, str) and setting.value in allowed(section):
+            part.choose(setting)
+        else:
+            choices = ", ".join(allowed(section))
+            self._problem(
+                setting, f"{shown(setting.value)} is not on the list of components: {choices}", "component_not_allowed"
+            )
+
+    def _problem(self, setting: _Setting, message: str, code: str = "invalid_value") -> None:
+        self.problems.append(Problem(setting.param, setting.prefix + message, code))
+
+    def param(self, key: str) -> str | None:
+        """Where the value of `key` came from."""
+        return self._values[key].param if key in self._values else None
+
+    def values(self) -> dict[str, Any]:
+        return {key: setting.value for key, setting in self._values.items()}
+
+    def components(self) -> dict[str, tuple[str, dict[str, Any]] | None]:
+        """Each section's component and checked arguments; None where there is none."""
+        return {name: self._finish(name, part) for name, part in self._sections.items()}
+
+    def _finish(self, section: str, part: _Section) -> tuple[str, dict[str, Any]] | None:
+        if part.absent:
+            return None
+        component, kwargs = COMPONENTS[part.name], {}
+        for name, setting in part.arguments.items():
+            if name in component.computed:
+                self._problem(setting, f"can't be set: {component.computed[name]}", "unsupported_key")
+            elif name not in component.arguments:
+                known = ", ".join(component.arguments)
+                self._problem(setting, f"{unknown_key(f'{section}.{name}')} ({part.name} takes {known})", "unknown_key")
+            else:
+                try:
+                    kwargs[name] = component.arguments[name](setting.value)
+                except ValueError as error:
+                    self._problem(setting, str(error))
+        for name, message in conflicts(part.name, kwargs):
+            self._problem(part.arguments[name], message)
+        return part.name, kwargs
+
+
+def _leaves(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """The dotted keys under `key`. Only what may be nested is opened, so depth is bounded however deep the value is."""
+    if key in _NESTED and isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield f"{key}.{name}", inner
+    else:
+        yield key, value

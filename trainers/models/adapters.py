@@ -1,0 +1,141 @@
+"""LoRA adapters in PEFT layout, and merged into their base."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainers.models.architecture import Architecture
+from trainers.models.export_files import write_json, write_safetensors
+from trainers.models.layout import Linear, Part, linears
+from trainers.models.model_files import incomplete
+from trainers.plan import LoraSpec
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def save_peft_adapter(
+    adapter_state: Mapping[str, Tensor], arch: Architecture, lora: LoraSpec, base_model: str, out_dir: Path
+) -> None:
+    """Writes an adapter that `peft.PeftModel.from_pretrained` and vLLM load. Values are stored as they are.
+
+    Where a family fuses projections (Phi-3's qkv_proj), PEFT wants one adapter for the fused layer: the A's are
+    stacked and the B's set on the diagonal of one block matrix, which computes the same. Its rank is then a multiple
+    of `lora.rank`, named in `rank_pattern`.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    multiples: dict[str, int] = {}
+    for linear in linears(arch):
+        adapted = _adapted_parts(linear, adapter_state)
+        if adapted:
+            a, b = _fuse(linear, adapted, adapter_state)
+            tensors[f"{_PREFIX}{linear.name}.lora_A.weight"] = a
+            tensors[f"{_PREFIX}{linear.name}.lora_B.weight"] = b
+            multiples[linear.name.rpartition(".")[2]] = len(adapted)
+    write_safetensors(tensors, out_dir / ADAPTER_FILE)
+    write_json(_peft_config(lora, base_model, multiples), out_dir / ADAPTER_CONFIG)
+
+
+def load_peft_adapter(adapter_dir: Path, arch: Architecture, lora: LoraSpec) -> dict[str, Tensor]:
+    """The adapter state that `save_peft_adapter` wrote for the same `arch` and `lora`, bit for bit, on the CPU."""
+    try:
+        stored = load_file(adapter_dir / ADAPTER_FILE)
+        config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise incomplete(f"{adapter_dir} holds no readable adapter: {error}.") from None
+    if (config.get("r"), config.get("lora_alpha")) != (lora.rank, lora.alpha):
+        raise incomplete(f"{adapter_dir} is an adapter of another rank or alpha than {lora.rank} and {lora.alpha}.")
+    state: dict[str, Tensor] = {}
+    for linear in linears(arch):
+        adapted = [part for part in linear.parts if _is_adapted(part, lora)]
+        if adapted:
+            state |= _unfuse(linear, adapted, stored, lora.rank, adapter_dir)
+    return state
+
+
+def merge_lora(
+    base_state: Mapping[str, Tensor], adapter_state: Mapping[str, Tensor], lora: LoraSpec
+) -> dict[str, Tensor]:
+    """The base with the adapter added: W + alpha / rank * B @ A, computed in float32, in the dtype of W.
+
+    Parameters without an adapter are passed through, not copied; `base_state` is not changed.
+    """
+    merged = dict(base_state)
+    for name, a in adapter_state.items():
+        layer, found, _ = name.rpartition(".lora_a.weight")
+        if found:
+            base = base_state[f"{layer}.weight"]
+            delta = adapter_state[f"{layer}.lora_b.weight"].float() @ a.float()
+            merged[f"{layer}.weight"] = (base.float() + lora.alpha / lora.rank * delta).to(base.dtype)
+    return merged
+
+
+def _is_adapted(part: Part, lora: LoraSpec) -> bool:
+    *_, block, module = ("", *part.name.split("."))
+    return {"attn": module in lora.attn_modules, "mlp": lora.mlp}.get(block, lora.output)
+
+
+def _adapted_parts(linear: Linear, state: Mapping[str, Tensor]) -> list[Part]:
+    return [part for part in linear.parts if f"{part.name}.lora_a.weight" in state]
+
+
+def _fuse(linear: Linear, adapted: list[Part], state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """One pair (A [k*r, in], B [out, k*r]) for the k adapted parts of a linear layer."""
+    a = torch.cat([state[f"{part.name}.lora_a.weight"].detach().cpu() for part in adapted])
+    b = torch.zeros(linear.rows, a.shape[0], dtype=a.dtype, device="cpu")
+    for part, rows, columns in _blocks(linear, adapted, a.shape[0] // len(adapted)):
+        b[rows, columns] = state[f"{part.name}.lora_b.weight"].detach().cpu()
+    return a, b
+
+
+def _unfuse(
+    linear: Linear, adapted: list[Part], stored: Mapping[str, Tensor], rank: int, adapter_dir: Path
+) -> dict[str, Tensor]:
+    names = [f"{_PREFIX}{linear.name}.lora_{kind}.weight" for kind in "AB"]
+    if not all(name in stored for name in names):
+        raise incomplete(f"{adapter_dir / ADAPTER_FILE} lacks the adapter of {linear.name}.")
+    a, b = (stored[name] for name in names)
+    state: dict[str, Tensor] = {}
+    for part, rows, columns in _blocks(linear, adapted, rank):
+        state[f"{part.name}.lora_a.weight"] = a[columns].contiguous()
+        state[f"{part.name}.lora_b.weight"] = b[rows, columns].contiguous()
+    return state
+
+
+def _blocks(linear: Linear, adapted: list[Part], rank: int) -> Iterator[tuple[Part, slice, slice]]:
+    """Where each adapted part's B lies in the fused B: its rows of the layer, its own `rank` columns."""
+    row = 0
+    for part in linear.parts:
+        if part in adapted:
+            column = adapted.index(part) * rank
+            yield part, slice(row, row + part.rows), slice(column, column + rank)
+        row += part.rows
+
+
+def _peft_config(lora: LoraSpec, base_model: str, multiples: Mapping[str, int]) -> dict[str, Any]:
+    fused = {name: multiple for name, multiple in multiples.items() if multiple > 1}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(multiples),
+        "rank_pattern": {name: lora.rank * multiple for name, multiple in fused.items()},
+        "alpha_pattern": {name: lora.alpha * multiple for name, multiple in fused.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }

@@ -1,0 +1,33 @@
+"""Directories that are made once and then shared: by jobs of one machine and, on a shared file system, of many."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+def make_once(final: Path, make: Callable[[Path], None], log: Callable[[str], None]) -> Path:
+    """`final`, made by `make` where it isn't there yet; a directory of that name is always complete.
+
+    `make(partial)` fills a directory beside it, which is then renamed. Only one process makes it at a time; others
+    wait, and say so. What an attempt that died has left is handed to the next one, so downloads go on where they
+    stopped; `make` must cope with it.
+    """
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(final.with_name(f".{final.name}.lock"), mode=0o644)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log(f"another job is getting {final.name} right now: waiting for it")
+        lock.acquire()
+    try:
+        if not final.is_dir():
+            partial = final.with_name(f".{final.name}.partial")
+            partial.mkdir(exist_ok=True)
+            make(partial)
+            partial.rename(final)
+    finally:
+        lock.release()
+    return final

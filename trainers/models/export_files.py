@@ -1,0 +1,47 @@
+"""Writing the files of a model or adapter directory: readable by everyone (0644), whatever the umask of the writer."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+FILE_MODE = 0o644
+_COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "NOTICE",
+)
+
+
+def copy_companions(source_dir: Path, out_dir: Path) -> None:
+    """Copies what belongs to a model besides weights and config.json: tokenizer, chat templates, licence."""
+    for name in _COMPANION_FILES:
+        if (source_dir / name).is_file():
+            shutil.copyfile(source_dir / name, out_dir / name)
+            (out_dir / name).chmod(FILE_MODE)
+    if (source_dir / "additional_chat_templates").is_dir():
+        shutil.copytree(source_dir / "additional_chat_templates", out_dir / "additional_chat_templates")
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes tensors with mode 0644; `format: pt` is what transformers asks of a file's metadata."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(FILE_MODE)
+
+
+def write_json(value: Any, path: Path) -> None:  # noqa: ANN401  -- any JSON value
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.chmod(FILE_MODE)

@@ -1,0 +1,170 @@
+"""Models of a Hugging Face hub, downloaded once per commit.
+
+The hub is the one `HF_ENDPOINT` names; `HF_TOKEN` of the worker's environment opens private and gated models.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from trainers.errors import InfrastructureError, JobProblem, UserError
+from trainers.models.architecture import read_architecture
+from trainers.models.cache import make_once
+from trainers.models.model_files import SINGLE_FILE, incomplete, read_json_object
+from trainers.models.names import HubModel
+
+Log = Callable[[str], None]
+
+WANTED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+    "NOTICE*",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+def wanted(name: str) -> bool:
+    """Whether a file of a model directory, named by its path in it, is one that training or the export needs."""
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in WANTED_FILES)
+
+
+def download(model: HubModel, cache_dir: Path, log: Log) -> Path:
+    """The directory of the model at the commit that its revision means now; downloaded where it isn't cached.
+
+    The commit goes to `log`. When the hub can't be reached, the commit that the revision meant last time is used if
+    it is cached, and `log` says so. An architecture that can't be trained is refused before its weights are fetched.
+
+    Raises UserError `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
+    InfrastructureError `hub_unreachable`.
+    """
+    home = cache_dir / "hub" / model.repo.replace("/", "--")
+    remembered = home / "refs" / model.revision.replace("/", "--")
+    try:
+        commit, files = _look_up(model)
+    except InfrastructureError as error:
+        cached = home / (remembered.read_text().strip() if remembered.is_file() else model.revision)
+        if not cached.is_dir():
+            raise
+        log(f"{error} Using commit {cached.name} of {model.repo}, which was downloaded before.")
+        return cached
+    log(f"model {model.repo}: {model.revision} is commit {commit}")
+    path = make_once(home / commit, lambda partial: _fetch(model.repo, commit, files, partial, log), log)
+    _remember(remembered, commit)
+    return path
+
+
+def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
+    """The commit of the revision, and its wanted files with their sizes in bytes."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(model):
+        info = HfApi(endpoint=_endpoint()).model_info(model.repo, revision=model.revision, files_metadata=True)
+    names = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    files = {name: size for name, size in names.items() if wanted(name)}
+    if not any(name.endswith(".safetensors") for name in files):
+        pickled = " (only pickle files, which are never opened here)" if any(n.endswith(".bin") for n in names) else ""
+        raise incomplete(
+            f"{model.repo} at {info.sha} has no weights named {SINGLE_FILE} or model-*.safetensors{pickled}."
+        )
+    return str(info.sha), files
+
+
+def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Log) -> None:
+    _get(repo, commit, ["config.json"], partial)
+    read_architecture(read_json_object(partial / "config.json"))
+    started = time.monotonic()
+    log(f"downloading {len(files)} files of {repo}, {sum(files.values()) / 1e9:.2f} GB")
+    _get(repo, commit, list(files), partial)
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # huggingface_hub's notes on how far it got
+    log(f"downloaded {repo} in {time.monotonic() - started:.0f} s")
+
+
+def _get(repo: str, commit: str, names: list[str], partial: Path) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # they redraw themselves, which makes no sense in a log
+    with _hub_errors(HubModel(repo, commit)):
+        snapshot_download(repo, revision=commit, local_dir=partial, allow_patterns=names, endpoint=_endpoint())
+
+
+def _endpoint() -> str | None:
+    """None: huggingface_hub's default. It reads the variable only once, when it is imported."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _remember(path: Path, commit: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(f"{commit}\n")
+    new.replace(path)
+
+
+@contextmanager
+def _hub_errors(model: HubModel) -> Iterator[None]:
+    """Turns what huggingface_hub raises into errors that say who can do what about it."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except JobProblem:
+        raise
+    except GatedRepoError as error:
+        raise UserError(
+            "model_access_denied",
+            f"{model.repo} is gated: accept its licence on the hub, and give the workers an HF_TOKEN of that account.",
+            param="model",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            "model_not_found",
+            f"the hub has no model {model.repo}, or it is private and the workers' HF_TOKEN doesn't open it. (A local "
+            "directory is given as a path that starts with '/' or './'.)",
+            param="model",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            "model_not_found", f"{model.repo} has no revision {model.revision!r}.", param="model"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(model, error) from error
+    except EntryNotFoundError as error:
+        raise incomplete(f"{model.repo} at {model.revision} lacks a file: {error}.") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise UserError(
+                "model_access_denied", f"the hub refuses access to {model.repo}: check HF_TOKEN.", param="model"
+            ) from error
+        raise _unreachable(model, error) from error
+    except Exception as error:  # the HTTP library beneath, and so its errors, changes with huggingface_hub's releases
+        raise _unreachable(model, error) from error
+
+
+def _unreachable(model: HubModel, error: Exception) -> InfrastructureError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    endpoint = _endpoint() or "the Hugging Face hub"
+    return InfrastructureError(
+        "hub_unreachable",
+        f"{model.repo} could not be fetched from {endpoint}: {reason}. Check the workers' network (HF_ENDPOINT, proxy, "
+        "HF_HUB_OFFLINE), or give the model as a local directory.",
+    )

@@ -1,0 +1,103 @@
+"""The one table of names: which tensor of a Hugging Face checkpoint holds which parameters of our decoder.
+
+A checkpoint tensor is the concatenation, along the first dimension, of one or more of our parameters (more than one
+where a family stores fused projections). Loading splits, saving concatenates; no value is ever changed or permuted, so
+load -> save is bit-exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # `architecture` imports this module
+    from trainers.models.architecture import Architecture
+
+
+class Part(NamedTuple):
+    """A parameter of our decoder and how many rows of the checkpoint tensor it takes."""
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    name: str
+    """As in the safetensors file, e.g. `model.layers.0.self_attn.q_proj.weight`."""
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+class Linear(NamedTuple):
+    """A linear layer of the checkpoint: its module name there, its inputs, our modules that share its rows, its bias."""
+
+    name: str
+    columns: int
+    parts: tuple[Part, ...]
+    bias: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+
+def checkpoint_tensors(arch: Architecture) -> Iterator[CheckpointTensor]:
+    """Every tensor that a checkpoint of this architecture holds, in the order of the model."""
+    yield _whole("model.embed_tokens.weight", "tok_embeddings.weight", (arch.vocab_size, arch.hidden_size))
+    for layer in range(arch.num_layers):
+        yield from _layer_tensors(arch, layer)
+    yield _whole("model.norm.weight", "norm.scale", (arch.hidden_size,))
+    if not arch.tied:
+        yield from _linear_tensors(_head(arch))
+
+
+def linears(arch: Architecture) -> Iterator[Linear]:
+    """Every linear layer of a checkpoint (an untied head is the last one): what an adapter can be put on."""
+    for layer in range(arch.num_layers):
+        yield from _layer_linears(arch, layer)
+    if not arch.tied:
+        yield _head(arch)
+
+
+def _whole(name: str, ours: str, shape: tuple[int, ...]) -> CheckpointTensor:
+    return CheckpointTensor(name, shape, (Part(ours, shape[0]),))
+
+
+def _head(arch: Architecture) -> Linear:
+    return Linear("lm_head", arch.hidden_size, (Part("output", arch.vocab_size),), bias=False)
+
+
+def _layer_tensors(arch: Architecture, layer: int) -> Iterator[CheckpointTensor]:
+    theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
+    yield _whole(f"{theirs}.input_layernorm.weight", f"{ours}.sa_norm.scale", (arch.hidden_size,))
+    yield _whole(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.scale", (arch.hidden_size,))
+    for linear in _layer_linears(arch, layer):
+        yield from _linear_tensors(linear)
+
+
+def _linear_tensors(linear: Linear) -> Iterator[CheckpointTensor]:
+    shapes = {"weight": (linear.rows, linear.columns)} | ({"bias": (linear.rows,)} if linear.bias else {})
+    for kind, shape in shapes.items():
+        parts = tuple(Part(f"{part.name}.{kind}", part.rows) for part in linear.parts)
+        yield CheckpointTensor(f"{linear.name}.{kind}", shape, parts)
+
+
+def _layer_linears(arch: Architecture, layer: int) -> Iterator[Linear]:
+    theirs, attn, mlp = f"model.layers.{layer}", f"layers.{layer}.attn", f"layers.{layer}.mlp"
+    width, ffn = arch.hidden_size, arch.intermediate_size
+    queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    q, k, v = Part(f"{attn}.q_proj", queries), Part(f"{attn}.k_proj", keys), Part(f"{attn}.v_proj", keys)
+    gate, up = Part(f"{mlp}.w1", ffn), Part(f"{mlp}.w3", ffn)
+    if arch.fused_projections:
+        yield Linear(f"{theirs}.self_attn.qkv_proj", width, (q, k, v), arch.qkv_bias)
+        yield Linear(f"{theirs}.mlp.gate_up_proj", width, (gate, up), arch.mlp_bias)
+    else:
+        for name, part in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
+            yield Linear(f"{theirs}.self_attn.{name}", width, (part,), arch.qkv_bias)
+        for name, part in (("gate_proj", gate), ("up_proj", up)):
+            yield Linear(f"{theirs}.mlp.{name}", width, (part,), arch.mlp_bias)
+    output = Part(f"{attn}.output_proj", width)
+    yield Linear(f"{theirs}.self_attn.o_proj", queries, (output,), arch.attention_output_bias)
+    yield Linear(f"{theirs}.mlp.down_proj", ffn, (Part(f"{mlp}.w2", width),), arch.mlp_bias)

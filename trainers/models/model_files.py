@@ -1,0 +1,147 @@
+"""The files of a model directory in Hugging Face layout, checked without reading a tensor.
+
+Only safetensors are ever opened: a `.bin` checkpoint is a pickle, and loading one runs whatever code it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainers.errors import UserError
+from trainers.models.layout import checkpoint_tensors
+
+if TYPE_CHECKING:  # `architecture` imports this module
+    from trainers.models.architecture import Architecture
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+
+class TensorEntry(NamedTuple):
+    """What a safetensors header says about one tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def incomplete(message: str) -> UserError:
+    """The error for a model directory that lacks something or holds something broken."""
+    return UserError("model_incomplete", message, param="model")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model directory. Raises UserError `model_incomplete`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise incomplete(f"the model directory {path.parent} has no {path.name}.") from None
+    except (OSError, ValueError) as error:
+        raise incomplete(f"{path} can't be read as JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise incomplete(f"{path} must hold a JSON object.")
+    return value
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The safetensors files that hold the model, in a fixed order.
+
+    Raises UserError `model_incomplete`, naming what is missing: all of it, a shard of the index, or only its
+    safetensors form.
+    """
+    if (model_dir / INDEX_FILE).is_file():
+        return _indexed_files(model_dir)
+    if (model_dir / SINGLE_FILE).is_file():
+        return [model_dir / SINGLE_FILE]
+    if (model_dir / "adapter_config.json").is_file():
+        raise incomplete(f"{model_dir} holds an adapter, not a model: merge it into its base model first.")
+    if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
+        raise incomplete(
+            f"{model_dir} has its weights only as pickle files (.bin), which are never opened here: load the model "
+            "with transformers and save it again with save_pretrained(), which writes safetensors."
+        )
+    raise incomplete(f"{model_dir} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there.")
+
+
+def check_weights(model_dir: Path, arch: Architecture) -> None:
+    """Checks that the weight files are whole and hold exactly the tensors of `arch`, in floating point.
+
+    Reads headers only. Raises UserError `model_incomplete` or `model_unsupported`.
+    """
+    found = read_headers(weight_files(model_dir))
+    expected = {tensor.name: tensor.shape for tensor in checkpoint_tensors(arch)}
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise incomplete(f"{model_dir}: the weights lack {_some(missing)}.")
+    unknown = [name for name in found if name not in expected and not is_ignored(name, arch)]
+    if unknown:
+        raise _unsupported(
+            f"{model_dir}: the weights hold tensors that {arch.family} models don't have: {_some(unknown)}."
+        )
+    for name, shape in expected.items():
+        entry = found[name]
+        if entry.shape != shape:
+            raise incomplete(f"{entry.file}: {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}.")
+        if entry.dtype not in FLOAT_DTYPES:
+            raise _unsupported(
+                f"{entry.file}: {name} is stored as {entry.dtype}; give weights in float32, float16 or bfloat16."
+            )
+
+
+def is_ignored(name: str, arch: Architecture) -> bool:
+    """Tensors that some checkpoints carry and no model reads: rotary tables, and a copy of a tied head."""
+    return name.endswith("rotary_emb.inv_freq") or (arch.tied and name == "lm_head.weight")
+
+
+def read_headers(files: list[Path]) -> dict[str, TensorEntry]:
+    """The tensors of some safetensors files by name. Raises UserError `model_incomplete` for a broken or cut file."""
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        for name, entry in _header(file).items():
+            entries[name] = TensorEntry(file, entry["dtype"], tuple(entry["shape"]))
+    return entries
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The format is: length of the header (8 bytes, little endian), the header (JSON), the tensors."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, _MAX_HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        size = file.stat().st_size
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise incomplete(f"{file} is not a readable safetensors file: {error}.") from None
+    if size != end:
+        raise incomplete(f"{file} has {size} bytes, its header says {end}: was the download cut short?")
+    return dict(header)
+
+
+def _indexed_files(model_dir: Path) -> list[Path]:
+    weight_map = read_json_object(model_dir / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise incomplete(f"{model_dir / INDEX_FILE} has no weight_map.")
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if outside:
+        raise incomplete(f"{model_dir / INDEX_FILE} names files that are no safetensors beside it: {_some(outside)}.")
+    missing = [name for name in names if not (model_dir / name).is_file()]
+    if missing:
+        raise incomplete(f"{model_dir} lacks the weight files {_some(missing)} that {INDEX_FILE} names.")
+    return [model_dir / name for name in names]
+
+
+def _unsupported(message: str) -> UserError:
+    return UserError("model_unsupported", message, param="model")
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

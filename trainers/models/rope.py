@@ -1,0 +1,85 @@
+"""Rotary position embeddings in the half-split convention of Hugging Face checkpoints.
+
+transformers rotates the pairs (x[i], x[i + d/2]), torchtune and the original Llama code (x[2i], x[2i + 1]). Using the
+convention of the checkpoints means that q and k projections are loaded and saved as they are.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from trainers.models.rope_config import RopeParams
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates queries or keys, shape [b, s, heads, head_dim], by their positions.
+
+    The tables are derived, never saved, and always float32: moving, casting or emptying the module (`to`, `to_empty`)
+    computes them again on the device it ends up on. Whatever materialises a module tensor by tensor (FSDP2) calls
+    `rope_init(device)` afterwards.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, params: RopeParams, head_dim: int, max_seq_len: int) -> None:
+        super().__init__()
+        self.params = params
+        self.head_dim = head_dim
+        self.max_seq_len = max_seq_len
+        self.rope_init()
+
+    def rope_init(self, device: torch.device | str | None = None) -> None:
+        """Computes the tables, shape [max_seq_len, head_dim / 2], on `device` (None: the current default device)."""
+        frequencies = inverse_frequencies(self.params, self.head_dim, device)
+        positions = torch.arange(self.max_seq_len, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, frequencies)
+        self.register_buffer("cos", angles.cos() * self.params.attention_factor, persistent=False)
+        self.register_buffer("sin", angles.sin() * self.params.attention_factor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        super()._apply(fn, recurse)
+        self.rope_init(self.cos.device)
+        return self
+
+    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
+        """`input_pos` holds positions, shape [s] or [b, s]; None: 0, 1, 2, ... Returns the shape and dtype of `x`."""
+        seq_len = x.shape[1]
+        cos = self.cos[:seq_len] if input_pos is None else self.cos[input_pos]
+        sin = self.sin[:seq_len] if input_pos is None else self.sin[input_pos]
+        # [s, d/2] or [b, s, d/2] -> [..., s, 1, d/2], the same for every head
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+def inverse_frequencies(params: RopeParams, head_dim: int, device: torch.device | str | None = None) -> Tensor:
+    """Radians per position of each rotated pair, float32, shape [head_dim / 2].
+
+    The formulas, and their order of operations, are those of transformers (`modeling_rope_utils.py`).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    if params.kind == "longrope":
+        factors = torch.tensor(params.short_factor, dtype=torch.float32, device=device)
+        return 1.0 / (factors * params.theta**exponents)
+    frequencies = 1.0 / (params.theta**exponents)
+    if params.kind == "linear":
+        return frequencies / params.factor
+    if params.kind == "llama3":
+        return _llama3(params, frequencies)
+    return frequencies
+
+
+def _llama3(params: RopeParams, frequencies: Tensor) -> Tensor:
+    """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    wavelengths = 2 * math.pi / frequencies
+    longest = params.original_context / params.low_freq_factor
+    shortest = params.original_context / params.high_freq_factor
+    scaled = torch.where(wavelengths > longest, frequencies / params.factor, frequencies)
+    smooth = (params.original_context / wavelengths - params.low_freq_factor) / (
+        params.high_freq_factor - params.low_freq_factor
+    )
+    between = (wavelengths >= shortest) & (wavelengths <= longest)
+    return torch.where(between, (1 - smooth) * scaled / params.factor + smooth * scaled, scaled)

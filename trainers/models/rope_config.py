@@ -1,0 +1,124 @@
+"""The rotary position settings of a `config.json`, in the spelling of transformers 4 and of transformers 5."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from trainers.errors import UserError
+
+RopeKind = Literal["default", "linear", "llama3", "longrope"]
+
+
+@dataclass(frozen=True)
+class RopeParams:
+    """What `rope.inverse_frequencies` needs. Fields that a kind does not use keep their neutral default.
+
+    `attention_factor` multiplies cos and sin. `short_factor` has head_dim / 2 entries, one per frequency.
+    """
+
+    kind: RopeKind = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_context: int = 0
+    short_factor: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+
+    def for_head_dim(self, head_dim: int) -> "RopeParams":
+        """These parameters, checked to fit heads of that size."""
+        if self.kind == "longrope" and len(self.short_factor) != head_dim // 2:
+            raise _refused(f"short_factor has {len(self.short_factor)} entries for {head_dim // 2} frequencies")
+        return self
+
+
+def read_rope(config: Mapping[str, Any]) -> RopeParams:
+    """The rotary settings of a parsed config.json. Raises UserError `model_unsupported` for what is not built.
+
+    transformers 5 keeps everything in `rope_parameters`; version 4 has `rope_theta` and `rope_scaling`, whose kind
+    is called `type` in old files. Values inside the dictionary win, as in transformers.
+    """
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
+        raise _refused("they differ between layers, which is not built")
+    values = {"rope_theta": config.get("rope_theta", 10_000.0)} | dict(scaling)
+    _refuse_partial_rotation(config, values)
+    kind = _kind(values)
+    theta = _positive(values, "rope_theta")
+    if kind == "linear":
+        return RopeParams(kind, theta, factor=_positive(values, "factor"))
+    if kind == "llama3":
+        return _llama3(config, values, theta)
+    if kind == "longrope":
+        return _longrope(config, values, theta)
+    return RopeParams(kind, theta)
+
+
+def _refused(problem: str) -> UserError:
+    return UserError("model_unsupported", f"config.json, rotary position settings: {problem}.", param="model")
+
+
+def _kind(values: Mapping[str, Any]) -> RopeKind:
+    kind = values.get("rope_type") or values.get("type") or "default"
+    kind = {"su": "longrope"}.get(kind, kind)  # the name LongRoPE had when Phi-3 came out
+    if kind not in get_args(RopeKind):
+        raise _refused(f"rope type {kind!r} is not built; supported are: {', '.join(get_args(RopeKind))}")
+    return cast(RopeKind, kind)
+
+
+def _refuse_partial_rotation(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    fraction = values.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if fraction != 1.0:
+        raise _refused(f"partial_rotary_factor {fraction} is not built, only 1.0")
+
+
+def _llama3(config: Mapping[str, Any], values: Mapping[str, Any], theta: float) -> RopeParams:
+    low, high = _positive(values, "low_freq_factor"), _positive(values, "high_freq_factor")
+    if high <= low:
+        raise _refused(f"high_freq_factor {high} must be greater than low_freq_factor {low}")
+    return RopeParams(
+        "llama3",
+        theta,
+        factor=_positive(values, "factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_context=_original_context(config, values),
+    )
+
+
+def _longrope(config: Mapping[str, Any], values: Mapping[str, Any], theta: float) -> RopeParams:
+    """Only the short factors are read: sequences are limited to the original context, where they are in force."""
+    original = _original_context(config, values)
+    factors = values.get("short_factor")
+    if not isinstance(factors, list) or not all(isinstance(x, int | float) and x > 0 for x in factors):
+        raise _refused("short_factor must be a list of positive numbers")
+    attention_factor = values.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = _longrope_attention_factor(config, values, original)
+    return RopeParams(
+        "longrope",
+        theta,
+        original_context=original,
+        short_factor=tuple(float(x) for x in factors),
+        attention_factor=float(attention_factor),
+    )
+
+
+def _longrope_attention_factor(config: Mapping[str, Any], values: Mapping[str, Any], original: int) -> float:
+    """sqrt(1 + ln(factor) / ln(original context)): LongRoPE (arXiv 2402.13753), as transformers applies it."""
+    factor = values.get("factor") or config["max_position_embeddings"] / original
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _original_context(config: Mapping[str, Any], values: Mapping[str, Any]) -> int:
+    """Phi-3 keeps it next to `rope_scaling`, Llama 3 inside; transformers prefers the outer one."""
+    key = "original_max_position_embeddings"
+    return int(_positive({key: config.get(key) or values.get(key) or config.get("max_position_embeddings")}, key))
+
+
+def _positive(values: Mapping[str, Any], key: str) -> float:
+    value = values.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise _refused(f"{key} must be a positive number, is {value!r}")
+    return float(value)

@@ -1,0 +1,131 @@
+"""Weights between Hugging Face checkpoints and our decoder. Loading renames and splits, saving is its exact inverse.
+
+What is trained on top of them, adapters, is in `adapters`; its functions can be imported from here as well.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from trainers.models.adapters import load_peft_adapter, merge_lora, save_peft_adapter
+from trainers.models.architecture import Architecture
+from trainers.models.export_files import copy_companions, write_json, write_safetensors
+from trainers.models.layout import CheckpointTensor, checkpoint_tensors
+from trainers.models.model_files import INDEX_FILE, SINGLE_FILE, incomplete, weight_files
+
+__all__ = ["load_peft_adapter", "load_weights", "merge_lora", "save_hf_model", "save_peft_adapter"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def load_weights(model_dir: Path, arch: Architecture, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The parameters of our decoder out of a checkpoint, on the CPU; `dtype` None keeps the stored one.
+
+    Tensors of the stored dtype are memory-mapped, copy on write: they cost memory only when they are read, and
+    changing them never changes the file. Raises UserError `model_incomplete`.
+    """
+    weights: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(model_dir)]
+        by_name = {name: file for file in files for name in file.keys()}  # noqa: SIM118  -- not a dict
+        for tensor in checkpoint_tensors(arch):
+            stored = _stored(by_name, tensor, model_dir)
+            for part, value in zip(tensor.parts, _split(stored, tensor), strict=True):
+                weights[part.name] = value if dtype is None else value.to(dtype)
+        if arch.tied and "lm_head.weight" in by_name:
+            _check_tied_copy(by_name["lm_head.weight"].get_tensor("lm_head.weight"), weights["tok_embeddings.weight"])
+    return weights
+
+
+def save_hf_model(
+    state_dict: Mapping[str, Tensor],
+    arch: Architecture,
+    source_dir: Path,
+    out_dir: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes `out_dir` as a model directory that transformers and vLLM load as it is.
+
+    `state_dict` holds the parameters of our decoder (adapters merged); `dtype` None keeps theirs. config.json, the
+    tokenizer and the generation config come from `source_dir`. Files have mode 0644. `out_dir` must be new or empty;
+    it is the caller who makes the whole appear at once (write to a temporary name, then rename).
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    shards = list(_shards(state_dict, arch, dtype, max_shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {tensor.name: _join(state_dict, tensor, dtype) for tensor in shard}
+        write_safetensors(tensors, out_dir / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        total = sum(_size(state_dict, tensor, dtype) for shard in shards for tensor in shard)
+        write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, out_dir / INDEX_FILE)
+    stored = dtype or state_dict["tok_embeddings.weight"].dtype
+    write_json(_exported_config(arch, stored), out_dir / "config.json")
+    copy_companions(source_dir, out_dir)
+
+
+def _stored(by_name: Mapping[str, Any], tensor: CheckpointTensor, model_dir: Path) -> Tensor:
+    if tensor.name not in by_name:
+        raise incomplete(f"{model_dir}: the weights lack {tensor.name}.")
+    stored: Tensor = by_name[tensor.name].get_tensor(tensor.name)
+    if stored.shape != tensor.shape:
+        raise incomplete(
+            f"{model_dir}: {tensor.name} has shape {list(stored.shape)}, config.json asks for {list(tensor.shape)}."
+        )
+    return stored
+
+
+def _split(stored: Tensor, tensor: CheckpointTensor) -> tuple[Tensor, ...]:
+    return stored.split([part.rows for part in tensor.parts])
+
+
+def _join(state_dict: Mapping[str, Tensor], tensor: CheckpointTensor, dtype: torch.dtype | None) -> Tensor:
+    parts = [
+        state_dict[part.name].detach().to(device="cpu", dtype=dtype or state_dict[part.name].dtype)
+        for part in tensor.parts
+    ]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+def _size(state_dict: Mapping[str, Tensor], tensor: CheckpointTensor, dtype: torch.dtype | None) -> int:
+    parts = [state_dict[part.name] for part in tensor.parts]
+    return sum(part.numel() * (dtype or part.dtype).itemsize for part in parts)
+
+
+def _shards(
+    state_dict: Mapping[str, Tensor], arch: Architecture, dtype: torch.dtype | None, max_shard_bytes: int
+) -> Iterator[list[CheckpointTensor]]:
+    """Groups of tensors that fit a file, in the order of the model; a tensor larger than a file gets its own."""
+    shard: list[CheckpointTensor] = []
+    used = 0
+    for tensor in checkpoint_tensors(arch):
+        size = _size(state_dict, tensor, dtype)
+        if shard and used + size > max_shard_bytes:
+            yield shard
+            shard, used = [], 0
+        shard.append(tensor)
+        used += size
+    yield shard
+
+
+def _exported_config(arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:
+    """The model's own config.json with the dtype of the weights, under the key that transformers 4 and 5 both read."""
+    config = {key: value for key, value in arch.json.items() if key not in ("dtype", "_name_or_path", "auto_map")}
+    return config | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _check_tied_copy(head: Tensor, embedding: Tensor) -> None:
+    if not torch.equal(head.to(embedding.dtype), embedding):
+        raise incomplete(
+            "config.json says that the output head is tied to the embedding, but the weights hold an lm_head.weight "
+            "that differs from it: set tie_word_embeddings to false, or remove that tensor."
+        )

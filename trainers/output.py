@@ -1,0 +1,121 @@
+"""Everything a process prints, line by line: Python's print and logging, C libraries, subprocesses, crashes.
+
+File descriptors 1 and 2 are replaced by one pipe, so the order of lines is the order of writes, whoever wrote them. A thread reads
+the pipe and hands over batches; what the process printed is never held back longer than `FLUSH_S`.
+"""
+
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+Line = tuple[str, str]
+"""(RFC 3339 UTC timestamp of the moment the line was complete, message without its newline)."""
+
+Sink = Callable[[list[Line]], None]
+
+FLUSH_S = 0.05
+BATCH_LINES = 500
+MAX_LINE_BYTES = 64 * 1024
+
+
+class OutputCapture:
+    """Sends this process's output to `sink` until `close`.
+
+    `sink` is called from one thread, with at least one line, in order. It may block: the pipe then fills and writers wait, which
+    bounds memory. If it raises, the lines go to the original stderr instead, and capture goes on. Progress bars redraw
+    a line with carriage returns: the last state of such a line is what is kept. With `tee`, the original stdout gets
+    everything too.
+    """
+
+    def __init__(self, sink: Sink, *, tee: bool = False) -> None:
+        self._sink = sink
+        self._tee = tee
+        self._saved = (os.dup(1), os.dup(2))
+        self._read_fd, write_fd = os.pipe()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(write_fd, 1)
+        os.dup2(write_fd, 2)
+        os.close(write_fd)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._pump, name="output-capture", daemon=True)
+        self._thread.start()
+
+    @property
+    def original_stdout(self) -> int:
+        """The file descriptor that was 1 before: writing there bypasses the capture."""
+        return self._saved[0]
+
+    def close(self) -> None:
+        """Give 1 and 2 back, and return once every line written so far has been handed over."""
+        if self._closing.is_set():
+            return
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self._closing.set()
+        os.dup2(self._saved[0], 1)
+        os.dup2(self._saved[1], 2)
+        # A child process may still hold the pipe open, so the end is not always an end-of-file: the pump also stops
+        # once the pipe is empty after `_closing`.
+        self._thread.join()
+        for fd in self._saved:
+            os.close(fd)
+
+    def _pump(self) -> None:
+        os.set_blocking(self._read_fd, False)
+        pending = b""
+        lines: list[Line] = []
+        last_sent = time.monotonic()
+        while True:
+            closing = self._closing.is_set()  # asked before reading: what is written until then is read below
+            chunk = self._read()
+            if chunk is not None:
+                if self._tee:
+                    os.write(self._saved[0], chunk)
+                *complete, pending = (pending + chunk).split(b"\n")
+                lines += [_line(raw) for raw in complete]
+                if len(pending) > MAX_LINE_BYTES:
+                    lines.append(_line(pending))
+                    pending = b""
+            done = chunk == b"" or (chunk is None and closing)
+            if done and pending:
+                lines.append(_line(pending))
+            if lines and (done or len(lines) >= BATCH_LINES or time.monotonic() - last_sent >= FLUSH_S):
+                self._send(lines)
+                lines, last_sent = [], time.monotonic()
+            if done:
+                os.close(self._read_fd)
+                return
+            if chunk is None:
+                self._wait(FLUSH_S if lines else 0.5)
+
+    def _read(self) -> bytes | None:
+        """Bytes that are there; None when there are none now; b"" at the end of the pipe."""
+        try:
+            return os.read(self._read_fd, 1 << 16)
+        except BlockingIOError:
+            return None
+
+    def _wait(self, timeout_s: float) -> None:
+        """Return when there is something to read or the pipe has ended, at the latest after `timeout_s`."""
+        select.select([self._read_fd], [], [], timeout_s)
+
+    def _send(self, lines: list[Line]) -> None:
+        try:
+            self._sink(lines)
+        except Exception as error:  # noqa: BLE001  -- a lost log service must not stop training; the operator sees why
+            text = "".join(f"{timestamp} {message}\n" for timestamp, message in lines)
+            os.write(self._saved[1], f"{text}(not delivered to the job's log: {error})\n".encode(errors="backslashreplace"))
+
+
+def _line(raw: bytes) -> Line:
+    text = raw.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode(errors="replace")
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return now, text

@@ -1,0 +1,183 @@
+"""What a Config means for a training run: merged, typed, checked.
+
+`make_plan` merges the request's options, the `key=value` part of `overrides` and `extras`, the later over the earlier,
+and reports everything that is wrong at once. A `Plan` is plain data and travels to the workers as a dict.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from events.config import Config, LoraFineTuneOptions, WandBLogger
+from trainers.components import DEFAULTS
+from trainers.errors import ConfigProblems, Problem
+from trainers.merge import Merged
+from trainers.overrides import parse_overrides
+
+EXTRAS = "fine_tuning_options.extras"
+RESERVED_NAMES = frozenset(
+    {"data", "checkpoints", "log.ndjson", "error.txt", "wandb", "ray", "valid", "train", "output"}
+)
+"""Names in a job's directory that the service itself uses."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraSpec(_Frozen):
+    """Which linear layers get an adapter W + alpha/rank · B·A, and its size."""
+
+    attn_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "output_proj")
+    mlp: bool = False
+    output: bool = False
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+
+
+class ComponentSpec(_Frozen):
+    """A component of the allow-list and the arguments the user gave it; the recipe adds the computed ones."""
+
+    component: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class DiskLog(_Frozen):
+    kind: Literal["disk"] = "disk"
+    filename: str
+
+
+class WandBLog(_Frozen):
+    kind: Literal["wandb"] = "wandb"
+    project: str
+
+
+class Plan(_Frozen):
+    """One training run. Round-trips through JSON: `Plan.model_validate(plan.model_dump(mode="json")) == plan`."""
+
+    model: str
+    data: str
+    validation_data: str | None = None
+
+    method: Literal["full", "lora"]
+    lora: LoraSpec | None = None
+
+    n_epochs: int = 1
+    batch_size: int = 4
+    lr: float
+    gradient_accumulation_steps: int = 1
+    seed: int = 42
+    shuffle: bool = True
+    max_steps_per_epoch: int | None = None
+    clip_grad_norm: float | None = None
+    optimizer: ComponentSpec = ComponentSpec(component=DEFAULTS["optimizer"])
+    lr_scheduler: ComponentSpec | None = ComponentSpec(component=DEFAULTS["lr_scheduler"])
+    loss: ComponentSpec = ComponentSpec(component=DEFAULTS["loss"])
+
+    packed: bool = False
+    max_seq_len: int | None = None
+    max_invalid_fraction: float = 0.0
+
+    dtype: Literal["fp32", "bf16"] | None = None
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    memory_efficient_fsdp_wrap: bool = False
+    fsdp_cpu_offload: bool = False
+
+    log_every_n_steps: int = 1
+    save_every_n_steps: int | None = None
+    logger: Annotated[DiskLog | WandBLog, Field(discriminator="kind")] = DiskLog(filename="metrics.jsonl")
+
+    nnodes: int = 1
+    nproc_per_node: int = 1
+    max_restarts: int = 3
+
+    @property
+    def workers(self) -> int:
+        return self.nnodes * self.nproc_per_node
+
+
+_DEFAULT_LR = {"full": 2e-5, "lora": 3e-4}
+_LORA_FIELDS = {
+    "lora_attn_modules": "attn_modules",
+    "apply_lora_to_mlp": "mlp",
+    "apply_lora_to_output": "output",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+}
+
+
+def make_plan(config: Config) -> Plan:
+    """The training run that `config` asks for. Raises ConfigProblems with everything that is wrong with it."""
+    options = config.fine_tuning_options
+    custom = options.custom_training_options
+    method: Literal["full", "lora"] = "lora" if isinstance(custom, LoraFineTuneOptions) else "full"
+    overrides, problems = parse_overrides(config.overrides)
+
+    merged = Merged(method)
+    basics = options.model_dump(exclude={"custom_training_options", "extras"}, exclude_none=True)
+    merged.options(basics, "fine_tuning_options")
+    merged.options(custom.model_dump(exclude={"finetuning_type"}), "fine_tuning_options.custom_training_options")
+    merged.settings(overrides.settings, lambda _: "overrides", named=True)
+    merged.settings(list(options.extras.items()), lambda key: f"{EXTRAS}.{key}")
+
+    values, components = merged.values(), merged.components()
+    problems += merged.problems
+    lora = {field: values.pop(key) for key, field in _LORA_FIELDS.items() if key in values}
+    problems += _contradictions(values, lora, merged)
+    problems += _logger_problems(config)
+    if problems:
+        raise ConfigProblems(problems)
+    values.setdefault("lr", _DEFAULT_LR[method])
+    return Plan(
+        model=config.model,
+        data=config.data,
+        validation_data=config.validation_data,
+        method=method,
+        lora=LoraSpec(**lora) if method == "lora" else None,
+        logger=_logger(config),
+        nnodes=overrides.nnodes,
+        nproc_per_node=overrides.nproc_per_node,
+        max_restarts=overrides.max_restarts,
+        **{section: _component(part) for section, part in components.items()},
+        **values,
+    )
+
+
+def _component(part: tuple[str, dict[str, Any]] | None) -> ComponentSpec | None:
+    return None if part is None else ComponentSpec(component=part[0], kwargs=part[1])
+
+
+def _contradictions(values: dict[str, Any], lora: dict[str, Any], merged: Merged) -> list[Problem]:
+    """Settings that are fine by themselves and wrong together."""
+    problems = []
+    if values.get("packed") and values.get("max_seq_len") is None:
+        problems.append(Problem(merged.param("packed"), "needs max_seq_len too: the length of a pack, in tokens"))
+    if {"attn_modules", "mlp", "output"} <= lora.keys() and not (lora["attn_modules"] or lora["mlp"] or lora["output"]):
+        problems.append(
+            Problem(merged.param("lora_attn_modules"), "no layer gets an adapter: there is nothing to train")
+        )
+    return problems
+
+
+def _logger_problems(config: Config) -> list[Problem]:
+    logger = config.logger
+    if isinstance(logger, WandBLogger):
+        if re.search(r"[/\\#?%:\x00-\x1f]", logger.project):
+            return [Problem("logger.project", "W&B project names may not contain / \\ # ? % : or control characters")]
+        return []
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", logger.filename, re.ASCII):
+        message = "must be a plain file name: letters, digits, '.', '_' and '-', not starting with '.' or '-'"
+        return [Problem("logger.filename", message)]
+    if logger.filename.lower() in RESERVED_NAMES:
+        return [Problem("logger.filename", f"'{logger.filename}' is a name the service itself uses: choose another")]
+    return []
+
+
+def _logger(config: Config) -> DiskLog | WandBLog:
+    if isinstance(config.logger, WandBLogger):
+        return WandBLog(project=config.logger.project)
+    return DiskLog(filename=config.logger.filename)

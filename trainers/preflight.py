@@ -1,0 +1,191 @@
+"""Everything that can be known to be wrong with a request before it becomes a job, found in one go.
+
+No tensor and no row of data is read, nothing is downloaded: what takes longer than a few milliseconds is left to the
+job's own validation.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ValidationError
+
+from events.config import (
+    Config,
+    DiskLogger,
+    FineTuningOptions,
+    FullFineTuneOptions,
+    LoraFineTuneOptions,
+    WandBLogger,
+)
+from trainers.data.source import check_data_uri
+from trainers.errors import ConfigProblems, Problem, UserError
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.resolve import classify_model
+from trainers.plan import Plan, make_plan
+from trainers.settings import Settings
+
+_CUSTOM = "fine_tuning_options.custom_training_options"
+_HOMES: dict[str, tuple[type[BaseModel], ...]] = {
+    "": (Config,),
+    "fine_tuning_options": (FineTuningOptions,),
+    _CUSTOM: (LoraFineTuneOptions, FullFineTuneOptions),
+    "logger": (DiskLogger, WandBLogger),
+}
+_UNION_TAGS = {cls.__name__ for cls in (FullFineTuneOptions, LoraFineTuneOptions, DiskLogger, WandBLogger)}
+_UNION_MEMBERS = {"constrained-str", "constrained-int", "constrained-float", "str", "int", "float", "none"}
+_OPAQUE = ("metadata", "extras")  # what stands in them is the user's, null included
+
+
+class Examined(NamedTuple):
+    """A request, what it means, and everything that is wrong with it. `plan` is None where no plan can be made."""
+
+    document: dict[str, Any]
+    plan: Plan | None
+    problems: list[Problem]
+
+
+def examine(document: Mapping[str, Any], settings: Settings) -> Examined:
+    """Look at a request as it came: `document` is parsed JSON. Blocks on file look-ups.
+
+    Fields that are null count as left out, and are left out of `Examined.document`.
+    """
+    sent = _without_nulls(document)
+    try:
+        config = Config.model_validate(sent)
+    except ValidationError as error:
+        errors = error.errors(include_input=False, include_url=False)
+        return Examined(sent, None, problems_of(errors) + _beyond(sent, errors, settings))
+    return Examined(sent, *_examine(config, settings))
+
+
+def check(config: Config, settings: Settings) -> Plan:
+    """The plan that `config` means. Raises ConfigProblems with everything that is wrong. Blocks on file look-ups."""
+    plan, problems = _examine(config, settings)
+    if plan is None or problems:
+        raise ConfigProblems(problems)
+    return plan
+
+
+def problems_of(errors: Sequence[Mapping[str, Any]]) -> list[Problem]:
+    """Pydantic's errors in our words. None repeats a value that was sent."""
+    # An optional field is a union with None, which nobody is told to send; its other member stands in the path.
+    return [_problem(detail) for detail in errors if detail["type"] != "none_required"]
+
+
+def _problem(detail: Mapping[str, Any]) -> Problem:
+    path = _path(detail)
+    param = ".".join(str(part) for part in path) or None
+    match detail["type"]:
+        case "missing":
+            return Problem(param, "is required", "missing")
+        case "extra_forbidden":
+            return Problem(param, _unknown_field(".".join(str(part) for part in path[:-1]), str(path[-1])), "unknown_field")
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return Problem(param, message[:1].lower() + message[1:], str(detail["type"]))
+
+
+def _path(detail: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """Where the field is in the request: pydantic's location without the members of unions."""
+    path = tuple(part for part in detail["loc"] if part not in _UNION_TAGS)
+    optional = len(path) > 1 and path[-1] in _UNION_MEMBERS and detail["type"] != "extra_forbidden"
+    return path[:-1] if optional else path
+
+
+def _unknown_field(parent: str, name: str) -> str:
+    here = _fields(parent)
+    if close := get_close_matches(name, here, 1):
+        return f"unknown field; did you mean {close[0]}?"
+    for home in _HOMES:
+        if home != parent and name in _fields(home):
+            return f"unknown field; it belongs {f'into {home}' if home else 'to the top level'}"
+    return f"unknown field; known here: {', '.join(here)}" if here else "unknown field"
+
+
+def _fields(home: str) -> list[str]:
+    return list(dict.fromkeys(name for model in _HOMES.get(home, ()) for name in model.model_fields))
+
+
+def _without_nulls(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) and key not in _OPAQUE else value
+        for key, value in document.items()
+        if value is not None
+    }
+
+
+def _beyond(document: dict[str, Any], errors: Sequence[Mapping[str, Any]], settings: Settings) -> list[Problem]:
+    """What else is wrong, once the fields that don't even parse are left out of the request."""
+    rest = copy.deepcopy(document)
+    for detail in errors:
+        _remove(rest, _path(detail))
+    missing = [name for name in ("model", "data") if name not in rest]
+    try:
+        config = Config.model_validate(rest | dict.fromkeys(missing, "-"))
+    except ValidationError:
+        return []
+    return [problem for problem in _examine(config, settings).problems if problem.param not in missing]
+
+
+class _Outcome(NamedTuple):
+    plan: Plan | None
+    problems: list[Problem]
+
+
+def _examine(config: Config, settings: Settings) -> _Outcome:
+    try:
+        plan, problems = make_plan(config), list[Problem]()
+    except ConfigProblems as found:
+        plan, problems = None, list(found.problems)
+    problems += _check_model(config.model, plan, settings)
+    problems += _check_data("data", config.data, settings)
+    if config.validation_data is not None:
+        problems += _check_data("validation_data", config.validation_data, settings)
+    return _Outcome(plan, problems)
+
+
+def _remove(document: dict[str, Any], path: tuple[Any, ...]) -> None:
+    """Take the field at `path` out; of a list, the whole list."""
+    for part in path[:-1]:
+        inner = document.get(part)
+        if not isinstance(inner, dict):
+            document.pop(part, None)
+            return
+        document = inner
+    if path:
+        document.pop(path[-1], None)
+
+
+def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
+    try:
+        check_data_uri(uri, settings)
+    except UserError as error:
+        return [Problem(param, error.error.message, error.error.code)]
+    return []
+
+
+def _check_model(model: str, plan: Plan | None, settings: Settings) -> list[Problem]:
+    if _carries_credentials(model):
+        message = "carries credentials; give them to the workers through their environment instead"
+        return [Problem("model", message, "credentials_in_uri")]
+    try:
+        if classify_model(model) != "local":
+            return []
+        architecture = inspect_model_dir(Path(model.removeprefix("file://")))
+    except UserError as error:
+        return [Problem(error.error.param or "model", error.error.message, error.error.code)]
+    if plan is not None and plan.lora is not None and plan.lora.output and architecture.tied:
+        message = "this model's output head is tied to its embedding, so it can't have an adapter of its own"
+        return [Problem(f"{_CUSTOM}.apply_lora_to_output", message, "unsupported_for_model")]
+    return []
+
+
+def _carries_credentials(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return False
+    return bool(parts.scheme) and "@" in parts.netloc

@@ -1,0 +1,128 @@
+"""What people and programs get to see of a run: log lines, and metrics for the reporter. Rank 0 speaks for all."""
+
+import logging
+import resource
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from events.facts import StepMetrics
+from trainers.batches import Progress
+from trainers.distributed import Ranks
+from trainers.models.architecture import Architecture
+from trainers.optimization import warmup_steps
+from trainers.plan import Plan
+from trainers.reporting import Reporter
+from trainers.training_model import TrainingModel, parameter_count
+
+if TYPE_CHECKING:  # the recipe imports this module
+    from trainers.recipe import StepOutcome
+
+_log = logging.getLogger("tunewright.train")
+
+
+class ProgressLog:
+    """Turns what the recipe does into log lines and StepMetrics. Silent on other ranks than the first."""
+
+    def __init__(self, plan: Plan, total_steps: int, reporter: Reporter, ranks: Ranks) -> None:
+        self._plan = plan
+        self._total_steps = total_steps
+        self._reporter = reporter
+        self._ranks = ranks
+        self._latest: dict[str, float] = {}
+
+    def latest(self) -> dict[str, float]:
+        """The last loss and validation loss that were seen."""
+        return dict(self._latest)
+
+    def stepped(self, progress: Progress, epoch: int, outcome: "StepOutcome", seconds: float) -> None:
+        """`epoch` is the index of the epoch the step belonged to, from 0."""
+        if outcome.loss is not None:
+            self._latest["loss"] = outcome.loss
+        if not self._ranks.first:
+            return
+        speed = outcome.tokens / seconds
+        if progress.step % self._plan.log_every_n_steps == 0 or progress.step == self._total_steps:
+            loss = "none (no trained token)" if outcome.loss is None else f"{outcome.loss:.4f}"
+            _log.info(
+                "step %d/%d | epoch %d/%d | loss %s | lr %.1e | %s tok/s",
+                *(progress.step, self._total_steps, epoch + 1, self._plan.n_epochs, loss, outcome.lr, f"{speed:,.0f}"),
+            )
+        self._reporter.metrics(
+            StepMetrics(
+                step=progress.step,
+                epoch=epoch + 1,
+                time=_now(),
+                loss=outcome.loss,
+                lr=outcome.lr,
+                grad_norm=outcome.grad_norm,
+                tokens=outcome.tokens,
+                tokens_per_second=speed,
+                peak_memory_bytes=_peak_memory(self._ranks.device),
+            )
+        )
+
+    def evaluated(self, progress: Progress, loss: float | None) -> None:
+        if loss is None:
+            return
+        self._latest["valid_loss"] = loss
+        if self._ranks.first:
+            _log.info("validation after step %d/%d | loss %.4f", progress.step, self._total_steps, loss)
+            self._reporter.metrics(
+                StepMetrics(step=progress.step, epoch=progress.epoch, time=_now(), valid_loss=loss)
+            )
+
+    def saved(self, path: Path) -> None:
+        if self._ranks.first:
+            _log.info("checkpoint %s", path)
+
+
+def log_summary(
+    plan: Plan,
+    arch: Architecture,
+    model: TrainingModel,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    progress: Progress,
+    total_steps: int,
+) -> None:
+    """What is about to be trained, and which settings have no effect here."""
+    if not ranks.first:
+        return
+    trained = parameter_count(model.trainable().values())
+    _log.info(
+        "%s: %s, %s parameters, %s trained (%s)",
+        *(plan.model, arch.family, f"{parameter_count(model.parameters()):,}", f"{trained:,}", plan.method),
+    )
+    _log.info(
+        "%d worker(s) on %s, %s | %d steps in %d epoch(s), %d of them warm-up | going on after step %d",
+        *(ranks.world, ranks.device_name(), str(dtype).removeprefix("torch."), total_steps, plan.n_epochs),
+        *(warmup_steps(plan, total_steps), progress.step),
+    )
+    for line in _no_effect(plan, arch, ranks):
+        _log.info("%s", line)
+
+
+def _no_effect(plan: Plan, arch: Architecture, ranks: Ranks) -> list[str]:
+    lines = []
+    if plan.fsdp_cpu_offload and ranks.device.type == "cpu":
+        lines.append("fsdp_cpu_offload has no effect: everything is in host memory already")
+    elif plan.fsdp_cpu_offload and ranks.world == 1:
+        lines.append("fsdp_cpu_offload has no effect with one worker: nothing is sharded")
+    if plan.memory_efficient_fsdp_wrap and ranks.world == 1:
+        lines.append("memory_efficient_fsdp_wrap has no effect with one worker: nothing is sharded")
+    elif plan.memory_efficient_fsdp_wrap and arch.tied:
+        lines.append("memory_efficient_fsdp_wrap has no effect: this model's head is tied to its embedding")
+    return lines
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,194 @@
+"""One job's driver process: makes the data ready, waits to be admitted, trains, records the outcome.
+
+Runs as the job's Ray Job (`python -m trainers run <job_id>`), started by the dispatcher. It may be killed at any moment and
+started again: it reads in the log how far the job is, and goes on from there.
+"""
+
+import importlib
+import logging
+import threading
+import traceback
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import ray
+
+from events.actors import NAMESPACE, EventLogClient, Handles, connect
+from events.config import Config
+from events.facts import DataRejected, DataReport, DataValidated, Event, JobError, JobFailed, JobSucceeded, RunInterrupted
+from events.decide import Refused
+from events.ids import new_event_id
+from events.job import FineTuningJob
+from trainers.admission import describe
+from trainers.data.chat import ChatTokenizer
+from trainers.data.prepare import DataInvalid, prepare
+from trainers.errors import InfrastructureError, JobProblem
+from trainers.job_output import JobOutput
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.resolve import resolve_model
+from trainers.plan import Plan, make_plan
+from trainers.retrying import retrying
+from trainers.settings import Settings
+
+logger = logging.getLogger("tunewright.runner")
+
+WAIT_S = 30.0
+MAX_SEQ_LEN = 4096
+"""Longest row, in tokens, where the user sets no max_seq_len and the model would take more."""
+
+
+def run(job_id: str, settings: Settings) -> int:
+    """Take the job to its end. Returns the process's exit code: 0 when it succeeded."""
+    threading.Thread(target=importlib.import_module, args=("trainers.fit",), daemon=True).start()
+    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    handles = connect(settings.storage)
+    log = handles.log
+    job = retrying(lambda: log.job(job_id))
+    if job.finished_at is not None:
+        return 0 if job.status == "success" else 1
+    with JobOutput(handles.lines, job_id):
+        outcome = _outcome(job, log, settings)
+    # Every line of the job is in its log before the event that ends it: a tail may stop at that event.
+    _record(outcome, job_id, handles)
+    return 0 if isinstance(outcome, JobSucceeded) else 1
+
+
+
+def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Event:
+    """Do the job's work, through as many attempts as it is allowed; returns the event that ends it.
+
+    The one place where any exception becomes an outcome.
+    """
+    job_dir = settings.job_dir(job.job_id)
+    try:
+        plan = make_plan(Config.model_validate(job.input_config))
+        model_dir = resolve_model(plan.model, settings, logger.info)
+        job = _make_data_ready(job, plan, model_dir, log, job_dir)
+        while True:
+            job = _wait_until_admitted(job, log)
+            interruption = _attempt(job, plan, model_dir, settings)
+            if interruption is None:
+                return JobSucceeded()
+            job = _record_interruption(job, interruption, log)
+    except DataInvalid as problem:
+        return _failure(job, job_dir, problem.error, str(problem), problem.report)
+    except JobProblem as problem:
+        return _failure(job, job_dir, problem.error, traceback.format_exc())
+    except Exception as error:  # noqa: BLE001  -- whatever it is, the job must end with it and not hang
+        cause = JobError(code="internal_error", message=f"{type(error).__name__}: {error}", fault="infrastructure")
+        return _failure(job, job_dir, cause, traceback.format_exc())
+
+
+def _make_data_ready(
+    job: FineTuningJob, plan: Plan, model_dir: Path, log: EventLogClient, job_dir: Path
+) -> FineTuningJob:
+    """Every row of both files read, checked and tokenised to the job's directory. A file that is there is not made again."""
+    architecture = inspect_model_dir(model_dir)
+    tokenizer = ChatTokenizer.from_dir(model_dir)
+    max_seq_len = min(plan.max_seq_len or MAX_SEQ_LEN, architecture.max_seq_len)
+
+    def ready(uri: str, name: str) -> DataReport:
+        logger.info("validating %s", uri)
+        report = prepare(
+            uri,
+            tokenizer,
+            max_seq_len=max_seq_len,
+            out_dir=job_dir / "data" / name,
+            max_invalid_fraction=plan.max_invalid_fraction,
+            progress=logger.info,
+        )
+        logger.info(
+            "%s: %s rows, %s tokens, %s of them trained, %s rows truncated to %s tokens, %s invalid rows skipped",
+            uri,
+            f"{report.rows:,}",
+            f"{report.tokens:,}",
+            f"{report.trained_tokens:,}",
+            f"{report.truncated_rows:,}",
+            f"{report.max_seq_len:,}",
+            f"{report.invalid_rows:,}",
+        )
+        return report
+
+    data = ready(plan.data, "train")
+    validation_data = ready(plan.validation_data, "valid") if plan.validation_data else None
+    if job.data is not None:
+        return job
+    validated = DataValidated(data=data, validation_data=validation_data)
+    event_id = new_event_id()
+    return retrying(lambda: log.append(job.job_id, [validated], [event_id]))
+
+
+def _wait_until_admitted(job: FineTuningJob, log: EventLogClient) -> FineTuningJob:
+    """Returns once the dispatcher has admitted the job. A cancelled one is stopped by the dispatcher's SIGINT."""
+    if not job.admitted:
+        logger.info("waiting for resources: %s", describe(job.resources))
+    while not job.admitted:
+        version = job.version
+        job = retrying(lambda: log.wait(job.job_id, version, WAIT_S))
+    return job
+
+
+def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings) -> str | None:
+    """Train, from the last checkpoint where there is one. Returns why it was interrupted, None when it finished."""
+    # Not imported with this module: torch and Ray Train take seconds, and a thread has been importing them since the start.
+    from trainers.fit import Assignment, Interrupted, fit
+
+    checkpoint = latest_checkpoint(job)
+    assignment = Assignment(
+        job_id=job.job_id,
+        attempt=job.attempt + 1,
+        plan=plan.model_dump(mode="json"),
+        storage=str(settings.storage),
+        job_dir=str(settings.job_dir(job.job_id)),
+        model_dir=str(model_dir),
+        resume_from=str(checkpoint) if checkpoint else None,
+    )
+    logger.info("attempt %d: starting %s", assignment.attempt, describe(job.resources))
+    try:
+        fit(assignment, job.resources)
+    except Interrupted as interruption:
+        logger.warning("attempt %d was interrupted: %s", assignment.attempt, interruption)
+        return str(interruption)
+    return None
+
+
+def latest_checkpoint(job: FineTuningJob) -> Path | None:
+    """The newest checkpoint of the job that can be resumed from: it is there, with its training state."""
+    for uri in reversed(job.checkpoints):
+        path = Path(urlsplit(uri).path)
+        if (path / "training_state").is_dir():
+            return path
+    return None
+
+
+def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient) -> FineTuningJob:
+    """Send the job back to the queue; raises when it has been interrupted as often as it may."""
+    job = retrying(lambda: log.job(job.job_id))
+    if job.interruptions >= job.max_restarts:
+        raise InfrastructureError(
+            "interrupted_too_often", f"{reason}; that was interruption {job.interruptions + 1}, and --max-restarts is {job.max_restarts}"
+        )
+    event, event_id = RunInterrupted(attempt=job.attempt, reason=reason), new_event_id()
+    return retrying(lambda: log.append(job.job_id, [event], [event_id]))
+
+
+def _failure(
+    job: FineTuningJob, job_dir: Path, error: JobError, details: str, report: DataReport | None = None
+) -> DataRejected | JobFailed:
+    logger.error("job failed (%s, %s): %s", error.code, f"fault of the {error.fault}", error.message)
+    path = job_dir / "error.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(details + "\n")
+    if job.data is None and error.fault == "user":
+        return DataRejected(error=error, error_path=path.as_uri(), data=report)
+    return JobFailed(error=error, error_path=path.as_uri())
+
+
+def _record(outcome: Event, job_id: str, handles: Handles) -> None:
+    event_id = new_event_id()
+    try:
+        retrying(lambda: handles.log.append(job_id, [outcome], [event_id]))
+    except Refused as refusal:
+        # Cancelled meanwhile: the dispatcher records that once this process is gone.
+        logger.warning("%s: %s", job_id, refusal)
+    retrying(lambda: handles.lines.wake(job_id))

@@ -1,0 +1,99 @@
+"""Every setting of the service, from the environment: `TUNEWRIGHT_<NAME>`. README.md shows this table.
+
+Lists are separated by ':' as in PATH. Secrets (WANDB_API_KEY, HF_TOKEN, cloud credentials) are not settings: libraries
+read them from the environment of the processes that need them, and they never pass through the API.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Paths = Annotated[tuple[Path, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="TUNEWRIGHT_", frozen=True)
+
+    storage: Path = Field(
+        default=Path("~/.tunewright"),
+        description="Directory of the event log, job directories and checkpoints. Every node must see it at the same "
+        "path (a shared file system, on more than one node).",
+    )
+    data_roots: Paths = Field(
+        default=(),
+        description="Directories that local data files may lie in, separated by ':', besides `<storage>/data`.",
+    )
+    model_roots: Paths = Field(
+        default=(),
+        description="Directories that local models may lie in, separated by ':', besides `<storage>/models`.",
+    )
+    cpus_per_worker: float = Field(default=1, gt=0, description="CPUs each training worker holds.")
+    use_gpu: bool | None = Field(
+        default=None, description="Train on GPUs. Unset: where the cluster has, or can scale up to, any."
+    )
+    max_waiting_runners: int = Field(
+        default=4,
+        ge=1,
+        description="Runner processes that may validate or wait for resources at one time; further jobs wait their "
+        "turn without a process.",
+    )
+    max_live_jobs: int = Field(default=1000, ge=1, description="Submits beyond this many unfinished jobs get a 429.")
+    max_body_bytes: int = Field(default=1 << 20, ge=1, description="Larger request bodies get a 413.")
+    heartbeat_s: float = Field(default=15, gt=0, description="An idle tail gets an empty line this often, in seconds.")
+
+    @field_validator("data_roots", "model_roots", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part for part in value.split(":") if part) if isinstance(value, str) else value
+
+    @field_validator("storage", "data_roots", "model_roots")
+    @classmethod
+    def _absolute(cls, value: Any) -> Any:
+        if isinstance(value, Path):
+            return value.expanduser().resolve()
+        return tuple(path.expanduser().resolve() for path in value)
+
+    @property
+    def allowed_data_roots(self) -> tuple[Path, ...]:
+        """Every directory that a local data file may lie in."""
+        return (self.storage / "data", *self.data_roots)
+
+    @property
+    def allowed_model_roots(self) -> tuple[Path, ...]:
+        """Every directory that a local model, or a checkpoint to go on from, may lie in."""
+        return (self.model_cache, self.storage / "jobs", *self.model_roots)
+
+    @property
+    def model_cache(self) -> Path:
+        """Where downloaded and converted models are kept."""
+        return self.storage / "models"
+
+    @property
+    def event_log(self) -> Path:
+        """The event log's database file."""
+        return self.storage / "events.db"
+
+    def job_dir(self, job_id: str) -> Path:
+        """Everything of one job: data, checkpoints, log lines, metrics."""
+        return self.storage / "jobs" / job_id
+
+    def as_env(self) -> dict[str, str]:
+        """The environment that makes another process read these same settings."""
+        values: dict[str, str] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            values[f"TUNEWRIGHT_{name.upper()}"] = (
+                ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            )
+        return values
+
+
+@cache
+def settings() -> Settings:
+    """This process's settings, read once."""
+    return Settings()

@@ -1,0 +1,199 @@
+"""The training function that Ray Train runs on every worker, and how it reports to the log.
+
+`train_worker` is all there is between `TorchTrainer` and `trainers.recipe`: it captures the process's output, opens the
+logger, and turns the recipe's reports into events.
+"""
+
+import queue
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+
+from events.actors import EventLogClient, connect
+from events.facts import CheckpointSaved, Event, MetricsRecorded, RunStarted, StepMetrics
+from events.ids import new_event_id
+from events.decide import Refused
+from trainers.job_output import LineWriter, log_to_stdout
+from trainers.loggers import Logger, open_logger
+from trainers.output import OutputCapture
+from trainers.plan import Plan
+from trainers.retrying import retrying
+
+FINISHED = "finished"
+"""What `train_worker` returns when the run did all its steps; an aborted run returns nothing."""
+
+METRICS_FLUSH_S = 0.5
+"""Metrics are gathered this long into one event."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker needs to know. Plain data: it is shown on the dashboard's Train page, so no secrets in it."""
+
+    job_id: str
+    attempt: int
+    plan: dict[str, Any]
+    storage: str
+    job_dir: str
+    model_dir: str
+    resume_from: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train_worker(config: dict[str, Any]) -> str:
+    """One rank of one attempt. Raises what the recipe raises, after printing it to the job's log."""
+    assignment = Assignment(**config)
+    handles = connect(Path(assignment.storage))
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    capture = OutputCapture(LineWriter(handles.lines, assignment.job_id, rank), tee=True)
+    reporter = RayReporter(assignment, rank, handles.log)
+    try:
+        log_to_stdout()
+        from trainers.recipe import train  # torchtune takes seconds to import: its warnings belong to the job's log
+
+        job_dir = Path(assignment.job_dir)
+        plan = Plan.model_validate(assignment.plan)
+        train(
+            plan,
+            model_dir=Path(assignment.model_dir),
+            train_data=job_dir / "data" / "train",
+            valid_data=job_dir / "data" / "valid" if plan.validation_data else None,
+            output_dir=job_dir,
+            reporter=reporter,
+            resume_from=Path(assignment.resume_from) if assignment.resume_from else None,
+        )
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        reporter.close()
+        capture.close()
+    return FINISHED
+
+
+class RayReporter:
+    """Turns the recipe's reports into events. Rank 0 speaks for all; on other ranks every report is a no-op.
+
+    Metrics are queued and appended by a thread, so a step never waits for the log. A checkpoint is recorded, after
+    every metric that came before it, when `checkpoint` returns.
+    """
+
+    def __init__(self, assignment: Assignment, rank: int, log: EventLogClient) -> None:
+        self._assignment = assignment
+        self._speaks = rank == 0
+        self._log = log
+        self._logger: Logger | None = None
+        self._queue: queue.SimpleQueue[StepMetrics | threading.Event | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._drain, name="metrics", daemon=True)
+        if self._speaks:
+            self._thread.start()
+
+    def started(self, total_steps: int, device: str) -> None:
+        if not self._speaks:
+            return
+        context = ray.train.get_context()
+        plan = Plan.model_validate(self._assignment.plan)
+        self._logger = open_logger(
+            plan, self._assignment.job_id, Path(self._assignment.job_dir), self._assignment.resumed_step
+        )
+        self._append(
+            RunStarted(
+                attempt=self._assignment.attempt,
+                workers=context.get_world_size(),
+                nodes=-(-context.get_world_size() // context.get_local_world_size()),
+                device=device,
+                total_steps=total_steps,
+                logs=self._logger.uri,
+            )
+        )
+
+    def metrics(self, metrics: StepMetrics) -> None:
+        if not self._speaks:
+            return
+        if self._failure is not None:
+            raise self._failure
+        if self._logger is not None:
+            self._logger.log(metrics)
+        self._queue.put(metrics)
+
+    def checkpoint(self, saved: Any) -> None:
+        if not self._speaks:
+            return
+        self._flush()
+        self._append(
+            CheckpointSaved(
+                attempt=self._assignment.attempt,
+                step=saved.step,
+                epoch=saved.epoch,
+                uri=saved.path.as_uri(),
+                metrics=saved.metrics,
+            )
+        )
+
+    def should_stop(self) -> bool:
+        """True once the log has refused this attempt's facts: the job is over, or a newer attempt owns it."""
+        return self._stop.is_set()
+
+    def close(self) -> None:
+        """Everything reported is in the log, and the logger is closed, when this returns."""
+        if not self._speaks or not self._thread.is_alive():
+            return
+        self._queue.put(None)
+        self._thread.join()
+        if self._logger is not None:
+            self._logger.close()
+
+    def _flush(self) -> None:
+        done = threading.Event()
+        self._queue.put(done)
+        done.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _drain(self) -> None:
+        """The thread: gather metrics for a moment, append them as one event."""
+        while True:
+            batch: list[StepMetrics] = []
+            waiter: threading.Event | None = None
+            deadline: float | None = None
+            last = False
+            while True:
+                try:
+                    item = self._queue.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    break
+                if isinstance(item, StepMetrics):
+                    batch.append(item)
+                    deadline = deadline or time.monotonic() + METRICS_FLUSH_S
+                    continue
+                waiter, last = item, item is None
+                break
+            if batch and self._failure is None:
+                self._append_in_thread(batch)
+            if waiter is not None:
+                waiter.set()
+            if last:
+                return
+
+    def _append_in_thread(self, batch: list[StepMetrics]) -> None:
+        try:
+            self._append(MetricsRecorded(attempt=self._assignment.attempt, steps=batch))
+        except BaseException as error:  # noqa: BLE001  -- handed to the training thread, which raises it
+            self._failure = error
+
+    def _append(self, event: Event) -> None:
+        event_id = new_event_id()
+        try:
+            retrying(lambda: self._log.append(self._assignment.job_id, [event], [event_id]))
+        except Refused:
+            self._stop.set()
