@@ -1,4 +1,4 @@
-"""What the measurements train on: a tiny random model and a few rows, so that the service's own share of the time shows."""
+"""What the measurements train on: a tiny random model and a few rows, so that the service's own share shows."""
 
 import json
 from pathlib import Path

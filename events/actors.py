@@ -99,7 +99,8 @@ def _actor(cls: type, name: str, storage: Path) -> ActorHandle[Any]:
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},
     }
-    handle: ActorHandle[Any] = ray.remote(cls).options(**options).remote(str(storage))
+    make: Any = ray.remote(cls)  # Ray's types can't tell that it is a class
+    handle: ActorHandle[Any] = make.options(**options).remote(str(storage))
     return handle
 
 

@@ -37,7 +37,7 @@ _VERSIONS: dict[str, int] = {kind.__name__: kind.model_fields["v"].default for k
 
 
 class CorruptEventError(Exception):
-    """The store gave back something that never was an event: not a JSON object with a `type`."""
+    """The store gave back something that never was an event: not a JSON object with `type` and `v`."""
 
 
 def encode(event: AnyEvent) -> str:
@@ -57,12 +57,7 @@ def decode(body: str) -> AnyEvent:
 
 
 def _decode_other_version(body: str) -> AnyEvent:
-    try:
-        fields = json.loads(body)
-        kind = fields["type"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptEventError(f"not an event: {body[:200]!r}") from error
-    version = fields.get("v", 1)
+    fields, kind, version = _header(body)
     while (upcast := UPCASTERS.get((kind, version))) is not None:
         version += 1
         fields = {**upcast(fields), "v": version}
@@ -72,3 +67,16 @@ def _decode_other_version(body: str) -> AnyEvent:
         return _EVENT.validate_python(fields, extra="ignore")  # type: ignore[return-value]  # the adapter is of Event
     except ValidationError:
         return UnknownEvent(kind, body)
+
+
+def _header(body: str) -> tuple[dict[str, Any], str, int]:
+    """The event's fields, its type and version."""
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        fields = None
+    match fields:
+        case {"type": str(kind), "v": int(version)}:
+            return fields, kind, version
+        case _:
+            raise CorruptEventError(f"not an event: {body[:200]!r}")

@@ -16,7 +16,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 MAX_MESSAGE = 16_384
 """Longer messages are cut to this many characters, and a mark says how long they were."""
@@ -127,7 +127,7 @@ class Spool:
         if not self._file.exists():
             return
         size = self._file.stat().st_size
-        for mark in self._marks(size):
+        for mark in self._marks():
             self._remember(mark)
             self.lines, self._bytes, self._sources = mark.offset, mark.byte, mark.sources
         with self._file.open("rb") as file:
@@ -144,17 +144,26 @@ class Spool:
         if self._bytes < size:
             os.truncate(self._file, self._bytes)
 
-    def _marks(self, size: int) -> Iterator[_Mark]:
+    def _marks(self) -> list[_Mark]:
+        """The index, cut off where it speaks of lines that a power cut took."""
         if not self._index.exists():
-            return
-        with self._index.open() as file:
-            for line in file:
-                if not line.endswith("\n"):
-                    return
-                mark = _Mark(**json.loads(line))
-                if mark.byte > size:
-                    return
-                yield mark
+            return []
+        marks: list[_Mark] = []
+        good = 0
+        with self._index.open("rb") as index, self._file.open("rb") as file:
+            for raw in index:
+                fields = _parse(raw)
+                if fields is None or not _begins_line(file, fields["byte"]):
+                    break
+                marks.append(_Mark(**fields))
+                good += len(raw)
+        os.truncate(self._index, good)
+        return marks
+
+
+def _begins_line(file: BinaryIO, byte: int) -> bool:
+    file.seek(byte - 1)
+    return file.read(1) == b"\n"
 
 
 def _presentable(message: str) -> str:

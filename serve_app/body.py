@@ -30,8 +30,8 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 
 def _too_large(max_bytes: int) -> RequestRefused:
     message = f"the body is larger than {max_bytes} bytes; training data is named by URI, not sent in the request"
-    headers = {"Connection": "close"}  # The rest of the body is not going to be read.
-    return RequestRefused(Answer(413, "invalid_request_error", "body_too_large", message, headers=headers))
+    # The connection stays open: the server throws the rest of the body away, so the client lives to read the answer.
+    return RequestRefused(Answer(413, "invalid_request_error", "body_too_large", message))
 
 
 def _require_json(request: Request) -> None:

@@ -95,8 +95,8 @@ class LocalService:
     def start(self) -> Self:
         """Returns once GET /healthz answers 200. Raises ServiceError; nothing is left running then."""
         self.storage.mkdir(parents=True, exist_ok=True)
-        _require_free(self._http_port, self._dashboard_port)
         try:
+            _require_free(self._http_port, self._dashboard_port)
             self._start_head()
             self._deploy()
         except BaseException:
@@ -143,7 +143,6 @@ class LocalService:
             | {
                 "RAY_TMPDIR": str(self._dir),
                 "RAY_ADDRESS": self.ray_address,
-                "RAY_USAGE_STATS_ENABLED": "0",
                 # Despite its name: without it Ray replaces 127.0.0.1 by the machine's address, on every system.
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
                 # HAProxy's defaults are one set of files and ports per machine.
@@ -175,7 +174,7 @@ class LocalService:
         return env
 
     def _start_head(self) -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         options = {
             "node-ip-address": HOST,
             "port": self._gcs_port,

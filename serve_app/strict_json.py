@@ -8,7 +8,7 @@ and nesting deeper than `MAX_DEPTH`.
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from trainers.errors import ConfigProblems, Problem
 
@@ -27,7 +27,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return document
 
 
-def _parse(body: bytes) -> Any:
+def _parse(body: bytes) -> object:
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -56,7 +56,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _constant(name: str) -> Any:
+def _constant(name: str) -> NoReturn:
     raise _refuse(f"{name} is not JSON")
 
 
@@ -80,7 +80,7 @@ def _unsafe(document: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(path, complaint, "invalid_json")
 
 
-def _complaint(value: Any) -> str | None:
+def _complaint(value: object) -> str | None:
     if isinstance(value, str):
         if "\0" in value:
             return "contains a NUL character"
@@ -100,6 +100,6 @@ def shown(text: str) -> str:
     return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

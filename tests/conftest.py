@@ -9,11 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from events.actors import Handles
 
 
 class RayCluster(NamedTuple):
@@ -29,7 +32,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     """One node with four logical CPUs, on free loopback ports, in a directory of its own. This process is connected."""
     import ray
 
-    directory = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))  # noqa: S108  -- Ray's socket paths must be short
+    directory = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))  # Ray's socket paths must be short
     gcs, dashboard, *agents = free_ports(5)
     cluster = RayCluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", _environment(f"127.0.0.1:{gcs}"))
     # Not ray.init(): its agents take fixed ports, which two clusters on one machine can't both have.
@@ -54,6 +57,31 @@ def ray_cluster() -> Iterator[RayCluster]:
         ray.init(cluster.address, namespace="tunewright", log_to_driver=False)
         stack.callback(ray.shutdown)
         yield cluster
+
+
+@pytest.fixture
+def handles(ray_cluster: RayCluster, tmp_path: Path) -> Iterator["Handles"]:
+    """The cluster's event log and log queue, empty, over a directory of the test's own."""
+    from events.actors import connect
+
+    stop_actors()
+    yield connect(tmp_path)
+    stop_actors()
+
+
+def stop_actors() -> None:
+    """Ends the cluster's event log and log queue, if there are any, and waits until their names are free."""
+    import ray
+
+    from events.actors import EVENT_LOG, LOG_QUEUE, NAMESPACE
+
+    for name in (EVENT_LOG, LOG_QUEUE):
+        deadline = time.monotonic() + 20
+        with suppress(ValueError):  # no such actor
+            ray.kill(ray.get_actor(name, NAMESPACE))
+            while time.monotonic() < deadline:
+                ray.get_actor(name, NAMESPACE)
+                time.sleep(0.02)
 
 
 def free_ports(count: int) -> list[int]:
@@ -91,14 +119,10 @@ def _await_port(port: int, head: "subprocess.Popen[bytes]", log: Path) -> None:
 def _stop(head: "subprocess.Popen[bytes]") -> None:
     """`ray start --block` stops its own processes on SIGTERM; what is left of its session is killed."""
     head.send_signal(signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         head.wait(20)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(head.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _restore(environment: dict[str, str | None]) -> None:

@@ -15,16 +15,23 @@ MAY_IMPORT = {
     "serve_app": {"serve_app", "trainers", "events"},
 }
 HEAVY = ("torch", "torchtune", "ray.train")
-# What runs where a model is trained or used. Everything else is imported by the API, the dispatcher or the command line.
+# What runs where a model is trained or used. The API, the dispatcher and the command line import everything else.
 TRAINING_MODULES = (
     "trainers.batches",
     "trainers.checkpoint",
+    "trainers.distributed",
+    "trainers.fit",
+    "trainers.models.adapters",
     "trainers.models.decoder",
+    "trainers.models.export_files",
     "trainers.models.generate",
     "trainers.models.rope",
     "trainers.models.weights",
+    "trainers.naming",
+    "trainers.optimization",
+    "trainers.progress_log",
     "trainers.recipe",
-    "trainers.runner",
+    "trainers.training_model",
     "trainers.worker",
 )
 
@@ -49,6 +56,11 @@ def test_imports_only_point_right(package: str) -> None:
     for source in (ROOT / package).rglob("*.py"):
         ours = {name.split(".")[0] for name in imports_of(source)} & MAY_IMPORT.keys()
         assert ours <= MAY_IMPORT[package], f"{source.relative_to(ROOT)} imports {ours - MAY_IMPORT[package]}"
+
+
+@pytest.mark.parametrize("module", TRAINING_MODULES)
+def test_a_module_that_may_import_torch_exists(module: str) -> None:
+    assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
 
 
 def test_nothing_that_the_service_imports_brings_in_torch() -> None:

@@ -1,10 +1,10 @@
-"""The command line: `python -m trainers CONFIG.json` submits one job, follows it to its end, and exits with its outcome.
+"""The command line: `python -m trainers CONFIG.json` submits one job, follows it to its end, exits with its outcome.
 
     ray job submit --working-dir . -- python -m trainers CONFIG.json
 
-CONFIG.json is the body of POST /fine_tuning/jobs/submit. Local files it names, relative to the working directory, are copied into
-the service's storage first: a job outlives the directory that `ray job submit` unpacked. `ray job stop`, SIGTERM and
-Ctrl-C cancel the job.
+CONFIG.json is the body of POST /fine_tuning/jobs/submit. Local files it names, relative to the working directory, are
+copied into the service's storage first: a job outlives the directory that `ray job submit` unpacked. `ray job stop`,
+SIGTERM and Ctrl-C cancel the job.
 
 `python -m trainers run JOB_ID` is the runner, which the dispatcher starts.
 """

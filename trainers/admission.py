@@ -1,8 +1,8 @@
 """Who may start now, and why the others wait. A policy: it decides and touches nothing.
 
-Jobs are admitted strictly in the order they were submitted. A job that fits the free resources starts; the first one that doesn't
-is admitted too, so that its placement group, pending inside Ray, makes an autoscaler add nodes, and nobody behind it is:
-a small job never delays a big one that came first.
+Jobs are admitted strictly in the order they were submitted. A job that fits the free resources starts; the first one
+that doesn't is admitted too, so that its placement group, pending inside Ray, makes an autoscaler add nodes, and nobody
+behind it is: a small job never delays a big one that came first.
 """
 
 from collections.abc import Iterable, Sequence
@@ -141,7 +141,9 @@ def for_workers(nodes: int, per_node: int, cpus_per_worker: float, gpus_per_work
 
 
 def _why(resources: Resources, left: Sequence[Node], ahead: int) -> str:
-    kind, per_worker = ("GPU", resources.gpus_per_worker) if resources.gpus_per_worker else ("CPU", resources.cpus_per_worker)
+    kind, per_worker = (
+        ("GPU", resources.gpus_per_worker) if resources.gpus_per_worker else ("CPU", resources.cpus_per_worker)
+    )
     free = sum(node.gpus if kind == "GPU" else node.cpus for node in left)
     needs = f"needs {_amount(per_worker * resources.workers, kind)}, {free:g} free"
     if resources.nodes == 1 and resources.workers > 1 and free >= per_worker * resources.workers:
@@ -151,4 +153,3 @@ def _why(resources: Resources, left: Sequence[Node], ahead: int) -> str:
 
 def _amount(quantity: float, unit: str) -> str:
     return f"{quantity:g} {unit}" if quantity == 1 else f"{quantity:g} {unit}s"
-

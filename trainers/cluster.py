@@ -3,21 +3,20 @@
 The only module that asks Ray's control plane. Every function blocks on network calls: callers run them in threads.
 """
 
-import logging
+import contextlib
 import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import ray
-from ray._private import state as ray_state  # per-node free resources and the autoscaler's node groups have no public call
+from ray._private import state as ray_state  # free resources by node and the autoscaler's groups are not public
 from ray._raylet import PlacementGroupID
+from ray.dashboard.modules.job.common import JOB_ACTOR_NAME_TEMPLATE, SUPERVISOR_ACTOR_RAY_NAMESPACE
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from trainers.admission import Capacity, Node, NodeGroup
-
-logger = logging.getLogger(__name__)
 
 RunnerState = Literal["absent", "alive", "stopped", "ended"]
 
@@ -96,9 +95,18 @@ class Cluster:
         """Ask the job's Ray Job to stop: SIGINT now, SIGKILL after Ray's grace period of 3 s. Returns at once."""
         self._jobs.stop_job(job_id)
 
-    def forget_runner(self, job_id: str) -> None:
-        """Remove an ended Ray Job, so that the job can be started again under the same id."""
+    def forget_runner(self, job_id: str) -> bool:
+        """Remove an ended Ray Job, so that the job can be started again under the same id. False: it is too early.
+
+        Ray's job manager still watches an ended job for a moment, and then removes its supervisor actor: a new Ray Job of
+        the same id would fail on that actor's name, or be declared dead with it.
+        """
+        name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=job_id)
+        with contextlib.suppress(ValueError):  # no such actor any more
+            ray.get_actor(name, SUPERVISOR_ACTOR_RAY_NAMESPACE)
+            return False
         self._jobs.delete_job(job_id)
+        return True
 
     def placement_groups(self) -> dict[str, list[tuple[str, str]]]:
         """Placement groups that exist, by name (trainers.naming names them after their job): (id, state) pairs."""

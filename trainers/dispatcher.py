@@ -1,8 +1,8 @@
 """Keeps the cluster equal to the log: every live job has a runner, every job that is over has none.
 
-Level-triggered. Each pass reads the live jobs and what runs, and acts on the difference, so a pass may be lost, repeated
-or cut short anywhere, and a dispatcher started after any crash simply goes on. One per cluster: a named detached actor,
-restarted by Ray without limit. It holds nothing that matters: `whys` is a view of its last pass.
+Level-triggered. Each pass reads the live jobs and what runs, and acts on the difference, so a pass may be lost,
+repeated or cut short anywhere, and a dispatcher started after any crash simply goes on. One per cluster: a named
+detached actor, restarted by Ray without limit. It holds nothing that matters: `whys` is a view of its last pass.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from events.actors import NAMESPACE, connect
+from events.decide import Refused
 from events.facts import (
     CancelRequested,
     CheckpointSaved,
@@ -25,7 +26,6 @@ from events.facts import (
     MetricsRecorded,
     RunInterrupted,
 )
-from events.decide import Refused
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog
@@ -53,7 +53,9 @@ class Sight:
     @property
     def unsettled(self) -> bool:
         """To be cancelled, or without the runner that the log says it has."""
-        lost = self.runner.state in ("stopped", "ended") or (self.runner.state == "absent" and self.job.status == "running")
+        lost = self.runner.state in ("stopped", "ended") or (
+            self.runner.state == "absent" and self.job.status == "running"
+        )
         return self.job.cancel_requested or lost
 
     @property
@@ -138,7 +140,7 @@ class Dispatcher:
         if runner.state == "absent":
             reason = "the cluster was restarted while it ran"
         else:
-            reason = f"its runner ended without an outcome: {_first_line(runner.message)}"
+            reason = f"its runner ended without an outcome: {_gist(runner.message)}"
         if job.interruptions >= job.max_restarts:
             error = JobError(
                 code="runner_died",
@@ -147,9 +149,8 @@ class Dispatcher:
             )
             await self._append(job, JobFailed(error=error))
             return
-        await self._append(job, RunInterrupted(attempt=job.attempt, reason=reason))
-        if runner.state != "absent":
-            await asyncio.to_thread(self._cluster.forget_runner, job.job_id)
+        if runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job.job_id):
+            await self._append(job, RunInterrupted(attempt=job.attempt, reason=reason))
 
     async def _start_runners(self, sights: list[Sight]) -> dict[str, str]:
         """Start what has no runner, oldest first, while few enough runners wait. Returns why the others wait."""
@@ -169,7 +170,7 @@ class Dispatcher:
         return whys
 
     async def _admit(self, sights: list[Sight]) -> dict[str, str]:
-        """Admit whoever is next. Only jobs whose runner is there: a job without one would block the line for nothing."""
+        """Admit whoever is next, of the jobs whose runner is there: one without would block the line for nothing."""
         queue = [
             Waiting(s.job.job_id, s.job.resources, admitted=s.job.admitted, placed=s.placed)
             for s in sights
@@ -191,7 +192,7 @@ class Dispatcher:
             logger.info("%s: %s", job.job_id, refusal)
 
     async def _wait_for_news(self) -> None:
-        """Return when something was appended that a pass could act on, or when it is time to look at the cluster again."""
+        """Return when something was appended that a pass could act on, or when the cluster is due for a look."""
         deadline = time.monotonic() + (SETTLING_TICK_S if self._settling else TICK_S)
         while (left := deadline - time.monotonic()) > 0:
             news = await self._log.subscribe(self._position, limit=1000, wait_s=left)
@@ -201,8 +202,12 @@ class Dispatcher:
                 return
 
 
-def _first_line(message: str) -> str:
-    return next((line.strip() for line in message.splitlines() if line.strip()), "no message from Ray")
+def _gist(message: str) -> str:
+    """Ray's account of a Ray Job's end is a sentence, then the last lines it printed: the first and the last say most."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if not lines:
+        return "no message from Ray"
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 
 class DispatcherActor:

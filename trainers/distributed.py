@@ -60,10 +60,11 @@ def whole(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.cpu()
 
 
-def like(full: Tensor, parameter: Tensor) -> Tensor:
-    """`full`, placed as `parameter` is: this rank's shard of it, on the same device. Every rank has to call it."""
+def like(full: Tensor, parameter: Tensor, device: torch.device | None = None) -> Tensor:
+    """`full`, split as `parameter` is: this rank's share of it, on `device` (None: where the parameter is). Every rank
+    has to call it, with the same tensor."""
     if not isinstance(parameter, DTensor):
-        return full.to(parameter.device)
+        return full.to(device or parameter.device)
     mesh = parameter.device_mesh
     sharded = distribute_tensor(full.to(mesh.device_type), mesh, parameter.placements)
-    return sharded.to(parameter.to_local().device)
+    return sharded.to(device or parameter.to_local().device)

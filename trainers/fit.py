@@ -4,8 +4,6 @@ Ray Train is not asked to restart anything (max_failures=0). It would restart ev
 user's ends the job, and a lost worker sends it back to the queue, where it is admitted and resumed like any other job.
 """
 
-import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray.exceptions

@@ -1,13 +1,13 @@
 """A job's log as its processes see it: what they print goes there, and the runner shows all of it again.
 
-The runner's standard output is the Ray Job's log, so `ray job logs` and the dashboard's Jobs page show what every worker printed.
+The runner's standard output is the Ray Job's log, so `ray job logs` and the dashboard's Jobs page show what every
+worker printed.
 """
 
 import logging
 import os
 import sys
 import threading
-import warnings
 from types import TracebackType
 
 from events.actors import LogQueueClient, blocking
@@ -50,7 +50,7 @@ class JobOutput:
 
     def __enter__(self) -> None:
         self._stdout = os.dup(1)
-        self._capture = OutputCapture(LineWriter(self._logs, self._job_id))
+        self._capture = OutputCapture(LineWriter(self._lines, self._job_id))
         log_to_stdout()
         self._echo = threading.Thread(target=self._echo_lines, name="echo", daemon=True)
         self._echo.start()
@@ -85,14 +85,15 @@ class JobOutput:
 
 
 def log_to_stdout() -> None:
-    """Tunewright's own log lines appear bare on stdout; Python warnings go through logging to stderr."""
+    """Tunewright's own log lines appear bare on stdout; those of libraries, from warnings on, on stderr."""
     ours = logging.getLogger("tunewright")
     ours.setLevel(logging.INFO)
     ours.propagate = False
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours.handlers = [handler]
-    warnings.simplefilter("default")
+    # On import it warns of compiled kernels that are not used here, in words that would alarm every user.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -111,8 +111,7 @@ KEYS: tuple[Key, ...] = (
         "dtype",
         nullable(choice("fp32", "bf16")),
         "null",
-        "Type of weights, gradients and optimizer state. null: bf16 on CUDA; on CPU bf16 for LoRA where the processor "
-        "multiplies bf16, else fp32.",
+        "Type of weights, gradients and optimizer state. null: bf16 on CUDA, fp32 on CPU.",
     ),
     Key("compile", boolean, "false", "Compile each layer and the loss with torch.compile."),
     Key(

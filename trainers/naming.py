@@ -10,12 +10,15 @@ from typing import Any
 
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import worker_group
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroupContext
 from ray.train.v2.api import data_parallel_trainer
 
 
 def _named(cls: type, name: str) -> type:
     """A subclass that shows as `name`. Made here, it has no importable path, so it is pickled by value."""
-    return type(f"{cls.__name__}:{name}", (cls,), {"__module__": "__main__", "__repr__": lambda self: f"{cls.__name__}:{name}"})
+    return type(
+        f"{cls.__name__}:{name}", (cls,), {"__module__": "__main__", "__repr__": lambda self: f"{cls.__name__}:{name}"}
+    )
 
 
 class NameAfterJob(WorkerGroupCallback):
@@ -26,7 +29,7 @@ class NameAfterJob(WorkerGroupCallback):
         controller: Any = data_parallel_trainer
         controller.TrainController = _named(controller.TrainController, job_id)
 
-    def before_worker_group_start(self, worker_group_context: Any) -> None:
+    def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
         """Runs in the controller's process, before the placement group is asked for. Harmless when run twice."""
         module: Any = worker_group
         if not isinstance(module.placement_group, functools.partial):

@@ -1,9 +1,10 @@
 """Everything a process prints, line by line: Python's print and logging, C libraries, subprocesses, crashes.
 
-File descriptors 1 and 2 are replaced by one pipe, so the order of lines is the order of writes, whoever wrote them. A thread reads
-the pipe and hands over batches; what the process printed is never held back longer than `FLUSH_S`.
+File descriptors 1 and 2 are replaced by one pipe, so the order of lines is the order of writes, whoever wrote them. A
+thread reads the pipe and hands over batches; what the process printed is never held back longer than `FLUSH_S`.
 """
 
+import io
 import os
 import select
 import sys
@@ -25,25 +26,25 @@ MAX_LINE_BYTES = 64 * 1024
 class OutputCapture:
     """Sends this process's output to `sink` until `close`.
 
-    `sink` is called from one thread, with at least one line, in order. It may block: the pipe then fills and writers wait, which
-    bounds memory. If it raises, the lines go to the original stderr instead, and capture goes on. Progress bars redraw
-    a line with carriage returns: the last state of such a line is what is kept. With `tee`, the original stdout gets
-    everything too.
+    `sink` is called from one thread, with at least one line, in order. It may block: the pipe then fills and writers
+    wait, which bounds memory. If it raises, the lines go to the original stderr instead, and capture goes on. Progress
+    bars redraw a line with carriage returns: the last state of such a line is what is kept. With `tee`, the original
+    stdout gets everything too.
     """
 
     def __init__(self, sink: Sink, *, tee: bool = False) -> None:
         self._sink = sink
         self._tee = tee
-        self._saved = (os.dup(1), os.dup(2))
-        self._read_fd, write_fd = os.pipe()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+            if isinstance(stream, io.TextIOWrapper):
+                # While the descriptor is still what the stream was opened on: a file's stream asks it for its position.
+                stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        self._saved = (os.dup(1), os.dup(2))
+        self._read_fd, write_fd = os.pipe()
         os.dup2(write_fd, 1)
         os.dup2(write_fd, 2)
         os.close(write_fd)
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(line_buffering=True, errors="backslashreplace")
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="output-capture", daemon=True)
         self._thread.start()
@@ -112,7 +113,9 @@ class OutputCapture:
             self._sink(lines)
         except Exception as error:  # noqa: BLE001  -- a lost log service must not stop training; the operator sees why
             text = "".join(f"{timestamp} {message}\n" for timestamp, message in lines)
-            os.write(self._saved[1], f"{text}(not delivered to the job's log: {error})\n".encode(errors="backslashreplace"))
+            os.write(
+                self._saved[1], f"{text}(not delivered to the job's log: {error})\n".encode(errors="backslashreplace")
+            )
 
 
 def _line(raw: bytes) -> Line:

@@ -7,9 +7,7 @@ job's own validation.
 import copy
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,7 +22,7 @@ from events.config import (
 from trainers.data.source import check_data_uri
 from trainers.errors import ConfigProblems, Problem, UserError
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.resolve import classify_model
+from trainers.models.names import classify_model, local_directory
 from trainers.plan import Plan, make_plan
 from trainers.settings import Settings
 
@@ -168,24 +166,16 @@ def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
 
 
 def _check_model(model: str, plan: Plan | None, settings: Settings) -> list[Problem]:
-    if _carries_credentials(model):
-        message = "carries credentials; give them to the workers through their environment instead"
-        return [Problem("model", message, "credentials_in_uri")]
     try:
         if classify_model(model) != "local":
             return []
-        architecture = inspect_model_dir(Path(model.removeprefix("file://")))
+        architecture = inspect_model_dir(local_directory(model, settings.allowed_model_roots))
     except UserError as error:
         return [Problem(error.error.param or "model", error.error.message, error.error.code)]
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a loop of links, a broken URI, `~nobody`
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return [Problem("model", f"can't be used as a path or URI: {reason}", "model_not_found")]
     if plan is not None and plan.lora is not None and plan.lora.output and architecture.tied:
         message = "this model's output head is tied to its embedding, so it can't have an adapter of its own"
         return [Problem(f"{_CUSTOM}.apply_lora_to_output", message, "unsupported_for_model")]
     return []
-
-
-def _carries_credentials(uri: str) -> bool:
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        return False
-    return bool(parts.scheme) and "@" in parts.netloc

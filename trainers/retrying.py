@@ -15,7 +15,8 @@ LONGEST_PAUSE_S = 5.0
 
 
 def retrying(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """The result of the coroutine that `call` makes, awaited from this thread; again while the log can't be reached, for up to `GIVE_UP_AFTER_S`; then its LogUnavailable is raised.
+    """The result of the coroutine that `call` makes, awaited from this thread; again while the log can't be reached,
+    for up to `GIVE_UP_AFTER_S`; then its LogUnavailable is raised.
 
     The actors restart within seconds. `call` must be safe to repeat: appends carry event ids or sequence numbers.
     """

@@ -1,22 +1,32 @@
 """One job's driver process: makes the data ready, waits to be admitted, trains, records the outcome.
 
-Runs as the job's Ray Job (`python -m trainers run <job_id>`), started by the dispatcher. It may be killed at any moment and
-started again: it reads in the log how far the job is, and goes on from there.
+Runs as the job's Ray Job (`python -m trainers run <job_id>`), started by the dispatcher. It may be killed at any moment
+and started again: it reads in the log how far the job is, and goes on from there.
 """
 
 import importlib
 import logging
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import ray
 
-from events.actors import NAMESPACE, EventLogClient, Handles, connect
+from events.actors import NAMESPACE, EventLogClient, connect
 from events.config import Config
-from events.facts import DataRejected, DataReport, DataValidated, Event, JobError, JobFailed, JobSucceeded, RunInterrupted
 from events.decide import Refused
+from events.facts import (
+    DataRejected,
+    DataReport,
+    DataValidated,
+    Event,
+    JobError,
+    JobFailed,
+    JobSucceeded,
+    RunInterrupted,
+)
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from trainers.admission import describe
@@ -49,9 +59,8 @@ def run(job_id: str, settings: Settings) -> int:
     with JobOutput(handles.lines, job_id):
         outcome = _outcome(job, log, settings)
     # Every line of the job is in its log before the event that ends it: a tail may stop at that event.
-    _record(outcome, job_id, handles)
+    _record(outcome, job_id, log)
     return 0 if isinstance(outcome, JobSucceeded) else 1
-
 
 
 def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Event:
@@ -82,7 +91,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Eve
 def _make_data_ready(
     job: FineTuningJob, plan: Plan, model_dir: Path, log: EventLogClient, job_dir: Path
 ) -> FineTuningJob:
-    """Every row of both files read, checked and tokenised to the job's directory. A file that is there is not made again."""
+    """Every row of both files read, checked and tokenised to the job's directory, once."""
     architecture = inspect_model_dir(model_dir)
     tokenizer = ChatTokenizer.from_dir(model_dir)
     max_seq_len = min(plan.max_seq_len or MAX_SEQ_LEN, architecture.max_seq_len)
@@ -123,14 +132,13 @@ def _wait_until_admitted(job: FineTuningJob, log: EventLogClient) -> FineTuningJ
     if not job.admitted:
         logger.info("waiting for resources: %s", describe(job.resources))
     while not job.admitted:
-        version = job.version
-        job = retrying(lambda: log.wait(job.job_id, version, WAIT_S))
+        job = retrying(partial(log.wait, job.job_id, job.version, WAIT_S))
     return job
 
 
 def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings) -> str | None:
     """Train, from the last checkpoint where there is one. Returns why it was interrupted, None when it finished."""
-    # Not imported with this module: torch and Ray Train take seconds, and a thread has been importing them since the start.
+    # Not imported with this module: torch and Ray Train take seconds; a thread imports them since the start.
     from trainers.fit import Assignment, Interrupted, fit
 
     checkpoint = latest_checkpoint(job)
@@ -166,7 +174,8 @@ def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient) -
     job = retrying(lambda: log.job(job.job_id))
     if job.interruptions >= job.max_restarts:
         raise InfrastructureError(
-            "interrupted_too_often", f"{reason}; that was interruption {job.interruptions + 1}, and --max-restarts is {job.max_restarts}"
+            "interrupted_too_often",
+            f"{reason}; that was interruption {job.interruptions + 1}, and --max-restarts is {job.max_restarts}",
         )
     event, event_id = RunInterrupted(attempt=job.attempt, reason=reason), new_event_id()
     return retrying(lambda: log.append(job.job_id, [event], [event_id]))
@@ -184,11 +193,10 @@ def _failure(
     return JobFailed(error=error, error_path=path.as_uri())
 
 
-def _record(outcome: Event, job_id: str, handles: Handles) -> None:
+def _record(outcome: Event, job_id: str, log: EventLogClient) -> None:
     event_id = new_event_id()
     try:
-        retrying(lambda: handles.log.append(job_id, [outcome], [event_id]))
+        retrying(lambda: log.append(job_id, [outcome], [event_id]))
     except Refused as refusal:
         # Cancelled meanwhile: the dispatcher records that once this process is gone.
         logger.warning("%s: %s", job_id, refusal)
-    retrying(lambda: handles.lines.wake(job_id))

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 
 from events.actors import NAMESPACE
-from events.facts import CancelRequested, JobSubmitted
 from events.decide import Refused
+from events.facts import CancelRequested, JobSubmitted
 from events.ids import new_event_id, new_job_id
 from events.job import FineTuningJob
 from trainers.errors import ConfigProblems

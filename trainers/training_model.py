@@ -123,8 +123,7 @@ def _load(
         full = weights.pop(name).to(dtype)
         # A trained tensor gets memory of its own, aligned the same whatever file it came from: resuming is exact.
         own = full.clone() if parameter.requires_grad and ranks.world == 1 else full
-        tensor = like(own, parameter).to(home) if ranks.world > 1 else own.to(home)
-        placed[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+        placed[name] = nn.Parameter(like(own, parameter, home), requires_grad=parameter.requires_grad)
     if weights:
         message = f"weights without a place in the model: {', '.join(sorted(weights))}"
         raise RuntimeError(message)

@@ -15,13 +15,14 @@ from typing import Any
 import ray.train
 
 from events.actors import EventLogClient, connect
+from events.decide import Refused
 from events.facts import CheckpointSaved, Event, MetricsRecorded, RunStarted, StepMetrics
 from events.ids import new_event_id
-from events.decide import Refused
 from trainers.job_output import LineWriter, log_to_stdout
 from trainers.loggers import Logger, open_logger
 from trainers.output import OutputCapture
 from trainers.plan import Plan
+from trainers.reporting import SavedCheckpoint
 from trainers.retrying import retrying
 
 FINISHED = "finished"
@@ -101,10 +102,13 @@ class RayReporter:
     def started(self, total_steps: int, device: str) -> None:
         if not self._speaks:
             return
+        from trainers.checkpoint import load_progress  # imports torch, as the recipe that calls this has
+
         context = ray.train.get_context()
         plan = Plan.model_validate(self._assignment.plan)
+        job_dir, checkpoint = Path(self._assignment.job_dir), self._assignment.resume_from
         self._logger = open_logger(
-            plan, self._assignment.job_id, Path(self._assignment.job_dir), self._assignment.resumed_step
+            plan, self._assignment.job_id, job_dir, load_progress(Path(checkpoint)).step if checkpoint else 0
         )
         self._append(
             RunStarted(
@@ -113,6 +117,7 @@ class RayReporter:
                 nodes=-(-context.get_world_size() // context.get_local_world_size()),
                 device=device,
                 total_steps=total_steps,
+                n_epochs=plan.n_epochs,
                 logs=self._logger.uri,
             )
         )
@@ -126,17 +131,17 @@ class RayReporter:
             self._logger.log(metrics)
         self._queue.put(metrics)
 
-    def checkpoint(self, saved: Any) -> None:
+    def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
         if not self._speaks:
             return
         self._flush()
         self._append(
             CheckpointSaved(
                 attempt=self._assignment.attempt,
-                step=saved.step,
-                epoch=saved.epoch,
-                uri=saved.path.as_uri(),
-                metrics=saved.metrics,
+                step=checkpoint.step,
+                epoch=checkpoint.epoch,
+                uri=checkpoint.path.as_uri(),
+                metrics=checkpoint.metrics,
             )
         )
 

@@ -63,8 +63,9 @@ class InMemoryCluster:
     def stop_runner(self, job_id: str) -> None:
         self.stopping.append(job_id)
 
-    def forget_runner(self, job_id: str) -> None:
+    def forget_runner(self, job_id: str) -> bool:
         del self.runners[job_id]
+        return True
 
     def placement_groups(self) -> dict[str, list[tuple[str, str]]]:
         return self.groups
@@ -281,5 +282,3 @@ def test_the_in_memory_cluster_of_these_tests_answers_every_call_of_the_real_one
 
     calls = {name for name, value in vars(Cluster).items() if callable(value) and not name.startswith("_")}
     assert calls <= set(dir(InMemoryCluster))
-
-

@@ -91,9 +91,9 @@ def test_a_line_is_delivered_while_the_process_goes_on() -> None:
 
 
 def test_a_child_that_keeps_the_pipe_open_does_not_hold_up_the_end() -> None:
-    assert captured("child = subprocess.Popen(['sleep', '30']); print('done')\nimport atexit; atexit.register(child.kill)") == [
-        "done"
-    ]
+    assert captured(
+        "child = subprocess.Popen(['sleep', '30']); print('done')\nimport atexit; atexit.register(child.kill)"
+    ) == ["done"]
 
 
 def test_when_the_sink_fails_the_lines_go_to_the_original_stderr(tmp_path: Path) -> None:
@@ -110,6 +110,14 @@ def test_when_the_sink_fails_the_lines_go_to_the_original_stderr(tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert "precious" in done.stderr
     assert "log is gone" in done.stderr
+
+
+def test_a_process_whose_output_goes_to_a_file_is_captured_too(tmp_path: Path) -> None:
+    log = tmp_path / "process.log"
+    program = CAPTURE.format(body="print('hello')")
+    with log.open("w") as file:
+        subprocess.run([sys.executable, "-c", program], stdout=file, stderr=file, check=True, timeout=60)
+    assert json.loads(log.read_text()) == ["hello"]
 
 
 @pytest.mark.parametrize("tee", [True, False])

@@ -29,7 +29,7 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token"
 # Noncharacters again (see spans.py, which uses the first two) stand in for control tokens that a user wrote.
 _ESCAPE = "\ufdd2{}\ufdd3"
 _ESCAPES = re.compile("\ufdd2(\\d+)\ufdd3")
-_RESERVED = "\ufdd0-\ufdd3"
+_RESERVED = re.compile("[\ufdd0-\ufdd3]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class ChatTokenizer:
         self._ids = {token.content: id_ for id_, token in self._special}
         self._names = sorted(self._ids, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self._names)))
-        self._user_control = re.compile(f"{self._control.pattern}|[{_RESERVED}]")
+        self._user_control = re.compile(f"{self._control.pattern}|{_RESERVED.pattern}")
         self._spans = SpanFinder(self._template, self._control)
         eos = self._ids[named["eos_token"]]
         self.eos_ids: frozenset[int] = frozenset({eos} | eos_ids | self._assistant_end())
@@ -132,12 +132,11 @@ class ChatTokenizer:
         return {self._ids[end]} if end else set()
 
     def _looks_like_control(self, dialog: Dialog) -> bool:
-        search = self._user_control.search
-        for message in dialog.messages:
-            # Role and content are all that most messages have.
-            if search(message["content"]) or (len(message) > 2 and search(_flat(message))):
-                return True
-        return bool(dialog.tools) and search(_flat(dialog.tools)) is not None
+        # Role and content are all that most messages have.
+        simple = not dialog.tools and all(len(message) == 2 for message in dialog.messages)
+        texts = (m["content"] for m in dialog.messages) if simple else [_flat([dialog.messages, dialog.tools])]
+        control, reserved = self._control.search, _RESERVED.search
+        return any(control(text) or (not text.isascii() and reserved(text)) for text in texts)
 
     def _escape(self, text: str) -> str:
         def stand_in(match: re.Match[str]) -> str:
@@ -227,8 +226,9 @@ def _mask_one(encoding: Encoding, trained: Sequence[Span]) -> Encoded:
         if first is None or last is None:
             mask |= _overlaps(encoding.offsets, start, end)
             continue
-        while last + 1 < len(ids) and encoding.token_to_chars(last + 1)[0] < end:
-            last += 1  # a character of several bytes may be several tokens, and the first was found
+        # A character of several bytes may be several tokens, of which the first was found.
+        while (following := encoding.token_to_chars(last + 1)) and following[0] < end:
+            last += 1
         mask[first : last + 1] = True
     return ids, mask
 

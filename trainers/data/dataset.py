@@ -53,8 +53,8 @@ class TokenisedDataset:
 
     @cached_property
     def _tokens(self) -> NDArray[np.int32]:
-        return np.memmap(self.directory / TOKENS, dtype=TOKEN_TYPE, mode="r")
+        return np.memmap(self.directory / TOKENS, dtype=TOKEN_TYPE, mode="r").view(np.ndarray)
 
     @cached_property
     def _mask(self) -> NDArray[np.uint8]:
-        return np.memmap(self.directory / MASK, dtype=MASK_TYPE, mode="r")
+        return np.memmap(self.directory / MASK, dtype=MASK_TYPE, mode="r").view(np.ndarray)

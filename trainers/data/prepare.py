@@ -220,7 +220,10 @@ class _Tally:
         if not mask.any():
             return "nothing to train on: the messages to train on are empty"
         first = int(mask.argmax()) + 1
-        return f"truncation leaves nothing to train on: the first trained token is at {first}, max_seq_len is {self.max_seq_len}"
+        return (
+            f"truncation leaves nothing to train on: the first trained token is at {first}, "
+            f"max_seq_len is {self.max_seq_len}"
+        )
 
 
 class _Writer:
@@ -247,8 +250,13 @@ class _Writer:
 
     def _open(self, name: str) -> BinaryIO:
         file = self._stack.enter_context((self._directory / name).open("wb", buffering=1 << 20))
-        self._stack.callback(lambda: (file.flush(), os.fsync(file.fileno())))
+        self._stack.callback(_sync, file)
         return file
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _write(file: BinaryIO, values: NDArray[np.generic] | list[int], dtype: DTypeLike) -> None:

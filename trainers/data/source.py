@@ -9,7 +9,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import closing
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -29,8 +28,9 @@ def check_data_uri(uri: str, settings: Settings) -> str:
     """The normal form of `uri`: `file:///real/path` or the remote URI. Cheap: remote objects are not looked at.
 
     Local paths are resolved, relative ones against the data roots in turn; they must be non-empty regular files that
-    really lie under a root. Raises UserError (codes unsupported_scheme, credentials_in_uri, path_outside_roots, data_not_found,
-    data_is_directory, data_not_a_file, data_empty) without a param: the caller knows which field it is.
+    really lie under a root. Raises UserError (unsupported_scheme, credentials_in_uri, path_outside_roots,
+    data_not_found, data_is_directory, data_not_a_file, data_not_readable, data_empty) without a param: the caller knows
+    which field it is.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
@@ -132,8 +132,7 @@ def _blocks(uri: str) -> Iterator[bytes]:
         raise UserError("data_is_directory", f"{uri} is a directory, not a JSONL file") from None
     except PermissionError:
         raise UserError("data_not_readable", f"{uri} can't be read: permission denied") from None
-    except Exception as error:
-        # Storage libraries raise what they like, and put signed URLs into it.
+    except Exception as error:  # noqa: BLE001  -- storage libraries raise what they like, and put signed URLs into it
         raise InfrastructureError("data_unreachable", f"{uri} can't be read: {type(error).__name__}") from None
     if empty:
         raise UserError("data_empty", f"{uri} is empty")

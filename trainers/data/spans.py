@@ -77,7 +77,8 @@ class SpanFinder:
     def _skeleton_of(self, dialog: Dialog) -> _Skeleton | None:
         """None: the template refuses the marked dialog, or shows a message twice."""
         marked = _mark_all(dialog)
-        key = json.dumps([marked, dialog.tools])
+        simple = not dialog.tools and all(len(message) == 2 for message in marked)
+        key = str([(m["role"], m["content"] == "") for m in marked]) if simple else json.dumps([marked, dialog.tools])
         if key not in self._skeletons:
             if len(self._skeletons) >= _MAX_SKELETONS:
                 self._skeletons.clear()

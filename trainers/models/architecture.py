@@ -147,28 +147,29 @@ def inspect_model_dir(path: Path) -> Architecture:
 
 def _family(config: Mapping[str, Any]) -> tuple[FamilyName, _Family]:
     model_type = config.get("model_type")
-    classes = config.get("architectures") or []
+    classes = _names(config, "architectures")
     for name, family in FAMILIES.items():
         if name == model_type:
             if classes and family.causal_lm not in classes:
-                raise unsupported(f"the model is a {', '.join(map(str, classes))}; supported are: {_SUPPORTED}.")
+                raise unsupported(f"the model is a {', '.join(classes)}; supported are: {_SUPPORTED}.")
             return name, family
-    shown = ", ".join(map(str, classes)) or "no architecture named"
+    shown = ", ".join(classes) or "no architecture named"
     raise unsupported(f"models of type {model_type!r} ({shown}) can't be trained here; supported are: {_SUPPORTED}.")
 
 
 def _refuse_what_is_not_built(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
         raise unsupported(f"the weights are quantised ({method}); give the unquantised model instead.")
     if config.get("use_bidirectional_attention"):
         raise unsupported("config.json asks for use_bidirectional_attention; only causal models can be trained.")
     for key in ("resid_pdrop", "embd_pdrop"):
         if config.get(key):
             raise unsupported(f"config.json sets {key}={config[key]}; this dropout is not built.")
-    kinds = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(_names(config, "layer_types")) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise unsupported(f"config.json has layer_types {', '.join(sorted(map(str, kinds)))}, which are not built.")
+        raise unsupported(f"config.json has layer_types {', '.join(sorted(kinds))}, which are not built.")
 
 
 def _kv_heads(config: Mapping[str, Any], family: _Family, heads: int) -> int:
@@ -207,11 +208,21 @@ def _max_seq_len(config: Mapping[str, Any], rope: RopeParams) -> int:
 
 def _activation(config: Mapping[str, Any], family: _Family) -> Activation:
     asked = [config.get("hidden_act") or family.default_activation, config.get("hidden_activation")]
-    unknown = [name for name in asked if name is not None and name not in family.activations]
+    unknown = [name for name in asked if name is not None and str(name) not in family.activations]
     if unknown:
         known = ", ".join(family.activations)
         raise unsupported(f"config.json asks for the activation {unknown[0]!r}; built for this family: {known}.")
     return family.activations[str(asked[0])]
+
+
+def _names(config: Mapping[str, Any], key: str) -> list[str]:
+    """A list of names, empty where the key is absent or null. (A string alone counts as a list of one.)"""
+    value = config.get(key) or []
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise unsupported(f"config.json: {key} must be a list, is {value!r}.")
+    return [str(name) for name in value]
 
 
 def _count(config: Mapping[str, Any], key: str) -> int:

@@ -99,13 +99,14 @@ def _embedding(arch: Architecture) -> nn.Embedding:
 
 
 def _norm(arch: Architecture) -> nn.Module:
-    kind = GemmaRMSNorm if arch.gemma_style else RMSNorm
+    kind: type[nn.Module] = GemmaRMSNorm if arch.gemma_style else RMSNorm
     return kind(arch.hidden_size, eps=arch.norm_eps)
 
 
 def _head(arch: Architecture, tok_embeddings: nn.Embedding, lora: LoraSpec | None) -> Callable[[Tensor], Tensor]:
     if arch.tied:
-        return TiedLinear(tok_embeddings)
+        head: Callable[[Tensor], Tensor] = TiedLinear(tok_embeddings)
+        return head
     return _linear(arch.hidden_size, arch.vocab_size, bias=False, lora=lora if lora and lora.output else None)
 
 
@@ -157,4 +158,7 @@ def _feed_forward(arch: Architecture, lora: LoraSpec | None) -> FeedForward:
 def _linear(inputs: int, outputs: int, *, bias: bool, lora: LoraSpec | None) -> nn.Module:
     if lora is None:
         return nn.Linear(inputs, outputs, bias=bias)
-    return LoRALinear(inputs, outputs, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, use_bias=bias)
+    layer: nn.Module = LoRALinear(
+        inputs, outputs, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, use_bias=bias
+    )
+    return layer

@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainers.errors import InfrastructureError, JobProblem, UserError
 from trainers.models.architecture import read_architecture
 from trainers.models.cache import make_once
 from trainers.models.model_files import SINGLE_FILE, incomplete, read_json_object
 from trainers.models.names import HubModel
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 Log = Callable[[str], None]
 
@@ -94,7 +98,7 @@ def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Lo
 
 def _get(repo: str, commit: str, names: list[str], partial: Path) -> None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # they redraw themselves, which makes no sense in a log
     with _hub_errors(HubModel(repo, commit)):
@@ -136,12 +140,7 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
             param="model",
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(
-            "model_not_found",
-            f"the hub has no model {model.repo}, or it is private and the workers' HF_TOKEN doesn't open it. (A local "
-            "directory is given as a path that starts with '/' or './'.)",
-            param="model",
-        ) from error
+        raise _not_found(model) from error
     except RevisionNotFoundError as error:
         raise UserError(
             "model_not_found", f"{model.repo} has no revision {model.revision!r}.", param="model"
@@ -151,13 +150,29 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise incomplete(f"{model.repo} at {model.revision} lacks a file: {error}.") from error
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
-            raise UserError(
-                "model_access_denied", f"the hub refuses access to {model.repo}: check HF_TOKEN.", param="model"
-            ) from error
-        raise _unreachable(model, error) from error
+        raise _by_status(model, error) from error
     except Exception as error:  # the HTTP library beneath, and so its errors, changes with huggingface_hub's releases
         raise _unreachable(model, error) from error
+
+
+def _not_found(model: HubModel) -> UserError:
+    return UserError(
+        "model_not_found",
+        f"the hub has no model {model.repo}, or it is private and the workers' HF_TOKEN doesn't open it. (A local "
+        "directory is given as a path that starts with '/' or './'.)",
+        param="model",
+    )
+
+
+def _by_status(model: HubModel, error: "HfHubHTTPError") -> JobProblem:
+    """The hub answers 401 for what doesn't exist, unless a token was sent that it doesn't know."""
+    status, reason = error.response.status_code, error.response.headers.get("X-Error-Message", "")
+    if status == 401 and "Invalid credentials" not in reason:
+        return _not_found(model)
+    if status in (401, 403):
+        message = f"the hub refuses access to {model.repo}: {reason or error}. Check the workers' HF_TOKEN."
+        return UserError("model_access_denied", message, param="model")
+    return _unreachable(model, error)
 
 
 def _unreachable(model: HubModel, error: Exception) -> InfrastructureError:

@@ -31,7 +31,7 @@ class CheckpointTensor:
 
 
 class Linear(NamedTuple):
-    """A linear layer of the checkpoint: its module name there, its inputs, our modules that share its rows, its bias."""
+    """A linear layer of the checkpoint: its name there, its inputs, our modules that share its rows, its bias."""
 
     name: str
     columns: int

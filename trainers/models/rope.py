@@ -40,7 +40,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin() * self.params.attention_factor, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.rope_init(self.cos.device)
         return self
 

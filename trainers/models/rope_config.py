@@ -61,7 +61,7 @@ def _refused(problem: str) -> UserError:
 
 def _kind(values: Mapping[str, Any]) -> RopeKind:
     kind = values.get("rope_type") or values.get("type") or "default"
-    kind = {"su": "longrope"}.get(kind, kind)  # the name LongRoPE had when Phi-3 came out
+    kind = "longrope" if kind == "su" else kind  # the name LongRoPE had when Phi-3 came out
     if kind not in get_args(RopeKind):
         raise _refused(f"rope type {kind!r} is not built; supported are: {', '.join(get_args(RopeKind))}")
     return cast(RopeKind, kind)
@@ -114,7 +114,10 @@ def _longrope_attention_factor(config: Mapping[str, Any], values: Mapping[str, A
 def _original_context(config: Mapping[str, Any], values: Mapping[str, Any]) -> int:
     """Phi-3 keeps it next to `rope_scaling`, Llama 3 inside; transformers prefers the outer one."""
     key = "original_max_position_embeddings"
-    return int(_positive({key: config.get(key) or values.get(key) or config.get("max_position_embeddings")}, key))
+    original = int(_positive({key: config.get(key) or values.get(key) or config.get("max_position_embeddings")}, key))
+    if original < 2:
+        raise _refused(f"{key} is {original}")
+    return original
 
 
 def _positive(values: Mapping[str, Any], key: str) -> float:

@@ -1,7 +1,4 @@
-"""Weights between Hugging Face checkpoints and our decoder. Loading renames and splits, saving is its exact inverse.
-
-What is trained on top of them, adapters, is in `adapters`; its functions can be imported from here as well.
-"""
+"""Weights between Hugging Face checkpoints and our decoder. Loading renames and splits, saving is its exact inverse."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -12,13 +9,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from trainers.models.adapters import load_peft_adapter, merge_lora, save_peft_adapter
 from trainers.models.architecture import Architecture
 from trainers.models.export_files import copy_companions, write_json, write_safetensors
 from trainers.models.layout import CheckpointTensor, checkpoint_tensors
 from trainers.models.model_files import INDEX_FILE, SINGLE_FILE, incomplete, weight_files
-
-__all__ = ["load_peft_adapter", "load_weights", "merge_lora", "save_hf_model", "save_peft_adapter"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -85,7 +79,7 @@ def _stored(by_name: Mapping[str, Any], tensor: CheckpointTensor, model_dir: Pat
 
 
 def _split(stored: Tensor, tensor: CheckpointTensor) -> tuple[Tensor, ...]:
-    return stored.split([part.rows for part in tensor.parts])
+    return torch.split(stored, [part.rows for part in tensor.parts])
 
 
 def _join(state_dict: Mapping[str, Tensor], tensor: CheckpointTensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,0 +1,147 @@
+"""`make bench`: what the service adds to a training run, in numbers. Writes them into benchmarks/README.md.
+
+Every measurement is made from outside, over HTTP, on a service of its own with a tiny random model. It takes about
+three minutes.
+"""
+
+import asyncio
+import os
+import platform
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from benchmarks.load import Latency, status_load, submit_latency, tail_latency
+from benchmarks.material import job, make_material
+from benchmarks.memory import footprints
+from benchmarks.phases import PHASES, phases
+from benchmarks.stock import seconds_to_first_step
+from events.sqlite import SqliteStore
+from examples.client import TERMINAL, Client
+from serve_app.local import LocalService
+from trainers.settings import Settings
+
+README = Path(__file__).parent / "README.md"
+MARK = "<!-- results: written by `make bench` -->\n"
+SUBMITS = 200
+CONNECTIONS = 8
+STATUS_S = 10.0
+SHORT, LONG = 64, 600  # rows: a job to reach the first step with, and one that logs for a while
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="tunewright-bench-") as folder:
+        scratch = Path(folder)
+        model, data = make_material(scratch, SHORT)
+        env = {
+            "TUNEWRIGHT_DATA_ROOTS": folder,
+            "TUNEWRIGHT_MODEL_ROOTS": folder,
+            "TUNEWRIGHT_MAX_WAITING_RUNNERS": "1",  # the jobs of the submit measurement are cancelled, not run
+        }
+        service = LocalService(scratch / "storage", env=env)
+        with service:
+            results = asyncio.run(measure_all(service, model, data, scratch))
+        store = SqliteStore(Settings(storage=service.storage).event_log)
+        try:
+            runs = {
+                name: phases(posted, store.read_stream(job_id), lines)
+                for name, (posted, job_id, lines) in results.pop("runs").items()
+            }
+        finally:
+            store.close()
+        console.print("the stock recipe ...")
+        stock = seconds_to_first_step(model, data, scratch)
+    write(render(results, runs, stock))
+    return 0
+
+
+async def measure_all(service: LocalService, model: Path, data: Path, scratch: Path) -> dict[str, Any]:
+    console.print("memory at idle ...")
+    await asyncio.sleep(10)  # start-up is over
+    results: dict[str, Any] = {"memory": footprints(service.processes())}
+    runs: dict[str, Any] = {}
+    for name in ("cold", "warm"):
+        console.print(f"first step, {name} ...")
+        posted = datetime.now(UTC)
+        job_id = Client(service.url).submit(job(model, data))["job_id"]
+        _, lines = await tail_latency(service.url, job_id)
+        runs[name] = (posted, job_id, lines)
+    console.print("log lines ...")
+    _, chatty = make_material(scratch / "long", LONG)
+    job_id = Client(service.url).submit(job(model, chatty, batch_size=1, extras={"log_every_n_steps": 1}))["job_id"]
+    results["tail"], _ = await tail_latency(service.url, job_id)
+    console.print("status ...")
+    results["status"] = await status_load(service.url, job_id, CONNECTIONS, STATUS_S)
+    console.print("submit ...")
+    results["submit"], ids = await submit_latency(service.url, job(model, data), SUBMITS)
+    await cancel_all(Client(service.url), ids)
+    return results | {"runs": runs}
+
+
+async def cancel_all(client: Client, ids: list[str]) -> None:
+    """Newest first, so that no runner is started for a job that is about to go."""
+    for job_id in reversed(ids):
+        if client.status(job_id)["status"] not in TERMINAL:
+            client.cancel(job_id)
+
+
+def render(results: dict[str, Any], runs: dict[str, dict[str, float]], stock: float) -> str:
+    goals = {
+        "submit": ("submit until it is durable (200), one after the other", "p99 < 50 ms"),
+        "status": (f"status, {CONNECTIONS} connections", "500/s, p99 < 50 ms"),
+        "tail": ("log line: written by the worker until it is at a tail client", "p99 < 200 ms"),
+    }
+    lines = [
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, `make bench`.",
+        "",
+        "| | p50 | p99 | rate | n | goal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, (what, goal) in goals.items():
+        latency: Latency = results[key]
+        lines.append(
+            f"| {what} | {latency.p50_ms:.1f} ms | {latency.p99_ms:.1f} ms | {latency.per_second:.0f}/s "
+            f"| {latency.n} | {goal} |"
+        )
+    lines += ["", "Submit to first training step, tiny model, one CPU worker (goal: under 15 s warm):", ""]
+    lines += ["| phase | cold | warm |", "|---|---|---|"]
+    lines += [f"| {phase} | {runs['cold'][phase]:.2f} s | {runs['warm'][phase]:.2f} s |" for phase in PHASES]
+    lines.append(f"| *`tune run` of the stock recipe, same model and rows, no Ray* | | {stock:.2f} s |")
+    memory = results["memory"]
+    lines += ["", "Memory at idle, no job running:", "", "| process | n | RSS MiB | PSS MiB |", "|---|---|---|---|"]
+    lines += [f"| {row.name} | {row.processes} | {row.rss_mib:.0f} | {row.pss_mib:.0f} |" for row in memory]
+    total = sum(row.pss_mib for row in memory)
+    lines.append(f"| **all** | {sum(row.processes for row in memory)} | | **{total:.0f}** |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+    ]
+    memory = psutil.virtual_memory().total / 2**30
+    load = os.getloadavg()[0]
+    name = names[0] if names else platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, load {load:.1f}"
+
+
+def write(results: str) -> None:
+    text = README.read_text(encoding="utf-8")
+    README.write_text(text.split(MARK, 1)[0] + MARK + "\n" + results, encoding="utf-8")
+    console.print(f"\n{results}\n-> {README}", markup=False)
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    code = main()
+    console.print(f"took {time.monotonic() - started:.0f} s")
+    sys.exit(code)

@@ -1,0 +1,91 @@
+"""Example facts, and the history they make: what the tests of this folder are given."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+from events import FineTuningJob, Recorded, fold
+from events.codec import AnyEvent
+from events.facts import (
+    CancelRequested,
+    CheckpointSaved,
+    DataRejected,
+    DataReport,
+    DataValidated,
+    JobAdmitted,
+    JobCancelled,
+    JobError,
+    JobFailed,
+    JobSubmitted,
+    JobSucceeded,
+    MetricsRecorded,
+    Resources,
+    RunInterrupted,
+    RunStarted,
+    StepMetrics,
+)
+
+START = datetime(2026, 11, 22, 12, tzinfo=UTC)
+CONFIG = {"model": "smol", "data": "file:///d.jsonl", "metadata": {"team": "a", "ticket": None}}
+RESOURCES = Resources(workers=2, nodes=1, cpus_per_worker=1, gpus_per_worker=0)
+REPORT = DataReport(
+    uri="file:///d.jsonl",
+    rows=10,
+    invalid_rows=0,
+    tokens=100,
+    trained_tokens=40,
+    truncated_rows=0,
+    max_seq_len=512,
+    length_histogram={"16": 10},
+    errors=[],
+)
+ERROR = JobError(code="out_of_memory", message="CUDA out of memory", fault="user")
+
+SUBMITTED = JobSubmitted(config=CONFIG, resources=RESOURCES, max_restarts=3, submission_id="ftjob-1")
+VALIDATED = DataValidated(data=REPORT)
+REJECTED = DataRejected(error=ERROR, error_path="file:///e.txt", data=REPORT)
+ADMITTED = JobAdmitted()
+CANCEL = CancelRequested()
+SUCCEEDED = JobSucceeded()
+FAILED = JobFailed(error=ERROR, error_path="file:///e.txt")
+CANCELLED = JobCancelled()
+
+
+def started(attempt: int) -> RunStarted:
+    return RunStarted(
+        attempt=attempt, workers=2, nodes=1, device="cpu", total_steps=100, n_epochs=2, logs="file:///m.jsonl"
+    )
+
+
+def step(number: int, *, epoch: int = 1, loss: float | None = 1.0, valid_loss: float | None = None) -> StepMetrics:
+    return StepMetrics(step=number, epoch=epoch, time="2026-11-22T12:00:00Z", loss=loss, valid_loss=valid_loss)
+
+
+def measured(attempt: int, *steps: StepMetrics) -> MetricsRecorded:
+    return MetricsRecorded(attempt=attempt, steps=list(steps))
+
+
+def saved(attempt: int, number: int, epoch: int = 0) -> CheckpointSaved:
+    return CheckpointSaved(attempt=attempt, step=number, epoch=epoch, uri=f"file:///step-{number}")
+
+
+def interrupted(attempt: int) -> RunInterrupted:
+    return RunInterrupted(attempt=attempt, reason="a worker died")
+
+
+QUEUED = (SUBMITTED, VALIDATED)
+RUNNING = (*QUEUED, ADMITTED, started(1))
+
+
+def history(events: Iterable[AnyEvent]) -> list[Recorded]:
+    """The events as they would stand in the log, a second apart."""
+    return [
+        Recorded(number + 1, "ftjob-1", number, f"e{number}", START + timedelta(seconds=number), event)
+        for number, event in enumerate(events)
+    ]
+
+
+def given(*events: AnyEvent) -> FineTuningJob:
+    """The job these events make."""
+    job = fold(history(events))
+    assert job is not None
+    return job

@@ -1,0 +1,122 @@
+"""The log and the log queue as actors of a real cluster: what a SIGKILL takes (nothing), and what callers see."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import ray
+
+from events import ExpectedVersionError, LogUnavailable, Refused, new_event_id
+from events.actors import EVENT_LOG, NAMESPACE, Handles, StorageMismatchError, blocking, connect
+from events.facts import CheckpointSaved
+from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, started
+from tests.events.test_log_queue import numbered
+
+
+async def running_job(handles: Handles, job_id: str) -> None:
+    await handles.log.submit(job_id, SUBMITTED, new_event_id(), 100)
+    await handles.log.append(job_id, [VALIDATED, ADMITTED, started(1)], [new_event_id() for _ in range(3)])
+
+
+def test_errors_reach_the_caller_as_themselves(handles: Handles) -> None:
+    blocking(handles.log.submit("a", SUBMITTED, new_event_id(), 100))
+    with pytest.raises(Refused) as refused:
+        blocking(handles.log.job("b"))
+    assert (type(refused.value), refused.value.code) == (Refused, "unknown_job")
+    with pytest.raises(ExpectedVersionError) as stale:
+        blocking(handles.log.append("a", [CANCEL], [new_event_id()], 5))
+    assert (stale.value.expected, stale.value.actual) == (5, 0)
+    with pytest.raises(ValueError, match="is not a job id"):
+        blocking(handles.lines.read("../etc"))
+
+
+def test_everyone_who_connects_gets_the_same_log(handles: Handles, tmp_path: Path) -> None:
+    blocking(handles.log.submit("a", SUBMITTED, new_event_id(), 100))
+    assert blocking(connect(tmp_path).log.job("a")).job_id == "a"
+
+    @ray.remote(num_cpus=0)
+    def status(carried: Handles) -> str:
+        return blocking(carried.log.job("a")).status
+
+    assert ray.get(status.remote(handles)) == "validation"
+
+
+def test_another_storage_directory_is_refused(handles: Handles, tmp_path: Path) -> None:
+    with pytest.raises(StorageMismatchError, match=str(tmp_path)):
+        connect(tmp_path / "other")
+
+
+def test_a_long_poll_ends_when_there_is_news_and_holds_up_nobody(handles: Handles) -> None:
+    async def scenario() -> None:
+        await handles.log.submit("a", SUBMITTED, new_event_id(), 100)
+        polls = [asyncio.create_task(handles.log.wait("a", 0, 20)) for _ in range(50)]
+        tails = [asyncio.create_task(handles.lines.read("a", 0, wait_s=20)) for _ in range(50)]
+        await handles.log.append("a", [VALIDATED], [new_event_id()])
+        await handles.lines.append("a", "rank-0", 0, numbered(0, 1))
+        assert {job.status for job in await asyncio.gather(*polls)} == {"queued"}
+        assert {batch.next for batch in await asyncio.gather(*tails)} == {1}
+
+    asyncio.run(asyncio.wait_for(scenario(), 15))
+
+
+def test_killing_the_log_loses_no_acknowledged_event_and_repeats_none(handles: Handles) -> None:
+    async def scenario() -> None:
+        await running_job(handles, "a")
+        acknowledged: list[str] = []
+
+        async def write(writer: int) -> None:
+            for number in range(60):
+                event = CheckpointSaved(attempt=1, step=number, epoch=0, uri=f"file:///{writer}-{number}")
+                await handles.log.append("a", [event], [new_event_id()])
+                acknowledged.append(event.uri)
+
+        writers = [asyncio.create_task(write(writer)) for writer in range(4)]
+        while len(acknowledged) < 40:
+            await asyncio.sleep(0.001)
+        victim = await handles.log.about()
+        os.kill(victim.pid, signal.SIGKILL)
+        await asyncio.gather(*writers)
+        assert (await handles.log.about()).pid != victim.pid
+        history = await handles.log.read("a")
+        written = [one.event.uri for one in history if isinstance(one.event, CheckpointSaved)]
+        assert sorted(written) == sorted(acknowledged)
+        assert (await handles.log.job("a")).version == 3 + 240
+
+    asyncio.run(scenario())
+
+
+def test_killing_the_queue_loses_and_repeats_no_line(handles: Handles) -> None:
+    async def scenario() -> None:
+        async def write() -> None:
+            for first in range(0, 4000, 20):
+                await handles.lines.append("a", "rank-0", first, numbered(first, 20))
+
+        async def follow() -> list[str]:
+            after, messages = 0, list[str]()
+            while len(messages) < 4000:
+                batch = await handles.lines.read("a", after, wait_s=10)
+                messages += [line["message"] for line in batch.lines]
+                after = batch.next
+            return messages
+
+        writer, follower = asyncio.create_task(write()), asyncio.create_task(follow())
+        while (await handles.lines.read("a", 400, 1, wait_s=5)).lines == []:
+            pass
+        victim = await handles.lines.about()
+        os.kill(victim.pid, signal.SIGKILL)
+        await writer
+        assert await follower == [f"line {number}" for number in range(4000)]
+        assert (await handles.lines.about()).pid != victim.pid
+
+    asyncio.run(scenario())
+
+
+def test_an_actor_that_was_ended_for_good_is_reported_and_then_replaced(handles: Handles) -> None:
+    blocking(handles.log.submit("a", SUBMITTED, new_event_id(), 100))
+    ray.kill(ray.get_actor(EVENT_LOG, NAMESPACE))
+    with pytest.raises(LogUnavailable):
+        while True:
+            blocking(handles.log.job("a"))
+    assert blocking(handles.log.job("a")).status == "validation"

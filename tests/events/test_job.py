@@ -1,0 +1,182 @@
+"""The fold: what a job reads like after its events."""
+
+import json
+import pickle
+from datetime import timedelta
+
+import pytest
+
+from events import FineTuningJob, fold
+from events.codec import AnyEvent, UnknownEvent
+from tests.events.facts_of_a_job import (
+    ADMITTED,
+    CANCEL,
+    CANCELLED,
+    CONFIG,
+    ERROR,
+    FAILED,
+    QUEUED,
+    REJECTED,
+    RESOURCES,
+    RUNNING,
+    START,
+    SUBMITTED,
+    SUCCEEDED,
+    VALIDATED,
+    given,
+    interrupted,
+    measured,
+    saved,
+    started,
+    step,
+)
+
+
+def test_a_submitted_job_shows_what_was_sent_and_is_in_validation() -> None:
+    job = given(SUBMITTED)
+    assert (job.job_id, job.status, job.created) == ("ftjob-1", "validation", START)
+    assert (job.input_config, job.metadata, job.resources) == (CONFIG, CONFIG["metadata"], RESOURCES)
+    assert job.checkpoints == []
+
+
+@pytest.mark.parametrize(
+    ("events", "status"),
+    [
+        (QUEUED, "queued"),
+        ((*QUEUED, ADMITTED), "queued"),
+        (RUNNING, "running"),
+        ((*RUNNING, interrupted(1)), "queued"),
+        ((SUBMITTED, interrupted(0)), "validation"),
+        ((*RUNNING, CANCEL), "running"),
+        ((*RUNNING, CANCEL, CANCELLED), "cancelled"),
+        ((*RUNNING, SUCCEEDED), "success"),
+        ((*RUNNING, FAILED), "failed"),
+        ((SUBMITTED, REJECTED), "failed"),
+    ],
+)
+def test_each_event_moves_the_status_as_the_contract_says(events: tuple[AnyEvent, ...], status: str) -> None:
+    assert given(*events).status == status
+
+
+def test_an_outcome_is_final() -> None:
+    job = given(*RUNNING, SUCCEEDED, CANCEL, CANCELLED, FAILED, started(2))
+    assert (job.status, job.error, job.cancel_requested) == ("success", None, False)
+    assert job.finished_at == START + timedelta(seconds=len(RUNNING))
+
+
+def test_a_failed_job_says_why_and_where_the_traceback_is() -> None:
+    job = given(*RUNNING, FAILED)
+    assert (job.error, job.error_path) == (ERROR, "file:///e.txt")
+
+
+def test_checkpoints_are_listed_once_in_order() -> None:
+    job = given(*RUNNING, saved(1, 40), interrupted(1), started(2), saved(2, 40), saved(2, 80))
+    assert job.checkpoints == ["file:///step-40", "file:///step-80"]
+
+
+def test_progress_follows_the_steps() -> None:
+    job = given(*RUNNING, measured(1, step(0, epoch=0, loss=None, valid_loss=3.0)), measured(1, step(1), step(2)))
+    assert job.progress is not None
+    assert job.progress.model_dump() == {"step": 2, "total_steps": 100, "epoch": 1, "n_epochs": 2}
+
+
+def test_the_first_validation_loss_is_kept_to_show_before_and_after() -> None:
+    job = given(*RUNNING, measured(1, step(0, loss=None, valid_loss=3.0)), measured(1, step(50, valid_loss=2.0)))
+    assert job.metrics is not None
+    assert (job.metrics.first_valid_loss, job.metrics.valid_loss, job.metrics.loss) == (3.0, 2.0, 1.0)
+
+
+def test_an_interruption_falls_back_to_the_last_checkpoint() -> None:
+    job = given(
+        *RUNNING,
+        measured(1, step(39, loss=2.0), step(40, loss=1.5)),
+        saved(1, 40),
+        measured(1, step(41, epoch=2, loss=1.4), step(42, epoch=2, loss=1.3)),
+        interrupted(1),
+    )
+    assert job.progress is not None
+    assert job.metrics is not None
+    assert (job.progress.step, job.metrics.loss) == (40, 1.5)
+    assert (job.interruptions, job.admitted) == (1, False)
+    assert job.why == "interrupted: a worker died, waiting to resume"
+
+
+def test_metrics_that_arrive_after_their_checkpoint_belong_to_it() -> None:
+    job = given(*RUNNING, saved(1, 40), measured(1, step(40, loss=1.5)), measured(1, step(41)), interrupted(1))
+    assert job.metrics is not None
+    assert job.metrics.loss == 1.5
+
+
+def test_the_steps_a_resumed_run_records_again_replace_the_lost_ones() -> None:
+    first = (*RUNNING, saved(1, 40), measured(1, step(41, loss=9.0), step(42, loss=9.0)), interrupted(1))
+    job = given(*first, ADMITTED, started(2), measured(2, step(41, loss=1.4)))
+    assert job.progress is not None
+    assert job.metrics is not None
+    assert (job.progress.step, job.metrics.loss, job.attempt) == (41, 1.4, 2)
+
+
+def test_what_a_replaced_run_says_is_not_heard() -> None:
+    job = given(*RUNNING, interrupted(1), started(2), measured(1, step(99)), saved(1, 99))
+    assert (job.metrics, job.checkpoints) == (None, [])
+
+
+def test_a_loss_that_is_not_a_number_is_left_out() -> None:
+    job = given(*RUNNING, measured(1, step(1, loss=2.0)), measured(1, step(2, loss=float("nan"))))
+    assert job.metrics is not None
+    assert job.metrics.loss is None
+    json.loads(job.wire_json(), parse_constant=pytest.fail)
+
+
+def test_the_epochs_come_from_the_config_when_the_run_did_not_say() -> None:
+    config = {**CONFIG, "fine_tuning_options": {"n_epochs": 7}}
+    run = started(1).model_copy(update={"n_epochs": None})
+    job = given(SUBMITTED.model_copy(update={"config": config}), VALIDATED, run)
+    assert job.progress is not None
+    assert job.progress.n_epochs == 7
+
+
+def test_cancelling_shows_in_why_until_the_job_is_cancelled() -> None:
+    assert given(*RUNNING, CANCEL).why == "cancelling"
+    assert given(*RUNNING, CANCEL, interrupted(1)).why == "cancelling"
+    assert given(*RUNNING, CANCEL, CANCELLED).why is None
+
+
+def test_an_event_of_a_newer_version_changes_nothing_but_the_version() -> None:
+    before = given(*RUNNING)
+    after = given(*RUNNING, UnknownEvent("JobPaused", '{"type":"JobPaused","v":1}'))
+    assert after == before.model_copy(update={"version": before.version + 1})
+
+
+def test_a_history_without_its_beginning_still_replays() -> None:
+    assert given(SUCCEEDED).status == "success"
+    assert given(measured(3, step(1))).job_id == "ftjob-1"
+
+
+def test_no_history_is_no_job() -> None:
+    assert fold([]) is None
+
+
+def test_the_wire_view_leaves_out_what_has_no_value_and_what_is_the_folds_own() -> None:
+    wire = given(SUBMITTED).wire()
+    assert wire["created"] == "2026-11-22T12:00:00Z"
+    assert wire["metadata"] == {"team": "a", "ticket": None}  # a null of the user's stays
+    absent = {"finished_at", "error", "why", "progress", "version", "admitted", "validated", "saved", "idempotency_key"}
+    assert not absent & wire.keys()
+
+
+def test_the_wire_view_encodes_to_the_same_json() -> None:
+    job = given(*RUNNING, measured(1, step(1)), saved(1, 1), FAILED)
+    assert json.loads(job.wire_json()) == job.wire()
+
+
+def test_a_job_pickles_whole() -> None:
+    job = given(*RUNNING, measured(1, step(1)), saved(1, 1), interrupted(1))
+    assert pickle.loads(pickle.dumps(job)) == job  # noqa: S301  -- our own bytes
+
+
+def test_the_schema_shows_the_wire_view() -> None:
+    schema = FineTuningJob.model_json_schema(mode="serialization")
+    assert schema["properties"]["input_config"]["$ref"] == "#/$defs/Config"
+    assert schema["properties"]["checkpoints"]["items"] == {"type": "string", "format": "uri"}
+    assert "version" not in schema["properties"]
+    assert set(schema["required"]) == {"job_id", "created", "status", "input_config"}

@@ -1,0 +1,398 @@
+"""`EventLog` as a plain class: what it decides, keeps and tells."""
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from events import EventLog, ExpectedVersionError, LogUnavailable, MemoryStore, Recorded, Refused, SqliteStore
+from events.facts import Event, JobSubmitted
+from events.store import EventStore, StreamAppend
+from tests.events.facts_of_a_job import (
+    ADMITTED,
+    CANCEL,
+    CANCELLED,
+    CONFIG,
+    FAILED,
+    SUBMITTED,
+    SUCCEEDED,
+    VALIDATED,
+    measured,
+    saved,
+    started,
+    step,
+)
+from tests.events.test_sqlite import full_disk
+
+
+@asynccontextmanager
+async def opened(store: EventStore | Path) -> AsyncIterator[EventLog]:
+    log = EventLog(SqliteStore(store) if isinstance(store, Path) else store)
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
+async def submit(log: EventLog, job_id: str, event: JobSubmitted = SUBMITTED, limit: int = 100) -> None:
+    await log.submit(job_id, event, f"{job_id}-submitted", limit)
+
+
+async def append(log: EventLog, job_id: str, *events: Event, expected: int | None = None) -> None:
+    ids = [f"{job_id}-{event.type}-{number}" for number, event in enumerate(events)]
+    await log.append(job_id, list(events), ids, expected)
+
+
+def test_a_submitted_job_is_on_disk_when_submit_returns(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path / "events.db") as log:
+            job = await log.submit("a", SUBMITTED, "e1", 10)
+        async with opened(tmp_path / "events.db") as log:
+            assert await log.job("a") == job
+            assert [one.event for one in await log.read("a")] == [SUBMITTED]
+
+    asyncio.run(scenario())
+
+
+def test_a_retried_submit_is_one_job() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            first = await log.submit("a", SUBMITTED, "e1", 1)
+            assert await log.submit("a", SUBMITTED, "e1", 1) == first
+            assert len(await log.read("a")) == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_idempotency_key_brings_back_its_job_when_the_config_is_the_same() -> None:
+    async def scenario() -> None:
+        event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
+        other = event.model_copy(update={"config": {**CONFIG, "model": "other"}})
+        async with opened(MemoryStore()) as log:
+            first = await log.submit("a", event, "e1", 1)
+            assert await log.submit("b", event, "e2", 1) == first
+            with pytest.raises(Refused, match="was used for job a") as refused:
+                await log.submit("c", other, "e3", 10)
+            assert refused.value.code == "idempotency_key_reused"
+
+    asyncio.run(scenario())
+
+
+def test_concurrent_submits_with_one_idempotency_key_are_one_job() -> None:
+    async def scenario() -> None:
+        event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
+        async with opened(MemoryStore()) as log:
+            jobs = await asyncio.gather(*(log.submit(f"j{number}", event, f"e{number}", 10) for number in range(8)))
+            assert {job.job_id for job in jobs} == {"j0"}
+
+    asyncio.run(scenario())
+
+
+def test_an_idempotency_key_is_remembered_after_a_restart(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
+        async with opened(tmp_path / "events.db") as log:
+            await log.submit("a", event, "e1", 10)
+        async with opened(tmp_path / "events.db") as log:
+            assert (await log.submit("b", event, "e2", 10)).job_id == "a"
+
+    asyncio.run(scenario())
+
+
+def test_only_so_many_jobs_may_be_unfinished() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            outcomes = await asyncio.gather(
+                *(submit(log, f"j{number}", limit=2) for number in range(4)), return_exceptions=True
+            )
+            assert [getattr(outcome, "code", None) for outcome in outcomes] == [None, None, *["too_many_jobs"] * 2]
+            await append(log, "j0", CANCEL, CANCELLED)
+            await submit(log, "j4", limit=2)
+
+    asyncio.run(scenario())
+
+
+def test_a_refused_fact_takes_the_rest_of_its_append_with_it() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            await submit(log, "a")
+            with pytest.raises(Refused):
+                await append(log, "a", VALIDATED, SUCCEEDED)
+            assert (await log.job("a")).status == "validation"
+            assert len(await log.read("a")) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_retried_append_is_not_decided_again() -> None:
+    """`RunStarted(1)` could not be true a second time; its retry finds it written and says so."""
+
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            await submit(log, "a")
+            for _ in range(2):
+                job = await log.append("a", [VALIDATED, ADMITTED, started(1)], ["e1", "e2", "e3"])
+            assert (job.status, job.version) == ("running", 3)
+
+    asyncio.run(scenario())
+
+
+def test_a_retry_in_the_same_commit_is_one_event() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            await submit(log, "a")
+            jobs = await asyncio.gather(*(log.append("a", [VALIDATED, started(1)], ["e1", "e2"]) for _ in range(3)))
+            assert {job.version for job in jobs} == {2}
+
+    asyncio.run(scenario())
+
+
+def test_a_stale_writer_is_refused_with_the_versions() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            await submit(log, "a")
+            await append(log, "a", VALIDATED, expected=0)
+            with pytest.raises(ExpectedVersionError, match="job a: expected version 0, is 1"):
+                await append(log, "a", ADMITTED, expected=0)
+
+    asyncio.run(scenario())
+
+
+def test_of_two_outcomes_proposed_at_once_one_wins() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            await submit(log, "a")
+            await append(log, "a", VALIDATED, started(1))
+            outcomes = await asyncio.gather(
+                append(log, "a", SUCCEEDED), append(log, "a", FAILED), return_exceptions=True
+            )
+            assert outcomes[0] is None
+            assert isinstance(outcomes[1], Refused)
+            assert (await log.job("a")).status == "success"
+
+    asyncio.run(scenario())
+
+
+def test_an_unknown_job_is_refused_everywhere() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            for call in (
+                log.job("x"),
+                log.job_json("x"),
+                log.append("x", [CANCEL], ["e"]),
+                log.jobs(5, "x"),
+                log.wait("x", -1, 0),
+            ):
+                with pytest.raises(Refused) as refused:
+                    await call
+                assert refused.value.code == "unknown_job"
+            assert await log.read("x") == []
+
+    asyncio.run(scenario())
+
+
+def test_jobs_are_paged_newest_first() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            for job_id in "abcde":
+                await submit(log, job_id)
+            page, more = await log.jobs(2)
+            assert ([job.job_id for job in page], more) == (["e", "d"], True)
+            page, more = await log.jobs(2, "d")
+            assert ([job.job_id for job in page], more) == (["c", "b"], True)
+            page, more = await log.jobs(2, "b")
+            assert ([job.job_id for job in page], more) == (["a"], False)
+
+    asyncio.run(scenario())
+
+
+def test_live_jobs_are_those_without_an_outcome_oldest_first(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path / "events.db") as log:
+            for job_id in "abc":
+                await submit(log, job_id)
+            await append(log, "b", CANCEL, CANCELLED)
+            await append(log, "a", VALIDATED)
+            assert [job.job_id for job in await log.live_jobs()] == ["a", "c"]
+        async with opened(tmp_path / "events.db") as log:
+            assert [job.job_id for job in await log.live_jobs()] == ["a", "c"]
+
+    asyncio.run(scenario())
+
+
+def test_the_json_of_a_job_is_that_of_its_last_version() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            await submit(log, "a")
+            assert json.loads(await log.job_json("a"))["status"] == "validation"
+            assert await log.job_json("a") is await log.job_json("a")
+            await append(log, "a", VALIDATED)
+            assert await log.job_json("a") == (await log.job("a")).wire_json()
+
+    asyncio.run(scenario())
+
+
+def test_a_subscriber_gets_every_event_once_in_order() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            await submit(log, "a")
+            seen: list[Recorded] = []
+
+            async def follow() -> None:
+                while len(seen) < 9:
+                    seen.extend(await log.subscribe(seen[-1].position if seen else 0, 2, wait_s=5))
+
+            follower = asyncio.create_task(follow())
+            await asyncio.gather(*(submit(log, f"j{number}") for number in range(7)))
+            await append(log, "a", VALIDATED)
+            await asyncio.wait_for(follower, 5)
+            assert [one.position for one in seen] == list(range(1, 10))
+
+    asyncio.run(scenario())
+
+
+def test_a_subscriber_with_nothing_to_read_gets_nothing_when_time_is_up() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            assert await log.subscribe(0, wait_s=0.01) == []
+
+    asyncio.run(scenario())
+
+
+def test_waiting_for_a_job_returns_when_it_changes_and_not_before() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            await submit(log, "a")
+            await submit(log, "b")
+            waiting = asyncio.create_task(log.wait("a", 0, 5))
+            await append(log, "b", VALIDATED)
+            assert not waiting.done()
+            await append(log, "a", VALIDATED)
+            assert (await asyncio.wait_for(waiting, 5)).status == "queued"
+            assert (await log.wait("a", 0, 5)).version == 1
+            assert (await log.wait("a", 1, 0.01)).version == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_event_that_can_not_be_written_as_json_is_refused_alone() -> None:
+    async def scenario() -> None:
+        async with opened(MemoryStore()) as log:
+            bad = SUBMITTED.model_copy(update={"config": {"model": "\ud800"}})
+            outcomes = await asyncio.gather(
+                log.submit("a", bad, "e1", 10), log.submit("b", SUBMITTED, "e2", 10), return_exceptions=True
+            )
+            assert getattr(outcomes[0], "code", None) == "invalid_event"
+            assert [job.job_id for job in await log.live_jobs()] == ["b"]
+
+    asyncio.run(scenario())
+
+
+class GatedStore(MemoryStore):
+    """Holds each append until its gate opens, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.appends = 0
+
+    def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
+        self.entered.set()
+        assert self.gate.wait(10)
+        self.appends += 1
+        return super().append(batch, time)
+
+
+def test_appends_that_arrive_during_a_commit_share_the_next_one_and_the_loop_stays_free() -> None:
+    async def scenario() -> None:
+        store = GatedStore()
+        async with opened(store) as log:
+            submits = [asyncio.create_task(submit(log, "j0"))]
+            assert await asyncio.to_thread(store.entered.wait, 10)
+            submits += [asyncio.create_task(submit(log, f"j{number}")) for number in range(1, 50)]
+            assert await log.live_jobs() == []  # answers while the commit is in flight, and shows none of it
+            store.gate.set()
+            await asyncio.gather(*submits)
+            assert store.appends == 2
+            assert len(await log.live_jobs()) == 50
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_has_gone_does_not_hold_up_the_others() -> None:
+    async def scenario() -> None:
+        store = GatedStore()
+        async with opened(store) as log:
+            gone = asyncio.create_task(submit(log, "a"))
+            stays = asyncio.create_task(submit(log, "b"))
+            assert await asyncio.to_thread(store.entered.wait, 10)
+            gone.cancel()
+            store.gate.set()
+            await stays
+            assert [job.job_id for job in await log.live_jobs()] == ["a", "b"]
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_commit_is_reported_and_the_next_one_goes_on_from_what_is_on_disk(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "events.db"
+        async with opened(path) as log:
+            await submit(log, "a")
+            with full_disk(tmp_path / "events.db-wal"), pytest.raises(LogUnavailable, match="could not commit"):
+                await append(log, "a", VALIDATED)
+            assert (await log.job("a")).status == "validation"
+            await append(log, "a", VALIDATED)
+            assert [one.version for one in await log.read("a")] == [0, 1]
+        async with opened(path) as log:
+            assert (await log.job("a")).status == "queued"
+
+    asyncio.run(scenario())
+
+
+class LyingStore(MemoryStore):
+    """Its first append is written, and then reports a failure: as a lost acknowledgement of the disk would look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lies = 1
+
+    def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
+        written = super().append(batch, time)
+        if self.lies:
+            self.lies -= 1
+            raise OSError("input/output error")
+        return written
+
+
+def test_a_commit_that_failed_but_was_written_is_found_again() -> None:
+    async def scenario() -> None:
+        async with opened(LyingStore()) as log:
+            with pytest.raises(LogUnavailable):
+                await submit(log, "a")
+            await submit(log, "b")
+            assert [job.job_id for job in await log.live_jobs()] == ["a", "b"]
+            await submit(log, "a")  # the retry: it was there
+            assert [one.job_id for one in await log.subscribe(0)] == ["a", "b"]
+
+    asyncio.run(scenario())
+
+
+def test_a_replayed_log_has_the_same_jobs(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path / "events.db") as log:
+            for job_id in "ab":
+                await submit(log, job_id)
+                await append(log, job_id, VALIDATED, ADMITTED, started(1), measured(1, step(1)), saved(1, 1))
+            await append(log, "b", SUCCEEDED)
+            before = await log.jobs(10)
+        async with opened(tmp_path / "events.db") as log:
+            assert await log.jobs(10) == before
+
+    asyncio.run(scenario())

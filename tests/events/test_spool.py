@@ -1,0 +1,115 @@
+"""A job's log lines on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from events.spool import MAX_MESSAGE, Spool
+
+TIME = "2026-11-22T12:00:00Z"
+
+
+def lines(*messages: str) -> list[tuple[str, str]]:
+    return [(TIME, message) for message in messages]
+
+
+def numbered(first: int, count: int) -> list[tuple[str, str]]:
+    return lines(*(f"line {number}" for number in range(first, first + count)))
+
+
+def messages(spool: Spool, first: int = 0, limit: int = 10_000, max_bytes: int = 1 << 30) -> list[str]:
+    return [line["message"] for line in spool.read(first, limit, max_bytes)]
+
+
+def test_lines_read_back_in_order_from_any_offset(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append("rank-0", 0, lines("a", "b"))
+    spool.append("rank-1", 0, lines("c"))
+    assert messages(spool) == ["a", "b", "c"]
+    assert spool.read(1, 1, 1000) == [{"message": "b", "timestamp": TIME}]
+    assert spool.lines == 3
+
+
+@pytest.mark.parametrize("seq", [0, 1, 2, 3])
+def test_what_a_source_sends_again_is_there_once(tmp_path: Path, seq: int) -> None:
+    spool = Spool(tmp_path)
+    spool.append("rank-0", 0, numbered(0, 3))
+    spool.append("rank-0", seq, numbered(seq, 3))
+    assert messages(spool) == [f"line {number}" for number in range(seq + 3)]
+    assert spool.next_seq("rank-0") == seq + 3
+
+
+def test_sources_count_their_lines_apart(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append("rank-0", 0, lines("a"))
+    spool.append("rank-1", 0, lines("a"))
+    assert messages(spool) == ["a", "a"]
+
+
+@pytest.mark.parametrize("index", ["kept", "deleted", "torn"])
+def test_a_reopened_spool_goes_on_where_it_was(tmp_path: Path, index: str) -> None:
+    spool = Spool(tmp_path)
+    for batch in range(40):
+        spool.append("rank-0", batch * 100, numbered(batch * 100, 100))
+    spool.append("rank-1", 0, lines("last"))
+    file = tmp_path / "log.index"
+    assert len(file.read_text().splitlines()) == 4
+    if index == "deleted":
+        file.unlink()
+    elif index == "torn":
+        file.write_bytes(file.read_bytes()[:-5])
+    again = Spool(tmp_path)
+    assert again.lines == 4001
+    assert messages(again, first=2999, limit=2) == ["line 2999", "line 3000"]
+    assert again.append("rank-0", 3950, numbered(3950, 60)) == [
+        {"message": f"line {number}", "timestamp": TIME} for number in range(4000, 4010)
+    ]
+    assert again.append("rank-1", 0, lines("last")) == []
+    assert messages(again, first=4000) == ["last", *(f"line {number}" for number in range(4000, 4010))]
+
+
+@pytest.mark.parametrize("torn", [b'{"timestamp": "2026', b'{"a": 1}', b"\0\0\0\0", b"\0\0\n"])
+def test_a_line_that_a_crash_tore_is_cut_off_and_can_be_sent_again(tmp_path: Path, torn: bytes) -> None:
+    Spool(tmp_path).append("rank-0", 0, lines("a", "b"))
+    with (tmp_path / "log.ndjson").open("ab") as file:
+        file.write(torn)
+    spool = Spool(tmp_path)
+    spool.append("rank-0", 2, lines("c"))
+    assert messages(spool) == messages(Spool(tmp_path)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("lost", [b"", b"\0" * 1_000_000], ids=["cut off", "zeros"])
+def test_an_index_that_knows_of_lines_the_file_has_lost_is_not_believed(tmp_path: Path, lost: bytes) -> None:
+    Spool(tmp_path).append("rank-0", 0, numbered(0, 2500))
+    file = tmp_path / "log.ndjson"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:10]) + lost)
+    assert messages(Spool(tmp_path)) == [f"line {number}" for number in range(10)]
+    Spool(tmp_path).append("rank-0", 10, lines(*(f"another line {number}" for number in range(10, 3010))))
+    assert messages(Spool(tmp_path), first=2600, limit=1) == ["another line 2600"]
+
+
+def test_a_very_long_line_is_cut_and_says_so(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append("rank-0", 0, lines("x" * 1_000_000))
+    assert messages(spool) == ["x" * MAX_MESSAGE + " … [cut: 1,000,000 characters]"]
+
+
+def test_any_text_can_be_a_line(tmp_path: Path) -> None:
+    odd = ["", "a\nb\r\x1b[2K\x00", "żółw 🐢", 'say "hi" \\', "\u2028", "half \ud83d"]
+    spool = Spool(tmp_path)
+    spool.append("rank-0", 0, lines(*odd))
+    assert messages(spool) == messages(Spool(tmp_path)) == [*odd[:-1], "half ?"]
+
+
+def test_a_read_stops_at_its_size_but_always_brings_a_line(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append("rank-0", 0, lines("x" * 1000, "y" * 1000, "z"))
+    assert messages(spool, max_bytes=10) == ["x" * 1000]
+    assert messages(spool, max_bytes=2200) == ["x" * 1000, "y" * 1000]
+
+
+def test_the_file_is_plain_ndjson(tmp_path: Path) -> None:
+    Spool(tmp_path).append("rank-0", 0, lines("a"))
+    [record] = map(json.loads, (tmp_path / "log.ndjson").read_text().splitlines())
+    assert record == {"timestamp": TIME, "message": "a", "source": "rank-0", "seq": 0}

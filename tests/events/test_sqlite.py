@@ -1,0 +1,101 @@
+"""What the SQLite store promises beyond the contract: nothing acknowledged is ever lost."""
+
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from events import SqliteStore
+from events.store import NewEvent, StoreFailedError, StoreLockedError, StreamAppend
+from tests.events.facts_of_a_job import START, SUBMITTED
+
+
+def append(store: SqliteStore, event_id: str) -> None:
+    store.append([StreamAppend(f"job-{event_id}", [NewEvent.of(event_id, SUBMITTED)])], START)
+
+
+def event_ids(store: SqliteStore) -> list[str]:
+    return [recorded.event_id for recorded in store.read_all()]
+
+
+@contextmanager
+def full_disk(file: Path) -> Iterator[None]:
+    """No file of this process may grow beyond that one's size: its next write fails in the kernel."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_reopened_store_has_everything(tmp_path: Path) -> None:
+    with closing(SqliteStore(tmp_path / "events.db")) as store:
+        append(store, "e1")
+        written = store.read_all()
+    with closing(SqliteStore(tmp_path / "events.db")) as store:
+        assert store.read_all() == written
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    with closing(SqliteStore(tmp_path / "events.db")):
+        with pytest.raises(StoreLockedError, match="another process has the event log open"):
+            SqliteStore(tmp_path / "events.db")
+
+
+def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "events.db")) as db:
+        db.execute("PRAGMA user_version=99")
+    with pytest.raises(StoreFailedError, match="newer version"):
+        SqliteStore(tmp_path / "events.db")
+    with pytest.raises(StoreFailedError):  # and not StoreLockedError: the first one let go of the lock
+        SqliteStore(tmp_path / "events.db")
+
+
+def test_after_a_failed_write_the_store_stops_until_it_was_reopened(tmp_path: Path) -> None:
+    with closing(SqliteStore(tmp_path / "events.db")) as store:
+        append(store, "e1")
+        with full_disk(tmp_path / "events.db-wal"), pytest.raises(StoreFailedError):
+            append(store, "e2")
+        with pytest.raises(StoreFailedError, match="has stopped"):
+            append(store, "e3")
+        store.reopen()
+        assert event_ids(store) == ["e1"]
+        append(store, "e4")
+        assert event_ids(store) == ["e1", "e4"]
+
+
+def test_what_was_acknowledged_survives_sigkill(tmp_path: Path) -> None:
+    """A child appends as fast as it can and prints each event id once the append has returned."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(tmp_path / "events.db")], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    acknowledged = [next(writer.stdout).strip() for _ in range(200)]
+    os.kill(writer.pid, signal.SIGKILL)
+    acknowledged += [line.strip() for line in writer.stdout if line.endswith("\n")]
+    writer.wait()
+    with closing(SqliteStore(tmp_path / "events.db")) as store:
+        recorded = store.read_all(limit=100_000)
+        assert [one.event_id for one in recorded][: len(acknowledged)] == acknowledged
+        assert [one.position for one in recorded] == list(range(1, len(recorded) + 1))
+
+
+_WRITER = """
+import sys
+from itertools import count
+from pathlib import Path
+from tests.events.test_sqlite import SqliteStore, append
+
+store = SqliteStore(Path(sys.argv[1]))
+for number in count():
+    append(store, f"e{number}")
+    print(f"e{number}", flush=True)
+"""

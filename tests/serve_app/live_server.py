@@ -1,0 +1,84 @@
+"""The HTTP API on a real socket, in front of a real event log and log queue; only Ray is left out."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import uvicorn
+
+from events.facts import Event, Resources
+from events.ids import new_event_id
+from events.log import EventLog
+from events.log_queue import LogQueue
+from events.sqlite import SqliteStore
+from serve_app.api import build_api
+from trainers.errors import ConfigProblems, Problem
+from trainers.plan import Plan
+from trainers.settings import Settings
+
+T = TypeVar("T")
+
+LARGEST_JOB = 4
+
+
+class Parts:
+    """The service without a cluster. Its capacity is `LARGEST_JOB` workers; nobody runs the jobs but the test."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.log = EventLog(SqliteStore(settings.event_log))
+        self.logs = LogQueue(settings.storage)
+        self.waiting: dict[str, str] = {}
+
+    async def whys(self) -> dict[str, str]:
+        return self.waiting
+
+    async def resources(self, plan: Plan) -> Resources:
+        if plan.workers > LARGEST_JOB:
+            raise ConfigProblems([Problem("overrides", "this cluster can never hold the job", "infeasible_resources")])
+        return Resources(workers=plan.workers, nodes=plan.nnodes, cpus_per_worker=1, gpus_per_worker=0)
+
+
+class Server:
+    """A running API. `parts` belongs to the server's event loop: tests reach it through `do`."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._server = uvicorn.Server(
+            uvicorn.Config(build_api(parts), log_level="warning", timeout_graceful_shutdown=1)
+        )
+        self._loop: asyncio.AbstractEventLoop
+        started = threading.Event()
+
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            started.set()
+            await self._server.serve(sockets=[self._socket])
+            await parts.log.close()
+            await parts.logs.close()
+
+        self._thread = threading.Thread(target=lambda: asyncio.run(serve()))
+        self._thread.start()
+        started.wait()
+
+    def do(self, call: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result(timeout=10)
+
+    def append(self, job_id: str, *events: Event) -> None:
+        self.do(self.parts.log.append(job_id, list(events), [new_event_id() for _ in events]))
+
+    def print(self, job_id: str, *messages: str, seq: int = 0) -> None:
+        lines = [("2026-01-02T03:04:05.678Z", message) for message in messages]
+        self.do(self.parts.logs.append(job_id, "worker", seq, lines))
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+
+
+Serve = Callable[..., Server]
+"""Starts a server; the arguments are settings, or `parts_type`."""

@@ -1,0 +1,289 @@
+"""Bad input: a clear error in the one envelope, nothing recorded, never a 500."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve_app.live_server import Server
+from tests.tiny_models import make_tiny_model
+
+SUBMIT = "/fine_tuning/jobs/submit"
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_recorded(http: httpx.Client) -> Iterator[None]:
+    before = http.get("/fine_tuning/jobs").json()
+    yield
+    assert http.get("/fine_tuning/jobs").json() == before
+
+
+def refused(answer: httpx.Response, status: int = 422) -> dict[str, Any]:
+    """The error of a response that must be one; checks the envelope."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert list(answer.json()) == ["error"]
+    error: dict[str, Any] = answer.json()["error"]
+    assert error.keys() >= {"message", "type", "param", "code"}
+    assert ("errors" in error) == (status == 422)
+    if status == 422:
+        assert all(problem["message"] in error["message"] for problem in error["errors"])
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "line 1 column 1"),
+        (b'{"model": "m",\n "data": }', "line 2 column 10"),
+        (b'{"model": "m"} trailing', "line 1 column 16"),
+        (b"[]", "must be a JSON object, not an array"),
+        (b'"text"', "not a string"),
+        (b"12", "not a number"),
+        (b"null", "not null"),
+        (b"true", "not a boolean"),
+        (b'{"metadata": {"x": NaN}}', "NaN is not JSON"),
+        (b'{"metadata": {"x": -Infinity}}', "-Infinity is not JSON"),
+        (b'{"metadata": {"x": 1e999}}', "metadata.x: is a number beyond double precision"),
+        (b'{"metadata": {"x": 9223372036854775808}}', "metadata.x: is an integer beyond 64 bits"),
+        (b'{"metadata": {"x": ' + b"9" * 5000 + b"}}", "an integer beyond 64 bits"),
+        (b'{"metadata": {"x": 1, "x": 2}}', "the key 'x' stands twice"),
+        (b'{"model": "a\\u0000b"}', "model: contains a NUL character"),
+        (b'{"metadata": {"x": ["\\ud800"]}}', "metadata.x.0: contains a lone surrogate"),
+        (b'{"metadata": {"\\udfff": 1}}', "metadata: the key '\\udfff' contains a lone surrogate"),
+        (b'{"model": "\xff\xfe"}', "not UTF-8: byte 11 is 0xff"),
+        ('{"model": "m"}'.encode("utf-16"), "not UTF-8"),
+        (b'{"metadata": ' + b'{"x": ' * 70 + b"1" + b"}" * 71, "nested deeper than 64 levels"),
+        (b"[" * 100_000, "nested deeper"),
+        (b'{"metadata": ' + b'{"x":' * 100_000, "nested deeper"),
+        (b'\xef\xbb\xbf{"model": "m"}', "BOM"),
+    ],
+)
+def test_a_body_that_is_not_clean_json_is_refused_with_the_place(http: httpx.Client, body: bytes, says: str) -> None:
+    for route in (SUBMIT, "/fine_tuning/jobs/cancel"):
+        assert says in refused(http.post(route, content=body, headers=JSON))["message"]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        None,
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/json; charset=latin-1",
+        "multipart/form-data",
+    ],
+)
+def test_a_body_of_another_type_gets_415(http: httpx.Client, content_type: str | None) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    assert "application/json" in refused(http.post(SUBMIT, content=b"{}", headers=headers), 415)["message"]
+
+
+def test_a_body_that_says_it_is_too_large_gets_413(http: httpx.Client) -> None:
+    refused(http.post(SUBMIT, content=b" " * (1 << 20) + b"{}", headers=JSON), 413)
+
+
+def test_a_body_that_does_not_say_how_large_it_is_gets_413_once_it_is_too_large(server: Server) -> None:
+    """Sent chunk by chunk and never ended: the answer comes when the limit is passed."""
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
+        connection.settimeout(5)
+        connection.sendall(
+            f"POST {SUBMIT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        for _ in range((1 << 20) // 65536 + 1):
+            connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_everything_wrong_is_reported_at_once(http: httpx.Client) -> None:
+    request = {
+        "mode": "m",
+        "data": "/etc/passwd",
+        "batch_size": 2,
+        "fine_tuning_options": {"lr": "2e-5", "n_epochs": 0, "extras": {"optimizr": 1}},
+        "overrides": "--nproc_per_node 0",
+        "logger": {"filename": "../x"},
+    }
+    error = refused(http.post(SUBMIT, json=request))
+    assert error["message"].startswith("9 problems: ")
+    assert {problem["param"] for problem in error["errors"]} == {
+        "model",
+        "mode",
+        "data",
+        "batch_size",
+        "fine_tuning_options.lr",
+        "fine_tuning_options.n_epochs",
+        "fine_tuning_options.extras.optimizr",
+        "overrides",
+        "logger.filename",
+    }
+
+
+def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config: dict[str, Any]) -> None:
+    secret = "sk-very-secret"
+    request = config | {
+        "model": {"key": secret},
+        "overrides": 7,
+        "fine_tuning_options": {"seed": secret, "lr": [secret]},
+    }
+    assert secret not in http.post(SUBMIT, json=request).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "says"),
+    [
+        ({"modle": "m"}, "modle", "did you mean model?"),
+        ({"lora_rank": 8}, "lora_rank", "it belongs into fine_tuning_options.custom_training_options"),
+        ({"fine_tuning_options": {"batchsize": 8}}, "fine_tuning_options.batchsize", "did you mean batch_size?"),
+        ({"model": 7}, "model", "valid string"),
+        ({"model": ""}, "model", "at least 1 character"),
+        ({"metadata": []}, "metadata", "valid dictionary"),
+        ({"fine_tuning_options": {"n_epochs": "3"}}, "fine_tuning_options.n_epochs", "valid integer"),
+        ({"fine_tuning_options": {"n_epochs": 2.5}}, "fine_tuning_options.n_epochs", "valid integer"),
+        ({"fine_tuning_options": {"shuffle": 1}}, "fine_tuning_options.shuffle", "valid boolean"),
+        ({"fine_tuning_options": {"lr": "2e-5"}}, "fine_tuning_options.lr", "valid number"),
+        ({"fine_tuning_options": {"lr": -1}}, "fine_tuning_options.lr", "greater than 0"),
+        ({"fine_tuning_options": {"seed": 2**40}}, "fine_tuning_options.seed", "less than or equal to"),
+        (
+            {"fine_tuning_options": {"custom_training_options": {}}},
+            "fine_tuning_options.custom_training_options",
+            "can't tell full from LoRA",
+        ),
+        (
+            {"fine_tuning_options": {"custom_training_options": {"lora_rank": 0}}},
+            "fine_tuning_options.custom_training_options.lora_rank",
+            "greater than or equal to 1",
+        ),
+        (
+            {"fine_tuning_options": {"custom_training_options": {"lora_attn_modules": ["q_prj"]}}},
+            "fine_tuning_options.custom_training_options.lora_attn_modules",
+            "q_proj",
+        ),
+        ({"logger": {}}, "logger", "can't tell which logger"),
+        ({"logger": {"filename": "a/b.jsonl"}}, "logger.filename", "plain file name"),
+        ({"logger": {"filename": "..\\x"}}, "logger.filename", "plain file name"),
+        ({"overrides": "--nproc_per_node 0"}, "overrides", "--nproc_per_node 0"),
+        ({"overrides": "--nproc_per_node 5"}, "overrides", "this cluster can never hold the job"),
+        (
+            {"fine_tuning_options": {"extras": {"optimizer": {"_component_": "subprocess.check_output"}}}},
+            "fine_tuning_options.extras.optimizer._component_",
+            "not on the list of components",
+        ),
+        ({"fine_tuning_options": {"extras": {"dtipe": "bf16"}}}, "fine_tuning_options.extras.dtipe", "dtype"),
+        ({"model": "https://user:secret@host/model"}, "model", "credentials"),
+        ({"model": "s3://[broken"}, "model", "URI"),
+        ({"model": "/" + "x" * 1000}, "model", ""),
+        ({"model": "~nobody-of-that-name/model"}, "model", ""),
+        ({"data": "/" + "x" * 1000}, "data", ""),
+        ({"data": "file://[broken"}, "data", ""),
+        ({"data": "x" * 5000}, "data", "at most 4096 characters"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(
+    http: httpx.Client, config: dict[str, Any], changes: dict[str, Any], param: str, says: str
+) -> None:
+    error = refused(http.post(SUBMIT, json=config | changes))
+    assert [problem["param"] for problem in error["errors"]] == [param]
+    assert error["param"] == param
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize("field", ["data", "validation_data"])
+def test_data_that_can_not_be_read_is_refused(
+    http: httpx.Client, config: dict[str, Any], storage: Path, field: str
+) -> None:
+    (storage / "empty.jsonl").touch()
+    os.symlink("/etc/hostname", storage / f"{field}-link.jsonl")
+    wrong = {
+        str(storage / "missing.jsonl"): "no file",
+        str(storage): "directory",
+        str(storage / "empty.jsonl"): "empty",
+        "/etc/hostname": "outside",
+        str(storage / ".." / ".." / "etc" / "hostname"): "outside",
+        str(storage / f"{field}-link.jsonl"): "outside",
+        "ftp://host/rows.jsonl": "kind of URI",
+        "s3://key:secret@bucket/rows.jsonl": "credentials",
+    }
+    for uri, says in wrong.items():
+        error = refused(http.post(SUBMIT, json=config | {field: uri}))
+        assert [problem["param"] for problem in error["errors"]] == [field]
+        assert says in error["message"], uri
+
+
+def test_a_model_directory_that_can_not_be_trained_is_refused(
+    http: httpx.Client, config: dict[str, Any], storage: Path
+) -> None:
+    no_weights = make_tiny_model(storage / "no-weights")
+    for weights in no_weights.glob("*.safetensors*"):
+        weights.unlink()
+    unknown = make_tiny_model(storage / "unknown")
+    edit(unknown / "config.json", architectures=["ParrotForCausalLM"], model_type="parrot")
+    wrong = {
+        no_weights: "safetensors",
+        unknown: "parrot",
+        storage / "nowhere": "no model directory",
+        Path("/etc"): "outside",
+    }
+    for directory, says in wrong.items():
+        error = refused(http.post(SUBMIT, json=config | {"model": str(directory)}))
+        assert error["param"] == "model"
+        assert says in error["message"]
+
+
+def test_an_adapter_on_a_tied_output_head_is_refused(http: httpx.Client, config: dict[str, Any], storage: Path) -> None:
+    model = make_tiny_model(storage / "tied")
+    options = {"custom_training_options": {"apply_lora_to_output": True}}
+    error = refused(http.post(SUBMIT, json=config | {"model": str(model), "fine_tuning_options": options}))
+    assert error["param"] == "fine_tuning_options.custom_training_options.apply_lora_to_output"
+
+
+def edit(path: Path, **changes: Any) -> None:  # noqa: ANN401  -- JSON values
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("query", ["", "?job_id=", f"?job_id={'x' * 200}"])
+def test_a_job_id_is_required(http: httpx.Client, query: str) -> None:
+    for route in ("status", "tail"):
+        assert refused(http.get(f"/fine_tuning/jobs/{route}{query}"))["param"] == "job_id"
+
+
+@pytest.mark.parametrize("job_id", ["nope", "ftjob-01ARZ3NDEKTSV4RRFFQ69G5FAV", "%00", "..%2F..%2Fetc", "%ff", "a b"])
+def test_a_job_nobody_submitted_gets_404(http: httpx.Client, job_id: str) -> None:
+    for route in ("status", "tail"):
+        error = refused(http.get(f"/fine_tuning/jobs/{route}?job_id={job_id}"), 404)
+        assert (error["type"], error["code"]) == ("not_found_error", "unknown_job")
+    refused(http.post("/fine_tuning/jobs/cancel", json={"job_id": "nope"}), 404)
+    refused(http.get(f"/fine_tuning/jobs?after={job_id}"), 404)
+
+
+@pytest.mark.parametrize("body", [{}, {"job_id": 7}, {"job_id": ""}, {"job_id": None}, {"job_id": "x", "force": True}])
+def test_a_cancel_takes_a_job_id_and_nothing_else(http: httpx.Client, body: dict[str, Any]) -> None:
+    refused(http.post("/fine_tuning/jobs/cancel", json=body))
+
+
+@pytest.mark.parametrize(
+    "query", ["?limit=0", "?limit=101", "?limit=x", "?limit=" + "9" * 5000, "?after=", "?limit=1.5"]
+)
+def test_a_page_is_1_to_100_jobs(http: httpx.Client, query: str) -> None:
+    refused(http.get(f"/fine_tuning/jobs{query}"))
+
+
+@pytest.mark.parametrize("query", ["&after=-1", "&after=x", "&after=99999999999999999999", "&follow=maybe"])
+def test_a_tail_starts_at_an_offset(http: httpx.Client, query: str) -> None:
+    refused(http.get(f"/fine_tuning/jobs/tail?job_id=any{query}"))
+
+
+def test_an_unknown_route_gets_the_same_envelope(http: httpx.Client) -> None:
+    assert refused(http.get("/fine_tuning/jobs/statuses"), 404)["code"] == "unknown_route"
+
+
+def test_the_wrong_method_gets_the_same_envelope_and_is_told_the_right_one(http: httpx.Client) -> None:
+    answer = http.get(SUBMIT)
+    assert refused(answer, 405)["code"] == "method_not_allowed"
+    assert answer.headers["allow"] == "POST"

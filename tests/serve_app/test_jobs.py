@@ -1,0 +1,162 @@
+"""Status, list, cancel, health, and what every response has in common."""
+
+import logging
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from events.facts import CancelRequested, JobCancelled, JobError, JobFailed
+from events.job import FineTuningJob
+from events.log import EventLog, LogUnavailable
+from tests.serve_app.live_server import Parts, Serve, Server
+
+STATUS = "/fine_tuning/jobs/status"
+CANCEL = "/fine_tuning/jobs/cancel"
+FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
+
+
+def test_status_is_the_job_as_its_events_tell_it(http: httpx.Client, server: Server, submit: Callable[..., str]) -> None:
+    job_id = submit()
+    server.append(job_id, FAILED)
+    job = http.get(STATUS, params={"job_id": job_id}).json()
+    assert job["status"] == "failed"
+    assert job["error"]["fault"] == "infrastructure"
+    assert "finished_at" in job
+
+
+def test_a_job_that_waits_says_why(http: httpx.Client, server: Server, submit: Callable[..., str]) -> None:
+    job_id = submit()
+    server.parts.waiting[job_id] = "needs 2 CPUs, 1 free"
+    assert http.get(STATUS, params={"job_id": job_id}).json()["why"] == "needs 2 CPUs, 1 free"
+    listed = http.get("/fine_tuning/jobs", params={"limit": 1}).json()["data"][0]
+    assert listed["why"] == "needs 2 CPUs, 1 free"
+
+
+def test_a_job_that_no_longer_waits_does_not_say_why(
+    http: httpx.Client, server: Server, submit: Callable[..., str]
+) -> None:
+    job_id = submit()
+    server.parts.waiting[job_id] = "a moment ago"
+    server.append(job_id, FAILED)
+    assert "why" not in http.get(STATUS, params={"job_id": job_id}).json()
+
+
+def test_a_cancel_is_recorded_and_answers_with_the_job(
+    http: httpx.Client, server: Server, submit: Callable[..., str]
+) -> None:
+    job_id = submit()
+    answer = http.post(CANCEL, json={"job_id": job_id})
+    assert answer.status_code == 200
+    assert answer.json()["cancel_requested"]
+    assert isinstance(server.do(server.parts.log.read(job_id))[-1].event, CancelRequested)
+
+
+def test_cancelling_twice_is_cancelling_once(http: httpx.Client, server: Server, submit: Callable[..., str]) -> None:
+    job_id = submit()
+    answers = [http.post(CANCEL, json={"job_id": job_id}) for _ in range(2)]
+    server.append(job_id, JobCancelled())
+    answers.append(http.post(CANCEL, json={"job_id": job_id}))
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert answers[-1].json()["status"] == "cancelled"
+    assert len(server.do(server.parts.log.read(job_id))) == 3
+
+
+def test_cancelling_a_job_that_has_failed_is_a_conflict(
+    http: httpx.Client, server: Server, submit: Callable[..., str]
+) -> None:
+    job_id = submit()
+    server.append(job_id, FAILED)
+    answer = http.post(CANCEL, json={"job_id": job_id})
+    assert answer.status_code == 409
+    assert answer.json()["error"]["type"] == "conflict_error"
+
+
+def test_pages_walk_through_all_jobs_newest_first(http: httpx.Client, submit: Callable[..., str]) -> None:
+    submitted = [submit() for _ in range(5)]
+    seen: list[str] = []
+    after: dict[str, str] = {}
+    while len(seen) < 5:
+        page = http.get("/fine_tuning/jobs", params={"limit": 2, **after}).json()
+        assert page["object"] == "list"
+        assert page["has_more"]
+        seen += [job["job_id"] for job in page["data"]]
+        after = {"after": seen[-1]}
+    assert seen[:5] == submitted[::-1]
+
+
+def test_the_last_page_has_no_more(serve: Serve) -> None:
+    assert httpx.get(serve().url + "/fine_tuning/jobs").json() == {"object": "list", "data": [], "has_more": False}
+
+
+def test_healthz_says_ok_while_the_log_answers(http: httpx.Client) -> None:
+    assert http.get("/healthz").json() == {"status": "ok"}
+
+
+class _Lost(EventLog):
+    """An event log that can't be reached."""
+
+    async def jobs(self, limit: int, after: str | None = None) -> tuple[list[FineTuningJob], bool]:
+        raise LogUnavailable("the actor has died")
+
+    async def job_json(self, job_id: str) -> bytes:
+        raise LogUnavailable("the actor has died")
+
+
+class _Broken(Parts):
+    """Its log can't be reached, and its dispatcher has a bug."""
+
+    def __init__(self, settings: object) -> None:
+        super().__init__(settings)  # type: ignore[arg-type]
+        self.log.__class__ = _Lost
+
+    async def resources(self, plan: object) -> object:  # type: ignore[override]
+        raise RuntimeError("password=hunter2")
+
+
+@pytest.fixture(scope="module")
+def broken(serve: Serve) -> Server:
+    return serve(_Broken)
+
+
+@pytest.mark.parametrize("route", ["/healthz", "/fine_tuning/jobs", "/fine_tuning/jobs/status?job_id=x"])
+def test_a_log_that_can_not_be_reached_is_a_503(broken: Server, route: str) -> None:
+    answer = httpx.get(broken.url + route)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["type"] == "service_unavailable_error"
+    assert "retry-after" in answer.headers
+
+
+def test_a_bug_is_a_500_whose_traceback_only_the_operator_sees(
+    broken: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {"model": "smollm2-135m-instruct", "data": str(broken.parts.settings.storage / "rows.jsonl")}
+    with caplog.at_level(logging.ERROR, "tunewright.serve"):
+        answer = httpx.post(broken.url + "/fine_tuning/jobs/submit", json=config)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "hunter2" not in answer.text
+    assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
+    assert answer.headers["x-request-id"] in caplog.text
+    assert "hunter2" in caplog.text
+
+
+@pytest.mark.parametrize("route", ["/healthz", "/nope", "/fine_tuning/jobs?limit=0", "/docs", "/openapi.json"])
+def test_every_response_has_an_id_and_forbids_sniffing(http: httpx.Client, route: str) -> None:
+    headers = http.get(route).headers
+    assert headers["x-request-id"]
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_request_id_of_the_client_is_kept(http: httpx.Client) -> None:
+    assert http.get("/healthz", headers={"X-Request-ID": "trace-7"}).headers["x-request-id"] == "trace-7"
+
+
+def test_a_request_id_that_could_forge_log_lines_is_not_kept(http: httpx.Client) -> None:
+    assert http.get("/healthz", headers={"X-Request-ID": "a b"}).headers["x-request-id"] != "a b"
+
+
+def test_the_root_leads_to_the_reference(http: httpx.Client) -> None:
+    answer = http.get("/", follow_redirects=True)
+    assert answer.url.path == "/docs"
+    assert answer.headers["content-type"].startswith("text/html")

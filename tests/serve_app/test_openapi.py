@@ -1,0 +1,114 @@
+"""/openapi.json and its page."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+CONTRACT = yaml.safe_load((Path(__file__).parent / "fine_tuning_api.yaml").read_text())
+# What 3.0 and 3.1, or a narrower type, say differently, is compared by meaning; these are prose.
+PROSE = {"description", "summary", "title", "info", "openapi"}
+
+
+@pytest.fixture(scope="module")
+def served(http: httpx.Client) -> dict[str, Any]:
+    document: dict[str, Any] = http.get("/openapi.json").json()
+    return document
+
+
+def missing(wanted: Any, got: Any, served: dict[str, Any], path: str = "") -> list[str]:  # noqa: ANN401  -- JSON values
+    """Paths in the contract that the served document doesn't have with the same meaning."""
+    if isinstance(wanted, dict):
+        got = resolved(got, served)
+        if not isinstance(got, dict):
+            return [path]
+        wanted = resolved(wanted, CONTRACT) if "$ref" in wanted else wanted
+        return [
+            problem
+            for key, value in wanted.items()
+            if key not in PROSE or isinstance(value, dict)
+            for problem in missing(value, got.get(key, ABSENT), served, f"{path}/{key}")
+        ]
+    if isinstance(wanted, list):
+        if not isinstance(got, list):
+            return [path]
+        return [f"{path}/{item}" for item in wanted if not any(not missing(item, other, served) for other in got)]
+    return [] if wanted == got else [path]
+
+
+ABSENT = object()
+
+
+def resolved(schema: Any, document: dict[str, Any]) -> Any:  # noqa: ANN401  -- JSON values
+    """`schema` with its reference followed, and without the null it may also be."""
+    if isinstance(schema, dict) and "$ref" in schema:
+        target: Any = document
+        for part in schema["$ref"].removeprefix("#/").split("/"):
+            target = target[part]
+        return target | {key: value for key, value in schema.items() if key != "$ref"}
+    if isinstance(schema, dict) and "anyOf" in schema:
+        others = [inner for inner in schema["anyOf"] if inner != {"type": "null"}]
+        if len(others) == 1:
+            rest = {key: value for key, value in schema.items() if key != "anyOf"}
+            return resolved(others[0], document) | rest
+    return schema
+
+
+def test_everything_of_the_contract_is_served(served: dict[str, Any]) -> None:
+    assert missing(CONTRACT, served, served) == []
+
+
+def test_the_comparison_notices_what_is_missing(served: dict[str, Any]) -> None:
+    wanted = {"components": {"schemas": {"Config": {"properties": {"model": {"type": "integer"}, "x": {}}}}}}
+    assert missing(wanted, served, served) == [
+        "/components/schemas/Config/properties/model/type",
+        "/components/schemas/Config/properties/x",
+    ]
+
+
+def test_every_operation_parameter_and_field_is_described(served: dict[str, Any]) -> None:
+    undescribed = []
+    for path, methods in served["paths"].items():
+        for operation in methods.values():
+            undescribed += [path] if not operation.get("description") else []
+            undescribed += [f"{path} {p['name']}" for p in operation.get("parameters", []) if not p.get("description")]
+    for name in ("Config", "FineTuningOptions", "FullFineTuneOptions", "LoraFineTuneOptions", "DiskLogger", "WandBLogger"):
+        properties = served["components"]["schemas"][name]["properties"].items()
+        undescribed += [f"{name}.{field}" for field, schema in properties if not schema.get("description")]
+    assert set(undescribed) <= {"Config.fine_tuning_options"}
+
+
+def test_every_field_of_a_request_says_its_default_or_is_required(served: dict[str, Any]) -> None:
+    for name in ("FineTuningOptions", "FullFineTuneOptions", "LoraFineTuneOptions", "DiskLogger", "WandBLogger"):
+        schema = served["components"]["schemas"][name]
+        for field, described in schema["properties"].items():
+            documented = "default" in described or re.search("default|left out", described["description"], re.IGNORECASE)
+            assert documented or described["type"] == "object", f"{name}.{field}"
+
+
+def test_the_page_shows_every_route_and_schema_and_loads_nothing(http: httpx.Client, served: dict[str, Any]) -> None:
+    page = http.get("/docs").text
+    for path in served["paths"]:
+        assert f"<code>{path}</code>" in page
+    for name in served["components"]["schemas"]:
+        assert f'id="{name}"' in page
+    assert not re.search(r"<script|<link|<img|@import|url\(|src=", page)
+    links = set(re.findall(r'href="([^"]*)"', page))
+    assert {link for link in links if not link.startswith("#")} == {"openapi.json"}
+    assert {link[1:] for link in links if link.startswith("#")} <= served["components"]["schemas"].keys()
+
+
+def test_building_the_api_brings_in_no_torch() -> None:
+    script = (
+        "import sys\n"
+        "from serve_app.api import build_api\n"
+        "build_api(object()).openapi()\n"
+        "found = {'torch', 'torchtune', 'ray.train'} & sys.modules.keys()\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,196 @@
+"""GET /fine_tuning/jobs/tail: every line once, in order, whenever and however often one reads."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from events.facts import CancelRequested, JobCancelled, JobError, JobFailed
+from events.log_queue import LogBatch
+from serve_app import tail as tail_module
+from tests.serve_app.live_server import Server
+
+TAIL = "/fine_tuning/jobs/tail"
+FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
+Submit = Callable[..., str]
+
+
+def lines(http: httpx.Client, job_id: str, **query: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401  -- query values
+    """The stream's lines as they come."""
+    with http.stream("GET", TAIL, params={"job_id": job_id, **query}) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "application/x-ndjson"
+        assert answer.headers["transfer-encoding"] == "chunked"
+        yield from (json.loads(line) for line in answer.iter_lines())
+
+
+def messages(stream: Iterator[dict[str, Any]]) -> list[str]:
+    return [log["message"] for line in stream for log in line["logs"]]
+
+
+def test_what_was_printed_before_is_replayed_and_what_comes_is_followed(
+    http: httpx.Client, server: Server, submit: Submit
+) -> None:
+    job_id = submit()
+    server.print(job_id, "one", "two")
+    stream = lines(http, job_id)
+    first = next(stream)
+    assert [log["message"] for log in first["logs"]] == ["one", "two"]
+    assert first["logs"][0]["timestamp"] == "2026-01-02T03:04:05.678Z"
+    assert first["next"] == 2
+    server.print(job_id, "three", seq=2)
+    assert next(line for line in stream if line["logs"]) == {
+        "logs": [{"message": "three", "timestamp": "2026-01-02T03:04:05.678Z"}],
+        "next": 3,
+    }
+    server.append(job_id, FAILED)
+    *_, last = stream
+    assert last == {"logs": [], "next": 3, "status": "failed"}
+
+
+def test_a_tail_may_begin_before_the_job_prints_and_sees_its_first_line(
+    http: httpx.Client, server: Server, submit: Submit
+) -> None:
+    job_id = submit()
+    stream = lines(http, job_id)
+    assert next(stream) == {"logs": [], "next": 0}
+    server.print(job_id, "first")
+    assert next(line for line in stream if line["logs"])["next"] == 1
+    stream.close()
+
+
+def test_a_job_that_has_ended_is_replayed_to_its_end(http: httpx.Client, server: Server, submit: Submit) -> None:
+    job_id = submit()
+    server.print(job_id, *(str(number) for number in range(1234)))
+    server.append(job_id, CancelRequested(), JobCancelled())
+    stream = list(lines(http, job_id))
+    assert messages(iter(stream)) == [str(number) for number in range(1234)]
+    assert all(len(line["logs"]) <= tail_module.BATCH_LINES for line in stream)
+    assert [line.get("status") for line in stream] == [None] * (len(stream) - 1) + ["cancelled"]
+
+
+def test_a_reader_that_reconnects_with_next_loses_and_repeats_nothing(
+    http: httpx.Client, server: Server, submit: Submit
+) -> None:
+    job_id = submit()
+    seen: list[str] = []
+    after = 0
+    for round_ in range(5):
+        server.print(job_id, f"{round_}a", f"{round_}b", seq=2 * round_)
+        stream = lines(http, job_id, after=after)
+        line = next(line for line in stream if line["logs"])
+        stream.close()
+        seen += [log["message"] for log in line["logs"]]
+        after = line["next"]
+    assert seen == [f"{round_}{half}" for round_ in range(5) for half in "ab"]
+
+
+def test_without_follow_the_stream_ends_with_what_is_there(http: httpx.Client, server: Server, submit: Submit) -> None:
+    job_id = submit()
+    assert list(lines(http, job_id, follow=False)) == [{"logs": [], "next": 0}]
+    server.print(job_id, "one")
+    stream = list(lines(http, job_id, follow="false"))
+    assert messages(iter(stream)) == ["one"]
+    assert stream[-1] == {"logs": [], "next": 1}
+
+
+def test_an_offset_beyond_the_end_means_the_end(http: httpx.Client, server: Server, submit: Submit) -> None:
+    job_id = submit()
+    server.print(job_id, "one")
+    assert list(lines(http, job_id, follow=False, after=99)) == [{"logs": [], "next": 1}]
+
+
+def test_an_idle_stream_gets_an_empty_line_at_least_every_heartbeat(http: httpx.Client, submit: Submit) -> None:
+    stream = lines(http, submit())
+    next(stream)
+    for _ in range(3):
+        before = time.monotonic()
+        assert next(stream)["logs"] == []
+        assert time.monotonic() - before < 0.5
+    stream.close()
+
+
+def test_the_end_of_a_silent_job_ends_the_stream_at_once(http: httpx.Client, server: Server, submit: Submit) -> None:
+    job_id = submit()
+    stream = lines(http, job_id)
+    next(stream)
+    server.append(job_id, FAILED)
+    before = time.monotonic()
+    *_, last = stream
+    assert last["status"] == "failed"
+    assert time.monotonic() - before < 0.4
+
+
+def test_many_readers_each_get_every_line(http: httpx.Client, server: Server, submit: Submit) -> None:
+    job_id = submit()
+    with ThreadPoolExecutor(20) as pool, httpx.Client(base_url=server.url, limits=httpx.Limits()) as client:
+        readers = [pool.submit(lambda: messages(lines(client, job_id))) for _ in range(20)]
+        for number in range(50):
+            server.print(job_id, str(number), seq=number)
+        server.append(job_id, FAILED)
+        for reader in readers:
+            assert reader.result(timeout=10) == [str(number) for number in range(50)]
+
+
+def test_a_reader_that_does_not_read_holds_up_nobody_and_is_not_read_ahead_for(server: Server, submit: Submit) -> None:
+    job_id = submit()
+    asked: list[int] = []
+    read = server.parts.logs.read
+
+    async def counted(job_id: str, after: int = 0, limit: int = 1000, wait_s: float = 0) -> LogBatch:
+        asked.append(after)
+        return await read(job_id, after, limit, wait_s)
+
+    server.print(job_id, *("x" * 1000 for _ in range(50_000)))
+    server.append(job_id, FAILED)
+    server.parts.logs.read = counted  # type: ignore[method-assign]
+    try:
+        with httpx.Client(base_url=server.url) as slow, slow.stream("GET", TAIL, params={"job_id": job_id}) as answer:
+            assert answer.status_code == 200
+            until_quiet(asked)
+            # 50 MB are there; only what fits into the buffers of two sockets has been asked for.
+            assert max(asked) < 25_000
+            assert httpx.get(server.url + "/healthz").status_code == 200
+    finally:
+        server.parts.logs.read = read  # type: ignore[method-assign]
+
+
+def until_quiet(asked: list[int]) -> None:
+    """Returns once nothing was asked for during a fifth of a second."""
+    count = -1
+    while count != len(asked):
+        count = len(asked)
+        time.sleep(0.2)
+
+
+def test_a_reader_that_goes_away_ends_its_work(server: Server, submit: Submit) -> None:
+    job_id = submit()
+    waiting = server.parts.log._bell._waiting  # noqa: SLF001
+    with httpx.Client(base_url=server.url) as client:
+        stream = lines(client, job_id)
+        next(stream)
+        assert job_id in waiting
+        stream.close()
+    deadline = time.monotonic() + 2
+    while job_id in waiting and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert job_id not in waiting
+
+
+def test_lines_arrive_within_milliseconds(http: httpx.Client, server: Server, submit: Submit) -> None:
+    job_id = submit()
+    stream = lines(http, job_id)
+    next(stream)
+    delays = []
+    for number in range(20):
+        threading.Timer(0, server.print, (job_id, str(number)), {"seq": number}).start()
+        before = time.monotonic()
+        while not next(stream)["logs"]:
+            pass
+        delays.append(time.monotonic() - before)
+    stream.close()
+    assert sorted(delays)[10] < 0.2

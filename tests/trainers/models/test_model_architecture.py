@@ -1,0 +1,255 @@
+"""Reading config.json: what can be built is read exactly, everything else is refused by name."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_models import make_tiny_model
+from trainers.errors import UserError
+from trainers.models.architecture import inspect_model_dir, read_architecture
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": True,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+PHI3: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if not key.startswith(("rope", "num_key"))},
+    "model_type": "phi3",
+    "architectures": ["Phi3ForCausalLM"],
+}
+
+
+def refusal(config: dict[str, Any]) -> UserError:
+    with pytest.raises(UserError) as caught:
+        read_architecture(config)
+    assert caught.value.error.param == "model"
+    return caught.value
+
+
+def test_a_llama_config_is_read_completely() -> None:
+    arch = read_architecture(LLAMA)
+    assert (arch.family, arch.num_layers, arch.num_kv_heads, arch.head_dim) == ("llama", 16, 8, 64)
+    assert (arch.tied, arch.qkv_bias, arch.mlp_bias, arch.activation) == (True, False, False, "silu")
+    assert (arch.rope.kind, arch.rope.theta, arch.rope.factor) == ("llama3", 500000.0, 32.0)
+    assert (arch.max_seq_len, arch.norm_eps) == (131072, 1e-5)
+    assert arch.json is LLAMA
+
+
+def test_the_rope_spelling_of_transformers_5_means_the_same() -> None:
+    scaling = LLAMA["rope_scaling"] | {"rope_theta": 500000.0}
+    newer = {key: value for key, value in LLAMA.items() if not key.startswith("rope")} | {"rope_parameters": scaling}
+    assert read_architecture(newer).rope == read_architecture(LLAMA).rope
+
+
+def test_what_a_config_leaves_out_is_what_transformers_assumes() -> None:
+    sparse = {key: LLAMA[key] for key in LLAMA if not key.startswith(("rope", "num_key", "tie", "rms"))}
+    arch = read_architecture(sparse)
+    assert (arch.num_kv_heads, arch.tied, arch.norm_eps, arch.rope.theta) == (32, False, 1e-6, 10000.0)
+    gemma = read_architecture(sparse | {"model_type": "gemma", "architectures": None, "num_key_value_heads": 1})
+    assert (gemma.tied, gemma.head_dim, gemma.activation) == (True, 256, "gelu_tanh")
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_sliding_window_limits_the_sequence_length(family: str) -> None:
+    config = LLAMA | {"model_type": family, "architectures": None, "rope_scaling": None, "sliding_window": 4096}
+    assert read_architecture(config).max_seq_len == 4096
+
+
+def test_qwen2_uses_its_window_only_when_told_to() -> None:
+    config = LLAMA | {"model_type": "qwen2", "architectures": None, "rope_scaling": None, "sliding_window": 4096}
+    assert read_architecture(config).max_seq_len == 131072
+    assert read_architecture(config | {"use_sliding_window": True}).max_seq_len == 4096
+    assert read_architecture(config).qkv_bias
+    assert not read_architecture(config).attention_output_bias
+
+
+def test_longrope_limits_the_sequence_length_to_the_original_context() -> None:
+    scaling = {"type": "longrope", "short_factor": [1.1] * 32, "long_factor": [9.0] * 32}
+    arch = read_architecture(PHI3 | {"rope_scaling": scaling, "original_max_position_embeddings": 4096})
+    assert arch.max_seq_len == 4096
+    assert arch.rope.short_factor == (1.1,) * 32
+    assert arch.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM"),
+        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "gemma2"),
+        ({"model_type": "gemma3_text"}, "gemma3_text"),
+        ({"model_type": "mixtral"}, "mixtral"),
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": None}, "None"),
+        ({"model_type": ["llama"]}, "llama"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"quantization_config": "fp8"}, "quantised"),
+        ({"hidden_act": "relu"}, "relu"),
+        ({"hidden_act": ["silu"]}, "silu"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 1}},
+            "high_freq",
+        ),
+        ({"rope_scaling": [1, 2]}, "rotary"),
+        ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "between layers"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3}}, "short_factor has 3"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads 5"),
+        ({"hidden_size": 2047}, "hidden_size 2047"),
+        ({"hidden_size": "2048"}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"head_dim": 63}, "head_dim 63"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"layer_types": 7}, "layer_types"),
+        ({"architectures": "LlamaModel"}, "LlamaModel"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    error = refusal(LLAMA | change)
+    assert error.error.code == "model_unsupported"
+    assert named in str(error)
+
+
+def test_a_refused_family_says_which_ones_are_supported() -> None:
+    message = str(refusal(LLAMA | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    for family in ("llama", "mistral", "qwen2", "gemma", "phi3"):
+        assert family in message
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"])
+def test_a_missing_key_is_named(key: str) -> None:
+    error = refusal({name: value for name, value in LLAMA.items() if name != key})
+    assert error.error.code == "model_incomplete"
+    assert key in str(error)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "phi3"])
+def test_a_complete_directory_of_each_family_passes_inspection(family: str, tmp_path: Path) -> None:
+    assert inspect_model_dir(make_tiny_model(tmp_path, family)).family == family
+
+
+def broken(model_dir: Path) -> UserError:
+    with pytest.raises(UserError) as caught:
+        inspect_model_dir(model_dir)
+    assert caught.value.error.param == "model"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [("config.json", "config.json"), ("model.safetensors", "no weights"), ("tokenizer.json", "tokenizer.json")],
+)
+def test_a_directory_that_lacks_a_file_is_incomplete(file: str, named: str, tmp_path: Path) -> None:
+    (make_tiny_model(tmp_path) / file).unlink()
+    error = broken(tmp_path)
+    assert error.error.code == "model_incomplete"
+    assert named in str(error)
+
+
+def test_a_missing_directory_is_not_found(tmp_path: Path) -> None:
+    assert broken(tmp_path / "nowhere").error.code == "model_not_found"
+
+
+def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    (make_tiny_model(tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert "save_pretrained" in str(broken(tmp_path))
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path: Path) -> None:
+    (make_tiny_model(tmp_path) / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "adapter" in str(broken(tmp_path))
+
+
+def test_a_download_that_was_cut_short_is_noticed(tmp_path: Path) -> None:
+    weights = make_tiny_model(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "cut short" in str(broken(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00" * 7, b"\xff" * 64, b"\x02" + b"\x00" * 7 + b"[]", b"not safetensors at all"]
+)
+def test_a_file_that_is_no_safetensors_is_named(content: bytes, tmp_path: Path) -> None:
+    (make_tiny_model(tmp_path) / "model.safetensors").write_bytes(content)
+    error = broken(tmp_path)
+    assert error.error.code == "model_incomplete"
+    assert "model.safetensors" in str(error)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"llama"', "\x00"])
+def test_a_config_that_is_no_json_object_is_named(text: str, tmp_path: Path) -> None:
+    (make_tiny_model(tmp_path) / "config.json").write_text(text)
+    assert "config.json" in str(broken(tmp_path))
+
+
+def test_weights_of_another_shape_than_the_config_says_are_refused(tmp_path: Path) -> None:
+    config = make_tiny_model(tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 96}))
+    assert "[128, 64], config.json asks for [96, 64]" in str(broken(tmp_path))
+
+
+def test_weights_with_a_missing_layer_are_incomplete(tmp_path: Path) -> None:
+    config = make_tiny_model(tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    assert "model.layers.2." in str(broken(tmp_path))
+
+
+def test_weights_with_tensors_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    config = make_tiny_model(tmp_path, attention_bias=True) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_bias": False}))
+    error = broken(tmp_path)
+    assert error.error.code == "model_unsupported"
+    assert "q_proj.bias" in str(error)
+
+
+def test_an_index_that_names_a_missing_shard_is_incomplete(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path)
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors" in str(broken(tmp_path))
+
+
+def test_an_index_cannot_lead_out_of_the_directory(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "other")
+    make_tiny_model(tmp_path / "model")
+    index = {"weight_map": {"model.norm.weight": "../other/model.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "no safetensors beside it" in str(broken(tmp_path / "model"))
+
+
+def test_inspecting_a_model_imports_no_torch() -> None:
+    code = "import sys, trainers.models.architecture, trainers.models.resolve; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,134 @@
+"""The decoder: what the recipe relies on. That its outputs are right is tested in test_model_parity.py."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.training import get_shard_conditions, set_activation_checkpointing, shard_model
+
+from tests.tiny_models import make_tiny_model
+from tests.trainers.models.conftest import BuildModel
+from trainers.errors import UserError
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.decoder import adapter_parameters, build_decoder, init_rope, initial_adapter
+from trainers.models.rope import RotaryEmbedding
+from trainers.models.rope_config import RopeParams
+from trainers.models.weights import load_weights
+from trainers.plan import LoraSpec
+
+TOKENS = torch.arange(3, 43)[None]  # [1, 40]
+
+
+def test_adapters_lie_exactly_where_they_were_asked_for(tmp_path: Path) -> None:
+    arch = inspect_model_dir(make_tiny_model(tmp_path, "mistral"))
+    model = build_decoder(arch, lora=LoraSpec(attn_modules=("q_proj", "v_proj"), mlp=True, output=True))
+    layers = {name.rpartition(".lora_")[0] for name in adapter_parameters(model)}
+    expected = {
+        f"layers.{n}.{m}" for n in range(2) for m in ("attn.q_proj", "attn.v_proj", "mlp.w1", "mlp.w2", "mlp.w3")
+    }
+    assert layers == expected | {"output"}
+
+
+def test_an_adapter_on_a_tied_head_is_refused_by_name(tmp_path: Path) -> None:
+    arch = inspect_model_dir(make_tiny_model(tmp_path, "llama"))
+    with pytest.raises(UserError, match="apply_lora_to_output") as caught:
+        build_decoder(arch, lora=LoraSpec(output=True))
+    assert caught.value.error.param == "fine_tuning_options.custom_training_options.apply_lora_to_output"
+
+
+def test_a_fresh_adapter_changes_nothing(tmp_path: Path, build_model: BuildModel) -> None:
+    lora = LoraSpec(mlp=True)
+    plain = build_model(make_tiny_model(tmp_path))
+    with torch.device("meta"):
+        shapes = build_decoder(inspect_model_dir(tmp_path), lora=lora)
+    adapted = build_model(tmp_path, lora=lora, adapter=initial_adapter(shapes, seed=1))
+    assert torch.equal(plain(TOKENS), adapted(TOKENS))
+
+
+def test_initial_adapters_depend_on_the_seed_only(tmp_path: Path) -> None:
+    arch = inspect_model_dir(make_tiny_model(tmp_path))
+    with torch.device("meta"):
+        on_meta = build_decoder(arch, lora=LoraSpec())
+    real = build_decoder(arch, lora=LoraSpec())
+    first, again, other = (initial_adapter(model, seed) for model, seed in ((on_meta, 1), (real, 1), (real, 2)))
+    name = "layers.0.attn.q_proj.lora_a.weight"
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first[name], other[name])
+    assert first[name].abs().max() <= 64**-0.5
+    assert first[name].abs().max() > 0.9 * 64**-0.5
+    assert not first[name.replace("lora_a", "lora_b")].any()
+
+
+def test_casting_or_emptying_a_model_keeps_its_rotary_tables_exact() -> None:
+    rope = RotaryEmbedding(RopeParams(theta=500000.0), head_dim=64, max_seq_len=4096)
+    expected = rope.cos.clone()
+    assert torch.equal(rope.to(torch.bfloat16).cos, expected)
+    with torch.device("meta"):
+        rope = RotaryEmbedding(RopeParams(theta=500000.0), head_dim=64, max_seq_len=4096)
+    assert torch.equal(rope.to_empty(device="cpu").cos, expected)
+
+
+def test_a_model_for_shorter_sequences_has_the_same_outputs(tmp_path: Path, build_model: BuildModel) -> None:
+    long = build_model(make_tiny_model(tmp_path))
+    short = build_decoder(inspect_model_dir(tmp_path), max_seq_len=64).eval()
+    short.load_state_dict(long.state_dict())
+    assert torch.equal(short(TOKENS), long(TOKENS))
+    assert short.layers[0].attn.pos_embeddings.cos.shape == (64, 8)
+
+
+def test_packed_rows_see_nothing_of_each_other(tmp_path: Path, build_model: BuildModel) -> None:
+    """Two documents in one row, with the mask and the positions that say so, give what each gives alone."""
+    model = build_model(make_tiny_model(tmp_path))
+    first, second = TOKENS[:, :25], TOKENS[:, 25:]
+    documents = torch.tensor([0] * 25 + [1] * 15)
+    mask = (documents[:, None] == documents) & torch.ones(40, 40, dtype=torch.bool).tril()
+    positions = torch.cat((torch.arange(25), torch.arange(15)))
+    packed = model(TOKENS, mask=mask[None], input_pos=positions[None])
+    torch.testing.assert_close(packed, torch.cat((model(first), model(second)), dim=1), rtol=0, atol=1e-5)
+
+
+def test_activation_checkpointing_gives_the_same_gradients(tmp_path: Path, build_model: BuildModel) -> None:
+    make_tiny_model(tmp_path)
+    gradients = []
+    for checkpointed in (False, True):
+        model = build_model(tmp_path).train()
+        if checkpointed:
+            set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        model(TOKENS).logsumexp(-1).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.usefixtures("one_rank")
+def test_a_model_on_the_meta_device_can_be_sharded_and_then_filled(
+    family: str, tmp_path: Path, build_model: BuildModel
+) -> None:
+    """FSDP2 as torchtune applies it, with a tied and with a separate head."""
+    lora = LoraSpec()
+    model_dir = make_tiny_model(tmp_path / "model", family)
+    arch = inspect_model_dir(model_dir)
+    with torch.device("meta"):
+        model = build_decoder(arch, lora=lora)
+    adapter = initial_adapter(model, seed=0)
+    shard_model(model, [get_shard_conditions], cpu_offload=False)
+    assert initial_adapter(model, seed=0).keys() == adapter.keys()
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, load_weights(model_dir, arch) | adapter, options=options)
+    init_rope(model, "cpu")
+    expected = build_model(model_dir, lora=lora, adapter=adapter)(TOKENS)
+    torch.testing.assert_close(model.eval()(TOKENS), expected, rtol=0, atol=1e-6)

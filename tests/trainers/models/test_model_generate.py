@@ -1,0 +1,75 @@
+"""Generation: batching, padding and the cache change nothing about the answers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchtune.modules import TransformerDecoder
+
+from tests.tiny_models import make_tiny_model
+from tests.trainers.models.conftest import BuildModel
+from trainers.models import generate as generation
+from trainers.models.generate import generate
+
+PROMPTS = [[5, 6, 7], [300], [17, 400, 23, 9, 211, 34, 76, 12, 500], [44, 45, 46, 47], [8, 9]]
+
+
+def by_hand(model: TransformerDecoder, prompt: list[int], max_new_tokens: int, eos_ids: set[int]) -> list[int]:
+    """Without cache, batch or padding: the whole sequence again for every token."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(max_new_tokens):
+            token = int(model(torch.tensor([tokens]))[0, -1].argmax())
+            if token in eos_ids:
+                break
+            tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "phi3"])
+def test_a_batch_answers_as_each_prompt_does_alone(family: str, tmp_path: Path, build_model: BuildModel) -> None:
+    model = build_model(make_tiny_model(tmp_path, family))
+    answers = generate(model, PROMPTS, max_new_tokens=12, eos_ids=set(), pad_id=0)
+    assert answers == [by_hand(model, prompt, 12, set()) for prompt in PROMPTS]
+
+
+def test_an_answer_ends_before_its_end_token(tmp_path: Path, build_model: BuildModel) -> None:
+    model = build_model(make_tiny_model(tmp_path, "mistral"))
+    free = generate(model, PROMPTS, max_new_tokens=8, eos_ids=set(), pad_id=0)
+    eos_ids = {free[0][3], free[2][0]}
+    answers = generate(model, PROMPTS, max_new_tokens=8, eos_ids=eos_ids, pad_id=0)
+    assert answers == [by_hand(model, prompt, 8, eos_ids) for prompt in PROMPTS]
+    assert len(answers[0]) <= 3
+    assert answers[2] == []
+
+
+def test_answers_come_in_the_order_of_the_prompts_over_several_batches(
+    tmp_path: Path, build_model: BuildModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(make_tiny_model(tmp_path))
+    whole = generate(model, PROMPTS, max_new_tokens=4, eos_ids=set(), pad_id=0)
+    monkeypatch.setattr(generation, "MAX_BATCH", 2)
+    assert generate(model, PROMPTS, max_new_tokens=4, eos_ids=set(), pad_id=0) == whole
+
+
+def test_generating_leaves_the_model_ready_to_train(tmp_path: Path, build_model: BuildModel) -> None:
+    model = build_model(make_tiny_model(tmp_path)).train()
+    generate(model, PROMPTS, max_new_tokens=2, eos_ids=set(), pad_id=0)
+    assert model.training
+    assert not model.caches_are_setup()
+    model(torch.tensor(PROMPTS[2:3])).sum().backward()
+    assert model.tok_embeddings.weight.grad is not None
+
+
+def test_no_prompts_give_no_answers(tmp_path: Path, build_model: BuildModel) -> None:
+    model = build_model(make_tiny_model(tmp_path))
+    assert generate(model, [], max_new_tokens=4, eos_ids=set(), pad_id=0) == []
+
+
+@pytest.mark.parametrize(("prompts", "named"), [([[1], []], "empty"), ([[1] * 510], "514")])
+def test_a_prompt_that_cannot_be_answered_is_refused(
+    prompts: list[list[int]], named: str, tmp_path: Path, build_model: BuildModel
+) -> None:
+    model = build_model(make_tiny_model(tmp_path))
+    with pytest.raises(ValueError, match=named):
+        generate(model, prompts, max_new_tokens=4, eos_ids=set(), pad_id=0)

@@ -1,0 +1,154 @@
+"""Our decoder against transformers, our adapters against peft: the same directories, the same logits.
+
+Everything is prepared first and then run by one process of the other environment, as importing transformers is slow.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tests.hf_environment import run_in_hf_environment
+from tests.tiny_models import make_tiny_model
+from tests.trainers.models.conftest import BuildModel
+from trainers.models.adapters import merge_lora, save_peft_adapter
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.decoder import adapter_parameters, build_decoder
+from trainers.models.generate import generate
+from trainers.models.weights import load_weights, save_hf_model
+from trainers.plan import LoraSpec
+
+TOKENS = torch.randint(0, 512, (2, 48), generator=torch.Generator().manual_seed(0))
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-untied-biases-wide-heads": (
+        "llama",
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
+    ),
+    "llama-rope-llama3": ("llama", {"rope_scaling": LLAMA3_ROPE}),
+    "llama-rope-linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama-rope-of-transformers-5": (
+        "llama",
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    ),
+    "mistral-sliding-window": ("mistral", {"sliding_window": 64, "head_dim": 32}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "gemma": ("gemma", {}),
+    "gemma-legacy-gelu": ("gemma", {"hidden_act": "gelu", "num_key_value_heads": 4}),
+    "phi3": ("phi3", {}),
+    "phi3-grouped-longrope": (
+        "phi3",
+        {"num_key_value_heads": 2, "rope_scaling": LONGROPE, "original_max_position_embeddings": 64},
+    ),
+}
+
+
+def lora_of(name: str, *, tied: bool) -> LoraSpec:
+    """Adapters everywhere, except for one model of fused projections that adapts only some of their parts."""
+    modules = ("q_proj", "v_proj") if name == "phi3-grouped-longrope" else LoraSpec().attn_modules
+    return LoraSpec(attn_modules=modules, mlp=True, output=not tied, rank=4, alpha=8)
+
+
+@dataclass
+class Bench:
+    """Model directories by case, and what each side computes on them."""
+
+    folder: Path
+    cases: list[dict[str, Any]]
+    ours: dict[str, Tensor]
+
+    def add(self, name: str, ours: Tensor, **case: Any) -> None:  # noqa: ANN401  -- JSON
+        self.ours[name] = ours
+        self.cases.append({"tokens": TOKENS.tolist(), "out": str(self.folder / f"{name}.out")} | case)
+
+    def theirs(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{name}.out")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, build_model: BuildModel, smollm2_dir: Path) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("parity"), [], {})
+    with torch.no_grad():
+        for name, (family, config) in MODELS.items():
+            add_tiny(bench, build_model, name, family, config)
+        add_smollm2(bench, build_model, smollm2_dir)
+    cases = bench.folder / "cases.json"
+    cases.write_text(json.dumps(bench.cases))
+    run_in_hf_environment("run_models.py", str(cases))
+    return bench
+
+
+def add_tiny(bench: Bench, build_model: BuildModel, name: str, family: str, config: dict[str, Any]) -> None:
+    source = make_tiny_model(bench.folder / name, family, **config)
+    arch = inspect_model_dir(source)
+    base = load_weights(source, arch)
+    bench.add(name, build_model(source)(TOKENS), model=str(source))
+
+    lora = lora_of(name, tied=arch.tied)
+    with torch.device("meta"):
+        parameters = adapter_parameters(build_decoder(arch, lora=lora))
+    generator = torch.Generator().manual_seed(1)
+    adapter = {key: 0.1 * torch.randn(p.shape, generator=generator) for key, p in parameters.items()}
+    ours = build_model(source, lora=lora, adapter=adapter)(TOKENS)
+    save_peft_adapter(adapter, arch, lora, str(source), bench.folder / f"{name}-adapter")
+    bench.add(f"{name}-adapter", ours, model=str(source), adapter=str(bench.folder / f"{name}-adapter"))
+
+    merged = bench.folder / f"{name}-merged"
+    save_hf_model(merge_lora(base, adapter, lora), arch, source, merged, max_shard_bytes=100_000)
+    bench.add(f"{name}-merged", ours, model=str(merged))
+
+
+def add_smollm2(bench: Bench, build_model: BuildModel, smollm2_dir: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
+    prompt = tokenizer.encode("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n").ids
+    model = build_model(smollm2_dir)
+    answer = generate(model, [prompt], max_new_tokens=16, eos_ids={2}, pad_id=2)[0]
+    bench.ours["smollm2-answer"] = torch.tensor(answer)
+    bench.add("smollm2", model(torch.tensor([prompt])), model=str(smollm2_dir), tokens=[prompt], generate=16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name: str, bench: Bench) -> None:
+    torch.testing.assert_close(bench.ours[name], bench.theirs(name)["logits"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_loads_our_adapter_and_computes_the_same(name: str, bench: Bench) -> None:
+    theirs = bench.theirs(f"{name}-adapter")["logits"]
+    assert (theirs - bench.ours[name]).abs().max() > 0.1, "the adapter has no effect"
+    torch.testing.assert_close(bench.ours[f"{name}-adapter"], theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_loads_our_sharded_merged_export_and_computes_the_same(name: str, bench: Bench) -> None:
+    """Merging changes the order of additions, hence the wider tolerance."""
+    theirs = bench.theirs(f"{name}-merged")["logits"]
+    torch.testing.assert_close(bench.ours[f"{name}-merged"], theirs, rtol=0, atol=5e-5)
+
+
+def test_the_demo_model_has_the_logits_of_transformers(bench: Bench) -> None:
+    torch.testing.assert_close(bench.ours["smollm2"], bench.theirs("smollm2")["logits"], rtol=0, atol=1e-3)
+
+
+def test_the_demo_model_answers_as_under_transformers(bench: Bench) -> None:
+    answer = bench.ours["smollm2-answer"].tolist()
+    assert bench.theirs("smollm2")["generated"].tolist()[: len(answer)] == answer

@@ -1,0 +1,324 @@
+"""From the name of a model to a directory: every kind of name, every way it can fail."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from tests.conftest import free_ports
+from tests.small_hub import SmallHub, small_hub
+from tests.tiny_models import make_tiny_model
+from trainers.errors import InfrastructureError, JobProblem, UserError
+from trainers.models import resolve, smollm2
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.cache import make_once
+from trainers.models.names import ALIASES, HubModel, hub_model
+from trainers.models.resolve import classify_model, resolve_model
+from trainers.settings import Settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(storage=tmp_path / "storage", model_roots=(tmp_path / "models",))
+
+
+@pytest.fixture
+def log() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
+    with small_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
+
+
+def failure(model: str, settings: Settings) -> JobProblem:
+    with pytest.raises(JobProblem) as caught:
+        resolve_model(model, settings, lambda _: None)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("/data/model", "local"),
+        ("./model", "local"),
+        ("../model", "local"),
+        ("~/model", "local"),
+        ("file:///data/model", "local"),
+        ("smollm2-135m-instruct", "alias"),
+        ("Llama-3.2-1B-Instruct", "alias"),
+        ("s3://bucket/model", "remote"),
+        ("gs://bucket/model/", "remote"),
+        ("meta-llama/Llama-3.2-1B", "hub"),
+        ("Qwen/Qwen2.5-0.5B@refs/pr/3", "hub"),
+        ("org/name@0123456789abcdef0123456789abcdef01234567", "hub"),
+    ],
+)
+def test_a_model_name_says_what_it_is(model: str, kind: str) -> None:
+    assert classify_model(model) == kind
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "gpt2",
+        "",
+        " ",
+        "a/b/c",
+        "org/",
+        "org/name@",
+        "org/../name",
+        "-org/name",
+        "http://host/m",
+        "s3://",
+        "file://host/m",
+    ]
+    + ["s3://key:secret@bucket/m", "s3://bucket/m?versionId=1", "org/na me", "org/name\n", "memory://m", "órg/name"],
+)
+def test_a_name_that_is_none_of_these_is_refused(model: str) -> None:
+    with pytest.raises(UserError) as caught:
+        classify_model(model)
+    assert (caught.value.error.code, caught.value.error.param) == ("invalid_value", "model")
+    assert "secret" not in str(caught.value)
+
+
+def test_every_alias_stands_for_a_hub_id() -> None:
+    assert all(classify_model(target) == "hub" for target in ALIASES.values())
+    assert hub_model("phi-3-mini") == HubModel("microsoft/Phi-3-mini-4k-instruct", "main")
+    assert hub_model("org/name@v2") == HubModel("org/name", "v2")
+
+
+def test_a_local_directory_is_used_where_it_is(tmp_path: Path, settings: Settings, log: list[str]) -> None:
+    model = make_tiny_model(tmp_path / "models" / "my model")
+    assert resolve_model(str(model), settings, log.append) == model
+    assert resolve_model(f"file://{str(model).replace(' ', '%20')}", settings, log.append) == model
+
+
+def test_a_path_outside_the_roots_is_refused_even_through_a_link(tmp_path: Path, settings: Settings) -> None:
+    outside = make_tiny_model(tmp_path / "outside")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "link").symlink_to(outside)
+    for model in (str(outside), str(tmp_path / "models" / "link"), str(tmp_path / "models" / ".." / "outside")):
+        assert failure(model, settings).error.code == "path_not_allowed"
+
+
+def test_a_missing_local_directory_is_not_found(tmp_path: Path, settings: Settings) -> None:
+    assert failure(str(tmp_path / "models" / "nowhere"), settings).error.code == "model_not_found"
+
+
+def test_a_hub_model_is_pinned_to_its_commit_and_the_log_says_which(
+    tmp_path: Path, settings: Settings, hub: SmallHub, log: list[str]
+) -> None:
+    commit = hub.add("acme/tiny", make_tiny_model(tmp_path / "v1"))
+    path = resolve_model("acme/tiny", settings, log.append)
+    assert path.name == commit
+    assert f"model acme/tiny: main is commit {commit}" in log
+    inspect_model_dir(path)
+    newer = hub.add("acme/tiny", make_tiny_model(tmp_path / "v2", seed=1))
+    assert resolve_model("acme/tiny", settings, log.append).name == newer
+    assert resolve_model(f"acme/tiny@{commit}", settings, log.append) == path
+
+
+def test_a_cached_commit_is_not_downloaded_again(
+    tmp_path: Path, settings: Settings, hub: SmallHub, log: list[str]
+) -> None:
+    hub.add("acme/tiny", make_tiny_model(tmp_path / "v1"))
+    resolve_model("acme/tiny", settings, log.append)
+    hub.requests.clear()
+    resolve_model("acme/tiny", settings, log.append)
+    assert hub.downloads() == []
+
+
+def test_only_what_a_model_needs_is_downloaded(tmp_path: Path, settings: Settings, hub: SmallHub) -> None:
+    source = make_tiny_model(tmp_path / "source")
+    for name in (
+        "pytorch_model.bin",
+        "modeling_evil.py",
+        "README.md",
+        "consolidated.safetensors",
+        "original/model.safetensors",
+    ):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"x")
+    (source / "LICENSE").write_text("free")
+    hub.add("acme/tiny", source)
+    path = resolve_model("acme/tiny", settings, lambda _: None)
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "LICENSE"} | tokenizer
+    assert {str(file.relative_to(path)) for file in path.rglob("*")} == expected
+
+
+def test_an_architecture_that_cannot_be_trained_costs_no_download(
+    tmp_path: Path, settings: Settings, hub: SmallHub
+) -> None:
+    hub.add("acme/gpt", make_tiny_model(tmp_path / "gpt", model_type="gpt2", architectures=["GPT2LMHeadModel"]))
+    assert "GPT2LMHeadModel" in str(failure("acme/gpt", settings))
+    assert hub.downloads() == ["config.json"]
+
+
+@pytest.mark.parametrize(("model", "named"), [("acme/none", "acme/none"), ("acme/tiny@nope", "'nope'")])
+def test_what_the_hub_does_not_have_is_the_users_fault(
+    model: str, named: str, tmp_path: Path, settings: Settings, hub: SmallHub
+) -> None:
+    hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    error = failure(model, settings)
+    assert (error.error.code, error.error.fault) == ("model_not_found", "user")
+    assert named in str(error)
+
+
+def test_a_gated_model_needs_a_token_and_opens_with_it(
+    tmp_path: Path, settings: Settings, hub: SmallHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("acme/gated", make_tiny_model(tmp_path / "source"), gated=True)
+    error = failure("acme/gated", settings)
+    assert (error.error.code, error.error.fault) == ("model_access_denied", "user")
+    assert "HF_TOKEN" in str(error)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    inspect_model_dir(resolve_model("acme/gated", settings, lambda _: None))
+
+
+def test_a_model_without_safetensors_is_incomplete(tmp_path: Path, settings: Settings, hub: SmallHub) -> None:
+    source = make_tiny_model(tmp_path / "source")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    hub.add("acme/pickled", source)
+    error = failure("acme/pickled", settings)
+    assert error.error.code == "model_incomplete"
+    assert "pickle" in str(error)
+
+
+def test_an_unreachable_hub_is_nobodys_fault_who_asked(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_ports(1)[0]}")
+    error = failure("acme/tiny", settings)
+    assert isinstance(error, InfrastructureError)
+    assert error.error.code == "hub_unreachable"
+    assert "HF_ENDPOINT" in str(error)
+
+
+def test_while_the_hub_is_down_the_last_known_commit_serves(
+    tmp_path: Path, settings: Settings, hub: SmallHub, log: list[str]
+) -> None:
+    commit = hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    path = resolve_model("acme/tiny", settings, log.append)
+    hub.broken = True
+    assert resolve_model("acme/tiny", settings, log.append) == path
+    assert f"Using commit {commit}" in log[-1]
+    assert resolve_model(f"acme/tiny@{commit}", settings, log.append) == path
+    assert failure("acme/tiny@v2", settings).error.code == "hub_unreachable"
+
+
+def test_a_download_that_died_is_finished_by_the_next_one(tmp_path: Path, settings: Settings, hub: SmallHub) -> None:
+    commit = hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    partial = settings.model_cache / "hub" / "acme--tiny" / f".{commit}.partial"
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text("{ half a fi")
+    path = resolve_model("acme/tiny", settings, lambda _: None)
+    inspect_model_dir(path)
+    assert not partial.exists()
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that answers to s3://; the store's own client is not what is tested here."""
+    root = tmp_path / "store"
+
+    class Bucket(DirFileSystem):
+        cachable = False
+
+        def __init__(self, **_: Any) -> None:  # noqa: ANN401  -- fsspec's options
+            super().__init__(path=str(root), fs=LocalFileSystem())
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return path.removeprefix("s3://").rstrip("/")
+
+    known = dict(fsspec.registry)
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    monkeypatch.setattr("fsspec.registry._registry", known | {"s3": Bucket})
+    return root / "bucket"
+
+
+def test_a_model_on_a_store_is_copied_once_and_again_when_it_changes(
+    bucket: Path, settings: Settings, log: list[str]
+) -> None:
+    make_tiny_model(bucket / "model")
+    (bucket / "model" / "notes.txt").write_text("not part of a model")
+    path = resolve_model("s3://bucket/model", settings, log.append)
+    assert inspect_model_dir(path).family == "llama"
+    assert not (path / "notes.txt").exists()
+    assert resolve_model("s3://bucket/model/", settings, log.append) == path
+    assert len(log) == 1
+    make_tiny_model(bucket / "model", num_hidden_layers=1)
+    assert inspect_model_dir(resolve_model("s3://bucket/model", settings, log.append)).num_layers == 1
+
+
+def test_what_a_store_does_not_have_is_named(bucket: Path, settings: Settings) -> None:
+    assert failure("s3://bucket/none", settings).error.code == "model_not_found"
+    (bucket / "empty").mkdir(parents=True)
+    assert failure("s3://bucket/empty", settings).error.code == "model_incomplete"
+
+
+def test_the_demo_alias_means_the_installed_package(
+    settings: Settings, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted = []
+    monkeypatch.setattr(smollm2, "convert", lambda source, out: converted.append((source.suffix, make_tiny_model(out))))
+    path = resolve_model("SmolLM2-135M-Instruct", settings, log.append)
+    assert path == resolve_model("smollm2-135m-instruct", settings, log.append)
+    assert len(converted) == 1
+    assert path.parent == settings.model_cache
+
+
+def test_without_the_package_the_demo_alias_means_the_hub(
+    tmp_path: Path, settings: Settings, hub: SmallHub, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolve.smollm2, "packaged_gguf", lambda: None)
+    commit = hub.add("HuggingFaceTB/SmolLM2-135M-Instruct", make_tiny_model(tmp_path / "source"))
+    assert resolve_model("smollm2-135m-instruct", settings, log.append).name == commit
+    assert log[0] == "smollm2-135m-instruct stands for HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_jobs_that_want_the_same_model_at_once_make_it_once(tmp_path: Path) -> None:
+    made, waiting, started, release = [], threading.Event(), threading.Event(), threading.Event()
+
+    def make(partial: Path) -> None:
+        made.append(partial)
+        started.set()
+        assert release.wait(10)
+
+    def wait_for_it(message: str) -> None:
+        assert "waiting" in message
+        waiting.set()
+
+    final = tmp_path / "cache" / "model"
+    first = threading.Thread(target=make_once, args=(final, make, print))
+    first.start()
+    assert started.wait(10)
+    assert not final.exists()
+    second = threading.Thread(target=make_once, args=(final, make, wait_for_it))
+    second.start()
+    assert waiting.wait(10)
+    release.set()
+    first.join()
+    second.join()
+    assert len(made) == 1
+    assert final.is_dir()
+
+
+def test_what_could_not_be_made_has_no_name(tmp_path: Path) -> None:
+    def fail(partial: Path) -> None:
+        (partial / "half").touch()
+        raise ValueError("no more disk")
+
+    with pytest.raises(ValueError, match="no more disk"):
+        make_once(tmp_path / "model", fail, print)
+    assert not (tmp_path / "model").exists()
+    assert make_once(tmp_path / "model", lambda partial: (partial / "half").unlink(), print).is_dir()

@@ -1,0 +1,26 @@
+"""The allow-list: what stands on it exists, and takes the arguments that stand beside it."""
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from trainers.components import COMPONENTS, DEFAULTS, allowed
+
+
+def load(name: str) -> Any:  # noqa: ANN401  -- a class or a function
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(module), attribute)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_component_exists_and_takes_the_arguments_listed(name: str) -> None:
+    parameters = inspect.signature(load(name)).parameters
+    component = COMPONENTS[name]
+    assert component.arguments.keys() | component.computed.keys() <= parameters.keys()
+
+
+def test_every_section_has_a_default_on_its_list() -> None:
+    for section, name in DEFAULTS.items():
+        assert name in allowed(section)

@@ -1,0 +1,200 @@
+"""make_plan: merging, checking, and reporting everything that is wrong at once."""
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from events.config import Config
+from trainers.errors import ConfigProblems, Problem
+from trainers.plan import LoraSpec, Plan, make_plan
+
+
+def config(options: dict[str, Any] | None = None, **fields: Any) -> Config:  # noqa: ANN401  -- any field of Config
+    return Config.model_validate({"model": "m", "data": "d", "fine_tuning_options": options or {}} | fields)
+
+
+def problems_of(options: dict[str, Any] | None = None, **fields: Any) -> list[Problem]:  # noqa: ANN401
+    with pytest.raises(ConfigProblems) as caught:
+        make_plan(config(options, **fields))
+    return caught.value.problems
+
+
+def only_problem(extras: dict[str, Any], method: str = "lora") -> Problem:
+    (problem,) = problems_of({"extras": extras, "custom_training_options": {"finetuning_type": method}})
+    return problem
+
+
+def test_nothing_but_model_and_data_is_lora_of_rank_8_on_one_worker() -> None:
+    plan = make_plan(config())
+    assert (plan.method, plan.lora, plan.lr, plan.workers, plan.max_restarts) == ("lora", LoraSpec(), 3e-4, 1, 3)
+    assert not plan.enable_activation_checkpointing
+
+
+def test_full_fine_tuning_has_its_own_defaults() -> None:
+    plan = make_plan(config({"custom_training_options": {"finetuning_type": "full"}}))
+    assert (plan.method, plan.lora, plan.lr) == ("full", None, 2e-5)
+    assert plan.enable_activation_checkpointing
+    assert plan.memory_efficient_fsdp_wrap
+    assert plan.fsdp_cpu_offload
+
+
+def test_a_plan_round_trips_through_json() -> None:
+    extras = {"optimizer": {"betas": [0.8, 0.9]}, "clip_grad_norm": 1.0, "lr_scheduler": None}
+    plan = make_plan(config({"extras": extras}, logger={"log_type": "wandb", "project": "p"}))
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    assert Plan.model_validate(plan.model_dump(mode="json")) == plan
+
+
+def test_overrides_win_over_options_and_extras_over_both() -> None:
+    options = {"batch_size": 1, "seed": 1, "n_epochs": 1, "extras": {"batch_size": 3}}
+    plan = make_plan(config(options, overrides="batch_size=2 seed=2"))
+    assert (plan.batch_size, plan.seed, plan.n_epochs) == (3, 2, 1)
+
+
+def test_every_option_of_the_request_reaches_the_plan() -> None:
+    lora = {
+        "finetuning_type": "lora",
+        "lora_attn_modules": ["q_proj"],
+        "apply_lora_to_mlp": True,
+        "apply_lora_to_output": True,
+        "lora_rank": 4,
+        "lora_alpha": 5,
+    }
+    basics = {"n_epochs": 2, "batch_size": 3, "lr": 0.5, "gradient_accumulation_steps": 6, "seed": 7, "shuffle": False}
+    plan = make_plan(config(basics | {"custom_training_options": lora}, validation_data="v"))
+    assert plan.lora == LoraSpec(attn_modules=("q_proj",), mlp=True, output=True, rank=4, alpha=5)
+    assert basics.items() <= plan.model_dump().items()
+    assert plan.validation_data == "v"
+
+
+def test_nested_and_dotted_extras_mean_the_same() -> None:
+    nested = {"optimizer": {"_component_": "torch.optim.SGD", "momentum": 0.9}, "model": {"lora_rank": 2}}
+    dotted = {"optimizer._component_": "torch.optim.SGD", "optimizer.momentum": 0.9, "model.lora_rank": 2}
+    assert make_plan(config({"extras": nested})) == make_plan(config({"extras": dotted}))
+
+
+def test_torchtune_spellings_set_the_same_settings() -> None:
+    extras = {
+        "epochs": 5,
+        "optimizer": {"lr": 0.25},
+        "dataset": {"packed": True},
+        "tokenizer": {"max_seq_len": 64},
+        "model": {"lora_dropout": 0.5},
+    }
+    plan = make_plan(config({"extras": extras}))
+    assert (plan.n_epochs, plan.lr, plan.packed, plan.max_seq_len) == (5, 0.25, True, 64)
+    assert plan.lora is not None
+    assert plan.lora.dropout == 0.5
+
+
+def test_another_component_starts_without_the_arguments_of_the_one_before() -> None:
+    plan = make_plan(
+        config({"extras": {"optimizer": {"_component_": "torch.optim.SGD"}}}, overrides="optimizer.amsgrad=true")
+    )
+    assert (plan.optimizer.component, plan.optimizer.kwargs) == ("torch.optim.SGD", {})
+
+
+def test_no_scheduler_means_a_constant_learning_rate() -> None:
+    assert make_plan(config({"extras": {"lr_scheduler": None}})).lr_scheduler is None
+    assert make_plan(config(overrides="lr_scheduler=null")).lr_scheduler is None
+
+
+def test_a_component_off_the_list_is_refused_with_the_list() -> None:
+    problem = only_problem({"optimizer": {"_component_": "subprocess.check_output", "args": "id"}, "loss": {}})
+    assert problem.param == "fine_tuning_options.extras.optimizer._component_"
+    assert problem.code == "component_not_allowed"
+    assert "torch.optim.AdamW" in problem.message
+
+
+@pytest.mark.parametrize("value", [7, None, True, ["torch.optim.SGD"], {"a": {"b": 1}}, "torch.nn.CrossEntropyLoss"])
+def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> None:
+    assert only_problem({"optimizer._component_": value}).code == "component_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("extras", "path", "message"),
+    [
+        ({"dtyp": "fp32"}, "dtyp", "did you mean dtype?"),
+        ({"optimizer": {"lrr": 1}}, "optimizer.lrr", "did you mean optimizer.lr?"),
+        ({"lr_scheduler.num_warmup_step": 1}, "lr_scheduler.num_warmup_step", "lr_scheduler.num_warmup_steps?"),
+        ({"checkpointer": {"checkpoint_dir": "/"}}, "checkpointer", "the service decides where a job's files lie"),
+        ({"model": "other"}, "model", "it is a field of the request"),
+        ({"model": {"vocab_size": 1}}, "model.vocab_size", "unknown key"),
+        ({"loss": {"ignore_index": 0}}, "loss.ignore_index", "the loss mask"),
+        ({"lr": "2e-5"}, "lr", "a number goes without quotes"),
+        ({"lr": math.nan}, "lr", "must be a number"),
+        ({"lr": math.inf}, "lr", "must be a number"),
+        ({"lr": 10**400}, "lr", "must be a number"),
+        ({"n_epochs": True}, "n_epochs", "not true"),
+        ({"n_epochs": 1.5}, "n_epochs", "must be a whole number"),
+        ({"compile": 1}, "compile", "must be true or false"),
+        ({"dtype": "fp16"}, "dtype", "'fp32' or 'bf16'"),
+        ({"packed": True}, "packed", "needs max_seq_len"),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas", "a list of two numbers"),
+        ({"optimizer": {"fused": True, "foreach": True}}, "optimizer.fused", "together with foreach"),
+        ({"lora_attn_modules": ["w1"]}, "lora_attn_modules", "there is no 'w1'"),
+        ({"lora_attn_modules": []}, "lora_attn_modules", "nothing to train"),
+        ({"epochs": 1, "n_epochs": 2}, "n_epochs", "given twice"),
+        ({"optimizer.eps": 1, "optimizer": {"eps": 2}}, "optimizer.eps", "given twice"),
+    ],
+)
+def test_a_bad_extra_is_named_with_its_path_and_what_to_do(extras: dict[str, Any], path: str, message: str) -> None:
+    problem = only_problem(extras)
+    assert problem.param == f"fine_tuning_options.extras.{path}"
+    assert message in problem.message
+
+
+def test_lora_settings_are_refused_in_full_fine_tuning() -> None:
+    assert "only LoRA" in only_problem({"lora_dropout": 0.1}, method="full").message
+
+
+def test_nesterov_needs_momentum() -> None:
+    problem = only_problem({"optimizer": {"_component_": "torch.optim.SGD", "nesterov": True}})
+    assert "momentum" in problem.message
+
+
+def test_a_value_of_any_depth_gets_a_short_answer() -> None:
+    deep: Any = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    for key in ("dtype", "nonsense", "optimizer", "optimizer.eps"):
+        assert len(only_problem({key: deep}).message) < 500
+    while deep:  # taken apart by hand: Python's own clean-up of it recurses
+        deep = deep["a"]
+
+
+def test_everything_wrong_is_reported_at_once() -> None:
+    found = problems_of(
+        {"custom_training_options": {"lora_attn_modules": ["nope"]}, "extras": {"dtyp": 1, "lr": "1"}},
+        overrides="--nproc_per_node 0 --nnodes x seed=-1 dtype",
+        logger={"log_type": "disk", "filename": "../x"},
+    )
+    assert [problem.param for problem in found] == [
+        "overrides",
+        "overrides",
+        "overrides",
+        "fine_tuning_options.custom_training_options.lora_attn_modules",
+        "overrides",
+        "fine_tuning_options.extras.dtyp",
+        "fine_tuning_options.extras.lr",
+        "logger.filename",
+    ]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", ".hidden", "-x", "a\\b", "x\n", "é", "data", "Error.txt"])
+def test_a_log_file_name_that_is_no_plain_free_name_is_refused(name: str) -> None:
+    (problem,) = problems_of(logger={"log_type": "disk", "filename": name})
+    assert problem.param == "logger.filename"
+
+
+def test_a_wandb_project_with_a_slash_is_refused() -> None:
+    (problem,) = problems_of(logger={"log_type": "wandb", "project": "team/project"})
+    assert problem.param == "logger.project"
+
+
+def test_planning_imports_no_torch() -> None:
+    script = "import sys, trainers.plan, trainers.loggers, trainers.reporting; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)

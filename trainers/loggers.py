@@ -1,0 +1,140 @@
+"""The logger a job asks for: metrics as JSON lines on disk, or to Weights & Biases.
+
+Metrics go to the event log in any case. `resumed_step` is the step of the checkpoint that a run goes on from, 0 where
+it starts from the beginning: what an earlier attempt logged beyond it will be logged again, so the disk logger drops it.
+"""
+
+import json
+import logging
+import netrc
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from events.facts import StepMetrics
+from trainers.plan import DiskLog, Plan
+
+if TYPE_CHECKING:
+    import wandb
+
+_log = logging.getLogger("tunewright.train")
+
+
+class Logger(Protocol):
+    @property
+    def uri(self) -> str:
+        """Where the metrics can be seen."""
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Takes one step's metrics; they are visible soon, and in any case after `close`."""
+
+    def close(self) -> None: ...
+
+
+def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Logger:
+    """The logger of `plan`. Only one process of a job may have it open."""
+    if isinstance(plan.logger, DiskLog):
+        return DiskLogger(job_dir / plan.logger.filename, resumed_step)
+    return WandBLogger(plan.logger.project, job_id, job_dir, plan.model_dump(mode="json"))
+
+
+class DiskLogger:
+    """One JSON object a line: the fields of StepMetrics that have a value."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_lines_after(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def uri(self) -> str:
+        return self._path.resolve().as_uri()
+
+    def log(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(_fields(metrics)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Leaves the lines up to `step` (none for 0) and no line that a crash cut short."""
+    if not path.exists():
+        return
+    draft = path.with_name(f".{path.name}.draft")
+    with path.open(encoding="utf-8", errors="replace") as old, draft.open("w", encoding="utf-8") as new:
+        for line in old:
+            if line.endswith("\n") and 0 < step and _step_of(line) <= step:
+                new.write(line)
+    draft.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class WandBLogger:
+    """A W&B run whose id is the job's: an attempt that resumes goes on in the same run.
+
+    Offline without an API key, and where the server can't be reached: the job's log says how to upload the run.
+    """
+
+    def __init__(self, project: str, job_id: str, job_dir: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        def start(mode: str) -> "wandb.Run":
+            return wandb.init(
+                project=project,
+                id=job_id,
+                name=job_id,
+                resume="allow",
+                dir=job_dir,
+                config=config,
+                mode=mode,  # type: ignore[arg-type]
+                settings=wandb.Settings(console="off", init_timeout=60),  # the job's log has the output already
+            )
+
+        job_dir.mkdir(parents=True, exist_ok=True)
+        reason = None if _has_api_key() else "there is no WANDB_API_KEY in the workers' environment"
+        if reason is None:
+            try:
+                self._run = start("online")
+            except wandb.Error as error:
+                reason = f"the server did not accept the run ({error})"
+        if reason is not None:
+            self._run = start("offline")
+            _log.warning(
+                "W&B runs offline: %s. To upload it later: wandb sync %s", reason, Path(self._run.dir).parent
+            )
+
+    @property
+    def uri(self) -> str:
+        return Path(self._run.dir).parent.resolve().as_uri() if self._run.offline else str(self._run.url)
+
+    def log(self, metrics: StepMetrics) -> None:
+        fields = _fields(metrics)
+        self._run.log({name: value for name, value in fields.items() if name not in ("step", "time")}, metrics.step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _has_api_key() -> bool:
+    """In the environment, or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return bool(host and netrc.netrc(os.environ.get("NETRC")).authenticators(host))
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _fields(metrics: StepMetrics) -> dict[str, Any]:
+    return metrics.model_dump(mode="json", exclude_none=True, exclude={"v"})
