@@ -9,6 +9,7 @@ from tests.tiny_models import make_tiny_model
 
 def make_material(folder: Path, rows: int) -> tuple[Path, Path]:
     """(model directory, data file) under `folder`."""
+    folder.mkdir(exist_ok=True)
     data = folder / "rows.jsonl"
     lines = (
         json.dumps(

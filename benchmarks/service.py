@@ -68,25 +68,35 @@ async def measure_all(service: LocalService, model: Path, data: Path, scratch: P
     await asyncio.sleep(10)  # start-up is over
     results: dict[str, Any] = {"memory": footprints(service.processes())}
     runs: dict[str, Any] = {}
+    client = Client(service.url)
     for name in ("cold", "warm"):
         console.print(f"first step, {name} ...")
         posted = datetime.now(UTC)
-        job_id = Client(service.url).submit(job(model, data))["job_id"]
-        _, lines = await tail_latency(service.url, job_id)
+        job_id, _, lines = await run_to_its_end(client, job(model, data))
         runs[name] = (posted, job_id, lines)
     console.print("log lines ...")
     _, chatty = make_material(scratch / "long", LONG)
-    job_id = Client(service.url).submit(job(model, chatty, batch_size=1, extras={"log_every_n_steps": 1}))["job_id"]
-    results["tail"], _ = await tail_latency(service.url, job_id)
+    every_step = job(model, chatty, batch_size=1, extras={"log_every_n_steps": 1})
+    job_id, results["tail"], _ = await run_to_its_end(client, every_step)
     console.print("status ...")
     results["status"] = await status_load(service.url, job_id, CONNECTIONS, STATUS_S)
     console.print("submit ...")
     results["submit"], ids = await submit_latency(service.url, job(model, data), SUBMITS)
-    await cancel_all(Client(service.url), ids)
+    cancel_all(client, ids)
     return results | {"runs": runs}
 
 
-async def cancel_all(client: Client, ids: list[str]) -> None:
+async def run_to_its_end(client: Client, config: dict[str, Any]) -> tuple[str, Latency, list[tuple[str, str]]]:
+    """The job's id, the latency of its log lines, and the lines. Raises RuntimeError unless it succeeds."""
+    job_id = client.submit(config)["job_id"]
+    latency, lines = await tail_latency(client.url, job_id)
+    ended = client.status(job_id)
+    if ended["status"] != "success":
+        raise RuntimeError(f"{job_id} ended as {ended['status']}: {ended.get('error')}")
+    return job_id, latency, lines
+
+
+def cancel_all(client: Client, ids: list[str]) -> None:
     """Newest first, so that no runner is started for a job that is about to go."""
     for job_id in reversed(ids):
         if client.status(job_id)["status"] not in TERMINAL:

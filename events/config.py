@@ -11,7 +11,6 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
-from pydantic.json_schema import SkipJsonSchema
 
 MAX_DEPTH = 64
 """How deep `extras` and `metadata` may nest."""
@@ -23,11 +22,14 @@ WandBTag = Literal["wandb", "WandBLogger"]
 
 
 def optional(description: str, **schema: JsonValue) -> Any:  # noqa: ANN401  -- Field() of any type
-    """A field that may be absent; its default is no constant and stands in the description. `schema` is added to its
-    JSON schema."""
+    """A field of type `X | None` that may be absent; its default is no constant and stands in the description. `schema` is added to its
+    JSON schema, which says nothing of null: the API neither asks for nulls nor sends any."""
 
-    def finish(generated: dict[str, JsonValue]) -> None:
+    def finish(generated: dict[str, Any]) -> None:  # pydantic may apply it to a finished schema again
         generated.pop("default", None)
+        for kind in generated.pop("anyOf", []):
+            if kind != {"type": "null"}:
+                generated.update(kind)
         generated.update(schema)
 
     return Field(default=None, description=description, json_schema_extra=finish)
@@ -82,9 +84,7 @@ class _Wire(BaseModel):
 class FullFineTuneOptions(_Wire):
     """Every weight is trained."""
 
-    finetuning_type: FullTag | SkipJsonSchema[None] = optional(
-        "Tag of the union. May be left out: then the fields decide."
-    )
+    finetuning_type: FullTag | None = optional("Tag of the union. May be left out: then the fields decide.")
     enable_activation_checkpointing: bool = Field(
         default=True, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
@@ -103,9 +103,7 @@ class FullFineTuneOptions(_Wire):
 class LoraFineTuneOptions(_Wire):
     """Low-rank adapters on the chosen linear layers; the base model stays frozen."""
 
-    finetuning_type: LoraTag | SkipJsonSchema[None] = optional(
-        "Tag of the union. May be left out: then the fields decide."
-    )
+    finetuning_type: LoraTag | None = optional("Tag of the union. May be left out: then the fields decide.")
     lora_attn_modules: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "output_proj"],
         description="Attention layers that get an adapter: any of q_proj, k_proj, v_proj, output_proj.",
@@ -121,7 +119,7 @@ class LoraFineTuneOptions(_Wire):
 class DiskLogger(_Wire):
     """Metrics as JSON lines in the job's directory."""
 
-    log_type: DiskTag | SkipJsonSchema[None] = optional("Tag of the union. May be left out: then the fields decide.")
+    log_type: DiskTag | None = optional("Tag of the union. May be left out: then the fields decide.")
     filename: str = Field(
         default="metrics.jsonl",
         min_length=1,
@@ -133,7 +131,7 @@ class DiskLogger(_Wire):
 class WandBLogger(_Wire):
     """Metrics to Weights & Biases. The API key comes from the workers' environment; without one the run is offline."""
 
-    log_type: WandBTag | SkipJsonSchema[None] = optional("Tag of the union. May be left out: then the fields decide.")
+    log_type: WandBTag | None = optional("Tag of the union. May be left out: then the fields decide.")
     project: str = Field(default="tunewright", min_length=1, max_length=128, description="The W&B project.")
 
 
@@ -198,7 +196,7 @@ Logger = Annotated[
 class FineTuningOptions(_Wire):
     n_epochs: int = Field(default=1, ge=1, le=10_000, description="Passes over the training data.")
     batch_size: int = Field(default=4, ge=1, le=65_536, description="Rows per micro-batch and worker.")
-    lr: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | SkipJsonSchema[None] = optional(
+    lr: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = optional(
         "Peak learning rate. Default: 2e-5 for full fine-tuning, 3e-4 for LoRA.", format="float"
     )
     gradient_accumulation_steps: int = Field(
@@ -238,7 +236,7 @@ class Config(_Wire):
         description="Path to the JSONL file with each row representing a TrainingDataItem.",
         json_schema_extra={"format": "uri"},
     )
-    validation_data: Annotated[str, Field(min_length=1, max_length=4096)] | SkipJsonSchema[None] = optional(
+    validation_data: Annotated[str, Field(min_length=1, max_length=4096)] | None = optional(
         "Path to the JSONL file used for validation metrics: its loss is measured before the first step and after "
         "each epoch.",
         format="uri",
@@ -249,7 +247,7 @@ class Config(_Wire):
         description="Where metrics go besides the event log. Default: `metrics.jsonl` in the job's directory.",
         json_schema_extra={"discriminator": {"propertyName": "log_type"}},
     )
-    overrides: Annotated[str, Field(max_length=4096)] | SkipJsonSchema[None] = optional(
+    overrides: Annotated[str, Field(max_length=4096)] | None = optional(
         "torchrun flags (`--nproc_per_node 2 --nnodes 1 --max-restarts 3`) and `key=value` settings as `tune run` "
         "takes them. Default: one worker, three restarts."
     )

@@ -54,16 +54,19 @@ class Progress(_Part):
 class Metrics(_Part):
     """The latest value of each metric. A value that is not a number (a diverged loss) is left out."""
 
-    loss: float | SkipJsonSchema[None] = optional("Mean over the trained tokens of the last step.")
-    lr: float | SkipJsonSchema[None] = optional("Learning rate of the last step.")
-    grad_norm: float | SkipJsonSchema[None] = optional("Of the last step, before clipping.")
-    tokens: int | SkipJsonSchema[None] = optional("Tokens in the last step, padding excluded, all workers.")
-    tokens_per_second: float | SkipJsonSchema[None] = optional("All workers together.")
-    peak_memory_bytes: int | SkipJsonSchema[None] = optional("Of rank 0: device memory on CUDA, RSS on CPU.")
-    valid_loss: float | SkipJsonSchema[None] = optional("The last evaluation on validation_data.")
-    first_valid_loss: float | SkipJsonSchema[None] = optional(
+    loss: float | None = optional("Mean over the trained tokens of the last step.")
+    lr: float | None = optional("Learning rate of the last step.")
+    grad_norm: float | None = optional("Of the last step, before clipping.")
+    tokens: int | None = optional("Tokens in the last step, padding excluded, all workers.")
+    tokens_per_second: float | None = optional("All workers together.")
+    peak_memory_bytes: int | None = optional("Of rank 0: device memory on CUDA, RSS on CPU.")
+    valid_loss: float | None = optional("The last evaluation on validation_data.")
+    first_valid_loss: float | None = optional(
         "The first evaluation on validation_data, before the first step: what training started from."
     )
+
+
+_MEASURED = tuple(name for name in Metrics.model_fields if name in StepMetrics.model_fields)
 
 
 class _Saved(_Part):
@@ -92,28 +95,28 @@ class FineTuningJob(BaseModel):
 
     job_id: str = Field(description="Unique identifier for the fine tuning job.")
     created: datetime = Field(description="The creation date and time of the job.")
-    finished_at: datetime | SkipJsonSchema[None] = optional("The completion date and time of the job.")
+    finished_at: datetime | None = optional("The completion date and time of the job.")
     status: Status = Field(description="The current status of the job.")
-    why: str | SkipJsonSchema[None] = optional("What the job waits for, or what is being done about it.")
-    error: JobError | SkipJsonSchema[None] = optional("Why the job failed and who can act on it.")
-    error_path: str | SkipJsonSchema[None] = optional("Path to the error log file.", format="uri")
+    why: str | None = optional("What the job waits for, or what is being done about it.")
+    error: JobError | None = optional("Why the job failed and who can act on it.")
+    error_path: str | None = optional("Path to the error log file.", format="uri")
     checkpoints: list[Annotated[str, Field(json_schema_extra={"format": "uri"})]] = Field(
         default=[], description="List of paths to checkpoint files for various epochs."
     )
-    logs: str | SkipJsonSchema[None] = optional("Path to the logs, either local or a WandB URI.", format="uri")
+    logs: str | None = optional("Path to the logs, either local or a WandB URI.", format="uri")
     input_config: Annotated[dict[str, Any], _ConfigAsSent()] = Field(description="The config as it was sent.")
     metadata: dict[str, Any] = Field(default={}, description="The config's metadata.")
 
-    progress: Progress | SkipJsonSchema[None] = optional("Present once training has started.")
-    metrics: Metrics | SkipJsonSchema[None] = optional("Present once the first step or evaluation was recorded.")
+    progress: Progress | None = optional("Present once training has started.")
+    metrics: Metrics | None = optional("Present once the first step or evaluation was recorded.")
     attempt: int = Field(default=0, description="Runs of the training function so far.")
     interruptions: int = Field(default=0, description="Runs that ended without an outcome.")
     max_restarts: int = Field(default=0, description="How many interruptions the job survives.")
     cancel_requested: bool = Field(default=False, description="A cancelled job never succeeds.")
-    data: DataReport | SkipJsonSchema[None] = optional("What validation found in the training data.")
-    validation_data: DataReport | SkipJsonSchema[None] = optional("What validation found in the validation data.")
-    resources: Resources | SkipJsonSchema[None] = optional("What the job holds while it trains.")
-    submission_id: str | SkipJsonSchema[None] = optional("Id of the Ray Job that runs it.")
+    data: DataReport | None = optional("What validation found in the training data.")
+    validation_data: DataReport | None = optional("What validation found in the validation data.")
+    resources: Resources | None = optional("What the job holds while it trains.")
+    submission_id: str | None = optional("Id of the Ray Job that runs it.")
 
     validated: SkipJsonSchema[bool] = Field(default=False, exclude=True)
     admitted: SkipJsonSchema[bool] = Field(default=False, exclude=True)
@@ -261,13 +264,15 @@ def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
 
 
 def _latest(metrics: Metrics | None, steps: list[StepMetrics]) -> Metrics:
-    values = {} if metrics is None else metrics.model_dump(exclude_none=True)
+    metrics = metrics or Metrics()
+    values: dict[str, float | None] = {"first_valid_loss": metrics.first_valid_loss}
     for step in steps:
-        for name, value in step.model_dump(exclude_none=True, include=set(Metrics.model_fields)).items():
-            values[name] = value if math.isfinite(value) else None
-    if values.get("first_valid_loss") is None:
-        values["first_valid_loss"] = values.get("valid_loss")
-    return Metrics.model_construct(**values)
+        for name in _MEASURED:
+            if (value := getattr(step, name)) is not None:
+                values[name] = value if math.isfinite(value) else None
+        if values["first_valid_loss"] is None:
+            values["first_valid_loss"] = values.get("valid_loss")
+    return metrics.model_copy(update=values)
 
 
 def _n_epochs(config: dict[str, Any]) -> int:

@@ -17,7 +17,7 @@ from events.decide import Refused
 from events.facts import Event, JobSubmitted
 from events.job import FineTuningJob
 from events.jobs import Draft, Jobs
-from events.store import EventStore, ExpectedVersionError, NewEvent, Recorded
+from events.store import EventStore, ExpectedVersionError, NewEvent, Recorded, StoreFailedError
 
 _PAGE = 1000
 _CACHED_JSON = 4096
@@ -111,16 +111,19 @@ class EventLog:
         return self._jobs.live()
 
     async def read(self, job_id: str, after_version: int = -1, limit: int = _PAGE) -> list[Recorded]:
-        """A job's history in order. Empty for an unknown job."""
-        return await self._in_thread(lambda: self._store.read_stream(job_id, after_version, min(limit, _PAGE)))
+        """A job's history in order, at most a thousand events a call. Empty for an unknown job."""
+        return await self._read(lambda: self._store.read_stream(job_id, after_version, min(limit, _PAGE)))
 
     async def subscribe(self, after_position: int, limit: int = _PAGE, wait_s: float = 0) -> list[Recorded]:
-        """Events of all jobs after `after_position`; waits up to `wait_s` for the first. Empty when time is up."""
+        """Events of all jobs after `after_position`, at most a thousand a call; waits up to `wait_s` for the first.
+
+        Empty when time is up.
+        """
         if self._jobs.position <= after_position:
             await self._bell.heard(_ANY, wait_s)
         if self._jobs.position <= after_position:
             return []
-        return await self._in_thread(lambda: self._store.read_all(after_position, min(limit, _PAGE)))
+        return await self._read(lambda: self._store.read_all(after_position, min(limit, _PAGE)))
 
     async def wait(self, job_id: str, after_version: int, wait_s: float) -> FineTuningJob:
         """The job once its version is above `after_version`, or as it is when `wait_s` have passed.
@@ -146,6 +149,12 @@ class EventLog:
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    async def _read(self, read: Callable[[], list[Recorded]]) -> list[Recorded]:
+        try:
+            return await self._in_thread(read)
+        except StoreFailedError as error:
+            raise LogUnavailable(f"the event log can't be read: {error}") from error
 
     async def _propose(self, event_ids: list[str], draft: Callable[[Draft, datetime], FineTuningJob]) -> FineTuningJob:
         done: asyncio.Future[FineTuningJob] = asyncio.get_running_loop().create_future()

@@ -112,7 +112,11 @@ class SqliteStore:
             db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
 
     def _select(self, where: str, *values: str | int) -> list[Recorded]:
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM events WHERE {where}", values)  # noqa: S608  -- constants of this module
+        query = f"SELECT {_COLUMNS} FROM events WHERE {where}"  # noqa: S608  -- constants of this module
+        try:
+            rows = self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise StoreFailedError(f"{self._path}: {error}") from error
         return [_recorded(*row) for row in rows]
 
     def _versions(self, job_ids: Collection[str]) -> dict[str, int]:

@@ -71,7 +71,7 @@ class StoreFailedError(Exception):
 
 
 class EventStore(Protocol):
-    """Synchronous; calls must not overlap (`EventLog` makes them from one thread)."""
+    """Synchronous; calls must not overlap (`EventLog` makes them from one thread). Any may raise StoreFailedError."""
 
     def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
         """Writes all of the batch or nothing, durably, and returns where each event stands.

@@ -5,6 +5,7 @@ python -m examples.client http://127.0.0.1:8000 examples/tickets/job.json      s
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import httpx
 
 Job = dict[str, Any]
 TERMINAL = ("success", "failed", "cancelled")
+RECONNECT_S = 1.0
 
 
 class ApiError(Exception):
@@ -60,7 +62,7 @@ class Client:
                     if "status" in line:
                         return
             except httpx.TransportError:
-                continue
+                time.sleep(RECONNECT_S)
 
     def _tail_lines(self, job_id: str, offset: int) -> Iterator[dict[str, Any]]:
         with self._http.stream("GET", "/fine_tuning/jobs/tail", params={"job_id": job_id, "after": offset}) as answer:
@@ -72,7 +74,10 @@ class Client:
 
     @staticmethod
     def _answer(answer: httpx.Response) -> Job:
-        body: Job = answer.json()
+        try:
+            body: Job = answer.json()
+        except ValueError:  # not the service: the proxy in front of it, while the service restarts
+            raise ApiError(answer.status_code, {"message": answer.text.strip() or answer.reason_phrase}) from None
         if not answer.is_success:
             raise ApiError(answer.status_code, body["error"])
         return body

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import httpx
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -52,6 +53,9 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("Stopped.")
         return 130
+    except httpx.TransportError as error:
+        console.print(f"[red bold]The service stopped answering.[/] {escape(str(error))}")
+        return 1
     except (DemoFailed, ServiceError, ApiError) as error:
         console.print(f"[red bold]The demo failed.[/] {escape(str(error))}")
         return 1
@@ -74,7 +78,11 @@ def service() -> Iterator[Client]:
         console.print(f"Using the service at [bold]{url}[/]")
         yield client
         return
-    local = LocalService(settings().storage, env={"TUNEWRIGHT_DATA_ROOTS": str(ROOT / "examples")})
+    env = {
+        "TUNEWRIGHT_DATA_ROOTS": str(ROOT / "examples"),
+        "TUNEWRIGHT_CPUS_PER_WORKER": str(os.cpu_count()),  # one job, the whole machine
+    }
+    local = LocalService(settings().storage, env=env)
     try:
         with console.status("Starting Ray and the service on this machine ..."):
             local.start()
@@ -127,7 +135,7 @@ def follow(client: Client, job: Job) -> Job:
 
 def show_log(client: Client, job_id: str, screen: Console) -> None:
     for line in client.tail(job_id):
-        screen.print(f"  [dim]{escape(line['message'])}[/]")
+        screen.print(f"  [dim]{escape(line['message'])}[/]", soft_wrap=True)
 
 
 def show(progress: Progress, bar: Any, job: Job) -> None:  # noqa: ANN401 -- rich's TaskID is an int in disguise
@@ -203,7 +211,9 @@ def path_of(uri: str) -> Path:
 
 def report(client: Client, job: Job, before: dict[str, Any], after: dict[str, Any]) -> None:
     metrics = job["metrics"]
-    numbers = Table("", "before", "after", title="\nWhat 20 steps or so did", title_justify="left")
+    numbers = Table(
+        "", "before", "after", title=f"\nWhat {job['progress']['total_steps']} steps did", title_justify="left"
+    )
     numbers.add_row("validation loss", f"{metrics['first_valid_loss']:.3f}", f"{metrics['valid_loss']:.3f}")
     numbers.add_row("exactly right answers", *(f"{s['exact']} of {s['rows']}" for s in (before, after)))
     console.print(numbers)

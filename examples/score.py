@@ -23,7 +23,7 @@ from trainers.models.resolve import resolve_model
 from trainers.models.weights import load_weights
 from trainers.settings import settings
 
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 24  # the longest right answer takes 14
 MAX_SEQ_LEN = 1024  # of prompt and answer together
 
 

@@ -38,5 +38,5 @@ def build_api(backend: Backend, *, sends_request_id: bool = True) -> FastAPI:
     async def docs(request: Request) -> Response:
         return HTMLResponse(reference.page(document(), str(request.base_url)))
 
-    app.openapi = document  # type: ignore[method-assign]  -- what tools that hold the app ask for
+    app.openapi = document  # type: ignore[method-assign]
     return app

@@ -14,24 +14,25 @@ MAX_ONGOING_REQUESTS = 1000
 must leave room for everybody else."""
 
 
-@serve.deployment(
+class Api:
+    """One replica: connects to the service's actors, starting what isn't there, and serves the API in front of them."""
+
+    async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
+        # Connecting blocks, and this runs on the replica's event loop.
+        self._service = await asyncio.to_thread(service.start, settings())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls this once the replica is connected."""
+        return build_api(self._service, sends_request_id=False)  # Serve puts x-request-id on every response.
+
+
+deployment = serve.deployment(
     name="api",
     num_replicas=1,
     max_ongoing_requests=MAX_ONGOING_REQUESTS,
     graceful_shutdown_timeout_s=5,  # Open tails would hold a redeploy up for longer; they resume by offset.
     # No CPU, because those are for training. Next to the event log and the proxy, so the door can stay on loopback.
     ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
-)
-@serve.ingress()
-class Api:
-    """One replica: connects to the service's actors, starting what isn't there, and serves the API in front of them."""
+)(serve.ingress()(Api))
 
-    async def __init__(self) -> None:
-        # Connecting blocks; this runs on the replica's event loop.
-        self._service = await asyncio.to_thread(service.start, settings())
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, sends_request_id=False)  # Serve puts x-request-id on every response.
-
-
-app = Api.bind()
+app = deployment.bind()

@@ -59,7 +59,7 @@ class Answer:
         )
 
 
-class RequestRefused(Exception):  # noqa: N818  -- it names what happened, as the events do
+class RequestRefused(Exception):
     """A request refused by the door itself, before it meant anything."""
 
     def __init__(self, answer: Answer) -> None:

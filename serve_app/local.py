@@ -152,6 +152,9 @@ class LocalService:
                 "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
                 "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "state"),
                 "RAY_SERVE_HAPROXY_STATS_PORT": str(next(ports)),
+                # Where HAProxy sends requests while no replica is up; with one port per machine, to another service.
+                "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(next(ports)),
+                "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(next(ports)),
                 "RAY_SERVE_HAPROXY_METRICS_PORT": str(next(ports)),
                 "TUNEWRIGHT_STORAGE": str(self.storage),
                 "TUNEWRIGHT_DATA_ROOTS": os.environ.get("TUNEWRIGHT_DATA_ROOTS", str(Path.cwd())),

@@ -1,7 +1,7 @@
 """The OpenAPI document: everything `fine_tuning_api.yaml` names, and what this service adds to it.
 
-FastAPI derives most of it from the routes. Bodies are read by `serve_app.body` and jobs are sent as the log encoded them, so the schemas of
-both are named here.
+FastAPI derives most of it from the routes. Bodies are read by `serve_app.body` and jobs are sent as the log encoded
+them, so the schemas of both are named here.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("serve_app", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader=PackageLoader("serve_app", "."),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 
 
@@ -50,8 +54,13 @@ def _operations(document: dict[str, Any]) -> Iterator[Operation]:
                 path=path,
                 summary=operation.get("summary", ""),
                 description=operation.get("description", ""),
-                parameters=[_row(p["name"], p["schema"] | _described(p), p.get("required", False)) for p in operation.get("parameters", [])],
-                body=operation["requestBody"]["content"]["application/json"]["schema"] if "requestBody" in operation else None,
+                parameters=[
+                    _row(p["name"], p["schema"] | _described(p), p.get("required", False))
+                    for p in operation.get("parameters", [])
+                ],
+                body=operation["requestBody"]["content"]["application/json"]["schema"]
+                if "requestBody" in operation
+                else None,
                 responses=operation["responses"],
             )
 
@@ -66,7 +75,9 @@ def _properties(schema: dict[str, Any]) -> list[Row]:
 
 
 def _row(name: str, schema: dict[str, Any], required: bool) -> Row:
-    return Row(name, _type(schema), list(_refs(schema)), required, schema.get("default", ""), schema.get("description", ""))
+    return Row(
+        name, _type(schema), list(_refs(schema)), required, schema.get("default", ""), schema.get("description", "")
+    )
 
 
 def _type(schema: dict[str, Any]) -> str:
@@ -86,7 +97,7 @@ def _type(schema: dict[str, Any]) -> str:
     return f"{kind} ({schema['format']})" if "format" in schema else kind
 
 
-def _refs(schema: Any) -> Iterator[str]:
+def _refs(schema: object) -> Iterator[str]:
     """Names of the schemas that `schema` mentions, so that the page can link to them."""
     if isinstance(schema, dict):
         if "$ref" in schema:

@@ -1,8 +1,8 @@
 """GET /fine_tuning/jobs/tail: a job's log lines as NDJSON, replayed and then followed.
 
-Each line is a `TailLine`: `{"logs": [{"message", "timestamp"}, ...], "next": offset}`. `next` is where the line ends, so a reader
-that reconnects with the last `next` it saw loses and repeats nothing. Nothing is kept for a reader between two lines, and
-the next batch is read only when the last one has been sent: a slow reader delays nobody.
+Each line is a `TailLine`: `{"logs": [{"message", "timestamp"}, ...], "next": offset}`. `next` is where the line ends,
+so a reader that reconnects with the last `next` it saw loses and repeats nothing. Nothing is kept for a reader between
+two lines, and the next batch is read only when the last one has been sent: a slow reader delays nobody.
 
 The end: a job's lines are all in the queue before its terminal event is in the log. So once the job is known to be
 over, whatever a read finds is the rest, and an empty read means that everything was sent.

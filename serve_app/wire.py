@@ -3,11 +3,11 @@
 `Config` and `FineTuningJob`, which the event log knows too, live in `events`.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import SkipJsonSchema
 
+from events.config import optional
 from events.job import FineTuningJob
 
 ErrorType = Literal[
@@ -37,11 +37,7 @@ class ErrorBody(_Wire):
     type: ErrorType = Field(description="The class of the error; it goes with the status code.")
     param: str | None = Field(description="The field to blame: the first one where several are.")
     code: str | None = Field(description="A stable word for programs: `unknown_job`, `unknown_field`, ...")
-    errors: list[ProblemDetail] | SkipJsonSchema[None] = Field(
-        default=None,
-        description="Every problem of the request. Present with status 422.",
-        json_schema_extra=lambda schema: schema.pop("default", None),
-    )
+    errors: list[ProblemDetail] | None = optional("Every problem of the request. With status 422 only.")
 
 
 class ErrorEnvelope(_Wire):
@@ -62,9 +58,7 @@ class FineTuningJobList(_Wire):
 
 class Log(_Wire):
     message: str = Field(description="The log message.")
-    timestamp: str = Field(
-        description="The timestamp of the log message.", json_schema_extra={"format": "date-time"}
-    )
+    timestamp: str = Field(description="The timestamp of the log message.", json_schema_extra={"format": "date-time"})
 
 
 class TailLine(_Wire):
@@ -72,14 +66,9 @@ class TailLine(_Wire):
 
     logs: list[Log]
     next: int = Field(ge=0, description="Offset after these lines: `after` for a reader that reconnects.")
-    status: Annotated[
-        Literal["failed", "success", "cancelled"] | SkipJsonSchema[None],
-        Field(
-            default=None,
-            description="Only on the last line of a job that has ended.",
-            json_schema_extra=lambda schema: schema.pop("default", None),
-        ),
-    ]
+    status: Literal["failed", "success", "cancelled"] | None = optional(
+        "Only on the last line of a job that has ended."
+    )
 
 
 class Health(_Wire):

@@ -13,10 +13,17 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from events.actors import Handles
+
+# The same examples on every run; no deadline, since a busy machine is no bug.
+hypothesis.settings.register_profile("tunewright", derandomize=True, database=None, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("tunewright")
+
+_START_S = 150  # it takes five seconds on an idle machine
 
 
 class RayCluster(NamedTuple):
@@ -33,7 +40,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     import ray
 
     directory = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))  # Ray's socket paths must be short
-    gcs, dashboard, *agents = free_ports(5)
+    gcs, dashboard, *agents = free_ports(6)
     cluster = RayCluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", _environment(f"127.0.0.1:{gcs}"))
     # Not ray.init(): its agents take fixed ports, which two clusters on one machine can't both have.
     command = [
@@ -41,6 +48,7 @@ def ray_cluster() -> Iterator[RayCluster]:
         *(f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
         *(f"--dashboard-agent-listen-port={agents[0]}", f"--dashboard-agent-grpc-port={agents[1]}"),
         *(f"--runtime-env-agent-port={agents[2]}", f"--temp-dir={directory}", "--num-cpus=4", "--num-gpus=0"),
+        *(f"--ray-client-server-port={agents[3]}", "--min-worker-port=0", "--max-worker-port=0"),
         *("--object-store-memory=200000000", "--disable-usage-stats"),
     ]
     with ExitStack() as stack:
@@ -50,7 +58,7 @@ def ray_cluster() -> Iterator[RayCluster]:
             command, env=cluster.env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         stack.callback(_stop, head)
-        _await_port(gcs, head, directory / "start.log")
+        _await_start(head, directory / "start.log")
         previous = {name: os.environ.get(name) for name in cluster.env}
         os.environ.update(cluster.env)
         stack.callback(_restore, previous)
@@ -79,8 +87,9 @@ def stop_actors() -> None:
         deadline = time.monotonic() + 20
         with suppress(ValueError):  # no such actor
             ray.kill(ray.get_actor(name, NAMESPACE))
-            while time.monotonic() < deadline:
+            while True:
                 ray.get_actor(name, NAMESPACE)
+                assert time.monotonic() < deadline, f"{name} does not end"
                 time.sleep(0.02)
 
 
@@ -99,21 +108,18 @@ def _environment(address: str) -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_memory_monitor_refresh_ms": "0",  # the machine's other tenants are not ours to be killed for
         "RAY_worker_niceness": "0",
+        "PYTHONUNBUFFERED": "1",  # so that the head's output says when it is up
         "OMP_NUM_THREADS": "1",
     }
     return {**os.environ, **ours}
 
 
-def _await_port(port: int, head: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        if head.poll() is not None:
-            break
+def _await_start(head: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while "Ray runtime started" not in log.read_text():
+        if head.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"Ray did not start:\n{log.read_text()}")
         time.sleep(0.05)
-    pytest.fail(f"Ray did not start:\n{log.read_text()}")
 
 
 def _stop(head: "subprocess.Popen[bytes]") -> None:

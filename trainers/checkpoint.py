@@ -115,9 +115,7 @@ def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     return full
 
 
-def _optimizer_tensors(
-    parameters: NamedParameters, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, Tensor]]:
+def _optimizer_tensors(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in parameters.items():
         for attribute, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):

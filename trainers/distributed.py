@@ -1,8 +1,9 @@
-"""This process among the ranks of a run: its device, and what the ranks do together. One process alone is rank 0 of 1."""
+"""This process among the ranks of a run: its device, and what the ranks do together. A process alone is rank 0 of 1."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,8 @@ def whole(tensor: Tensor, device: torch.device) -> Tensor:
     """The full tensor, on the CPU, of one that may be sharded. Every rank has to call it."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
-        tensor = tensor.to(device).full_tensor()  # shards that are offloaded to the host can't be gathered by nccl
+        sharded = tensor.to(device)  # shards that are offloaded to the host can't be gathered by nccl
+        return cast(DTensor, sharded).full_tensor().cpu()
     return tensor.cpu()
 
 

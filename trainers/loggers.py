@@ -1,7 +1,8 @@
 """The logger a job asks for: metrics as JSON lines on disk, or to Weights & Biases.
 
 Metrics go to the event log in any case. `resumed_step` is the step of the checkpoint that a run goes on from, 0 where
-it starts from the beginning: what an earlier attempt logged beyond it will be logged again, so the disk logger drops it.
+it starts from the beginning: what an earlier attempt logged beyond it will be logged again, so the disk logger drops
+it.
 """
 
 import json
@@ -67,7 +68,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     draft = path.with_name(f".{path.name}.draft")
     with path.open(encoding="utf-8", errors="replace") as old, draft.open("w", encoding="utf-8") as new:
         for line in old:
-            if line.endswith("\n") and 0 < step and _step_of(line) <= step:
+            if line.endswith("\n") and step > 0 and _step_of(line) <= step:
                 new.write(line)
     draft.replace(path)
 
@@ -109,9 +110,7 @@ class WandBLogger:
                 reason = f"the server did not accept the run ({error})"
         if reason is not None:
             self._run = start("offline")
-            _log.warning(
-                "W&B runs offline: %s. To upload it later: wandb sync %s", reason, Path(self._run.dir).parent
-            )
+            _log.warning("W&B runs offline: %s. To upload it later: wandb sync %s", reason, Path(self._run.dir).parent)
 
     @property
     def uri(self) -> str:

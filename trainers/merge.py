@@ -26,6 +26,7 @@ class _Section:
         self.component: _Setting | None = None
         self.arguments: dict[str, _Setting] = {}
         self.absent = False
+        self.refused = False
 
     @property
     def name(self) -> str:
@@ -102,6 +103,7 @@ class Merged:
         elif isinstance(setting.value, str) and setting.value in allowed(section):
             part.choose(setting)
         else:
+            part.refused = True  # its arguments were meant for a component we don't know
             choices = ", ".join(allowed(section))
             self._problem(
                 setting, f"{shown(setting.value)} is not on the list of components: {choices}", "component_not_allowed"
@@ -122,7 +124,7 @@ class Merged:
         return {name: self._finish(name, part) for name, part in self._sections.items()}
 
     def _finish(self, section: str, part: _Section) -> tuple[str, dict[str, Any]] | None:
-        if part.absent:
+        if part.absent or part.refused:
             return None
         component, kwargs = COMPONENTS[part.name], {}
         for name, setting in part.arguments.items():

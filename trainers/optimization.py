@@ -1,6 +1,6 @@
 """Optimizer and learning rate of a plan. The components were checked against the allow-list when the plan was made."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from trainers.plan import Plan
 
 WARMUP_SHARE = 0.03
 
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch.optim.AdamW": torch.optim.AdamW,
     "torch.optim.Adam": torch.optim.Adam,
     "torch.optim.SGD": torch.optim.SGD,
@@ -40,10 +40,11 @@ def build_scheduler(
         return None
     for group in optimizer.param_groups:
         group["initial_lr"] = plan.lr
-    return get_cosine_schedule_with_warmup(
+    scheduler: LambdaLR = get_cosine_schedule_with_warmup(
         optimizer,
         num_warmup_steps=warmup_steps(plan, total_steps),
         num_training_steps=total_steps,
         num_cycles=plan.lr_scheduler.kwargs.get("num_cycles", 0.5),
         last_epoch=steps_done - 1,
     )
+    return scheduler

@@ -103,7 +103,7 @@ def parse_overrides(text: str | None) -> tuple[Overrides, list[Problem]]:
     except (ValueError, _UnreadableError) as error:
         return Overrides(1, 1, 3, []), [_problem(str(error))]
     problems = [_unknown_flag(word) for word in unknown]
-    problems += _refused_flags(given)
+    problems += _refused(given)
     settings: list[tuple[str, Any]] = []
     for word in given.settings:
         key, equals, value = word.partition("=")
@@ -129,12 +129,16 @@ def _unknown_flag(word: str) -> Problem:
     return _problem(f"{name}: torchrun has no such flag; did you mean {near}?")
 
 
-def _refused_flags(given: Namespace) -> list[Problem]:
-    reasons = {**_VALUE_FLAGS, **_SWITCHES}
+def refused_flags() -> dict[str, str]:
+    """torchrun's flags that have no meaning here, each with the reason."""
+    return {flag: reason for flag, reason in {**_VALUE_FLAGS, **_SWITCHES}.items() if reason}
+
+
+def _refused(given: Namespace) -> list[Problem]:
     return [
         _problem(f"{flag}: {reason}", "unsupported_override")
-        for flag, reason in reasons.items()
-        if reason and getattr(given, _attribute(flag)) is not None
+        for flag, reason in refused_flags().items()
+        if getattr(given, _attribute(flag)) is not None
     ]
 
 

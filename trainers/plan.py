@@ -132,6 +132,7 @@ def make_plan(config: Config) -> Plan:
     if problems:
         raise ConfigProblems(problems)
     values.setdefault("lr", _DEFAULT_LR[method])
+    merged_values: dict[str, Any] = values | {name: _component(part) for name, part in components.items()}
     return Plan(
         model=config.model,
         data=config.data,
@@ -142,8 +143,7 @@ def make_plan(config: Config) -> Plan:
         nnodes=overrides.nnodes,
         nproc_per_node=overrides.nproc_per_node,
         max_restarts=overrides.max_restarts,
-        **{section: _component(part) for section, part in components.items()},
-        **values,
+        **merged_values,
     )
 
 

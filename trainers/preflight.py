@@ -35,6 +35,7 @@ _HOMES: dict[str, tuple[type[BaseModel], ...]] = {
 }
 _UNION_TAGS = {cls.__name__ for cls in (FullFineTuneOptions, LoraFineTuneOptions, DiskLogger, WandBLogger)}
 _UNION_MEMBERS = {"constrained-str", "constrained-int", "constrained-float", "str", "int", "float", "none"}
+_NOT_A_PATH = (OSError, ValueError, RuntimeError)  # a name too long, a loop of links, a broken URI, `~nobody`
 _OPAQUE = ("metadata", "extras")  # what stands in them is the user's, null included
 
 
@@ -81,7 +82,9 @@ def _problem(detail: Mapping[str, Any]) -> Problem:
         case "missing":
             return Problem(param, "is required", "missing")
         case "extra_forbidden":
-            return Problem(param, _unknown_field(".".join(str(part) for part in path[:-1]), str(path[-1])), "unknown_field")
+            return Problem(
+                param, _unknown_field(".".join(str(part) for part in path[:-1]), str(path[-1])), "unknown_field"
+            )
     message = str(detail["msg"]).removeprefix("Value error, ")
     return Problem(param, message[:1].lower() + message[1:], str(detail["type"]))
 
@@ -162,6 +165,8 @@ def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
         check_data_uri(uri, settings)
     except UserError as error:
         return [Problem(param, error.error.message, error.error.code)]
+    except _NOT_A_PATH as error:
+        return [Problem(param, _no_path(error), "data_not_found")]
     return []
 
 
@@ -172,10 +177,14 @@ def _check_model(model: str, plan: Plan | None, settings: Settings) -> list[Prob
         architecture = inspect_model_dir(local_directory(model, settings.allowed_model_roots))
     except UserError as error:
         return [Problem(error.error.param or "model", error.error.message, error.error.code)]
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a loop of links, a broken URI, `~nobody`
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        return [Problem("model", f"can't be used as a path or URI: {reason}", "model_not_found")]
+    except _NOT_A_PATH as error:
+        return [Problem("model", _no_path(error), "model_not_found")]
     if plan is not None and plan.lora is not None and plan.lora.output and architecture.tied:
         message = "this model's output head is tied to its embedding, so it can't have an adapter of its own"
         return [Problem(f"{_CUSTOM}.apply_lora_to_output", message, "unsupported_for_model")]
     return []
+
+
+def _no_path(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return f"can't be used as a path or URI: {reason}"

@@ -70,9 +70,7 @@ class ProgressLog:
         self._latest["valid_loss"] = loss
         if self._ranks.first:
             _log.info("validation after step %d/%d | loss %.4f", progress.step, self._total_steps, loss)
-            self._reporter.metrics(
-                StepMetrics(step=progress.step, epoch=progress.epoch, time=_now(), valid_loss=loss)
-            )
+            self._reporter.metrics(StepMetrics(step=progress.step, epoch=progress.epoch, time=_now(), valid_loss=loss))
 
     def saved(self, path: Path) -> None:
         if self._ranks.first:

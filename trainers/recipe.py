@@ -90,9 +90,7 @@ def train(
             if valid and progress.between_epochs:
                 log.evaluated(progress, evaluate(model, valid, plan.batch_size, ranks))
             if progress.between_epochs or outcome.stop or _due(progress.step, plan.save_every_n_steps):
-                path = save_checkpoint(
-                    output_dir, plan, arch, model_dir, model.trainable(), optimizer, progress, ranks
-                )
+                path = save_checkpoint(output_dir, plan, arch, model_dir, model.trainable(), optimizer, progress, ranks)
                 log.saved(path)
                 reporter.checkpoint(SavedCheckpoint(path, progress.step, progress.epoch, log.latest()))
                 if ranks.first:
@@ -102,8 +100,9 @@ def train(
 
 
 class StepOutcome(NamedTuple):
-    """Of one step, over all its micro-batches and all ranks. `loss` is the mean over the `trained` tokens, None if there
-    was none; `lr` is the rate the step was taken with; `grad_norm`, before clipping, is None where nothing is clipped."""
+    """Of one step, over all its micro-batches and all ranks. `loss` is the mean over the `trained` tokens, None where
+    there are none; `lr` is the rate the step was taken with; `grad_norm`, before clipping, is None unless it is asked
+    for."""
 
     loss: float | None
     lr: float
@@ -140,10 +139,10 @@ def training_step(
     grad_norm = None
 
     if loss_mean is not None and math.isfinite(loss_mean):
-        parameters = [parameter for parameter in model.trainable().values() if parameter.grad is not None]
-        for parameter in parameters:
+        parameters = list(model.trainable().values())
+        for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
             # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
-            parameter.grad.mul_(ranks.world / trained)
+            gradient.mul_(ranks.world / trained)
         if clip_grad_norm is not None:
             grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm), ranks.device))
         optimizer.step()
@@ -201,8 +200,8 @@ def _check_finite(outcome: StepOutcome, step: int) -> None:
     if outcome.loss is not None and not math.isfinite(outcome.loss):
         raise UserError(
             "loss_not_finite",
-            f"the loss of step {step} is {outcome.loss}: training has diverged. Lower lr (it was {outcome.lr:g} in this "
-            "step), set extras.clip_grad_norm, e.g. to 1.0, or use dtype fp32.",
+            f"the loss of step {step} is {outcome.loss}: training has diverged. Lower lr (it was {outcome.lr:g} here), "
+            "set extras.clip_grad_norm, e.g. to 1.0, or use dtype fp32.",
             param="fine_tuning_options.lr",
         )
 
@@ -215,7 +214,10 @@ def _advice_when_out_of_memory(plan: Plan) -> Iterator[None]:
         first_line = str(error).partition("\n")[0]
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in first_line:
             raise
-        advice = [f"lower batch_size (it is {plan.batch_size}) and raise gradient_accumulation_steps", "lower max_seq_len"]
+        advice = [
+            f"lower batch_size (it is {plan.batch_size}) and raise gradient_accumulation_steps",
+            "lower max_seq_len",
+        ]
         if not plan.enable_activation_checkpointing:
             advice.append("set enable_activation_checkpointing")
         if plan.method == "full":

@@ -33,7 +33,7 @@ class Reporter(Protocol):
         """Asked on every rank after each step; one rank's yes stops all of them after the same step."""
 
 
-class Stopped(Exception):  # noqa: N818  -- an outcome, not an error
+class Stopped(Exception):
     """`should_stop` said yes; a checkpoint of the last step was saved and reported."""
 
     def __init__(self, step: int) -> None:

@@ -32,6 +32,7 @@ from events.job import FineTuningJob
 from trainers.admission import describe
 from trainers.data.chat import ChatTokenizer
 from trainers.data.prepare import DataInvalid, prepare
+from trainers.data.source import check_data_uri
 from trainers.errors import InfrastructureError, JobProblem
 from trainers.job_output import JobOutput
 from trainers.models.architecture import inspect_model_dir
@@ -72,7 +73,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Eve
     try:
         plan = make_plan(Config.model_validate(job.input_config))
         model_dir = resolve_model(plan.model, settings, logger.info)
-        job = _make_data_ready(job, plan, model_dir, log, job_dir)
+        job = _make_data_ready(job, plan, model_dir, log, settings)
         while True:
             job = _wait_until_admitted(job, log)
             interruption = _attempt(job, plan, model_dir, settings)
@@ -89,7 +90,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Eve
 
 
 def _make_data_ready(
-    job: FineTuningJob, plan: Plan, model_dir: Path, log: EventLogClient, job_dir: Path
+    job: FineTuningJob, plan: Plan, model_dir: Path, log: EventLogClient, settings: Settings
 ) -> FineTuningJob:
     """Every row of both files read, checked and tokenised to the job's directory, once."""
     architecture = inspect_model_dir(model_dir)
@@ -99,10 +100,10 @@ def _make_data_ready(
     def ready(uri: str, name: str) -> DataReport:
         logger.info("validating %s", uri)
         report = prepare(
-            uri,
+            check_data_uri(uri, settings),
             tokenizer,
             max_seq_len=max_seq_len,
-            out_dir=job_dir / "data" / name,
+            out_dir=settings.job_dir(job.job_id) / "data" / name,
             max_invalid_fraction=plan.max_invalid_fraction,
             progress=logger.info,
         )

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder
@@ -41,23 +42,19 @@ class TrainingModel(nn.Module):
         hidden = self.decoder.tok_embeddings(batch.tokens)  # [b, s, d]
         for layer in self.decoder.layers:
             if self.recompute and self.training:
-                hidden = checkpoint(
-                    layer, hidden, mask=batch.mask, input_pos=batch.positions, use_reentrant=False
-                )
+                hidden = checkpoint(layer, hidden, mask=batch.mask, input_pos=batch.positions, use_reentrant=False)
             else:
                 hidden = layer(hidden, mask=batch.mask, input_pos=batch.positions)
         trained = batch.labels != IGNORED  # [b, s]
         hidden = self.decoder.norm(hidden)[trained]  # [n, d]
         labels = batch.labels[trained]  # [n]
-        # tensor_split gives every rank the same number of chunks, so a head that is sharded is gathered as often on each
+        # tensor_split gives every rank the same number of chunks: a sharded head is gathered as often on each.
         chunks = zip(hidden.tensor_split(self.chunks), labels.tensor_split(self.chunks), strict=True)
         return torch.stack([self._cross_entropy(self.decoder.output(h), target) for h, target in chunks]).sum()
 
     def _chunk_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits [n, v] are raised to float32 one chunk at a time."""
-        return functional.cross_entropy(
-            logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing
-        )
+        return functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer trains, by the decoder's names, in the order of the model."""
@@ -101,17 +98,15 @@ def offloads(plan: Plan, ranks: Ranks) -> bool:
 
 
 def _shard(model: TrainingModel, plan: Plan, arch: Architecture, ranks: Ranks) -> None:
-    """FSDP2 as torchtune does it: a unit for each layer, one for the rest; with memory_efficient_fsdp_wrap the embedding
-    and the head are units of their own (they can't be where they are one matrix)."""
+    """FSDP2 as torchtune does it: a unit for each layer and one for the rest. With memory_efficient_fsdp_wrap embedding
+    and head are units of their own; they can't be where they are one matrix."""
     separate = ["decoder.tok_embeddings", "decoder.output"] if plan.memory_efficient_fsdp_wrap and not arch.tied else []
 
     def is_unit(name: str, module: nn.Module) -> bool:
         return bool(get_shard_conditions(name, module, names_to_match=separate))
 
-    mesh = torch.distributed.init_device_mesh(ranks.device.type, (ranks.world,))
-    shard_model(
-        cast(TransformerDecoder, model), [is_unit], cpu_offload=offloads(plan, ranks), dp_mesh=mesh
-    )
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    shard_model(cast(TransformerDecoder, model), [is_unit], cpu_offload=offloads(plan, ranks), dp_mesh=mesh)
 
 
 def _load(

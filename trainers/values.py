@@ -106,10 +106,10 @@ def subset(*allowed: str) -> Check:
 
 
 def pair(each: Check) -> Check:
-    def check(value: object) -> tuple[Any, Any]:
-        if not isinstance(value, list | tuple) or len(value) != 2:
+    def check(value: object) -> list[Any]:
+        if not isinstance(value, list) or len(value) != 2:
             raise refuse("a list of two numbers", value)
-        return each(value[0]), each(value[1])
+        return [each(one) for one in value]
 
     return check
 

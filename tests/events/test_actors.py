@@ -65,16 +65,18 @@ def test_killing_the_log_loses_no_acknowledged_event_and_repeats_none(handles: H
     async def scenario() -> None:
         await running_job(handles, "a")
         acknowledged: list[str] = []
+        under_way = asyncio.Event()
 
         async def write(writer: int) -> None:
             for number in range(60):
                 event = CheckpointSaved(attempt=1, step=number, epoch=0, uri=f"file:///{writer}-{number}")
                 await handles.log.append("a", [event], [new_event_id()])
                 acknowledged.append(event.uri)
+                if len(acknowledged) == 40:
+                    under_way.set()
 
         writers = [asyncio.create_task(write(writer)) for writer in range(4)]
-        while len(acknowledged) < 40:
-            await asyncio.sleep(0.001)
+        await under_way.wait()
         victim = await handles.log.about()
         os.kill(victim.pid, signal.SIGKILL)
         await asyncio.gather(*writers)
@@ -116,7 +118,11 @@ def test_killing_the_queue_loses_and_repeats_no_line(handles: Handles) -> None:
 def test_an_actor_that_was_ended_for_good_is_reported_and_then_replaced(handles: Handles) -> None:
     blocking(handles.log.submit("a", SUBMITTED, new_event_id(), 100))
     ray.kill(ray.get_actor(EVENT_LOG, NAMESPACE))
-    with pytest.raises(LogUnavailable):
+
+    def ask_until_it_is_noticed() -> None:
         while True:
             blocking(handles.log.job("a"))
+
+    with pytest.raises(LogUnavailable):
+        ask_until_it_is_noticed()
     assert blocking(handles.log.job("a")).status == "validation"

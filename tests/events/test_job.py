@@ -81,7 +81,11 @@ def test_progress_follows_the_steps() -> None:
 
 
 def test_the_first_validation_loss_is_kept_to_show_before_and_after() -> None:
-    job = given(*RUNNING, measured(1, step(0, loss=None, valid_loss=3.0)), measured(1, step(50, valid_loss=2.0)))
+    job = given(
+        *RUNNING,
+        measured(1, step(0, loss=None, valid_loss=3.0), step(50, valid_loss=2.5)),
+        measured(1, step(60, valid_loss=2.0)),
+    )
     assert job.metrics is not None
     assert (job.metrics.first_valid_loss, job.metrics.valid_loss, job.metrics.loss) == (3.0, 2.0, 1.0)
 

@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -63,7 +64,7 @@ def test_a_job_that_was_asked_to_cancel_only_ever_ends_as_cancelled(proposals: l
 @given(sequences)
 def test_attempts_count_up_by_one(proposals: list[Event]) -> None:
     attempts = [0, *(job.attempt for job, _ in accepted(proposals))]
-    assert all(later - earlier in (0, 1) for earlier, later in zip(attempts, attempts[1:], strict=False))
+    assert all(later - earlier in (0, 1) for earlier, later in pairwise(attempts))
 
 
 @given(sequences)

@@ -45,9 +45,11 @@ def test_a_reopened_store_has_everything(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    with closing(SqliteStore(tmp_path / "events.db")):
-        with pytest.raises(StoreLockedError, match="another process has the event log open"):
-            SqliteStore(tmp_path / "events.db")
+    with (
+        closing(SqliteStore(tmp_path / "events.db")),
+        pytest.raises(StoreLockedError, match="another process has the event log open"),
+    ):
+        SqliteStore(tmp_path / "events.db")
 
 
 def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,11 @@ def journey(package: Any, base_url: str, model: str, data: str) -> None:  # noqa
     )
     metadata = models.ConfigMetadata.from_dict({"made_by": "a generated client"})
     config = models.Config(
-        model=model, data=data, fine_tuning_options=options, logger=models.DiskLogger(filename="m.jsonl"), metadata=metadata
+        model=model,
+        data=data,
+        fine_tuning_options=options,
+        logger=models.DiskLogger(filename="m.jsonl"),
+        metadata=metadata,
     )
     submitted = call("post_fine_tuning_jobs_submit", body=config)
     assert submitted.status.value == "validation"
@@ -43,9 +47,7 @@ def journey(package: Any, base_url: str, model: str, data: str) -> None:  # noqa
     assert submitted.metadata.to_dict() == metadata.to_dict()
 
     assert call("get_fine_tuning_jobs_status", job_id=submitted.job_id).job_id == submitted.job_id
-    call(
-        "post_fine_tuning_jobs_cancel", body=models.PostFineTuningJobsCancelBody(job_id=submitted.job_id)
-    )
+    call("post_fine_tuning_jobs_cancel", body=models.PostFineTuningJobsCancelBody(job_id=submitted.job_id))
     job = submitted
     deadline = time.monotonic() + 60
     while job.status.value != "cancelled" and time.monotonic() < deadline:

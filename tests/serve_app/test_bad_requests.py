@@ -1,7 +1,6 @@
 """Bad input: a clear error in the one envelope, nothing recorded, never a 500."""
 
 import json
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +93,8 @@ def test_a_body_that_does_not_say_how_large_it_is_gets_413_once_it_is_too_large(
     with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
         connection.settimeout(5)
         connection.sendall(
-            f"POST {SUBMIT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+            f"POST {SUBMIT} HTTP/1.1\r\nHost: x\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
         )
         for _ in range((1 << 20) // 65536 + 1):
             connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
@@ -199,7 +199,7 @@ def test_data_that_can_not_be_read_is_refused(
     http: httpx.Client, config: dict[str, Any], storage: Path, field: str
 ) -> None:
     (storage / "empty.jsonl").touch()
-    os.symlink("/etc/hostname", storage / f"{field}-link.jsonl")
+    (storage / f"{field}-link.jsonl").symlink_to("/etc/hostname")
     wrong = {
         str(storage / "missing.jsonl"): "no file",
         str(storage): "directory",

@@ -16,7 +16,9 @@ CANCEL = "/fine_tuning/jobs/cancel"
 FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
 
 
-def test_status_is_the_job_as_its_events_tell_it(http: httpx.Client, server: Server, submit: Callable[..., str]) -> None:
+def test_status_is_the_job_as_its_events_tell_it(
+    http: httpx.Client, server: Server, submit: Callable[..., str]
+) -> None:
     job_id = submit()
     server.append(job_id, FAILED)
     job = http.get(STATUS, params={"job_id": job_id}).json()

@@ -77,7 +77,14 @@ def test_every_operation_parameter_and_field_is_described(served: dict[str, Any]
         for operation in methods.values():
             undescribed += [path] if not operation.get("description") else []
             undescribed += [f"{path} {p['name']}" for p in operation.get("parameters", []) if not p.get("description")]
-    for name in ("Config", "FineTuningOptions", "FullFineTuneOptions", "LoraFineTuneOptions", "DiskLogger", "WandBLogger"):
+    for name in (
+        "Config",
+        "FineTuningOptions",
+        "FullFineTuneOptions",
+        "LoraFineTuneOptions",
+        "DiskLogger",
+        "WandBLogger",
+    ):
         properties = served["components"]["schemas"][name]["properties"].items()
         undescribed += [f"{name}.{field}" for field, schema in properties if not schema.get("description")]
     assert set(undescribed) <= {"Config.fine_tuning_options"}
@@ -87,7 +94,9 @@ def test_every_field_of_a_request_says_its_default_or_is_required(served: dict[s
     for name in ("FineTuningOptions", "FullFineTuneOptions", "LoraFineTuneOptions", "DiskLogger", "WandBLogger"):
         schema = served["components"]["schemas"][name]
         for field, described in schema["properties"].items():
-            documented = "default" in described or re.search("default|left out", described["description"], re.IGNORECASE)
+            documented = "default" in described or re.search(
+                "default|left out", described["description"], re.IGNORECASE
+            )
             assert documented or described["type"] == "object", f"{name}.{field}"
 
 

@@ -23,11 +23,15 @@ def test_a_submit_answers_with_the_job_in_validation(http: httpx.Client, config:
 
 def test_the_config_is_echoed_exactly_as_sent(http: httpx.Client, config: dict[str, Any]) -> None:
     sent = config | {
-        "fine_tuning_options": {"n_epochs": 2, "lr": 1e-4, "custom_training_options": {"finetuning_type": "LoraFineTuneOptions"}},
+        "fine_tuning_options": {
+            "n_epochs": 2,
+            "lr": 1e-4,
+            "custom_training_options": {"finetuning_type": "LoraFineTuneOptions"},
+        },
         "logger": {"filename": "loss.jsonl"},
         "overrides": "--nproc_per_node 2",
         "metadata": {"ticket": 7, "nothing": None},
-    }  # fmt: skip
+    }
     job = http.post(SUBMIT, json=sent).json()
     assert job["input_config"] == sent
     assert job["metadata"] == sent["metadata"]

@@ -169,7 +169,7 @@ def until_quiet(asked: list[int]) -> None:
 
 def test_a_reader_that_goes_away_ends_its_work(server: Server, submit: Submit) -> None:
     job_id = submit()
-    waiting = server.parts.log._bell._waiting  # noqa: SLF001
+    waiting = server.parts.log._bell._waiting
     with httpx.Client(base_url=server.url) as client:
         stream = lines(client, job_id)
         next(stream)

@@ -11,11 +11,7 @@ from trainers.overrides import parse_overrides, parse_value, torchrun_mirror
 
 def options_of(parser: ArgumentParser) -> dict[str, tuple[str, bool]]:
     """Every option string: what it sets, and whether it takes a value."""
-    return {
-        option: (action.dest, action.nargs != 0)
-        for action in parser._actions
-        for option in action.option_strings
-    }
+    return {option: (action.dest, action.nargs != 0) for action in parser._actions for option in action.option_strings}
 
 
 def test_the_mirror_has_every_option_of_torchrun() -> None:

@@ -27,7 +27,7 @@ from trainers.data.source import data_size, open_lines
 from trainers.errors import UserError
 
 _BATCH_ROWS = 512
-_BATCH_CHARS = 1 << 20
+_BATCH_CHARS = 1 << 18
 _ERRORS_KEPT = 20
 _PROGRESS_S = 5.0
 

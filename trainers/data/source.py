@@ -93,7 +93,7 @@ def _check_local(path: str, settings: Settings) -> Path:
 
 def _resolve(path: str, settings: Settings) -> Path:
     """The real path, links followed. Says nothing about what lies outside the roots, not even whether it exists."""
-    roots = [root.resolve() for root in settings.data_roots]
+    roots = [root.resolve() for root in settings.allowed_data_roots]
     inside = [real for root in roots if any((real := (root / path).resolve()).is_relative_to(one) for one in roots)]
     if not inside:
         raise UserError("path_outside_roots", f"{path} lies outside the directories that data may be read from")

@@ -1,18 +1,19 @@
 """Which characters of a rendered dialog are trained on.
 
 The trained text of a kept message is what its speaker wrote (content and tool calls) and the token that ends the turn;
-never the header before it, never the line break after it. Templates don't say where that is, so it is found by
-experiment: render the dialog again with the contents replaced by marks, and compare.
+never the header before it, never the line break after it. (A blank that stands between an assistant's header and its
+words belongs to the words: the model has to write it.) Templates don't say where that is, so it is found by experiment:
+render the dialog again with the contents replaced by marks, and compare.
 
 One such skeleton serves all dialogs with the same sequence of roles. Where a dialog doesn't fit its skeleton, because
-the template looks into the contents (drops earlier reasoning, say), each kept message is exchanged for a mark on its
-own and the two renderings are compared from both ends.
+the template looks into the contents (drops earlier reasoning, say), a kept message is exchanged for a mark by itself
+and the two renderings are compared from both ends.
 """
 
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trainers.data.dialog import Dialog, RowError
 from trainers.data.template import ChatTemplate, Turn
@@ -24,20 +25,26 @@ Span = tuple[int, int]
 _MARK = "\ufdd0{}\ufdd1"
 _MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _MAX_SKELETONS = 256
-_MAX_TRIES = 3
+_MAX_TRIES = 8
 _LEAD = 64  # characters
 
 
-@dataclass(frozen=True, slots=True)
-class _Skeleton:
+class _Frame(NamedTuple):
+    """What of the template's own text is trained with a message: blanks before it, and what ends its turn."""
+
+    lead: str = ""
+    end: str = ""
+
+
+class _Skeleton(NamedTuple):
     """A template's own text around the contents: literals[0], content of fields[0], literals[1], ..., literals[-1].
 
-    `fields` are message indices; `ends` maps a role to the text that ends its turn ("" where nothing does).
+    `fields` are message indices; `frames` are by role.
     """
 
     literals: list[str]
     fields: list[int]
-    ends: dict[str, str]
+    frames: dict[str, _Frame]
 
 
 class SpanFinder:
@@ -58,21 +65,22 @@ class SpanFinder:
         text = self._template.render(dialog.messages, dialog.tools)
         skeleton = self._skeleton_of(dialog)
         fields = (skeleton and self._align(text, skeleton, dialog.messages)) or {}
-        ends = skeleton.ends if skeleton else self._turn_ends(dialog)
+        frames = skeleton.frames if skeleton else self._frames(dialog)
         spans = []
         for i, (message, keep) in enumerate(zip(dialog.messages, dialog.keep_loss, strict=True)):
-            if not keep and "tool_calls" not in message:
-                continue
-            start, end = fields.get(i) or self._differ(text, dialog, i)
-            _check_calls(text[start:end], message)
+            frame = frames[message["role"]]
+            if "tool_calls" in message:
+                start, end = fields.get(i) or self._find_calls(text, dialog, i, frame)
+                _check_calls(text[start:end], message)
+            elif keep:
+                start, end = fields.get(i) or self._find_content(text, dialog, i)
             if keep:
-                turn_end = ends[message["role"]]
-                spans.append((start, end + len(turn_end) if text.startswith(turn_end, end) else end))
+                spans.append(_framed(text, start, end, frame))
         return text, spans
 
     def turn_end(self, dialog: Dialog, role: str) -> str:
         """The text that ends a turn of `role` in `dialog`; "" where there is none."""
-        return self._turn_ends(dialog)[role]
+        return self._frames(dialog)[role].end
 
     def _skeleton_of(self, dialog: Dialog) -> _Skeleton | None:
         """None: the template refuses the marked dialog, or shows a message twice."""
@@ -99,24 +107,36 @@ class SpanFinder:
                 raise _left_out(i, message)
         if len(set(fields)) < len(fields):
             return None
-        return _Skeleton(literals, fields, self._turn_ends(dialog))
+        return _Skeleton(literals, fields, self._frames(dialog))
 
-    def _turn_ends(self, dialog: Dialog) -> dict[str, str]:
-        """What ends a turn of each role: blanks and one control token right behind a last message of that role."""
-        ends = {}
+    def _frames(self, dialog: Dialog) -> dict[str, _Frame]:
+        frames = {}
         for role in {message["role"] for message in dialog.messages}:
-            places = (i for i, message in enumerate(dialog.messages) if message["role"] == role)
-            ends[role] = next(self._ends_at(dialog, places), "")
-        return ends
+            places = [i for i, message in enumerate(dialog.messages) if message["role"] == role]
+            frames[role] = next(self._frames_at(dialog, places[:_MAX_TRIES]), _Frame())
+        return frames
 
-    def _ends_at(self, dialog: Dialog, places: Iterator[int]) -> Iterator[str]:
-        for _, i in zip(range(_MAX_TRIES), places, strict=False):
+    def _frames_at(self, dialog: Dialog, places: list[int]) -> Iterator[_Frame]:
+        """The frame of a message, seen where it is the last one; for those beginnings that the template takes."""
+        for i in places:
+            message, before = dialog.messages[i], dialog.messages[:i]
             try:
-                text = self._template.render([*dialog.messages[:i], _marked(dialog.messages[i], i)], dialog.tools)
-            except RowError:  # not every beginning of a dialog is one that the template takes
+                text = self._template.render([*before, _marked(message, i)], dialog.tools)
+            except RowError:
                 continue
-            match = self._turn_end.match(text.rpartition(_MARK.format(i))[2])
-            yield match.group() if match else ""
+            head, _, tail = text.rpartition(_MARK.format(i))
+            match = self._turn_end.match(tail)
+            lead = self._lead(before, dialog, head) if message["role"] == "assistant" else ""
+            yield _Frame(lead, match.group() if match else "")
+
+    def _lead(self, before: Sequence[Turn], dialog: Dialog, head: str) -> str:
+        """The blanks that an assistant writes first: those in `head` behind the prompt for generation."""
+        try:
+            prompt = self._template.render(before, dialog.tools, add_generation_prompt=True)
+        except RowError:
+            return ""
+        lead = head[len(prompt) :] if head.startswith(prompt) else ""
+        return lead if lead.isspace() else ""
 
     def _align(self, text: str, skeleton: _Skeleton, messages: Sequence[Turn]) -> dict[int, Span] | None:
         """Where each content lies in `text`; None: `text` isn't the skeleton with the contents filled in."""
@@ -147,46 +167,54 @@ class SpanFinder:
                 return end
         return None
 
-    def _differ(self, text: str, dialog: Dialog, i: int) -> Span:
-        """Where message `i` lies in `text`, found by exchanging that message for a mark."""
-        messages = dialog.messages
-        mark = _marked(messages[i], i)
-        try:
-            other = self._template.render([*messages[:i], mark, *messages[i + 1 :]], dialog.tools)
-            own = text
-        except RowError:  # later messages may need this one as it was: leave them out
-            other = self._template.render([*messages[:i], mark], dialog.tools)
-            own = self._template.render(messages[: i + 1], dialog.tools)
-        if _MARK.format(i) not in other:
-            raise _left_out(i, messages[i])
-        start = _common_prefix(own, other)
-        end = len(own) - _common_prefix(own[start:][::-1], other[start:][::-1])
-        span = self._grow(own, start, end, messages[i])
-        if span is None or not text.startswith(own[: span[1]]):
-            raise RowError(
-                f"this model's chat template rewrites message {i} ({messages[i]['role']}): "
-                "what to train on can't be told"
-            )
-        return span
-
-    def _grow(self, text: str, start: int, end: int, message: Turn) -> Span | None:
-        """The whole of what `message` became, given that [start, end) of it differs from a mark."""
-        if "tool_calls" in message:
-            around = self._control.finditer(text, max(0, end - _LEAD), end + _LEAD)
-            return start, next((match.end() for match in around if match.start() < end < match.end()), end)
+    def _find_content(self, text: str, dialog: Dialog, i: int) -> Span:
+        """Where message `i` lies in `text`, found by exchanging it for a mark."""
+        message, mark = dialog.messages[i], _MARK.format(i)
+        other = self._template.render(_exchanged(dialog.messages, i, i + 1), dialog.tools)
+        if mark not in other:
+            raise _left_out(i, message)
+        start = _common_prefix(text, other)
+        end = len(text) - _common_prefix(text[start:][::-1], other[start:][::-1])
         for content in _variants(message["content"]):
             found = text.find(content, max(0, end - len(content)), start + len(content))
             if found >= 0:
                 return found, found + len(content)
         squeezed = "".join(message["content"].split())
         if start == end or "".join(text[start:end].split()) not in squeezed:
-            return None
-        # The template kept a part, or changed blanks; a mark may share the first characters with it.
-        for _ in range(min(start, _LEAD)):
-            if "".join(text[start - 1 : end].split()) not in squeezed:
+            raise _rewritten(i, message)
+        # The template kept a part, or changed blanks; what it puts around a mark may begin as this part does.
+        whole = start
+        for begin in range(start - 1, max(0, start - _LEAD), -1):
+            if "".join(text[begin:end].split()) not in squeezed:
                 break
-            start -= 1
-        return start, end
+            whole = whole if text[begin].isspace() else begin
+        return whole, end
+
+    def _find_calls(self, text: str, dialog: Dialog, i: int, frame: _Frame) -> Span:
+        """Where message `i`, with its tool calls, lies in `text`: from where a mark would be to the end of its turn."""
+        message, mark = dialog.messages[i], _MARK.format(i)
+        # What follows may not be allowed behind a plain message: leave out as much of it as it takes.
+        for following in range(i + 1, min(i + _MAX_TRIES, len(dialog.messages)) + 1):
+            try:
+                other = self._template.render(_exchanged(dialog.messages, i, following), dialog.tools)
+            except RowError:
+                continue
+            start = _common_prefix(text, other)
+            end = text.find(frame.end, start)
+            if frame.end and end >= 0 and other[start:].lstrip().startswith(mark):
+                return start, end
+        raise _rewritten(i, message)
+
+
+def _framed(text: str, start: int, end: int, frame: _Frame) -> Span:
+    if frame.lead and text.endswith(frame.lead, 0, start):
+        start -= len(frame.lead)
+    return start, end + len(frame.end) if text.startswith(frame.end, end) else end
+
+
+def _exchanged(messages: Sequence[Turn], i: int, following: int) -> list[Turn]:
+    """`messages` with a mark for message `i`, and behind it only those from `following` on."""
+    return [*messages[:i], _marked(messages[i], i), *messages[following:]]
 
 
 def _mark_all(dialog: Dialog) -> list[Turn]:
@@ -218,6 +246,12 @@ def _check_calls(written: str, message: Turn) -> None:
 
 def _left_out(i: int, message: Turn) -> RowError:
     return RowError(f"this model's chat template leaves out message {i} ({message['role']})")
+
+
+def _rewritten(i: int, message: Turn) -> RowError:
+    return RowError(
+        f"this model's chat template rewrites message {i} ({message['role']}): what to train on can't be told"
+    )
 
 
 def _common_prefix(a: str, b: str) -> int:

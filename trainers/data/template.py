@@ -80,7 +80,9 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source, globals=dict(variables))
         except TemplateError as error:
-            raise UserError("model_unsupported", f"the model's chat template is not valid Jinja: {error}") from error
+            raise UserError(
+                "model_unsupported", f"the model's chat template is not valid Jinja: {error}", "model"
+            ) from None
 
     def render(
         self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool = False

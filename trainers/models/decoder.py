@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import (
@@ -26,6 +27,16 @@ from trainers.models.rope import RotaryEmbedding
 from trainers.plan import LoraSpec
 
 ADAPTER_SUFFIXES = (".lora_a.weight", ".lora_b.weight")
+
+
+class FusedRMSNorm(RMSNorm):  # type: ignore[misc]  # torchtune ships no types
+    """torchtune's RMSNorm without its cast of the input, which keeps PyTorch from its fused kernel in bfloat16.
+
+    That kernel computes in float32 as well: the outputs are the same bits.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.scale, self.eps)
 
 
 def build_decoder(
@@ -99,7 +110,7 @@ def _embedding(arch: Architecture) -> nn.Embedding:
 
 
 def _norm(arch: Architecture) -> nn.Module:
-    kind: type[nn.Module] = GemmaRMSNorm if arch.gemma_style else RMSNorm
+    kind: type[nn.Module] = GemmaRMSNorm if arch.gemma_style else FusedRMSNorm
     return kind(arch.hidden_size, eps=arch.norm_eps)
 
 

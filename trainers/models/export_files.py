@@ -43,5 +43,9 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def write_json(value: Any, path: Path) -> None:  # noqa: ANN401  -- any JSON value
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
     path.chmod(FILE_MODE)

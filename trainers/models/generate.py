@@ -1,6 +1,6 @@
 """Greedy generation for a batch of prompts, with torchtune's KV cache: what the demo and the tests ask a model."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_ids: Set[int],
+    eos_ids: Collection[int],
     pad_id: int,
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, token by token; the same as generating one prompt at a time.
@@ -52,7 +52,7 @@ def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 def _generate_batch(
-    model: TransformerDecoder, prompts: list[Sequence[int]], max_new_tokens: int, eos_ids: Set[int], pad_id: int
+    model: TransformerDecoder, prompts: list[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int], pad_id: int
 ) -> list[list[int]]:
     weight = model.tok_embeddings.weight
     width = max(map(len, prompts))

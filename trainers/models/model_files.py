@@ -42,7 +42,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise incomplete(f"the model directory {path.parent} has no {path.name}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise incomplete(f"{path} can't be read as JSON: {error}.") from None
     if not isinstance(value, dict):
         raise incomplete(f"{path} must hold a JSON object.")
@@ -75,6 +75,8 @@ def check_weights(model_dir: Path, arch: Architecture) -> None:
     Reads headers only. Raises UserError `model_incomplete` or `model_unsupported`.
     """
     found = read_headers(weight_files(model_dir))
+    if arch.num_layers > len(found):  # before a table of that many layers is made
+        raise incomplete(f"{model_dir}: config.json has {arch.num_layers} layers, the weights {len(found)} tensors.")
     expected = {tensor.name: tensor.shape for tensor in checkpoint_tensors(arch)}
     missing = [name for name in expected if name not in found]
     if missing:
@@ -103,25 +105,25 @@ def read_headers(files: list[Path]) -> dict[str, TensorEntry]:
     """The tensors of some safetensors files by name. Raises UserError `model_incomplete` for a broken or cut file."""
     entries: dict[str, TensorEntry] = {}
     for file in files:
-        for name, entry in _header(file).items():
-            entries[name] = TensorEntry(file, entry["dtype"], tuple(entry["shape"]))
+        entries |= _header(file)
     return entries
 
 
-def _header(file: Path) -> dict[str, Any]:
+def _header(file: Path) -> dict[str, TensorEntry]:
     """The format is: length of the header (8 bytes, little endian), the header (JSON), the tensors."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, _MAX_HEADER_BYTES)))
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        entries = {name: TensorEntry(file, str(e["dtype"]), tuple(e["shape"])) for name, e in header.items()}
         size = file.stat().st_size
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise incomplete(f"{file} is not a readable safetensors file: {error}.") from None
     if size != end:
         raise incomplete(f"{file} has {size} bytes, its header says {end}: was the download cut short?")
-    return dict(header)
+    return entries
 
 
 def _indexed_files(model_dir: Path) -> list[Path]:

@@ -90,7 +90,10 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
 
     Raises UserError `model_not_found`, or `path_not_allowed` without telling whether something exists there.
     """
-    path = Path(unquote(urlsplit(model).path) if "://" in model else model).expanduser().resolve()
+    try:
+        path = Path(unquote(urlsplit(model).path) if "://" in model else model).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, a loop of links, `~nobody`
+        raise UserError("model_not_found", f"{model!r} is no usable path: {error}.", param="model") from None
     allowed = [root.resolve() for root in roots]
     if not any(path.is_relative_to(root) for root in allowed):
         shown = ", ".join(map(str, allowed)) or "none are configured"
@@ -105,7 +108,10 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
 
 
 def _classify_uri(model: str) -> ModelKind:
-    uri = urlsplit(model)
+    try:
+        uri = urlsplit(model)
+    except ValueError as error:
+        raise _refused(f"{model!r} is no valid URI: {error}.") from None
     if uri.username or uri.password:
         raise _refused("the model's URI holds credentials: give them to the workers' environment instead.")
     if uri.query or uri.fragment:

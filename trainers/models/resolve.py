@@ -21,7 +21,7 @@ def resolve_model(model: str, settings: Settings, log: Callable[[str], None]) ->
     """
     kind = classify_model(model)
     if kind == "local":
-        return local_directory(model, settings.model_roots)
+        return local_directory(model, settings.allowed_model_roots)
     if kind == "remote":
         return remote.copy(model, settings.model_cache, log)
     if model.lower() == smollm2.MODEL_NAME and (packaged := smollm2.packaged_gguf()):

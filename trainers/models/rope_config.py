@@ -122,6 +122,6 @@ def _original_context(config: Mapping[str, Any], values: Mapping[str, Any]) -> i
 
 def _positive(values: Mapping[str, Any], key: str) -> float:
     value = values.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise _refused(f"{key} must be a positive number, is {value!r}")
     return float(value)

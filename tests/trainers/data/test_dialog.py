@@ -1,0 +1,242 @@
+"""Rows: both formats, and one sentence for everything that can be wrong with one."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from tests.trainers.data.support import assistant, call, system, tool_result, user
+from trainers.data.dialog import MAX_ROW_BYTES, Dialog, RowError, TrainingDataItem, parse_row
+
+ASK, ANSWER = user("How many?"), assistant("Seven.")
+CALL = assistant(None, tool_calls=[call("count", {"what": "birds"}, id="c1")])
+
+
+def row(value: object) -> Dialog:
+    return parse_row(json.dumps(value).encode())
+
+
+def test_assistant_messages_are_trained_on_by_default() -> None:
+    parsed = row({"dialog": [system("Count."), ASK, ANSWER, ASK, ANSWER]})
+    assert parsed.keep_loss == (False, False, True, False, True)
+    assert parsed.messages[0] == {"role": "system", "content": "Count."}
+
+
+def test_keep_loss_is_taken_as_it_is() -> None:
+    assert row({"dialog": [ASK, ANSWER], "keep_loss": [True, False]}).keep_loss == (True, False)
+
+
+def test_a_dialog_without_an_assistant_can_be_trained_on_when_keep_loss_says_so() -> None:
+    assert row({"dialog": [ASK], "keep_loss": [True]}).keep_loss == (True,)
+
+
+def test_any_order_of_roles_behind_the_system_message_is_the_users_business() -> None:
+    assert len(row({"dialog": [ANSWER, ANSWER, ASK, ASK, ANSWER]}).messages) == 5
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]
+    assert row({"dialog": [user(parts), ANSWER]}).messages[0] == ASK
+
+
+def test_tool_calls_reach_the_template_with_their_arguments_as_an_object() -> None:
+    parsed = row({"dialog": [ASK, CALL, tool_result("7", tool_call_id="c1"), ANSWER]})
+    function = {"name": "count", "arguments": {"what": "birds"}}
+    assert parsed.messages[1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+    }
+    assert parsed.messages[2] == {"role": "tool", "content": "7", "tool_call_id": "c1"}
+    assert parsed.keep_loss == (False, True, False, True)
+
+
+def test_arguments_may_be_an_object_already() -> None:
+    calls = [{"function": {"name": "count", "arguments": {"what": "birds"}}}]
+    assert row({"dialog": [ASK, assistant("", tool_calls=calls)]}).messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "count", "arguments": {"what": "birds"}}}
+    ]
+
+
+def test_ipython_is_another_name_for_tool() -> None:
+    assert row({"dialog": [ASK, CALL, {"role": "ipython", "content": "7"}, ANSWER]}).messages[2]["role"] == "tool"
+
+
+def test_tools_reach_the_template_whole() -> None:
+    tool = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}, "strict": True}}
+    assert row({"messages": [ASK, CALL], "tools": [tool]}).tools == (tool,)
+
+
+def test_openais_weights_become_keep_loss() -> None:
+    messages = [ASK, ANSWER | {"weight": 0}, ASK, ANSWER | {"weight": 1}, ANSWER]
+    parsed = row({"messages": messages})
+    assert parsed.keep_loss == (False, False, False, True, True)
+    assert parsed.messages[1] == ANSWER
+
+
+def test_openais_format_without_weights_is_the_same_row() -> None:
+    assert row({"messages": [ASK, ANSWER]}) == row({"dialog": [ASK, ANSWER]})
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "a list": ([1], "the line is not a JSON object but a list"),
+    "null": (None, "the line is not a JSON object but null"),
+    "nothing": ({}, "dialog is missing"),
+    "an empty dialog": ({"dialog": []}, "the dialog is empty"),
+    "no list": ({"dialog": "hello"}, "dialog must be a list"),
+    "no object": ({"dialog": [3]}, "dialog[0] must be an object"),
+    "an unknown key": ({"dialog": [ASK, ANSWER], "keep": [True]}, "unknown key 'keep'"),
+    "an unknown key in a message": ({"dialog": [ASK | {"mood": 1}, ANSWER]}, "unknown key 'mood' in dialog[0]"),
+    "no role": ({"dialog": [{"content": "x"}, ANSWER]}, "dialog[0].role is missing"),
+    "a bad role": (
+        {"dialog": [{"role": "boss", "content": "x"}, ANSWER]},
+        "dialog[0].role must be 'system', 'user', 'assistant', 'tool' or 'ipython', not 'boss'",
+    ),
+    "no content": ({"dialog": [{"role": "user"}, ANSWER]}, "dialog[0] has neither content nor tool_calls"),
+    "a bad content": (
+        {"dialog": [{"role": "user", "content": 5}, ANSWER]},
+        "dialog[0].content must be a string, a list of text parts, or null",
+    ),
+    "an image": (
+        {"dialog": [user([{"type": "image_url"}]), ANSWER]},
+        "dialog[0].content holds a part of type 'image_url', and only text can be trained on",
+    ),
+    "a part without text": (
+        {"dialog": [user([{"type": "text"}]), ANSWER]},
+        "dialog[0].content holds a text part whose text is not a string",
+    ),
+    "a part with more": (
+        {"dialog": [user([{"type": "text", "text": "a", "size": "b"}]), ANSWER]},
+        "dialog[0].content holds a text part with the unknown key 'size'",
+    ),
+    "a late system message": (
+        {"dialog": [ASK, system("x"), ANSWER]},
+        "the system message at 1 is not the first message",
+    ),
+    "a result without a call": (
+        {"dialog": [ASK, tool_result("7"), ANSWER]},
+        "the tool result at 1 has no tool call before it",
+    ),
+    "a result of another call": (
+        {"dialog": [ASK, CALL, tool_result("7", tool_call_id="c2"), ANSWER]},
+        "the tool_call_id of the tool result at 2 names no call before it",
+    ),
+    "a call by the user": (
+        {"dialog": [ASK | {"tool_calls": CALL["tool_calls"]}, ANSWER]},
+        "dialog[0] has tool_calls, which only an assistant message may have",
+    ),
+    "a call id on an answer": (
+        {"dialog": [ASK, ANSWER | {"tool_call_id": "c1"}]},
+        "dialog[1] has a tool_call_id, which only a tool message may have",
+    ),
+    "arguments that are not JSON": (
+        {"dialog": [ASK, assistant(None, tool_calls=[{"function": {"name": "f", "arguments": "{a"}}])]},
+        "the arguments of a tool call of dialog[1] are not JSON: key must be a string at line 1 column 2",
+    ),
+    "arguments that are a list": (
+        {"dialog": [ASK, assistant(None, tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}])]},
+        "the arguments of a tool call of dialog[1] are not a JSON object but a list",
+    ),
+    "arguments that are a number": (
+        {"dialog": [ASK, assistant(None, tool_calls=[{"function": {"name": "f", "arguments": 1}}])]},
+        "dialog[1].tool_calls[0].function.arguments must be a JSON object, or one written as a string",
+    ),
+    "a short mask": (
+        {"dialog": [ASK, ANSWER], "keep_loss": [True]},
+        "keep_loss has 1 entries for 2 messages",
+    ),
+    "numbers in the mask": ({"dialog": [ASK, ANSWER], "keep_loss": [0, 1]}, "keep_loss[0] must be true or false"),
+    "an all-false mask": (
+        {"dialog": [ASK, ANSWER], "keep_loss": [False, False]},
+        "nothing to train on: keep_loss is false for every message",
+    ),
+    "no assistant": ({"dialog": [ASK]}, "nothing to train on: there is no assistant message"),
+    "weights all 0": (
+        {"messages": [ASK, ANSWER | {"weight": 0}]},
+        "nothing to train on: the weight of every assistant message is 0",
+    ),
+    "a weight of 2": (
+        {"messages": [ASK, ANSWER | {"weight": 2}]},
+        "messages[1].weight must be 0 or 1, not 2",
+    ),
+    "a weight on the user": (
+        {"messages": [ASK | {"weight": 1}, ANSWER]},
+        "messages[0] has a weight, which only an assistant message may have",
+    ),
+    "both formats": (
+        {"messages": [ASK, ANSWER], "keep_loss": [False, True]},
+        "the row has both 'messages' and 'keep_loss': use one of the two formats",
+    ),
+    "messages of another type": ({"messages": 3}, "messages must be a list, not a number"),
+    "a message of another type": ({"messages": [None]}, "messages[0] must be an object, not null"),
+    "an unknown role among messages": (
+        {"messages": [{"role": "boss", "content": "x"}, ANSWER]},
+        "messages[0].role must be 'system', 'user', 'assistant', 'tool' or 'ipython', not 'boss'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_with_a_row_is_said_in_one_sentence(name: str) -> None:
+    value, sentence = BAD[name]
+    with pytest.raises(RowError) as caught:
+        row(value)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"hello", "the line is not JSON"),
+        (b'{"dialog": [', "the line is not JSON"),
+        (b'{"dialog": "\xff"}', "the line is not UTF-8 text"),
+        (b'{"dialog": [{"role": "user", "content": "\\ud800"}]}', "the line is not JSON"),
+        (b"[" * 100_000, "the line is not JSON"),
+        (b" " * (MAX_ROW_BYTES + 1), "the line is longer than"),
+    ],
+)
+def test_bytes_that_are_no_row_are_refused(raw: bytes, words: str) -> None:
+    with pytest.raises(RowError, match=words):
+        parse_row(raw)
+
+
+def test_an_error_does_not_repeat_the_row() -> None:
+    secret = "s3cret " * 100
+    for value in ({"dialog": [{"role": secret, "content": secret}]}, {secret: 1, "dialog": [ASK, ANSWER]}, [secret]):
+        with pytest.raises(RowError) as caught:
+            row(value)
+        assert len(str(caught.value)) < 200
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dialog", "messages", "role", "content", "weight", "tools"]), inner)
+    ),
+    max_leaves=10,
+)
+
+
+@given(JSON)
+def test_no_json_makes_anything_but_a_dialog_or_a_row_error(value: object) -> None:
+    try:
+        parsed = row(value)
+    except RowError:
+        return
+    assert any(parsed.keep_loss)
+
+
+def test_the_schema_for_openapi_names_every_field_and_role() -> None:
+    schema = TypeAdapter(TrainingDataItem).json_schema()
+    assert set(schema["properties"]) == {"dialog", "keep_loss", "tools"}
+    assert schema["$defs"]["Message"]["properties"]["role"]["enum"] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "ipython",
+    ]

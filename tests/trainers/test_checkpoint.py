@@ -1,0 +1,150 @@
+"""Checkpoints: complete when they can be seen, exact to resume from, and no bigger than they need to be."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_models import make_tiny_model
+from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
+from trainers.checkpoint import checkpoint_path, load_progress
+from trainers.errors import InfrastructureError
+from trainers.models.adapters import load_peft_adapter, merge_lora
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.weights import load_weights
+from trainers.plan import LoraSpec
+from trainers.recipe import train
+from trainers.reporting import SavedCheckpoint
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(
+        make_plan_for(),
+        make_tiny_model(tmp_path / "tiny"),
+        write_rows(tmp_path / "train", random_rows(21)),
+        tmp_path / "run",
+        write_rows(tmp_path / "valid", random_rows(5, seed=1)),
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("stop_at", [4, 11, 15])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(case: Case, method: str, stop_at: int) -> None:
+    lora = LoraSpec(dropout=0.2) if method == "lora" else None
+    case = replace(case, plan=make_plan_for(method, lora=lora, gradient_accumulation_steps=1, clip_grad_norm=1.0))
+    whole = case.run()
+    part = replace(case, output_dir=case.output_dir / "part", stop_at=stop_at).run()
+    assert list(part.losses) == list(range(1, stop_at + 1))
+    stopped = part.checkpoints[-1].path
+    rest = replace(case, output_dir=case.output_dir / "part", resume_from=stopped).run()
+    assert part.losses | rest.losses == whole.losses
+    assert [m.lr for m in part.steps + rest.steps] == [m.lr for m in whole.steps]
+    assert [m.valid_loss for m in part.evaluations + rest.evaluations] == [m.valid_loss for m in whole.evaluations]
+    assert rest.total_steps == whole.total_steps
+    expected = saved_weights(whole.checkpoints[-1].path)
+    for name, tensor in saved_weights(rest.checkpoints[-1].path).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_checkpoints_come_every_n_steps_and_epoch_but_once_a_step(case: Case) -> None:
+    run = replace(case, plan=make_plan_for(save_every_n_steps=11)).run()
+    assert [(c.step, c.epoch) for c in run.checkpoints] == [(11, 1), (22, 2)]
+    run = replace(case, plan=make_plan_for(save_every_n_steps=4)).run()
+    assert [c.step for c in run.checkpoints] == [4, 8, 11, 12, 16, 20, 22]
+    assert all(set(c.metrics) == {"loss", "valid_loss"} for c in run.checkpoints)
+
+
+def test_only_the_newest_checkpoint_keeps_its_training_state(case: Case) -> None:
+    run = case.run()
+    assert [(c.path / "training_state").exists() for c in run.checkpoints] == [False, True]
+    assert sorted(p.name for p in run.checkpoints[0].path.iterdir()) == ["adapter", "merged"]
+
+
+def test_the_older_training_state_stays_until_the_newer_checkpoint_is_recorded(case: Case) -> None:
+    class Crashing(Recorder):
+        def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
+            if self.checkpoints:
+                raise ConnectionError("crash before the second checkpoint is recorded")
+            super().checkpoint(checkpoint)
+
+    reporter = Crashing()
+    with pytest.raises(ConnectionError):
+        run_with(case, reporter)
+    first = reporter.checkpoints[0].path
+    assert load_progress(first).step == 11
+    again = replace(case, resume_from=first).run()
+    assert [c.step for c in again.checkpoints] == [22]
+
+
+def test_a_crash_while_writing_leaves_no_checkpoint_and_the_next_run_clears_up(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainers.checkpoint._save_state", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            case.run()
+    folder = case.output_dir / "checkpoints"
+    assert list(folder.iterdir()) == []
+    draft = folder / ".step-00000011.draft"  # what a killed process leaves behind
+    draft.mkdir()
+    case.run()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000011", "step-00000022"]
+
+
+def test_full_fine_tuning_saves_a_model_directory(case: Case) -> None:
+    path = replace(case, plan=make_plan_for("full")).run().checkpoints[-1].path
+    arch = inspect_model_dir(path)
+    assert load_weights(path, arch).keys() == load_weights(case.model_dir, arch).keys()
+    assert not torch.equal(load_weights(path, arch)["norm.scale"], load_weights(case.model_dir, arch)["norm.scale"])
+
+
+def test_lora_saves_the_merged_model_and_the_adapter_apart(case: Case) -> None:
+    path = case.run().checkpoints[-1].path
+    arch = inspect_model_dir(path / "merged")
+    adapter = load_peft_adapter(path / "adapter", arch, LoraSpec())
+    assert any(tensor.any() for name, tensor in adapter.items() if ".lora_b." in name)
+    expected = merge_lora(load_weights(case.model_dir, arch), adapter, LoraSpec())
+    for name, tensor in load_weights(path / "merged", arch).items():
+        assert torch.equal(tensor, expected[name]), name
+    config = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+
+
+def test_a_checkpoint_holds_safetensors_and_text_only(case: Case) -> None:
+    case.run()
+    files = [path for path in (case.output_dir / "checkpoints").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    state = load_file(checkpoint_path(case.output_dir, 22) / "training_state" / "optimizer.safetensors")
+    assert {name.partition("/")[0] for name in state} == {"exp_avg", "exp_avg_sq", "step"}
+
+
+def test_a_checkpoint_without_training_state_is_refused_by_name(case: Case) -> None:
+    first = case.run().checkpoints[0].path
+    with pytest.raises(InfrastructureError, match=str(first)) as caught:
+        replace(case, resume_from=first).run()
+    assert caught.value.error.code == "checkpoint_unreadable"
+
+
+def test_resuming_a_run_that_has_ended_does_nothing(case: Case) -> None:
+    last = case.run().checkpoints[-1].path
+    again = replace(case, resume_from=last).run()
+    assert (again.steps, again.checkpoints, again.total_steps) == ([], [], 22)
+
+
+def run_with(case: Case, reporter: Recorder) -> None:
+    train(
+        case.plan,
+        model_dir=case.model_dir,
+        train_data=case.train_data,
+        valid_data=case.valid_data,
+        output_dir=case.output_dir,
+        reporter=reporter,
+        resume_from=case.resume_from,
+    )

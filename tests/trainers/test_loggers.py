@@ -1,0 +1,81 @@
+"""The loggers: JSON lines on disk that a resumed run continues, and a real (offline) W&B run."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from events.facts import StepMetrics
+from tests.trainers.recipe_support import make_plan_for
+from trainers.loggers import open_logger
+from trainers.plan import DiskLog, WandBLog
+
+TIME = "2026-11-22T20:00:00Z"
+
+
+def step(number: int, **values: Any) -> StepMetrics:  # noqa: ANN401  -- any metric
+    return StepMetrics(step=number, epoch=1, time=TIME, **values)
+
+
+def write(job_dir: Path, steps: list[StepMetrics], resumed_step: int = 0) -> Path:
+    logger = open_logger(make_plan_for(logger=DiskLog(filename="m.jsonl")), "ftjob-1", job_dir, resumed_step)
+    for metrics in steps:
+        logger.log(metrics)
+    logger.close()
+    return Path(urlsplit(logger.uri).path)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_disk_has_one_line_for_each_step_with_the_values_that_are_known(tmp_path: Path) -> None:
+    path = write(tmp_path / "job", [step(1, loss=0.5, lr=0.1), step(1, valid_loss=0.25)])
+    assert path == tmp_path / "job" / "m.jsonl"
+    assert lines(path) == [
+        {"step": 1, "epoch": 1, "time": TIME, "loss": 0.5, "lr": 0.1},
+        {"step": 1, "epoch": 1, "time": TIME, "valid_loss": 0.25},
+    ]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    logger = open_logger(make_plan_for(logger=DiskLog(filename="m.jsonl")), "ftjob-1", tmp_path, 0)
+    logger.log(step(1, loss=0.5))
+    assert len(lines(tmp_path / "m.jsonl")) == 1
+    logger.close()
+
+
+def test_a_resumed_run_repeats_no_line(tmp_path: Path) -> None:
+    path = write(tmp_path, [step(n, loss=n) for n in range(1, 6)])
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # the line that a killed process was writing
+    write(tmp_path, [step(n, loss=10 * n) for n in range(4, 7)], resumed_step=3)
+    assert [(line["step"], line["loss"]) for line in lines(path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
+
+
+def test_a_run_that_begins_again_begins_a_new_file(tmp_path: Path) -> None:
+    path = write(tmp_path, [step(0, valid_loss=1), step(1, loss=1)])
+    write(tmp_path, [step(0, valid_loss=2)], resumed_step=0)
+    assert [line["valid_loss"] for line in lines(path)] == [2]
+
+
+def test_wandb_without_a_key_runs_offline_and_says_how_to_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with caplog.at_level(logging.WARNING, logger="tunewright.train"):
+        logger = open_logger(make_plan_for(logger=WandBLog(project="p")), "ftjob-1", tmp_path, 0)
+        logger.log(step(1, loss=0.5))
+        logger.log(step(1, valid_loss=0.5))
+        logger.close()
+    run = Path(urlsplit(logger.uri).path)
+    assert run.is_relative_to(tmp_path)
+    assert run.name.endswith("ftjob-1")
+    assert (run / "run-ftjob-1.wandb").stat().st_size > 0
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "no WANDB_API_KEY" in message
+    assert f"wandb sync {run}" in message

@@ -1,0 +1,267 @@
+"""The recipe on one worker: it learns, it counts tokens, and no setting that should not matter does."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_models import make_tiny_model
+from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
+from trainers.errors import UserError
+from trainers.plan import ComponentSpec, LoraSpec
+from trainers.recipe import train
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "train", random_rows(21))
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "valid", random_rows(7, seed=1))
+
+
+class Bench:
+    """Runs plans on the tiny model, each into a directory of its own."""
+
+    def __init__(self, tiny: Path, data: Path, tmp_path: Path) -> None:
+        self._tiny, self._data, self._root = tiny, data, tmp_path
+        self._runs = 0
+
+    def case(self, method: str = "lora", data: Path | None = None, **changes: Any) -> Case:  # noqa: ANN401
+        case_fields = {name: changes.pop(name) for name in ("valid_data", "resume_from", "stop_at") if name in changes}
+        self._runs += 1
+        output = self._root / f"run{self._runs}"
+        return Case(make_plan_for(method, **changes), self._tiny, data or self._data, output, **case_fields)
+
+    def losses(self, method: str = "lora", **changes: Any) -> list[float]:  # noqa: ANN401
+        losses = list(self.case(method, **changes).run().losses.values())
+        assert all(loss is not None and math.isfinite(loss) for loss in losses)
+        return losses  # type: ignore[return-value]
+
+
+@pytest.fixture
+def bench(tiny: Path, data: Path, tmp_path: Path) -> Bench:
+    return Bench(tiny, data, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_lowers_the_loss_of_data_it_has_not_seen(bench: Bench, valid: Path, method: str) -> None:
+    run = bench.case(method, valid_data=valid, n_epochs=6).run()
+    evaluations = [(m.step, m.epoch, m.valid_loss) for m in run.evaluations]
+    assert [(step, epoch) for step, epoch, _ in evaluations] == [(11 * epoch, epoch) for epoch in range(7)]
+    assert evaluations[-1][2] < evaluations[0][2] - 0.3
+    assert [(c.step, c.epoch) for c in run.checkpoints] == [(11 * epoch, epoch) for epoch in range(1, 7)]
+    assert run.checkpoints[-1].metrics["valid_loss"] == evaluations[-1][2]
+
+
+def test_the_same_plan_gives_the_same_run_and_another_seed_another(bench: Bench) -> None:
+    lora = LoraSpec(dropout=0.3)
+    assert bench.losses(lora=lora, seed=1) == bench.losses(lora=lora, seed=1)
+    assert bench.losses(lora=lora, seed=1) != bench.losses(lora=lora, seed=2)
+
+
+def test_lora_starts_at_the_base_model(bench: Bench) -> None:
+    assert bench.losses("lora")[0] == pytest.approx(bench.losses("full")[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_accumulating_four_rows_one_by_one_equals_a_batch_of_four(bench: Bench, method: str) -> None:
+    one_by_one = bench.losses(method, batch_size=1, gradient_accumulation_steps=4)
+    assert one_by_one == pytest.approx(bench.losses(method, batch_size=4), abs=2e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_activation_checkpointing_changes_no_number(bench: Bench, method: str) -> None:
+    lora = LoraSpec(dropout=0.3) if method == "lora" else None  # the dropout of the second pass is that of the first
+    plain = bench.losses(method, lora=lora)
+    assert bench.losses(method, lora=lora, enable_activation_checkpointing=True) == plain
+
+
+def test_packed_rows_have_the_loss_of_rows_on_their_own(bench: Bench) -> None:
+    packed = bench.losses(packed=True, max_seq_len=24 * 21, batch_size=1, n_epochs=3)
+    alone = bench.losses(batch_size=21, n_epochs=3, shuffle=False)
+    assert packed == pytest.approx(alone, abs=2e-6)
+
+
+def test_tokens_outside_the_mask_carry_no_loss(bench: Bench, tmp_path: Path) -> None:
+    rows = random_rows(8)
+    other_prompts = [([t if m else 7 for t, m in zip(*row, strict=True)], row[1]) for row in rows]
+    longer = [([*tokens, 9, 9, 9], [*mask, False, False, False]) for tokens, mask in rows]
+    base = bench.losses(data=write_rows(tmp_path / "a", rows), n_epochs=1)
+    assert bench.losses(data=write_rows(tmp_path / "b", longer), n_epochs=1) == pytest.approx(base, abs=2e-6)
+    assert bench.losses(data=write_rows(tmp_path / "c", other_prompts), n_epochs=1) != pytest.approx(base, abs=1e-3)
+
+
+def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_whole_step(
+    bench: Bench, tiny: Path, tmp_path: Path
+) -> None:
+    """Against torch's own cross entropy over all logits of the decoder."""
+    from trainers.models.architecture import inspect_model_dir
+    from trainers.models.decoder import build_decoder
+    from trainers.models.weights import load_weights
+
+    rows = random_rows(3)
+    loss = bench.losses(data=write_rows(tmp_path / "a", rows), n_epochs=1, batch_size=1, gradient_accumulation_steps=3)
+    arch = inspect_model_dir(tiny)
+    decoder = build_decoder(arch)
+    decoder.load_state_dict(load_weights(tiny, arch))
+    logits, targets = [], []
+    for tokens, mask in rows:
+        trained = torch.tensor(mask[1:])
+        logits.append(decoder(torch.tensor([tokens]))[0, :-1][trained])
+        targets.append(torch.tensor(tokens[1:])[trained])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets)).item()
+    assert loss == [pytest.approx(expected, abs=1e-6)]
+
+
+def test_a_micro_batch_without_a_trained_token_is_harmless(bench: Bench, tmp_path: Path) -> None:
+    rows = random_rows(4)
+    silent = ([5, 6, 7], [True, False, False])  # the first token of a row is never predicted
+    data = write_rows(tmp_path / "a", [rows[0], silent, *rows[1:], silent])
+    run = bench.case(data=data, batch_size=1, gradient_accumulation_steps=1, shuffle=False, n_epochs=1).run()
+    assert [loss is None for loss in run.losses.values()] == [False, True, False, False, False, True]
+    with_silent = bench.losses(data=data, batch_size=1, gradient_accumulation_steps=6, shuffle=False)
+    without = bench.losses(
+        data=write_rows(tmp_path / "b", rows), batch_size=1, gradient_accumulation_steps=4, shuffle=False
+    )
+    assert with_silent == pytest.approx(without, abs=1e-6)
+
+
+def test_metrics_name_every_step(bench: Bench) -> None:
+    run = bench.case(clip_grad_norm=0.5, log_every_n_steps=100, gradient_accumulation_steps=2).run()
+    assert [m.step for m in run.steps] == list(range(1, run.total_steps + 1))
+    assert [m.epoch for m in run.steps] == [1] * 6 + [2] * 6
+    for metrics in run.steps:
+        assert metrics.tokens
+        assert metrics.tokens_per_second
+        assert metrics.peak_memory_bytes
+        assert metrics.grad_norm
+
+
+def test_clipping_bounds_the_update(bench: Bench, tiny: Path) -> None:
+    sgd = ComponentSpec(component="torch.optim.SGD")
+    case = bench.case(
+        "full", clip_grad_norm=0.01, lr=1.0, optimizer=sgd, lr_scheduler=None, n_epochs=1, max_steps_per_epoch=1
+    )
+    after, before = saved_weights(case.run().checkpoints[-1].path), saved_weights(tiny)
+    change = torch.stack([(after[name] - before[name]).norm() for name in before]).norm()
+    assert change.item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("component", "kwargs"),
+    [
+        ("torch.optim.Adam", {"betas": [0.8, 0.9], "eps": 1e-6, "amsgrad": True, "foreach": True}),
+        ("torch.optim.AdamW", {"weight_decay": 0.1, "fused": True}),
+        ("torch.optim.SGD", {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_every_optimizer_trains_and_resumes_exactly(bench: Bench, component: str, kwargs: dict[str, Any]) -> None:
+    changes = {"optimizer": ComponentSpec(component=component, kwargs=kwargs), "lr": 1e-3}
+    whole = bench.case("full", **changes).run()
+    part = bench.case("full", stop_at=4, **changes).run()
+    rest = bench.case("full", resume_from=part.checkpoints[-1].path, **changes).run()
+    assert part.losses | rest.losses == whole.losses
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero(bench: Bench) -> None:
+    scheduler = make_plan_for().lr_scheduler
+    assert scheduler is not None
+    scheduler = scheduler.model_copy(update={"kwargs": {"num_warmup_steps": 2}})
+    rates = [m.lr for m in bench.case(lr=1.0, lr_scheduler=scheduler).run().steps]
+    assert rates[:3] == [0.0, 0.5, 1.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 19 / 20)))
+    assert {m.lr for m in bench.case(lr=0.01, lr_scheduler=None).run().steps} == {0.01}
+
+
+def test_label_smoothing_is_honoured(bench: Bench) -> None:
+    smooth = ComponentSpec(component="torch.nn.CrossEntropyLoss", kwargs={"label_smoothing": 0.5})
+    plain = ComponentSpec(component="torch.nn.CrossEntropyLoss")
+    assert bench.losses(loss=plain) == pytest.approx(bench.losses(), abs=1e-6)
+    assert bench.losses(loss=smooth)[0] != pytest.approx(bench.losses()[0], abs=1e-2)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma", "phi3"])
+def test_every_family_trains(bench: Bench, tmp_path: Path, family: str) -> None:
+    for method in ("lora", "full"):
+        case = bench.case(method, n_epochs=3)
+        case.model_dir = make_tiny_model(tmp_path / family, family)
+        losses = list(case.run().losses.values())
+        assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_adapters_on_every_layer_train(bench: Bench, tmp_path: Path) -> None:
+    case = bench.case(lora=LoraSpec(mlp=True, output=True), n_epochs=1)
+    case.model_dir = make_tiny_model(tmp_path / "m", "mistral")
+    weights = saved_weights(case.run().checkpoints[-1].path)
+    assert all(tensor.any() for tensor in weights.values())
+    assert {name.split(".")[-3] for name in weights} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+    }
+
+
+def test_bf16_is_stored_and_trained_as_bf16(bench: Bench) -> None:
+    run = bench.case("full", dtype="bf16").run()
+    weights = saved_weights(run.checkpoints[-1].path)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert run.losses[22] < run.losses[1]
+
+
+def test_a_loss_that_is_not_finite_ends_the_job_and_names_the_step(bench: Bench) -> None:
+    sgd = ComponentSpec(component="torch.optim.SGD")
+    with pytest.raises(UserError, match=r"the loss of step \d+ is (nan|inf)") as caught:
+        bench.case("full", lr=1e30, optimizer=sgd, lr_scheduler=None).run()
+    assert caught.value.error.code == "loss_not_finite"
+
+
+def test_running_out_of_memory_comes_with_advice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object, **__: object) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("trainers.recipe.training_step", allocate)
+    with pytest.raises(UserError, match="lower batch_size") as caught:
+        bench.case().run()
+    assert caught.value.error.code == "out_of_memory"
+
+
+def test_other_errors_are_left_as_they_are(bench: Bench) -> None:
+    class Broken(Recorder):
+        def started(self, total_steps: int, device: str) -> None:
+            raise RuntimeError("the log is gone")
+
+    case = bench.case()
+    with pytest.raises(RuntimeError, match="the log is gone"):
+        train(
+            case.plan,
+            model_dir=case.model_dir,
+            train_data=case.train_data,
+            valid_data=None,
+            output_dir=case.output_dir,
+            reporter=Broken(),
+            resume_from=None,
+        )
+
+
+def test_the_log_tells_what_is_trained_how_far_it_is_and_what_has_no_effect(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="tunewright.train"):
+        bench.case("full", fsdp_cpu_offload=True, memory_efficient_fsdp_wrap=True, log_every_n_steps=11).run()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "tiny: llama, 106,816 parameters, 106,816 trained (full)"
+    assert "1 worker(s) on cpu, float32 | 22 steps in 2 epoch(s)" in lines[1]
+    assert any(line.startswith("fsdp_cpu_offload has no effect") for line in lines)
+    assert any(line.startswith("memory_efficient_fsdp_wrap has no effect") for line in lines)
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split(" | ")[:2] for line in steps] == [["step 11/22", "epoch 1/2"], ["step 22/22", "epoch 2/2"]]

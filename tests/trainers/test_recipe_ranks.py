@@ -1,0 +1,109 @@
+"""The recipe on two ranks (FSDP2 over gloo): the same numbers as on one, and checkpoints that either resumes."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_models import make_tiny_model
+from tests.trainers.recipe_support import Case, TwoRanks, make_plan_for, random_rows, saved_weights, write_rows
+from trainers.plan import ComponentSpec, LoraSpec
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[TwoRanks]:
+    ranks = TwoRanks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(
+        make_plan_for(batch_size=4),
+        make_tiny_model(tmp_path / "tiny"),
+        write_rows(tmp_path / "train", random_rows(21)),
+        tmp_path / "one",
+        write_rows(tmp_path / "valid", random_rows(7, seed=1)),
+    )
+
+
+def split(case: Case) -> Case:
+    """The same global batches on two workers."""
+    plan = case.plan.model_copy(update={"batch_size": case.plan.batch_size // 2, "nproc_per_node": 2})
+    return replace(case, plan=plan, output_dir=case.output_dir.with_name("two"))
+
+
+def both(losses: dict[int, Any]) -> list[Any]:
+    return [losses[step] for step in sorted(losses)]
+
+
+SHARDED_APART = {"memory_efficient_fsdp_wrap": True, "enable_activation_checkpointing": True, "fsdp_cpu_offload": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "changes"),
+    [
+        ("lora", "llama", {"gradient_accumulation_steps": 2}),
+        ("full", "llama", {"clip_grad_norm": 0.5}),
+        ("full", "mistral", SHARDED_APART),
+        ("full", "mistral", {"gradient_accumulation_steps": 3, "packed": True, "max_seq_len": 30}),
+        ("lora", "mistral", SHARDED_APART | {"lora": LoraSpec(mlp=True, output=True)}),
+    ],
+)
+def test_two_workers_give_the_numbers_of_one(
+    two_ranks: TwoRanks, case: Case, tmp_path: Path, method: str, family: str, changes: dict[str, Any]
+) -> None:
+    case.plan = make_plan_for(method, batch_size=4, **changes)
+    case.model_dir = make_tiny_model(tmp_path / family, family)
+    one = case.run()
+    first, second = two_ranks.run(Case.run, split(case))
+    assert both(first.losses) == pytest.approx(both(one.losses), abs=2e-5)
+    norms = [metrics.grad_norm for metrics in one.steps]
+    assert [metrics.grad_norm for metrics in first.steps] == (pytest.approx(norms, rel=1e-4) if norms[0] else norms)
+    assert [m.tokens for m in first.steps] == [m.tokens for m in one.steps]
+    assert [m.valid_loss for m in first.evaluations] == pytest.approx([m.valid_loss for m in one.evaluations], abs=2e-5)
+    assert (second.steps, second.evaluations) == ([], [])
+    assert [c.path for c in first.checkpoints] == [c.path for c in second.checkpoints]
+    alone, together = (saved_weights(run.checkpoints[-1].path) for run in (one, first))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_workers_resume_exactly_in_mid_epoch(two_ranks: TwoRanks, case: Case, method: str) -> None:
+    lora = LoraSpec(dropout=0.2) if method == "lora" else None
+    case = split(replace(case, plan=make_plan_for(method, batch_size=4, lora=lora)))
+    whole, _ = two_ranks.run(Case.run, case)
+    part, _ = two_ranks.run(Case.run, replace(case, output_dir=case.output_dir / "part", stop_at=3))
+    stopped = part.checkpoints[-1].path
+    rest, _ = two_ranks.run(Case.run, replace(case, output_dir=case.output_dir / "part", resume_from=stopped))
+    assert part.losses | rest.losses == whole.losses
+    assert list(rest.losses) == list(range(4, whole.total_steps + 1))
+    expected = saved_weights(whole.checkpoints[-1].path)
+    for name, tensor in saved_weights(rest.checkpoints[-1].path).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_two_workers_saved_one_resumes(two_ranks: TwoRanks, case: Case, method: str) -> None:
+    adam = ComponentSpec(component="torch.optim.AdamW", kwargs={"fused": True})
+    case = replace(case, plan=make_plan_for(method, batch_size=4, optimizer=adam))
+    one = case.run()
+    part, _ = two_ranks.run(Case.run, replace(split(case), stop_at=4))
+    rest = replace(case, resume_from=part.checkpoints[-1].path, output_dir=case.output_dir / "rest").run()
+    assert both(part.losses | rest.losses) == pytest.approx(both(one.losses), abs=5e-5)
+
+
+def test_one_ranks_wish_to_stop_stops_both_after_the_same_step(two_ranks: TwoRanks, case: Case) -> None:
+    first, second = two_ranks.run(_run_stopping_rank_1, split(case))
+    assert list(first.losses) == [1, 2, 3]
+    assert [c.step for c in first.checkpoints] == [c.step for c in second.checkpoints] == [3]
+
+
+def _run_stopping_rank_1(case: Case) -> Any:  # noqa: ANN401  -- a Recorder
+    wishes = 3 if torch.distributed.get_rank() == 1 else None
+    return replace(case, stop_at=wishes).run()
