@@ -32,7 +32,7 @@ def _name(process: psutil.Process) -> str:
     command = process.cmdline()
     text = " ".join(command)
     if text.startswith("ray::"):
-        return re.sub(r"[.(].*", "", text)
+        return re.sub(r"[.(].*", "", text).strip()
     for part in ("gcs_server", "raylet", "haproxy"):
         if command and command[0].endswith(f"/{part}"):
             return part

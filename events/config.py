@@ -22,8 +22,10 @@ WandBTag = Literal["wandb", "WandBLogger"]
 
 
 def optional(description: str, **schema: JsonValue) -> Any:  # noqa: ANN401  -- Field() of any type
-    """A field of type `X | None` that may be absent; its default is no constant and stands in the description. `schema` is added to its
-    JSON schema, which says nothing of null: the API neither asks for nulls nor sends any."""
+    """A field of type `X | None` that may be absent; its default is no constant and stands in the description.
+
+    `schema` is added to its JSON schema, which says nothing of null: the API neither asks for nulls nor sends any.
+    """
 
     def finish(generated: dict[str, Any]) -> None:  # pydantic may apply it to a finished schema again
         generated.pop("default", None)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -104,6 +105,12 @@ def _log_unavailable(_: LogUnavailable) -> Answer:
     return Answer(503, "service_unavailable_error", "log_unavailable", message, headers=headers)
 
 
+def _dispatcher_unavailable(_: RayActorError) -> Answer:
+    message = "the dispatcher can't be reached right now; try again"
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return Answer(503, "service_unavailable_error", "dispatcher_unavailable", message, headers=headers)
+
+
 def _http(exc: HTTPException) -> Answer:
     headers = dict(exc.headers or {})
     if exc.status_code == 404:
@@ -124,6 +131,7 @@ TABLE: dict[type[Exception], Callable[[Any], Answer]] = {
     RequestValidationError: _parameters,
     Refused: _refused,
     LogUnavailable: _log_unavailable,
+    RayActorError: _dispatcher_unavailable,
     HTTPException: _http,
     ClientDisconnect: _disconnected,
 }

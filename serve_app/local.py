@@ -145,6 +145,8 @@ class LocalService:
                 "RAY_ADDRESS": self.ray_address,
                 # Despite its name: without it Ray replaces 127.0.0.1 by the machine's address, on every system.
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+                # The default 5 s kills a proxy that a busy machine is still starting.
+                "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
                 # HAProxy's defaults are one set of files and ports per machine.
                 "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "c"),
                 "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "s"),
@@ -200,15 +202,20 @@ class LocalService:
     def _deploy(self) -> None:
         config = serve_config()
         config["http_options"] = (config.get("http_options") or {}) | {"host": HOST, "port": self._http_port}
-        answer = self._dashboard("PUT", "/api/serve/applications/", json=config)
-        if not answer.is_success:
-            raise ServiceError(f"Serve refused serve.yaml ({answer.status_code}): {answer.text}")
+        self._wait("Serve", lambda: self._accepted(config))
         self._wait("the service", self._healthy)
+
+    def _accepted(self, config: dict[str, Any]) -> bool:
+        """False: to be tried again. On a busy machine Serve gives its own proxy up, answers 5xx, and starts another."""
+        answer = self._dashboard("PUT", "/api/serve/applications/", json=config)
+        if answer.is_client_error:
+            raise ServiceError(f"Serve refused serve.yaml ({answer.status_code}): {answer.text}")
+        return answer.is_success
 
     def _healthy(self) -> bool:
         applications = self._dashboard("GET", "/api/serve/applications/").json().get("applications", {})
         for name, application in applications.items():
-            if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+            if application["status"] == "DEPLOY_FAILED":  # UNHEALTHY may pass: a busy machine misses health checks
                 reasons = [d.get("message", "") for d in application.get("deployments", {}).values()]
                 raise ServiceError("\n".join([f"application {name}: {application.get('message', '')}", *reasons]))
         return _http.get(f"{self.url}/healthz", timeout=5).is_success

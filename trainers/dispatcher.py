@@ -105,6 +105,7 @@ class Dispatcher:
         unsettled = [sight for sight in sights if sight.unsettled]
         await asyncio.gather(*(self._settle(sight) for sight in unsettled))
         rest = [sight for sight in sights if not sight.unsettled]
+        await asyncio.gather(*(self._free_groups(sight) for sight in rest if not sight.job.admitted))
         whys = await self._start_runners(rest)
         whys |= await self._admit(rest)
         self._whys = whys
@@ -120,9 +121,7 @@ class Dispatcher:
         if sight.runner.state == "alive":
             await asyncio.to_thread(self._cluster.stop_runner, job_id)
             return
-        for group_id, _ in sight.groups:
-            # The runner is gone and its group is not: nobody else will free it.
-            await asyncio.to_thread(self._cluster.remove_placement_group, group_id)
+        await self._free_groups(sight)
         if sight.groups:
             return  # the next pass sees whether they are gone
         job = await self._log.job(job_id)  # the runner may have appended its outcome just before it ended
@@ -135,6 +134,11 @@ class Dispatcher:
             await self._append(job, CancelRequested(), JobCancelled())
         else:
             await self._interrupted(job, sight.runner)
+
+    async def _free_groups(self, sight: Sight) -> None:
+        """Free what a runner or an attempt that is gone left behind; nobody else will."""
+        for group_id, _ in sight.groups:
+            await asyncio.to_thread(self._cluster.remove_placement_group, group_id)
 
     async def _interrupted(self, job: FineTuningJob, runner: Runner) -> None:
         if runner.state == "absent":
@@ -203,7 +207,7 @@ class Dispatcher:
 
 
 def _gist(message: str) -> str:
-    """Ray's account of a Ray Job's end is a sentence, then the last lines it printed: the first and the last say most."""
+    """Ray's account of a Ray Job's end is a sentence, then the last lines it printed: its first and last line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if not lines:
         return "no message from Ray"

@@ -9,11 +9,14 @@ from pathlib import Path
 import ray.exceptions
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from events.facts import Resources
@@ -34,7 +37,7 @@ def fit(assignment: Assignment, resources: Resources) -> None:
 
     Raises Interrupted, or the JobProblem that ends the job.
     """
-    trainer = TorchTrainer(
+    trainer = _LeanTrainer(
         train_worker,
         train_loop_config=assignment.as_dict(),
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
@@ -61,6 +64,15 @@ def fit(assignment: Assignment, resources: Resources) -> None:
         raise Interrupted(f"Ray Train's controller died: {error}") from error
     if result.return_value != FINISHED:
         raise Interrupted("the run ended before its last step")
+
+
+class _LeanTrainer(TorchTrainer):
+    """TorchTrainer without two helpers, each a process that takes seconds to start: the manager of Ray Data sets, which
+    are not used here, and the placement group cleaner, whose work the dispatcher does."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
 
 def _bundle(resources: Resources) -> dict[str, float]:

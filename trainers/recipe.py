@@ -5,7 +5,6 @@ its own. Everything it does follows from the plan, the data and the checkpoint i
 that was interrupted are those of a run that was not.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainers.batches import Batch, Progress, Schedule, collate, evaluation_batches, pack
 from trainers.checkpoint import drop_older_states, load_adapter, load_optimizer, load_progress, save_checkpoint
 from trainers.data.dataset import TokenisedDataset
-from trainers.distributed import Ranks, whole
+from trainers.distributed import Ranks
 from trainers.errors import UserError
 from trainers.models.architecture import inspect_model_dir
 from trainers.optimization import build_optimizer, build_scheduler
@@ -28,8 +29,6 @@ from trainers.plan import Plan
 from trainers.progress_log import ProgressLog, log_summary
 from trainers.reporting import Reporter, SavedCheckpoint, Stopped
 from trainers.training_model import TrainingModel, build_training_model, choose_dtype
-
-_log = logging.getLogger("tunewright.train")
 
 
 def train(
@@ -139,17 +138,26 @@ def training_step(
     grad_norm = None
 
     if loss_mean is not None and math.isfinite(loss_mean):
-        parameters = list(model.trainable().values())
-        for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
-            # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
-            gradient.mul_(ranks.world / trained)
+        gradients = [parameter.grad for parameter in model.trainable().values() if parameter.grad is not None]
+        # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
+        scale = ranks.world / trained
         if clip_grad_norm is not None:
-            grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm), ranks.device))
+            grad_norm = scale * _norm(gradients, ranks)
+            scale *= min(1.0, clip_grad_norm / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ does
+        for gradient in gradients:
+            gradient.mul_(scale)
         optimizer.step()
     optimizer.zero_grad()
     if scheduler:
         scheduler.step()
     return StepOutcome(loss_mean, lr, grad_norm, int(tokens), int(trained), bool(stop))
+
+
+def _norm(gradients: Sequence[Tensor], ranks: Ranks) -> float:
+    """The 2-norm of all gradients together. Each rank adds up its own shards, wherever they are kept."""
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    squares = torch.stack([shard.float().square().sum() for shard in local]).sum()
+    return math.sqrt(ranks.sum([squares.item()])[0])
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Eve
             job = _wait_until_admitted(job, log)
             interruption = _attempt(job, plan, model_dir, settings)
             if interruption is None:
-                return JobSucceeded()
+                return JobSucceeded(attempt=job.attempt + 1)
             job = _record_interruption(job, interruption, log)
     except DataInvalid as problem:
         return _failure(job, job_dir, problem.error, str(problem), problem.report)

@@ -4,6 +4,7 @@ The output head is applied to trained positions only, in chunks. That is exact, 
 step for every prompt and padding token.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -35,7 +36,9 @@ class TrainingModel(nn.Module):
         self.recompute = plan.enable_activation_checkpointing
         self.chunks = plan.loss.kwargs.get("num_output_chunks", DEFAULT_CHUNKS)
         self.label_smoothing = plan.loss.kwargs.get("label_smoothing", 0.0)
-        self._cross_entropy = torch.compile(self._chunk_loss) if plan.compile else self._chunk_loss
+        self._cross_entropy = self._chunk_loss
+        if plan.compile:
+            self._cross_entropy = torch.compile(self._chunk_loss, backend=_compile_backend())
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's trained positions, float32, shape []. 0, with zero gradients, for none."""
@@ -73,7 +76,7 @@ def build_training_model(
         parameter.requires_grad_(name in trained)
     if plan.compile:
         for layer in decoder.layers:
-            layer.compile()
+            layer.compile(backend=_compile_backend())
     model = TrainingModel(decoder, plan)
     if ranks.world > 1:
         _shard(model, plan, arch, ranks)
@@ -95,6 +98,11 @@ def choose_dtype(plan: Plan, device: torch.device) -> torch.dtype:
 def offloads(plan: Plan, ranks: Ranks) -> bool:
     """Whether fsdp_cpu_offload has an effect here."""
     return plan.fsdp_cpu_offload and ranks.world > 1 and ranks.device.type == "cuda"
+
+
+def _compile_backend() -> str:
+    """As torchtune chooses it."""
+    return os.environ.get("TORCH_COMPILE_BACKEND", "inductor")
 
 
 def _shard(model: TrainingModel, plan: Plan, arch: Architecture, ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+from ray.exceptions import ActorDiedError
 
 from events.facts import CancelRequested, JobCancelled, JobError, JobFailed
 from events.job import FineTuningJob
@@ -141,6 +142,19 @@ def test_a_bug_is_a_500_whose_traceback_only_the_operator_sees(
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
     assert answer.headers["x-request-id"] in caplog.text
     assert "hunter2" in caplog.text
+
+
+class _Headless(Parts):
+    """Its dispatcher has died."""
+
+    async def whys(self) -> dict[str, str]:
+        raise ActorDiedError
+
+
+def test_a_dispatcher_that_has_died_is_a_503(serve: Serve) -> None:
+    answer = httpx.get(serve(_Headless).url + "/fine_tuning/jobs")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "dispatcher_unavailable"
 
 
 @pytest.mark.parametrize("route", ["/healthz", "/nope", "/fine_tuning/jobs?limit=0", "/docs", "/openapi.json"])

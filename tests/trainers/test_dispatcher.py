@@ -13,6 +13,7 @@ from events.facts import (
     Event,
     JobSubmitted,
     JobSucceeded,
+    RunInterrupted,
     RunStarted,
 )
 from events.ids import new_event_id, new_job_id
@@ -256,6 +257,14 @@ async def test_after_a_restart_of_the_whole_cluster_a_running_job_is_queued_and_
 async def test_a_group_left_by_a_dead_runner_is_freed(world: World) -> None:
     job_id = await world.running()
     world.cluster.runners[job_id] = "ended"
+    await world.pass_()
+    assert world.cluster.groups[job_id] == []
+
+
+@in_world
+async def test_a_group_left_by_an_interrupted_attempt_is_freed_while_the_runner_lives_on(world: World) -> None:
+    job_id = await world.running()
+    await world.tell(job_id, RunInterrupted(attempt=1, reason="a worker died"))
     await world.pass_()
     assert world.cluster.groups[job_id] == []
 

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
 from trainers.errors import UserError
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.decoder import adapter_parameters, build_decoder, initial_adapter
+from trainers.models.weights import load_weights
 from trainers.plan import ComponentSpec, LoraSpec
 from trainers.recipe import train
 
@@ -102,26 +107,55 @@ def test_tokens_outside_the_mask_carry_no_loss(bench: Bench, tmp_path: Path) -> 
     assert bench.losses(data=write_rows(tmp_path / "c", other_prompts), n_epochs=1) != pytest.approx(base, abs=1e-3)
 
 
-def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_whole_step(
-    bench: Bench, tiny: Path, tmp_path: Path
-) -> None:
-    """Against torch's own cross entropy over all logits of the decoder."""
-    from trainers.models.architecture import inspect_model_dir
-    from trainers.models.decoder import build_decoder
-    from trainers.models.weights import load_weights
-
-    rows = random_rows(3)
-    loss = bench.losses(data=write_rows(tmp_path / "a", rows), n_epochs=1, batch_size=1, gradient_accumulation_steps=3)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_losses_equal_a_plain_loop_over_torchtunes_parts(bench: Bench, tiny: Path, tmp_path: Path, method: str) -> None:
+    """The textbook loop: all logits, torchtune's loss, mean gradient, clip, AdamW, cosine schedule."""
+    rows = random_rows(12)
+    plan = bench.case(method).plan
     arch = inspect_model_dir(tiny)
-    decoder = build_decoder(arch)
-    decoder.load_state_dict(load_weights(tiny, arch))
-    logits, targets = [], []
-    for tokens, mask in rows:
-        trained = torch.tensor(mask[1:])
-        logits.append(decoder(torch.tensor([tokens]))[0, :-1][trained])
-        targets.append(torch.tensor(tokens[1:])[trained])
-    expected = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets)).item()
-    assert loss == [pytest.approx(expected, abs=1e-6)]
+    decoder = build_decoder(arch, lora=plan.lora)
+    decoder.load_state_dict(load_weights(tiny, arch), strict=False)
+    decoder.load_state_dict(initial_adapter(decoder, plan.seed), strict=False)
+    decoder.set_num_output_chunks(8)
+    parameters = list((adapter_parameters(decoder) if plan.lora else dict(decoder.named_parameters())).values())
+    optimizer = torch.optim.AdamW(parameters, lr=plan.lr)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, 12)
+    expected = []
+    for step in range(12):
+        optimizer.zero_grad()
+        losses, counts = [], []
+        for tokens, mask in (rows[2 * step % 12], rows[(2 * step + 1) % 12]):
+            labels = torch.where(torch.tensor(mask), torch.tensor(tokens), -100)[1:]
+            count = int((labels != -100).sum())
+            losses.append(CEWithChunkedOutputLoss()(decoder(torch.tensor([tokens[:-1]])), labels[None]) * count)
+            counts.append(count)
+        loss = sum(losses) / sum(counts)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        schedule.step()
+        expected.append(loss.item())
+    cosine = make_plan_for().lr_scheduler
+    assert cosine is not None
+    ours = bench.losses(
+        method,
+        data=write_rows(tmp_path / "a", rows),
+        shuffle=False,
+        batch_size=1,
+        gradient_accumulation_steps=2,
+        clip_grad_norm=0.5,
+        lr_scheduler=cosine.model_copy(update={"kwargs": {"num_warmup_steps": 2}}),
+    )
+    assert ours == pytest.approx(expected, abs=5e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_compiled_layers_and_loss_give_the_same_numbers(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")  # traces as inductor does, without its minute of C++
+    changes = {"enable_activation_checkpointing": method == "full", "max_steps_per_epoch": 3}
+    assert bench.losses(method, compile=True, **changes) == pytest.approx(bench.losses(method, **changes), abs=5e-6)
 
 
 def test_a_micro_batch_without_a_trained_token_is_harmless(bench: Bench, tmp_path: Path) -> None:

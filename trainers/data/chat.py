@@ -25,6 +25,7 @@ from trainers.errors import UserError
 Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """Token ids [n], and for each [n] whether it is a training target."""
 
+_LONG_TEXT = 1 << 16  # characters: every thread of a pool would keep the memory that its longest text took
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # Noncharacters again (see spans.py, which uses the first two) stand in for control tokens that a user wrote.
 _ESCAPE = "\ufdd2{}\ufdd3"
@@ -105,11 +106,18 @@ class ChatTokenizer:
         return self._unescape(text, spans)
 
     def encode_rendered(self, batch: Sequence[Rendered]) -> list[Encoded]:
-        """The second half: tokens and masks, on all cores."""
-        easy = iter(
-            self._tokenizer.encode_batch([r.text for r in batch if r.control is None], add_special_tokens=False)
-        )
-        return [_mask_one(next(easy), r.trained) if r.control is None else self._encode_hard(r) for r in batch]
+        """The second half: tokens and masks, on all cores. Long texts one by one, to have one of them in memory."""
+        short = [r.text for r in batch if r.control is None and len(r.text) <= _LONG_TEXT]
+        together = iter(self._tokenizer.encode_batch(short, add_special_tokens=False))
+        encoded = []
+        for r in batch:
+            if r.control is not None:
+                encoded.append(self._encode_hard(r))
+            elif len(r.text) <= _LONG_TEXT:
+                encoded.append(_mask_one(next(together), r.trained))
+            else:
+                encoded.append(_mask_one(self._tokenizer.encode(r.text, add_special_tokens=False), r.trained))
+        return encoded
 
     def encode(self, dialogs: Sequence[Dialog]) -> list[Encoded]:
         """Token ids and loss mask of each dialog, not truncated. Raises RowError at the first bad one."""

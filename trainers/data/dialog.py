@@ -13,8 +13,8 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 MAX_ROW_BYTES = 1 << 20
-"""Longest line that is read as a row, in bytes: a quarter of a million tokens. The tokenizers library takes about 136 bytes of
-memory for each byte of a text, so this is what bounds the memory of validation."""
+"""Longest line that is read as a row, in bytes: about a quarter of a million tokens. The tokenizers library takes some
+136 bytes of memory for each byte of a text, so this is what bounds the memory of validation."""
 
 _SHOWN = 60  # characters of a bad value that an error may repeat
 

@@ -82,6 +82,8 @@ def prepare(
         scratch.chmod(0o755)
         shutil.rmtree(out_dir, ignore_errors=True)
         scratch.rename(out_dir)
+        for left_by_a_killed_run in out_dir.parent.glob(f".{out_dir.name}-*"):
+            shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return report

@@ -94,10 +94,12 @@ def _check_local(path: str, settings: Settings) -> Path:
 def _resolve(path: str, settings: Settings) -> Path:
     """The real path, links followed. Says nothing about what lies outside the roots, not even whether it exists."""
     roots = [root.resolve() for root in settings.allowed_data_roots]
-    inside = [real for root in roots if any((real := (root / path).resolve()).is_relative_to(one) for one in roots)]
-    if not inside:
+    candidates = [(root / path).resolve() for root in roots]
+    inside = [real for real in candidates if any(real.is_relative_to(root) for root in roots)]
+    found = next((real for real in inside if real.exists()), None)
+    if found is None and len(inside) < len(candidates):
         raise UserError("path_outside_roots", f"{path} lies outside the directories that data may be read from")
-    return next((real for real in inside if real.exists()), inside[0])
+    return found or inside[0]
 
 
 def _path_of(uri: str) -> str:
@@ -150,6 +152,6 @@ def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield bytes(rest)
         lines = tail.split(b"\n")
         rest = bytearray(lines.pop())
-        yield from lines
+        yield from (line[:limit] for line in lines)
     if rest:
         yield bytes(rest)

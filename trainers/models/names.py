@@ -92,7 +92,7 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
     """
     try:
         path = Path(unquote(urlsplit(model).path) if "://" in model else model).expanduser().resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, a loop of links, `~nobody`
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, `~nobody`
         raise UserError("model_not_found", f"{model!r} is no usable path: {error}.", param="model") from None
     allowed = [root.resolve() for root in roots]
     if not any(path.is_relative_to(root) for root in allowed):
@@ -102,9 +102,16 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
             f"{model!r} is outside the directories that local models may lie in (TUNEWRIGHT_MODEL_ROOTS: {shown}).",
             param="model",
         )
-    if not path.is_dir():
+    if not _is_directory(path):
         raise UserError("model_not_found", f"there is no model directory {path}.", param="model")
     return path
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long, a parent that can't be entered
+        return False
 
 
 def _classify_uri(model: str) -> ModelKind:

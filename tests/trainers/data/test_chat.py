@@ -378,3 +378,13 @@ def test_whatever_people_write_the_control_tokens_are_the_templates(
     assert sum(1 for i, keep in zip(ids, mask, strict=True) if keep and i == end) == len(turns)
     runs = [run.removesuffix(FORMATS[name][3]) for run in trained(tokenizer, row)]
     assert ["".join(run.split()) for run in runs] == ["".join(answer.split()) for _, answer in turns]
+
+
+def test_a_long_text_is_tokenised_as_a_short_one(make: Make, tmp_path: Path) -> None:
+    tokenizer = make("chatml")
+    rows = [dialog(user("Hi"), assistant(text)) for text in ("Fine.", "Thank you, " * 8000, "Fine, too.")]
+    reference = plain_tokenizer(tmp_path)
+    for row, (ids, mask) in zip(rows, tokenizer.encode(rows), strict=True):
+        assert ids.tolist() == reference.encode(tokenizer.render(row.messages), add_special_tokens=False).ids
+        answer = reference.encode(row.messages[1]["content"] + "<|im_end|>", add_special_tokens=False).ids
+        assert ids[mask].tolist() == answer

@@ -144,6 +144,13 @@ def test_what_failed_leaves_nothing_behind(run: Prepare, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
+def test_what_a_killed_run_left_is_cleared_away(run: Prepare, tmp_path: Path) -> None:
+    (tmp_path / ".out-abcd").mkdir()
+    (tmp_path / ".out-abcd" / "tokens.bin").write_bytes(b"half")
+    run([line("a")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out"]
+
+
 def test_a_directory_that_is_complete_is_kept_as_it_is(run: Prepare, tmp_path: Path) -> None:
     first = run([line("a"), line("b")])
     assert run([line("c")]) == first

@@ -87,6 +87,7 @@ BAD_URIS = [
     "s3://key:secret@bucket/m",
     "s3://bucket/m?version=1",
     "memory://m",
+    "http://[/m",
 ]
 
 
@@ -116,6 +117,17 @@ def test_a_path_outside_the_roots_is_refused_even_through_a_link(tmp_path: Path,
     (tmp_path / "models" / "link").symlink_to(outside)
     for model in (str(outside), str(tmp_path / "models" / "link"), str(tmp_path / "models" / ".." / "outside")):
         assert failure(model, settings).error.code == "path_not_allowed"
+
+
+def test_a_checkpoint_of_an_earlier_job_can_be_trained_on(settings: Settings) -> None:
+    model = make_tiny_model(settings.job_dir("ftjob-1") / "checkpoints" / "step-00000040")
+    assert resolve_model(str(model), settings, lambda _: None) == model
+
+
+@pytest.mark.parametrize("model", ["/models/\0", "~nobody-of-that-name/model", "{root}/" + "m" * 300])
+def test_a_path_that_cannot_be_one_is_not_found(model: str, settings: Settings) -> None:
+    model = model.replace("{root}", str(settings.model_roots[0]))
+    assert failure(model, settings).error.code == "model_not_found"
 
 
 def test_a_missing_local_directory_is_not_found(tmp_path: Path, settings: Settings) -> None:
