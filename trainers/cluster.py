@@ -49,12 +49,12 @@ class Cluster:
 
     @cached_property
     def _jobs(self) -> JobSubmissionClient:
-        return JobSubmissionClient(f"http://{ray._private.worker.get_dashboard_url()}")
+        return JobSubmissionClient(f"http://{_untyped(ray._private.worker).get_dashboard_url()}")
 
     def capacity(self) -> Capacity:
         """Totals and free resources of the alive nodes, and what the autoscaler may add."""
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        free = ray_state.available_resources_per_node()
+        alive = [node for node in _untyped(ray).nodes() if node["Alive"]]
+        free = _untyped(ray_state).available_resources_per_node()
         config = ray_state.state.get_cluster_config()
         groups = tuple(
             NodeGroup(_node(dict(group.resources)), group.max_count if group.max_count >= 0 else sys.maxsize)
@@ -119,6 +119,11 @@ class Cluster:
     def remove_placement_group(self, group_id: str) -> None:
         """Free a group whose runner is gone; Ray kills whatever still runs in it."""
         remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
+
+
+def _untyped(module: Any) -> Any:  # noqa: ANN401  -- that is the point
+    """Ray's functions without annotations, for a type checker that refuses to call them."""
+    return module
 
 
 def _node(resources: dict[str, Any]) -> Node:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ray
 from ray.actor import ActorHandle
 
-from events.actors import NAMESPACE, connect
+from events.actors import NAMESPACE, EventLogClient, connect
 from events.decide import Refused
 from events.facts import (
     CancelRequested,
@@ -66,7 +66,7 @@ class Sight:
 class Dispatcher:
     """Acts on the difference between `log` and `cluster`. See the module for its guarantees."""
 
-    def __init__(self, log: EventLog, cluster: Cluster, settings: Settings) -> None:
+    def __init__(self, log: EventLog | EventLogClient, cluster: Cluster, settings: Settings) -> None:
         self._log = log
         self._cluster = cluster
         self._settings = settings
@@ -217,7 +217,7 @@ def _gist(message: str) -> str:
 class DispatcherActor:
     """The Ray face of `Dispatcher`: its passes start with the actor, also when Ray restarts it."""
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it, on the actor's loop
         logging.basicConfig(level=logging.INFO)
         self._dispatcher = Dispatcher(connect(settings.storage).log, Cluster(), settings)
         self._passes = asyncio.create_task(self._dispatcher.run())
@@ -229,7 +229,7 @@ class DispatcherActor:
         return await self._dispatcher.capacity()
 
 
-def start_dispatcher(settings: Settings) -> ActorHandle:
+def start_dispatcher(settings: Settings) -> "ActorHandle[DispatcherActor]":
     """The cluster's dispatcher; started if there is none yet."""
     options = {
         "name": NAME,
@@ -242,4 +242,5 @@ def start_dispatcher(settings: Settings) -> ActorHandle:
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},  # beside the dashboard that it starts Ray Jobs through
     }
-    return ray.remote(DispatcherActor).options(**options).remote(settings)
+    actor: ActorHandle[DispatcherActor] = ray.remote(DispatcherActor).options(**options).remote(settings)  # type: ignore[assignment]
+    return actor

@@ -5,10 +5,10 @@ user's ends the job, and a lost worker sends it back to the queue, where it is a
 """
 
 from pathlib import Path
+from typing import Any
 
 import ray.exceptions
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
@@ -16,8 +16,9 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from events.facts import Resources
 from trainers.errors import InfrastructureError, JobProblem, UserError
@@ -51,7 +52,7 @@ def fit(assignment: Assignment, resources: Resources) -> None:
             name=assignment.job_id,
             storage_path=str(Path(assignment.job_dir) / "ray"),
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-            callbacks=[NameAfterJob(assignment.job_id)],
+            callbacks=[NameAfterJob(assignment.job_id)],  # type: ignore[list-item]  # Train takes its own kinds too
         ),
     )
     try:
@@ -62,7 +63,7 @@ def fit(assignment: Assignment, resources: Resources) -> None:
         raise Interrupted(f"Ray Train's controller failed: {error.controller_failure}") from error
     except ray.exceptions.RayActorError as error:
         raise Interrupted(f"Ray Train's controller died: {error}") from error
-    if result.return_value != FINISHED:
+    if getattr(result, "return_value", None) != FINISHED:
         raise Interrupted("the run ended before its last step")
 
 
@@ -70,7 +71,7 @@ class _LeanTrainer(TorchTrainer):
     """TorchTrainer without two helpers, each a process that takes seconds to start: the manager of Ray Data sets, which
     are not used here, and the placement group cleaner, whose work the dispatcher does."""
 
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+    def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 

@@ -9,8 +9,7 @@ import functools
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from ray.train.v2._internal.execution.worker_group import worker_group
-from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroupContext
+from ray.train.v2._internal.execution.worker_group import WorkerGroupContext, worker_group
 from ray.train.v2.api import data_parallel_trainer
 
 

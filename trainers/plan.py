@@ -17,7 +17,7 @@ from trainers.overrides import parse_overrides
 
 EXTRAS = "fine_tuning_options.extras"
 RESERVED_NAMES = frozenset(
-    {"data", "checkpoints", "log.ndjson", "error.txt", "wandb", "ray", "valid", "train", "output"}
+    {"data", "checkpoints", "log.ndjson", "log.index", "error.txt", "wandb", "ray", "valid", "train", "output"}
 )
 """Names in a job's directory that the service itself uses."""
 

@@ -25,6 +25,7 @@ from events.facts import (
     JobError,
     JobFailed,
     JobSucceeded,
+    Resources,
     RunInterrupted,
 )
 from events.ids import new_event_id
@@ -131,7 +132,7 @@ def _make_data_ready(
 def _wait_until_admitted(job: FineTuningJob, log: EventLogClient) -> FineTuningJob:
     """Returns once the dispatcher has admitted the job. A cancelled one is stopped by the dispatcher's SIGINT."""
     if not job.admitted:
-        logger.info("waiting for resources: %s", describe(job.resources))
+        logger.info("waiting for resources: %s", describe(needed(job)))
     while not job.admitted:
         job = retrying(partial(log.wait, job.job_id, job.version, WAIT_S))
     return job
@@ -140,7 +141,8 @@ def _wait_until_admitted(job: FineTuningJob, log: EventLogClient) -> FineTuningJ
 def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings) -> str | None:
     """Train, from the last checkpoint where there is one. Returns why it was interrupted, None when it finished."""
     # Not imported with this module: torch and Ray Train take seconds; a thread imports them since the start.
-    from trainers.fit import Assignment, Interrupted, fit
+    from trainers.fit import Interrupted, fit
+    from trainers.worker import Assignment
 
     checkpoint = latest_checkpoint(job)
     assignment = Assignment(
@@ -152,13 +154,20 @@ def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings
         model_dir=str(model_dir),
         resume_from=str(checkpoint) if checkpoint else None,
     )
-    logger.info("attempt %d: starting %s", assignment.attempt, describe(job.resources))
+    logger.info("attempt %d: starting %s", assignment.attempt, describe(needed(job)))
     try:
-        fit(assignment, job.resources)
+        fit(assignment, needed(job))
     except Interrupted as interruption:
         logger.warning("attempt %d was interrupted: %s", assignment.attempt, interruption)
         return str(interruption)
     return None
+
+
+def needed(job: FineTuningJob) -> Resources:
+    """What the job was submitted with. A job of this service always has it; the fold allows for logs that lack it."""
+    if job.resources is None:
+        raise InfrastructureError("damaged_log", f"the log of {job.job_id} does not begin with its submission")
+    return job.resources
 
 
 def latest_checkpoint(job: FineTuningJob) -> Path | None:

@@ -87,9 +87,7 @@ class Settings(BaseSettings):
             value = getattr(self, name)
             if value is None:
                 continue
-            values[f"TUNEWRIGHT_{name.upper()}"] = (
-                ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            )
+            values[f"TUNEWRIGHT_{name.upper()}"] = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
         return values
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -31,7 +32,7 @@ def submit_and_follow(path: Path, settings: Settings) -> int:
 
     Returns 0 when the job succeeded, 1 when it failed, 2 when it was refused, 130 when it was cancelled.
     """
-    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="WARNING")
+    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -61,7 +61,9 @@ class Api:
     def messages(self, job_id: str) -> list[str]:
         return [log["message"] for line in self.tail(job_id) for log in line["logs"]]
 
-    def until(self, job_id: str, condition: Callable[[dict[str, Any]], bool], timeout_s: float = WAIT_S) -> dict[str, Any]:
+    def until(
+        self, job_id: str, condition: Callable[[dict[str, Any]], bool], timeout_s: float = WAIT_S
+    ) -> dict[str, Any]:
         """The job, as soon as the condition holds for it."""
         job: dict[str, Any] = {}
 
