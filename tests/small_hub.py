@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_digest(content)}"'}
         self._send(200, content, headers | {"Content-Type": "application/octet-stream"})
 
-    def _json(self, value: Any) -> None:  # noqa: ANN401  -- any JSON value
+    def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _error(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:

@@ -79,7 +79,7 @@ _CORPUS = (
 )
 
 
-def make_tiny_model(path: Path, family: str = "llama", seed: int = 0, **config: Any) -> Path:  # noqa: ANN401  -- any JSON value
+def make_tiny_model(path: Path, family: str = "llama", seed: int = 0, **config: Any) -> Path:
     """Writes config.json, model.safetensors (fp32), tokenizer and generation config under `path`; returns `path`.
 
     `family` is one of llama, mistral, qwen2, gemma, phi3. `config` overrides or adds keys of config.json (the weights

@@ -98,8 +98,8 @@ class Cluster:
     def forget_runner(self, job_id: str) -> bool:
         """Remove an ended Ray Job, so that the job can be started again under the same id. False: it is too early.
 
-        Ray's job manager still watches an ended job for a moment, and then removes its supervisor actor: a new Ray Job of
-        the same id would fail on that actor's name, or be declared dead with it.
+        Ray's job manager still watches an ended job for a moment, and then removes its supervisor actor: a new Ray Job
+        of the same id would fail on that actor's name, or be declared dead with it.
         """
         name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=job_id)
         with contextlib.suppress(ValueError):  # no such actor any more

@@ -46,7 +46,7 @@ def fit(assignment: Assignment, resources: Resources) -> None:
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=_bundle(resources),
-            placement_strategy=_strategy(resources),
+            placement_strategy=placement_strategy(resources),
         ),
         run_config=RunConfig(
             name=assignment.job_id,
@@ -58,7 +58,7 @@ def fit(assignment: Assignment, resources: Resources) -> None:
     try:
         result = trainer.fit()
     except WorkerGroupError as error:
-        raise _cause(error.worker_failures) from error
+        raise cause_of(error.worker_failures) from error
     except ControllerError as error:
         raise Interrupted(f"Ray Train's controller failed: {error.controller_failure}") from error
     except ray.exceptions.RayActorError as error:
@@ -83,13 +83,13 @@ def _bundle(resources: Resources) -> dict[str, float]:
     return bundle
 
 
-def _strategy(resources: Resources) -> str:
+def placement_strategy(resources: Resources) -> str:
     if resources.nodes == 1:
         return "STRICT_PACK"
     return "STRICT_SPREAD" if resources.workers == resources.nodes else "SPREAD"
 
 
-def _cause(failures: dict[int, Exception]) -> Exception:
+def cause_of(failures: dict[int, Exception]) -> Exception:
     """What the workers' failures amount to. When one rank dies the others fail too, in collective calls: the order
     of the rules tells cause from consequence."""
     causes = {rank: _unwrapped(failure) for rank, failure in sorted(failures.items())}
@@ -97,7 +97,7 @@ def _cause(failures: dict[int, Exception]) -> Exception:
         if isinstance(cause, JobProblem):
             return cause
     for rank, cause in causes.items():
-        if isinstance(cause, ray.exceptions.OutOfMemoryError) or "OOM" in str(cause):
+        if isinstance(cause, ray.exceptions.OutOfMemoryError):
             return UserError(
                 "out_of_memory",
                 f"rank {rank} was killed because its node ran out of memory: lower batch_size or max_seq_len, set "

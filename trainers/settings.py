@@ -6,7 +6,7 @@ read them from the environment of the processes that need them, and they never p
 
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -46,12 +46,12 @@ class Settings(BaseSettings):
 
     @field_validator("data_roots", "model_roots", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
+    def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(":") if part) if isinstance(value, str) else value
 
     @field_validator("storage", "data_roots", "model_roots")
     @classmethod
-    def _absolute(cls, value: Any) -> Any:
+    def _absolute(cls, value: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
         if isinstance(value, Path):
             return value.expanduser().resolve()
         return tuple(path.expanduser().resolve() for path in value)

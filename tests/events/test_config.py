@@ -85,7 +85,7 @@ def test_the_tag_or_else_the_fields_tell_full_from_lora(custom: dict[str, Any], 
     "custom",
     [{}, {"finetuning_type": None}, {"finetuning_type": "qlora"}, {"finetuning_type": 1}, {"x": 1}, "full", []],
 )
-def test_where_nothing_tells_full_from_lora_it_is_an_error_that_says_so(custom: Any) -> None:  # noqa: ANN401  -- any JSON
+def test_where_nothing_tells_full_from_lora_it_is_an_error_that_says_so(custom: Any) -> None:
     with pytest.raises(ValidationError, match="set finetuning_type to 'full' or 'lora'"):
         Config.model_validate(options(custom))
 

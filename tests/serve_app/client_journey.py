@@ -11,7 +11,7 @@ CONTRACT = Path(__file__).parent / "fine_tuning_api.yaml"
 PACKAGE = "fine_tuning_api_client"
 
 
-def generate_client(directory: Path) -> Any:  # noqa: ANN401  -- a generated module
+def generate_client(directory: Path) -> Any:
     """Writes the client into `directory` and imports it."""
     program = [sys.executable, "-m", "openapi_python_client", "generate"]
     command = [*program, "--path", str(CONTRACT), "--meta", "none", "--output-path", str(directory / PACKAGE)]
@@ -20,13 +20,13 @@ def generate_client(directory: Path) -> Any:  # noqa: ANN401  -- a generated mod
     return importlib.import_module(PACKAGE)
 
 
-def journey(package: Any, base_url: str, model: str, data: str) -> None:  # noqa: ANN401  -- a generated module
+def journey(package: Any, base_url: str, model: str, data: str) -> None:
     """Takes one job from submit to cancelled, with nothing but the generated client. Somebody must carry out the
     cancellation within a minute."""
     client = package.Client(base_url=base_url, raise_on_unexpected_status=True)
     models = importlib.import_module(f"{PACKAGE}.models")
 
-    def call(name: str, **arguments: Any) -> Any:  # noqa: ANN401  -- whatever the operation takes
+    def call(name: str, **arguments: Any) -> Any:
         return importlib.import_module(f"{PACKAGE}.api.default.{name}").sync(client=client, **arguments)
 
     options = models.FineTuningOptions(

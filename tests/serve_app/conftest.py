@@ -17,7 +17,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """Starts servers; the arguments are settings, or `parts_type`."""
     servers: list[Server] = []
 
-    def start(parts_type: type[Parts] = Parts, **changes: Any) -> Server:  # noqa: ANN401  -- settings
+    def start(parts_type: type[Parts] = Parts, **changes: Any) -> Server:
         storage = tmp_path_factory.mktemp("storage")
         settings = Settings(storage=storage, data_roots=(storage,), model_roots=(storage,), **changes)
         (storage / "rows.jsonl").write_text(json.dumps({"dialog": [{"role": "assistant", "content": "hi"}]}) + "\n")
@@ -57,7 +57,7 @@ def config(storage: Path) -> dict[str, Any]:
 def submit(http: httpx.Client, config: dict[str, Any]) -> Callable[..., str]:
     """Submits a job and returns its id."""
 
-    def submit(**changes: Any) -> str:  # noqa: ANN401  -- fields of the request
+    def submit(**changes: Any) -> str:
         answer = http.post("/fine_tuning/jobs/submit", json=config | changes)
         assert answer.status_code == 200, answer.text
         job_id: str = answer.json()["job_id"]

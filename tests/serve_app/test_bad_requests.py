@@ -243,7 +243,7 @@ def test_an_adapter_on_a_tied_output_head_is_refused(http: httpx.Client, config:
     assert error["param"] == "fine_tuning_options.custom_training_options.apply_lora_to_output"
 
 
-def edit(path: Path, **changes: Any) -> None:  # noqa: ANN401  -- JSON values
+def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 

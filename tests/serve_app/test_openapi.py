@@ -21,7 +21,7 @@ def served(http: httpx.Client) -> dict[str, Any]:
     return document
 
 
-def missing(wanted: Any, got: Any, served: dict[str, Any], path: str = "") -> list[str]:  # noqa: ANN401  -- JSON values
+def missing(wanted: Any, got: Any, served: dict[str, Any], path: str = "") -> list[str]:
     """Paths in the contract that the served document doesn't have with the same meaning."""
     if isinstance(wanted, dict):
         got = resolved(got, served)
@@ -44,7 +44,7 @@ def missing(wanted: Any, got: Any, served: dict[str, Any], path: str = "") -> li
 ABSENT = object()
 
 
-def resolved(schema: Any, document: dict[str, Any]) -> Any:  # noqa: ANN401  -- JSON values
+def resolved(schema: Any, document: dict[str, Any]) -> Any:
     """`schema` with its reference followed, and without the null it may also be."""
     if isinstance(schema, dict) and "$ref" in schema:
         target: Any = document

@@ -19,7 +19,7 @@ FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", f
 Submit = Callable[..., str]
 
 
-def lines(http: httpx.Client, job_id: str, **query: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401  -- query values
+def lines(http: httpx.Client, job_id: str, **query: Any) -> Iterator[dict[str, Any]]:
     """The stream's lines as they come."""
     with http.stream("GET", TAIL, params={"job_id": job_id, **query}) as answer:
         assert answer.status_code == 200

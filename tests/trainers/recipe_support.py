@@ -43,7 +43,7 @@ def random_rows(count: int, seed: int = 0, longest: int = 24) -> list[tuple[list
     return rows
 
 
-def make_plan_for(method: str = "lora", **changes: Any) -> Plan:  # noqa: ANN401  -- any field of Plan
+def make_plan_for(method: str = "lora", **changes: Any) -> Plan:
     """A plan in fp32, batches of two rows, two epochs, constant order unless changed."""
     base: dict[str, Any] = {
         "model": "tiny",
@@ -135,7 +135,7 @@ class TwoRanks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:  # noqa: ANN401  -- any picklable
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What each rank's call returned. A rank's error fails the test with its traceback."""
         for pipe in self._pipes:
             pipe.send((function, args))

@@ -9,7 +9,7 @@ import pytest
 from trainers.components import COMPONENTS, DEFAULTS, allowed
 
 
-def load(name: str) -> Any:  # noqa: ANN401  -- a class or a function
+def load(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     return getattr(import_module(module), attribute)
 

@@ -16,7 +16,7 @@ from trainers.plan import DiskLog, WandBLog
 TIME = "2026-11-22T20:00:00Z"
 
 
-def step(number: int, **values: Any) -> StepMetrics:  # noqa: ANN401  -- any metric
+def step(number: int, **values: Any) -> StepMetrics:
     return StepMetrics(step=number, epoch=1, time=TIME, **values)
 
 

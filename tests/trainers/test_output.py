@@ -122,6 +122,11 @@ def test_a_process_whose_output_goes_to_a_file_is_captured_too(tmp_path: Path) -
 
 @pytest.mark.parametrize("tee", [True, False])
 def test_with_tee_the_original_stdout_gets_everything_too(tee: bool) -> None:
-    program = f"from trainers.output import OutputCapture\nc = OutputCapture(lambda lines: None, tee={tee})\nprint('hello')\nc.close()"
+    program = (
+        "from trainers.output import OutputCapture\n"
+        f"capture = OutputCapture(lambda lines: None, tee={tee})\n"
+        "print('hello')\n"
+        "capture.close()"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == ("hello\n" if tee else "")

@@ -11,11 +11,11 @@ from trainers.errors import ConfigProblems, Problem
 from trainers.plan import LoraSpec, Plan, make_plan
 
 
-def config(options: dict[str, Any] | None = None, **fields: Any) -> Config:  # noqa: ANN401  -- any field of Config
+def config(options: dict[str, Any] | None = None, **fields: Any) -> Config:
     return Config.model_validate({"model": "m", "data": "d", "fine_tuning_options": options or {}} | fields)
 
 
-def problems_of(options: dict[str, Any] | None = None, **fields: Any) -> list[Problem]:  # noqa: ANN401
+def problems_of(options: dict[str, Any] | None = None, **fields: Any) -> list[Problem]:
     with pytest.raises(ConfigProblems) as caught:
         make_plan(config(options, **fields))
     return caught.value.problems

@@ -42,13 +42,13 @@ class Bench:
         self._tiny, self._data, self._root = tiny, data, tmp_path
         self._runs = 0
 
-    def case(self, method: str = "lora", data: Path | None = None, **changes: Any) -> Case:  # noqa: ANN401
+    def case(self, method: str = "lora", data: Path | None = None, **changes: Any) -> Case:
         case_fields = {name: changes.pop(name) for name in ("valid_data", "resume_from", "stop_at") if name in changes}
         self._runs += 1
         output = self._root / f"run{self._runs}"
         return Case(make_plan_for(method, **changes), self._tiny, data or self._data, output, **case_fields)
 
-    def losses(self, method: str = "lora", **changes: Any) -> list[float]:  # noqa: ANN401
+    def losses(self, method: str = "lora", **changes: Any) -> list[float]:
         losses = list(self.case(method, **changes).run().losses.values())
         assert all(loss is not None and math.isfinite(loss) for loss in losses)
         return losses  # type: ignore[return-value]

@@ -104,6 +104,6 @@ def test_one_ranks_wish_to_stop_stops_both_after_the_same_step(two_ranks: TwoRan
     assert [c.step for c in first.checkpoints] == [c.step for c in second.checkpoints] == [3]
 
 
-def _run_stopping_rank_1(case: Case) -> Any:  # noqa: ANN401  -- a Recorder
+def _run_stopping_rank_1(case: Case) -> Any:
     wishes = 3 if torch.distributed.get_rank() == 1 else None
     return replace(case, stop_at=wishes).run()

@@ -76,7 +76,7 @@ class Bench:
     cases: list[dict[str, Any]]
     ours: dict[str, Tensor]
 
-    def add(self, name: str, ours: Tensor, **case: Any) -> None:  # noqa: ANN401  -- JSON
+    def add(self, name: str, ours: Tensor, **case: Any) -> None:
         self.ours[name] = ours
         self.cases.append({"tokens": TOKENS.tolist(), "out": str(self.folder / f"{name}.out")} | case)
 

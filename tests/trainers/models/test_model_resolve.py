@@ -252,7 +252,7 @@ def bucket(tmp_path: Path) -> Iterator[Path]:
     class Bucket(DirFileSystem):
         cachable = False
 
-        def __init__(self, **_: Any) -> None:  # noqa: ANN401  -- fsspec's options
+        def __init__(self, **_: Any) -> None:
             super().__init__(path=str(root), fs=LocalFileSystem())
 
         @classmethod

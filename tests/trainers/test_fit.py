@@ -1,0 +1,44 @@
+"""What the end of a Ray Train run means for the job."""
+
+import pytest
+import ray.exceptions
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+from trainers.admission import for_workers
+from trainers.errors import InfrastructureError, JobProblem, UserError
+from trainers.fit import Interrupted, cause_of, placement_strategy
+
+KILLED = ray.exceptions.RayActorError(error_msg="The actor died. A root cause may be the OOM killer; or SIGKILL.")
+DIVERGED = UserExceptionWithTraceback(UserError("loss_not_finite", "the loss is nan"), "Traceback ...")
+COLLATERAL = UserExceptionWithTraceback(RuntimeError("Connection closed by peer"), "Traceback ...")
+
+
+def test_a_fault_of_the_user_ends_the_job_also_when_it_took_the_other_ranks_down() -> None:
+    cause = cause_of({0: COLLATERAL, 1: DIVERGED})
+    assert isinstance(cause, JobProblem)
+    assert cause.error.code == "loss_not_finite"
+
+
+@pytest.mark.parametrize("failures", [{0: KILLED}, {0: COLLATERAL, 1: KILLED}])
+def test_a_lost_worker_interrupts_the_run_whatever_the_others_say(failures: dict[int, Exception]) -> None:
+    assert isinstance(cause_of(failures), Interrupted)
+
+
+def test_a_worker_that_ray_killed_for_memory_says_what_to_change() -> None:
+    cause = cause_of({0: ray.exceptions.OutOfMemoryError("killed")})
+    assert isinstance(cause, UserError)
+    assert cause.error.code == "out_of_memory"
+    assert "batch_size" in cause.error.message
+
+
+def test_an_unknown_error_is_ours_and_is_not_tried_again() -> None:
+    cause = cause_of({0: UserExceptionWithTraceback(KeyError("layers.0"), "Traceback ...")})
+    assert isinstance(cause, InfrastructureError)
+    assert "KeyError" in cause.error.message
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "strategy"), [(1, 4, "STRICT_PACK"), (4, 1, "STRICT_SPREAD"), (2, 2, "SPREAD")]
+)
+def test_workers_are_placed_on_as_many_nodes_as_asked_for(nodes: int, per_node: int, strategy: str) -> None:
+    assert placement_strategy(for_workers(nodes, per_node, 1, 0)) == strategy
