@@ -1,6 +1,8 @@
-"""The event store on disk: one SQLite file in WAL mode, `synchronous=FULL`, one writer.
+"""The event store on disk: one SQLite file in WAL mode, `synchronous=FULL`, opened by one process and nobody else.
 
-`sqlite3 events.db 'select * from events'` shows the log while it is written.
+It keeps the index of the write-ahead log in its own memory instead of in a file that processes map (`events.db-shm`):
+that is what makes WAL work on network file systems. So nobody can read the file meanwhile, `sqlite3 events.db` included:
+it answers "database is locked".
 """
 
 import fcntl
@@ -41,8 +43,10 @@ class SqliteStore:
         self._lock = _lock(path.with_name(path.name + ".lock"))
         try:
             self._db = self._open()
-        except BaseException:
+        except BaseException as error:
             os.close(self._lock)
+            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                raise StoreLockedError(f"another process, the sqlite3 shell perhaps, has {path} open") from error
             raise
         self._failed = False
 
@@ -84,7 +88,7 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise StoreFailedError(f"{self._path}: {error}") from error
         if busy:
-            raise StoreFailedError(f"{self._path}: a reader keeps the write-ahead log from being checkpointed")
+            raise StoreFailedError(f"{self._path}: the write-ahead log could not be checkpointed")
         self._failed = False
 
     def close(self) -> None:
@@ -102,6 +106,7 @@ class SqliteStore:
         return db
 
     def _prepare(self, db: sqlite3.Connection) -> None:
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")  # before the first access: then no shared memory is ever used
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         (version,) = db.execute("PRAGMA user_version").fetchone()

@@ -2,10 +2,10 @@
 
 Nothing here is needed on a cluster: there the same two files, `ray.env` and `serve.yaml`, are used by cluster.yaml.
 
-Everything listens on 127.0.0.1, on ports that were free at start, and lives in a temporary directory; the exceptions
-are read-only metrics ports of HAProxy and Ray's agent, whose address can't be configured. Several services can run next
-to each other, and next to any other Ray of this machine: only processes that were started here are ever stopped. They
-are recognised by RAY_TMPDIR, which every one of them inherits.
+Everything listens on 127.0.0.1, on ports that were free at start, and lives in a temporary directory; the exception is
+the rendezvous of a job's workers (torch's TCPStore), open while the job trains. Several services can run next to each
+other, and next to any other Ray of this machine: only processes that were started here are ever stopped. They are
+recognised by RAY_TMPDIR, which every one of them inherits.
 
     python -m serve_app.local [--port 8000] [--dashboard-port 8265]      in the foreground, until Ctrl-C
 """
@@ -147,6 +147,7 @@ class LocalService:
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
                 # The default 5 s kills a proxy that a busy machine is still starting.
                 "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+                "RAY_SERVE_HAPROXY_BINARY_PATH": str(HERE / "haproxy-on-loopback"),
                 # HAProxy's defaults are one set of files and ports per machine.
                 "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "c"),
                 "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "s"),

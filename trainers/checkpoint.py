@@ -21,10 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainers.batches import Progress
+from trainers.data.chat import template_to_save
 from trainers.distributed import Ranks, like, whole
 from trainers.errors import InfrastructureError
 from trainers.models.adapters import load_peft_adapter, merge_lora, save_peft_adapter
 from trainers.models.architecture import Architecture
+from trainers.models.export_files import write_text
 from trainers.models.weights import load_weights, save_hf_model
 from trainers.plan import LoraSpec, Plan
 
@@ -61,7 +63,7 @@ def save_checkpoint(
             if plan.lora:
                 _save_lora(draft, weights, arch, plan, plan.lora, model_dir)
             else:
-                save_hf_model(weights, arch, model_dir, draft)
+                _save_model(draft, weights, arch, model_dir)
             _save_state(draft / STATE, moments, progress)
     ranks.barrier()
     return path
@@ -126,7 +128,15 @@ def _save_lora(
     draft: Path, adapter: dict[str, Tensor], arch: Architecture, plan: Plan, lora: LoraSpec, model_dir: Path
 ) -> None:
     save_peft_adapter(adapter, arch, lora, plan.model, draft / "adapter")
-    save_hf_model(merge_lora(load_weights(model_dir, arch), adapter, lora), arch, model_dir, draft / "merged")
+    _save_model(draft / "merged", merge_lora(load_weights(model_dir, arch), adapter, lora), arch, model_dir)
+
+
+def _save_model(out_dir: Path, weights: dict[str, Tensor], arch: Architecture, model_dir: Path) -> None:
+    """A model directory with everything inference needs: where the model brings no chat template, ours too."""
+    save_hf_model(weights, arch, model_dir, out_dir)
+    template = template_to_save(model_dir)
+    if template is not None:
+        write_text(template, out_dir / "chat_template.jinja")
 
 
 def _save_state(state_dir: Path, moments: dict[str, Tensor], progress: Progress) -> None:

@@ -52,6 +52,31 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
         SqliteStore(tmp_path / "events.db")
 
 
+def test_a_reader_of_the_file_is_refused_by_sqlite_and_named_at_the_next_start(tmp_path: Path) -> None:
+    file = tmp_path / "events.db"
+    count = "SELECT count(*) FROM events"
+    with closing(SqliteStore(file)) as store:
+        append(store, "e1")
+        with closing(sqlite3.connect(file, timeout=0)) as reader:
+            with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+                reader.execute(count)
+            append(store, "e2")
+    with closing(sqlite3.connect(file, timeout=0)) as reader:
+        assert reader.execute(count).fetchone() == (2,)
+        with pytest.raises(StoreLockedError, match="sqlite3 shell"):
+            SqliteStore(file)
+    with closing(SqliteStore(file)) as store:
+        assert event_ids(store) == ["e1", "e2"]
+
+
+def test_no_memory_is_shared_so_that_network_file_systems_will_do(tmp_path: Path) -> None:
+    with closing(SqliteStore(tmp_path / "events.db")) as store:
+        append(store, "e1")
+        store.reopen()
+        append(store, "e2")
+        assert {path.name for path in tmp_path.iterdir()} == {"events.db", "events.db-wal", "events.db.lock"}
+
+
 def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "events.db")) as db:
         db.execute("PRAGMA user_version=99")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
 from trainers.checkpoint import checkpoint_path, load_progress
+from trainers.data.chat import ChatTokenizer
 from trainers.errors import InfrastructureError
 from trainers.models.adapters import load_peft_adapter, merge_lora
 from trainers.models.architecture import inspect_model_dir
@@ -115,6 +116,28 @@ def test_lora_saves_the_merged_model_and_the_adapter_apart(case: Case) -> None:
         assert torch.equal(tensor, expected[name]), name
     config = json.loads((path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
+
+
+@pytest.mark.parametrize(("method", "model"), [("full", "."), ("lora", "merged")])
+def test_a_model_without_a_chat_template_is_saved_with_the_one_it_was_trained_with(
+    case: Case, method: str, model: str
+) -> None:
+    config = case.model_dir / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": None}))
+    trained_with = ChatTokenizer.from_dir(case.model_dir)
+    assert not trained_with.has_own_template
+    path = replace(case, plan=make_plan_for(method, n_epochs=1)).run().checkpoints[-1].path / model
+    file = path / "chat_template.jinja"
+    assert file.read_text() == trained_with.template
+    assert file.stat().st_mode & 0o777 == 0o644
+    dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert ChatTokenizer.from_dir(path).render(dialog) == trained_with.render(dialog)
+
+
+def test_a_model_s_own_chat_template_is_saved_as_it_came(case: Case) -> None:
+    merged = case.run().checkpoints[-1].path / "merged"
+    assert not (merged / "chat_template.jinja").exists()
+    assert ChatTokenizer.from_dir(merged).template == ChatTokenizer.from_dir(case.model_dir).template
 
 
 def test_a_checkpoint_holds_safetensors_and_text_only(case: Case) -> None:

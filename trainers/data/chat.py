@@ -225,6 +225,13 @@ class ChatTokenizer:
         return np.concatenate(ids), np.concatenate(masks)
 
 
+def template_to_save(model_dir: Path) -> str | None:
+    """The chat template that has to be saved with what was trained on this model. None: the model brings its own."""
+    if find_template(model_dir, _read_json(model_dir / "tokenizer_config.json")) is not None:
+        return None
+    return ChatTokenizer.from_dir(model_dir).template
+
+
 def _mask_one(encoding: Encoding, trained: Sequence[Span]) -> Encoded:
     """Marks every token that shares a character with a trained span."""
     ids = np.array(encoding.ids, dtype=np.int32)
