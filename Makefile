@@ -28,12 +28,12 @@ check: setup  ## lint, formatting, types, import rule
 bench: setup  ## measure the service; writes benchmarks/README.md
 	$(BIN)/python -m benchmarks.service $(ARGS)
 
-clean:  ## remove environments and caches; .tunewright (your jobs) stays
+clean:  ## remove environments and caches; ~/.tunewright (your jobs) stays
 	rm -rf .venv .venv-hf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.complete: pyproject.toml constraints.txt scripts/setup
-	scripts/setup
+.venv/.complete: pyproject.toml constraints.txt .ci/setup
+	.ci/setup
 
-.venv-hf/.complete: tests/hf/requirements.txt scripts/setup-hf
-	scripts/setup-hf
+.venv-hf/.complete: tests/hf/requirements.txt .ci/setup-hf
+	.ci/setup-hf

@@ -1,8 +1,8 @@
 """The event store on disk: one SQLite file in WAL mode, `synchronous=FULL`, opened by one process and nobody else.
 
 It keeps the index of the write-ahead log in its own memory instead of in a file that processes map (`events.db-shm`):
-that is what makes WAL work on network file systems. So nobody can read the file meanwhile, `sqlite3 events.db` included:
-it answers "database is locked".
+that is what makes WAL work on network file systems. So nobody can read the file meanwhile; `sqlite3 events.db` answers
+"database is locked".
 """
 
 import fcntl
@@ -97,7 +97,7 @@ class SqliteStore:
 
     def _open(self) -> sqlite3.Connection:
         # Calls come from one thread at a time, but not always from the thread that opened the file.
-        db = sqlite3.connect(self._path, check_same_thread=False)
+        db = sqlite3.connect(self._path, timeout=0, check_same_thread=False)  # who opens it may try again
         try:
             self._prepare(db)
         except BaseException:

@@ -1,7 +1,7 @@
 """How many answers of a model are exactly right: greedy generation on every row of a data file.
 
     python -m examples.score smollm2-135m-instruct examples/tickets/heldout.jsonl scores.json
-    python -m examples.score .tunewright/jobs/ftjob-.../checkpoints/step-00000040/merged ...
+    python -m examples.score ~/.tunewright/jobs/ftjob-.../checkpoints/step-00000040/merged ...
 
 Writes `{"exact": 17, "rows": 60, "answers": [{"prompt", "expected", "answer"}, ...]}`. A row is right when the answer
 is the row's last message to the letter, white space around it aside.

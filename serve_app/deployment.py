@@ -3,11 +3,10 @@
 import asyncio
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
-from ray._common.network_utils import build_address
 from ray.serve._private import replica
-from ray.util import get_node_ip_address
 
 from serve_app.api import build_api
 from trainers import service
@@ -32,15 +31,17 @@ class Api:
 
 
 def listen_on_node_address_only() -> None:
-    """Serve opens a port in every replica, after its constructor, that unpickles what it is sent: on all interfaces, and
-    without a setting for it. Its callers use the address of the node (loopback, for a local service); that suffices."""
-    listen = replica.add_port_to_grpc_server
+    """To be called in a replica's constructor, after which Serve opens a port that unpickles what it is sent: on every
+    interface, and without a setting for it. Its callers use the address of the node, so that address suffices."""
+    ray_s: Any = replica  # private, and typed for nobody else
+    listen = ray_s.add_port_to_grpc_server
+    node_address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
 
-    def listen_there(server: Any, address: str) -> int:  # noqa: ANN401  -- a gRPC server; grpc has no types
-        port: int = listen(server, build_address(get_node_ip_address(), address.rpartition(":")[2]))
+    def listen_there(server: object, address: str) -> int:
+        port: int = listen(server, f"{node_address}:{address.rpartition(':')[2]}")
         return port
 
-    replica.add_port_to_grpc_server = listen_there
+    ray_s.add_port_to_grpc_server = listen_there
 
 
 deployment = serve.deployment(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,10 @@ from serve_app.local import LocalService, ServiceError, ray_env, serve_config
 
 def listening_beyond_loopback(processes: list[psutil.Process]) -> set[int]:
     """Ports of these processes that other machines can reach."""
-    found = [c.laddr for process in processes for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    found = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            found |= {c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     return {address.port for address in found if address.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")}
 
 
