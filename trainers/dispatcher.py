@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
@@ -32,7 +33,7 @@ from events.log import EventLog
 from trainers import admission
 from trainers.admission import Capacity, Waiting
 from trainers.cluster import Cluster, Runner
-from trainers.settings import Settings
+from trainers.settings import ERROR_FILE, Settings
 
 logger = logging.getLogger("tunewright.dispatcher")
 
@@ -151,7 +152,8 @@ class Dispatcher:
                 message=f"{reason}; it was restarted {job.interruptions} times, which is all --max-restarts allows",
                 fault="infrastructure",
             )
-            await self._append(job, JobFailed(error=error))
+            details = await asyncio.to_thread(_write_details, self._settings.job_dir(job.job_id), runner.message)
+            await self._append(job, JobFailed(error=error, error_path=details))
             return
         if runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job.job_id):
             await self._append(job, RunInterrupted(attempt=job.attempt, reason=reason))
@@ -204,6 +206,14 @@ class Dispatcher:
                 self._position = news[-1].position
             if any(not isinstance(recorded.event, MetricsRecorded | CheckpointSaved) for recorded in news):
                 return
+
+
+def _write_details(job_dir: Path, message: str) -> str:
+    """All that Ray knows of a runner's end, its last output included, where every failed job has its details."""
+    job_dir.mkdir(parents=True, exist_ok=True)
+    path = job_dir / ERROR_FILE
+    path.write_text(message + "\n", encoding="utf-8")
+    return path.as_uri()
 
 
 def _gist(message: str) -> str:

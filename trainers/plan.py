@@ -14,11 +14,12 @@ from trainers.components import DEFAULTS
 from trainers.errors import ConfigProblems, Problem
 from trainers.merge import Merged
 from trainers.overrides import parse_overrides
+from trainers.settings import ERROR_FILE
 
 EXTRAS = "fine_tuning_options.extras"
-RESERVED_NAMES = frozenset(
-    {"data", "checkpoints", "log.ndjson", "log.index", "error.txt", "wandb", "ray", "valid", "train", "output"}
-)
+COMPILED = "compiled"
+"""Where `compile` keeps what it makes, in a job's directory."""
+RESERVED_NAMES = frozenset({"data", "checkpoints", COMPILED, "log.ndjson", "log.index", ERROR_FILE, "wandb", "ray"})
 """Names in a job's directory that the service itself uses."""
 
 

@@ -40,7 +40,7 @@ from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, make_plan
 from trainers.retrying import retrying
-from trainers.settings import Settings
+from trainers.settings import ERROR_FILE, Settings
 
 logger = logging.getLogger("tunewright.runner")
 
@@ -195,9 +195,9 @@ def _failure(
     job: FineTuningJob, job_dir: Path, error: JobError, details: str, report: DataReport | None = None
 ) -> DataRejected | JobFailed:
     logger.error("job failed (%s, %s): %s", error.code, f"fault of the {error.fault}", error.message)
-    path = job_dir / "error.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(details + "\n")
+    job_dir.mkdir(parents=True, exist_ok=True)
+    path = job_dir / ERROR_FILE
+    path.write_text(details + "\n", encoding="utf-8")
     if job.data is None and error.fault == "user":
         return DataRejected(error=error, error_path=path.as_uri(), data=report)
     return JobFailed(error=error, error_path=path.as_uri())

@@ -11,6 +11,9 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+ERROR_FILE = "error.txt"
+"""In a failed job's directory: the traceback, or whatever else is known of what went wrong."""
+
 Paths = Annotated[tuple[Path, ...], NoDecode]
 
 

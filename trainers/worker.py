@@ -4,6 +4,7 @@
 logger, and turns the recipe's reports into events.
 """
 
+import os
 import queue
 import threading
 import time
@@ -21,7 +22,7 @@ from events.ids import new_event_id
 from trainers.job_output import LineWriter, log_to_stdout
 from trainers.loggers import Logger, open_logger
 from trainers.output import OutputCapture
-from trainers.plan import Plan
+from trainers.plan import COMPILED, Plan
 from trainers.reporting import SavedCheckpoint
 from trainers.retrying import retrying
 
@@ -62,6 +63,8 @@ def train_worker(config: dict[str, Any]) -> str:
 
         job_dir = Path(assignment.job_dir)
         plan = Plan.model_validate(assignment.plan)
+        # Its own: a compilation that was killed leaves broken files, which would fail every later job.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job_dir / COMPILED)
         train(
             plan,
             model_dir=Path(assignment.model_dir),

@@ -1,8 +1,10 @@
 """The dispatcher against a cluster in memory: whatever the log and the cluster say, passes bring them together."""
 
 import asyncio
+import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -130,11 +132,17 @@ def started(attempt: int) -> RunStarted:
     return RunStarted(attempt=attempt, workers=1, nodes=1, device="cpu", total_steps=1, logs="file:///metrics.jsonl")
 
 
+def read_details(job: FineTuningJob) -> str:
+    assert job.error_path is not None
+    return Path(job.error_path.removeprefix("file://")).read_text()
+
+
 def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
     def run() -> None:
         async def main() -> None:
             log, cluster = EventLog(MemoryStore()), InMemoryCluster()
-            await test(World(log, cluster, Dispatcher(log, cluster, Settings())))
+            with tempfile.TemporaryDirectory() as storage:
+                await test(World(log, cluster, Dispatcher(log, cluster, Settings(storage=Path(storage)))))
 
         asyncio.run(main())
 
@@ -231,6 +239,7 @@ async def test_a_job_whose_runner_dies_too_often_fails_and_the_fault_is_not_the_
     assert job.status == "failed"
     assert job.error is not None
     assert (job.error.code, job.error.fault) == ("runner_died", "infrastructure")
+    assert "killed by the test" in read_details(job)
 
 
 @in_world
