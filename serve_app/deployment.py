@@ -10,7 +10,7 @@ from ray.serve._private import replica
 
 from serve_app.api import build_api
 from trainers import service
-from trainers.settings import settings
+from trainers.settings import Settings, settings
 
 MAX_ONGOING_REQUESTS = 1000
 """Requests one replica works on at a time. Each open tail is one, and waits more than it works; a few hundred of them
@@ -20,10 +20,10 @@ must leave room for everybody else."""
 class Api:
     """One replica: connects to the service's actors, starting what isn't there, and serves the API in front of them."""
 
-    async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         listen_on_node_address_only()
         # Connecting blocks, and this runs on the replica's event loop.
-        self._service = await asyncio.to_thread(service.start, settings())
+        self._service = await asyncio.to_thread(service.start, settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the replica is connected."""
@@ -53,4 +53,5 @@ deployment = serve.deployment(
     ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
 )(serve.ingress()(Api))
 
-app = deployment.bind()
+# Read where the application is built: with `serve run` that is the shell it was typed in, else the head node.
+app = deployment.bind(settings())
