@@ -80,7 +80,7 @@ def test_make_targets_named_in_readme_exist() -> None:
 
 def test_no_interpreter_fits_is_said_in_words() -> None:
     done = subprocess.run(
-        [ROOT / "scripts" / "find-python"], env={"PYTHON": "no-such-python", "PATH": "/usr/bin:/bin"},
+        [ROOT / ".ci" / "find-python"], env={"PYTHON": "no-such-python", "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
