@@ -32,6 +32,8 @@ MARK = "<!-- results: written by `make bench` -->\n"
 SUBMITS = 200
 CONNECTIONS = 8
 STATUS_S = 10.0
+WARM = ("warm 1", "warm 2", "warm 3")
+SETTLE_S = 10.0  # what came before is over: start-up, or the end of a run's processes
 SHORT, LONG = 64, 600  # rows: a job to reach the first step with, and one that logs for a while
 
 console = Console(highlight=False)
@@ -65,11 +67,11 @@ def main() -> int:
 
 async def measure_all(service: LocalService, model: Path, data: Path, scratch: Path) -> dict[str, Any]:
     console.print("memory at idle ...")
-    await asyncio.sleep(10)  # start-up is over
+    await asyncio.sleep(SETTLE_S)
     results: dict[str, Any] = {"memory": footprints(service.processes())}
     runs: dict[str, Any] = {}
     client = Client(service.url)
-    for name in ("cold", "warm"):
+    for name in ("cold", *WARM):
         console.print(f"first step, {name} ...")
         posted = datetime.now(UTC)
         job_id, _, lines = await run_to_its_end(client, job(model, data))
@@ -79,6 +81,7 @@ async def measure_all(service: LocalService, model: Path, data: Path, scratch: P
     every_step = job(model, chatty, batch_size=1, extras={"log_every_n_steps": 1})
     job_id, results["tail"], _ = await run_to_its_end(client, every_step)
     console.print("status ...")
+    await asyncio.sleep(SETTLE_S)
     results["status"] = await status_load(service.url, job_id, CONNECTIONS, STATUS_S)
     console.print("submit ...")
     results["submit"], ids = await submit_latency(service.url, job(model, data), SUBMITS)
@@ -122,8 +125,9 @@ def render(results: dict[str, Any], runs: dict[str, dict[str, float]], stock: fl
             f"| {latency.n} | {goal} |"
         )
     lines += ["", "Submit to first training step, tiny model, one CPU worker (goal: under 15 s warm):", ""]
+    warm = sorted((runs[name] for name in WARM), key=lambda run: run["total"])[len(WARM) // 2]
     lines += ["| phase | cold | warm |", "|---|---|---|"]
-    lines += [f"| {phase} | {runs['cold'][phase]:.2f} s | {runs['warm'][phase]:.2f} s |" for phase in PHASES]
+    lines += [f"| {phase} | {runs['cold'][phase]:.2f} s | {warm[phase]:.2f} s |" for phase in PHASES]
     lines.append(f"| *`tune run` of the stock recipe, same model and rows, no Ray* | | {stock:.2f} s |")
     memory = results["memory"]
     lines += ["", "Memory at idle, no job running:", "", "| process | n | RSS MiB | PSS MiB |", "|---|---|---|---|"]

@@ -51,6 +51,7 @@ deployment = serve.deployment(
     graceful_shutdown_timeout_s=5,  # Open tails would hold a redeploy up for longer; they resume by offset.
     # No CPU, because those are for training. Next to the event log and the proxy, so the door can stay on loopback.
     ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
+    logging_config={"enable_access_log": False},  # A line for each request costs more than most of the answers.
 )(serve.ingress()(Api))
 
 # Read where the application is built: with `serve run` that is the shell it was typed in, else the head node.
