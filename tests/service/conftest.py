@@ -102,6 +102,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bad_rows(inputs: Path) -> Path:
+    """Three lines, each wrong in its own way."""
+    rows = ['{"dialog": []}', "not JSON", json.dumps({"dialog": [{"role": "user", "content": "hi"}]})]
+    path = inputs / "bad.jsonl"
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture(scope="session")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("storage")
 

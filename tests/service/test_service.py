@@ -104,8 +104,8 @@ def test_a_full_fine_tuning_on_two_workers_trains(api: Api) -> None:
     assert (path_of(job["checkpoints"][0]) / "model.safetensors").exists()
 
 
-def test_the_same_lines_can_be_read_again_from_any_offset(api: Api) -> None:
-    job_id = api.submit(api.config(data=str(api.data.parent / "bad.jsonl"))) if _write_bad_rows(api) else ""
+def test_the_same_lines_can_be_read_again_from_any_offset(api: Api, bad_rows: Path) -> None:
+    job_id = api.submit(api.config(data=str(bad_rows)))
     everything = [log for line in api.tail(job_id) for log in line["logs"]]
     assert len(everything) >= 2
     for after in range(len(everything) + 1):
@@ -113,14 +113,8 @@ def test_the_same_lines_can_be_read_again_from_any_offset(api: Api) -> None:
         assert again == everything[after:]
 
 
-def _write_bad_rows(api: Api) -> bool:
-    rows = ['{"dialog": []}', "not JSON", json.dumps({"dialog": [{"role": "user", "content": "hi"}]})]
-    return (api.data.parent / "bad.jsonl").write_text("\n".join(rows)) > 0
-
-
-def test_bad_rows_fail_the_job_with_their_line_numbers_before_it_holds_anything(api: Api) -> None:
-    _write_bad_rows(api)
-    job_id = api.submit(api.config(data=str(api.data.parent / "bad.jsonl")))
+def test_bad_rows_fail_the_job_with_their_line_numbers_before_it_holds_anything(api: Api, bad_rows: Path) -> None:
+    job_id = api.submit(api.config(data=str(bad_rows)))
     job = api.until_status(job_id, "failed")
     assert (job["error"]["code"], job["error"]["fault"]) == ("invalid_data", "user")
     assert [error["line"] for error in job["data"]["errors"]] == [1, 2, 3]
@@ -136,7 +130,7 @@ def test_more_workers_than_the_cluster_can_ever_have_are_refused_at_once(api: Ap
     assert f"{CPUS + 1} workers" in error["message"]
 
 
-def test_two_jobs_that_need_the_whole_machine_run_one_after_the_other_and_the_second_can_be_cancelled_or_wait(
+def test_two_jobs_that_need_the_whole_machine_run_one_after_the_other_and_small_ones_do_not_overtake(
     api: Api,
 ) -> None:
     whole = f"--nproc_per_node {CPUS}"
@@ -182,9 +176,8 @@ def test_a_job_can_be_cancelled_while_it_is_being_validated(api: Api) -> None:
     assert job["attempt"] == 0
 
 
-def test_a_finished_job_cannot_be_cancelled(api: Api) -> None:
-    _write_bad_rows(api)
-    job_id = api.submit(api.config(data=str(api.data.parent / "bad.jsonl")))
+def test_a_finished_job_cannot_be_cancelled(api: Api, bad_rows: Path) -> None:
+    job_id = api.submit(api.config(data=str(bad_rows)))
     api.until_status(job_id, "failed")
     assert api.http.post("/fine_tuning/jobs/cancel", json={"job_id": job_id}).status_code == 409
 

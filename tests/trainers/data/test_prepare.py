@@ -202,11 +202,11 @@ print(rows, re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_tex
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """Three times the data, the same peak; far below what the larger file would take."""
+    """Four times the data, about the same peak: the 30 MB more of text are not kept; nor is 500 MB near."""
     model = make_tiny_model(tmp_path / "model")
     block = "".join(line(f"{i} " + PIECE * 40, PIECE * 10) + "\n" for i in range(500))
     peaks_mb = []
-    for megabytes in (6, 18):
+    for megabytes in (10, 40):
         copies = megabytes * 1_000_000 // len(block)
         file = tmp_path / f"{megabytes}.jsonl"
         with file.open("w") as out:
@@ -217,4 +217,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         assert rows == copies * 500
         peaks_mb.append(peak_kb / 1024)
     assert max(peaks_mb) < 500
-    assert peaks_mb[1] - peaks_mb[0] < 10, peaks_mb
+    assert peaks_mb[1] - peaks_mb[0] < 20, peaks_mb
