@@ -10,21 +10,15 @@ SIGTERM and Ctrl-C cancel the job.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from trainers.settings import settings
 
-YIELDING = 4
-"""Added to the niceness that Ray gives its processes."""
-
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["run"]:
-        # Its seconds of imports must not delay answers of the API and the event log, which share the head node with it.
-        os.nice(YIELDING)
         from trainers.runner import run
 
         return run(_runner_arguments(arguments[1:]), settings())
