@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from events.facts import Event, JobSubmitted
 from events.job import FineTuningJob
-from events.log import EventLog, LogUnavailable
+from events.log import EventLog, LiveJobs, LogUnavailable
 from events.log_queue import LogBatch, LogQueue
 from events.sqlite import SqliteStore
 from events.store import Recorded, StoreLockedError
@@ -158,9 +158,9 @@ class EventLogClient(_Client):
         page: tuple[list[FineTuningJob], bool] = await self._call("jobs", limit, after)
         return page
 
-    async def live_jobs(self) -> list[FineTuningJob]:
-        jobs: list[FineTuningJob] = await self._call("live_jobs")
-        return jobs
+    async def live_jobs(self) -> LiveJobs:
+        live: LiveJobs = await self._call("live_jobs")
+        return live
 
     async def read(self, job_id: str, after_version: int = -1, limit: int = 1000) -> list[Recorded]:
         history: list[Recorded] = await self._call("read", job_id, after_version, limit)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from events.bell import Bell
 from events.decide import Refused
@@ -40,6 +40,11 @@ class _Proposal:
     event_ids: list[str]
     draft: Callable[[Draft, datetime], FineTuningJob]
     done: asyncio.Future[FineTuningJob]
+
+
+class LiveJobs(NamedTuple):
+    position: int
+    jobs: list[FineTuningJob]
 
 
 Outcome = FineTuningJob | Refused | ExpectedVersionError | LogUnavailable
@@ -106,9 +111,9 @@ class EventLog:
         except KeyError:
             raise Refused("unknown_job", f"no job {after}") from None
 
-    async def live_jobs(self) -> list[FineTuningJob]:
-        """Jobs without an outcome, oldest first."""
-        return self._jobs.live()
+    async def live_jobs(self) -> LiveJobs:
+        """Jobs without an outcome, oldest first, and the position as of which that is so: `subscribe` to what follows."""
+        return LiveJobs(self._jobs.position, self._jobs.live())
 
     async def read(self, job_id: str, after_version: int = -1, limit: int = _PAGE) -> list[Recorded]:
         """A job's history in order, at most a thousand events a call. Empty for an unknown job."""

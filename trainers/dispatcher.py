@@ -24,12 +24,14 @@ from events.facts import (
     JobCancelled,
     JobError,
     JobFailed,
+    JobSubmitted,
     MetricsRecorded,
     RunInterrupted,
 )
 from events.ids import new_event_id
-from events.job import FineTuningJob
+from events.job import FineTuningJob, evolve
 from events.log import EventLog
+from events.store import Recorded
 from trainers import admission
 from trainers.admission import Capacity, Waiting
 from trainers.cluster import Cluster, Runner
@@ -74,7 +76,8 @@ class Dispatcher:
         self._cluster = cluster
         self._settings = settings
         self._whys: dict[str, str] = {}
-        self._position = 0
+        self._live: dict[str, FineTuningJob] = {}
+        self._position: int | None = None  # as of which `_live` holds; None: the log was not asked yet
         self._settling = False
         # Jobs that are known to have no runner: only this dispatcher starts one, so Ray need not be asked again. With
         # a thousand jobs in line, that is a thousand requests less in each pass.
@@ -106,7 +109,7 @@ class Dispatcher:
 
     async def reconcile(self) -> None:
         """One pass."""
-        live = await self._log.live_jobs()
+        live = await self._live_jobs()
         self._without_runner &= {job.job_id for job in live}
         groups = await asyncio.to_thread(self._cluster.placement_groups) if live else {}
         sights = await asyncio.gather(*(self._look(job, groups) for job in live))
@@ -118,6 +121,33 @@ class Dispatcher:
         whys |= await self._admit(rest)
         self._whys = whys
         self._settling = bool(unsettled)
+
+    async def _live_jobs(self) -> list[FineTuningJob]:
+        """Jobs without an outcome, oldest first, as the log has them now.
+
+        The log is asked for them once; from then on their events are folded here as well. Asking in each pass would
+        keep the log from its appends while it pickles every job in line.
+        """
+        if self._position is None:
+            self._position, jobs = await self._log.live_jobs()
+            self._live = {job.job_id: job for job in jobs}
+        while await self._news(self._position, wait_s=0):
+            pass
+        return list(self._live.values())
+
+    async def _news(self, position: int, wait_s: float) -> list[Recorded]:
+        """What was appended after `position`, folded into `_live`; waits up to `wait_s` for the first of it."""
+        news = await self._log.subscribe(position, wait_s=wait_s)
+        for recorded in news:
+            self._position = recorded.position
+            known = self._live.get(recorded.job_id)
+            if known is None and not isinstance(recorded.event, JobSubmitted):
+                continue  # of a job that is over
+            job = evolve(known, recorded)
+            self._live[job.job_id] = job
+            if job.over:
+                del self._live[job.job_id]
+        return news
 
     async def _look(self, job: FineTuningJob, groups: dict[str, list[tuple[str, str]]]) -> Sight:
         runner = Runner("absent")
@@ -212,10 +242,8 @@ class Dispatcher:
     async def _wait_for_news(self) -> None:
         """Return when something was appended that a pass could act on, or when the cluster is due for a look."""
         deadline = time.monotonic() + (SETTLING_TICK_S if self._settling else TICK_S)
-        while (left := deadline - time.monotonic()) > 0:
-            news = await self._log.subscribe(self._position, limit=1000, wait_s=left)
-            if news:
-                self._position = news[-1].position
+        while self._position is not None and (left := deadline - time.monotonic()) > 0:
+            news = await self._news(self._position, wait_s=left)
             if any(not isinstance(recorded.event, MetricsRecorded | CheckpointSaved) for recorded in news):
                 return
 

@@ -218,9 +218,9 @@ def test_live_jobs_are_those_without_an_outcome_oldest_first(tmp_path: Path) -> 
                 await submit(log, job_id)
             await append(log, "b", CANCEL, CANCELLED)
             await append(log, "a", VALIDATED)
-            assert [job.job_id for job in await log.live_jobs()] == ["a", "c"]
+            assert [job.job_id for job in (await log.live_jobs()).jobs] == ["a", "c"]
         async with opened(tmp_path / "events.db") as log:
-            assert [job.job_id for job in await log.live_jobs()] == ["a", "c"]
+            assert [job.job_id for job in (await log.live_jobs()).jobs] == ["a", "c"]
 
     asyncio.run(scenario())
 
@@ -288,7 +288,7 @@ def test_an_event_that_can_not_be_written_as_json_is_refused_alone() -> None:
                 log.submit("a", bad, "e1", 10), log.submit("b", SUBMITTED, "e2", 10), return_exceptions=True
             )
             assert getattr(outcomes[0], "code", None) == "invalid_event"
-            assert [job.job_id for job in await log.live_jobs()] == ["b"]
+            assert [job.job_id for job in (await log.live_jobs()).jobs] == ["b"]
 
     asyncio.run(scenario())
 
@@ -316,11 +316,11 @@ def test_appends_that_arrive_during_a_commit_share_the_next_one_and_the_loop_sta
             submits = [asyncio.create_task(submit(log, "j0"))]
             assert await asyncio.to_thread(store.entered.wait, 10)
             submits += [asyncio.create_task(submit(log, f"j{number}")) for number in range(1, 50)]
-            assert await log.live_jobs() == []  # answers while the commit is in flight, and shows none of it
+            assert (await log.live_jobs()).jobs == []  # answers while the commit is in flight, and shows none of it
             store.gate.set()
             await asyncio.gather(*submits)
             assert store.appends == 2
-            assert len(await log.live_jobs()) == 50
+            assert len((await log.live_jobs()).jobs) == 50
 
     asyncio.run(scenario())
 
@@ -335,7 +335,7 @@ def test_a_caller_that_has_gone_does_not_hold_up_the_others() -> None:
             gone.cancel()
             store.gate.set()
             await stays
-            assert [job.job_id for job in await log.live_jobs()] == ["a", "b"]
+            assert [job.job_id for job in (await log.live_jobs()).jobs] == ["a", "b"]
 
     asyncio.run(scenario())
 
@@ -377,7 +377,7 @@ def test_a_commit_that_failed_but_was_written_is_found_again() -> None:
             with pytest.raises(LogUnavailable):
                 await submit(log, "a")
             await submit(log, "b")
-            assert [job.job_id for job in await log.live_jobs()] == ["a", "b"]
+            assert [job.job_id for job in (await log.live_jobs()).jobs] == ["a", "b"]
             await submit(log, "a")  # the retry: it was there
             assert [one.job_id for one in await log.subscribe(0)] == ["a", "b"]
 

@@ -37,7 +37,7 @@ def test_a_client_generated_from_the_contract_submits_polls_cancels_and_reads(se
     def cancel_what_is_asked_to_be() -> None:
         """The dispatcher's part of a cancellation."""
         while not done.is_set():
-            for job in server.do(server.parts.log.live_jobs()):
+            for job in server.do(server.parts.log.live_jobs()).jobs:
                 if job.cancel_requested:
                     server.append(job.job_id, JobCancelled())
             time.sleep(0.02)

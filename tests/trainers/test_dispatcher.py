@@ -158,6 +158,22 @@ async def test_a_submitted_job_gets_one_runner_however_many_passes(world: World)
 
 
 @in_world
+async def test_the_log_is_asked_for_all_live_jobs_once_and_what_happens_later_is_seen_all_the_same(world: World) -> None:
+    await world.pass_()
+    world.log.live_jobs = None  # type: ignore[method-assign, assignment]  # a second call would fail
+    first, second = await world.submit(), await world.submit()
+    await world.pass_()
+    assert world.cluster.started == [first, second]
+    await world.tell(first, CancelRequested())
+    world.cluster.runners[first] = "stopped"
+    await world.pass_(times=2)
+    assert (await world.job(first)).status == "cancelled"
+    await world.tell(second, DataValidated(data=REPORT))
+    await world.pass_()
+    assert (await world.job(second)).admitted
+
+
+@in_world
 async def test_only_so_many_jobs_wait_with_a_process_and_the_others_say_why(world: World) -> None:
     ids = [await world.submit() for _ in range(6)]
     await world.pass_()
