@@ -28,6 +28,7 @@ class Rows(Protocol):
 
 class Batch(NamedTuple):
     """One micro-batch. `tokens` and `labels` have shape [b, s]; labels are shifted: labels[:, j] follows tokens[:, j].
+    `trained` [n] holds the trained positions, as indices of the flattened batch.
 
     `mask` [b, s, s] says which position attends to which and `positions` [b, s] counts within a row; both are None for
     rows that aren't packed, where attention is causal and padding only follows. `n_tokens` leaves padding out.
@@ -35,18 +36,27 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     labels: Tensor
+    trained: Tensor
     mask: Tensor | None
     positions: Tensor | None
     n_tokens: int
     n_trained: int
 
     def to(self, device: torch.device) -> "Batch":
+        """On `device`, without waiting for the copy."""
+        if device.type == "cpu":
+            return self
         return self._replace(
-            tokens=self.tokens.to(device),
-            labels=self.labels.to(device),
-            mask=None if self.mask is None else self.mask.to(device),
-            positions=None if self.positions is None else self.positions.to(device),
+            tokens=_sent(self.tokens, device),
+            labels=_sent(self.labels, device),
+            trained=_sent(self.trained, device),
+            mask=None if self.mask is None else _sent(self.mask, device),
+            positions=None if self.positions is None else _sent(self.positions, device),
         )
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(dataset: Rows, items: Sequence[np.ndarray], pad_to: int | None = None) -> Batch:
@@ -66,8 +76,9 @@ def collate(dataset: Rows, items: Sequence[np.ndarray], pad_to: int | None = Non
             positions[line, start:end] = np.arange(len(ids))
             document[line, start:end] = number
             start = end
-    n_tokens, n_trained = int((document >= 0).sum()) if items else 0, int((labels != IGNORED).sum())
-    batch = Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, n_tokens, n_trained)
+    trained = torch.from_numpy(np.flatnonzero(labels != IGNORED))
+    n_tokens = int((document >= 0).sum()) if items else 0
+    batch = Batch(torch.from_numpy(tokens), torch.from_numpy(labels), trained, None, None, n_tokens, len(trained))
     if pad_to is None:
         return batch
     return batch._replace(mask=_block_diagonal(torch.from_numpy(document)), positions=torch.from_numpy(positions))

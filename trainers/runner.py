@@ -41,6 +41,7 @@ from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, make_plan
 from trainers.retrying import retrying
 from trainers.settings import ERROR_FILE, Settings
+from trainers.suitability import check_suitable
 
 logger = logging.getLogger("tunewright.runner")
 
@@ -95,6 +96,7 @@ def _make_data_ready(
 ) -> FineTuningJob:
     """Every row of both files read, checked and tokenised to the job's directory, once."""
     architecture = inspect_model_dir(model_dir)
+    check_suitable(plan, architecture)
     tokenizer = ChatTokenizer.from_dir(model_dir)
     max_seq_len = min(plan.max_seq_len or MAX_SEQ_LEN, architecture.max_seq_len)
 

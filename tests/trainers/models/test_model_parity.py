@@ -17,9 +17,10 @@ from torch import Tensor
 from tests.hf_environment import run_in_hf_environment
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.conftest import BuildModel
+from trainers.methods.lora import adapter_parameters, lora_linear
 from trainers.models.adapters import merge_lora, save_peft_adapter
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import adapter_parameters, build_decoder
+from trainers.models.decoder import build_decoder
 from trainers.models.generate import generate
 from trainers.models.weights import load_weights, save_hf_model
 from trainers.plan import LoraSpec
@@ -105,7 +106,7 @@ def add_tiny(bench: Bench, build_model: BuildModel, name: str, family: str, conf
 
     lora = lora_of(name, tied=arch.tied)
     with torch.device("meta"):
-        parameters = adapter_parameters(build_decoder(arch, lora=lora))
+        parameters = adapter_parameters(build_decoder(arch, linear=lora_linear(lora)))
     generator = torch.Generator().manual_seed(1)
     adapter = {key: 0.1 * torch.randn(p.shape, generator=generator) for key, p in parameters.items()}
     ours = build_model(source, lora=lora, adapter=adapter)(TOKENS)
