@@ -20,7 +20,7 @@ from torchtune.training import get_shard_conditions, set_default_dtype, shard_mo
 from trainers.batches import IGNORED, Batch
 from trainers.distributed import Ranks, like
 from trainers.models.architecture import Architecture
-from trainers.models.decoder import adapter_parameters, build_decoder, init_rope, initial_adapter
+from trainers.models.decoder import adapter_parameters, build_decoder, causal, init_rope, initial_adapter
 from trainers.models.weights import load_weights
 from trainers.plan import Plan
 
@@ -43,11 +43,12 @@ class TrainingModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's trained positions, float32, shape []. 0, with zero gradients, for none."""
         hidden = self.decoder.tok_embeddings(batch.tokens)  # [b, s, d]
+        seen = causal(self.decoder, batch.tokens, batch.documents)
         for layer in self.decoder.layers:
             if self.recompute and self.training:
-                hidden = checkpoint(layer, hidden, mask=batch.mask, input_pos=batch.positions, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, mask=seen, input_pos=batch.positions, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask=batch.mask, input_pos=batch.positions)
+                hidden = layer(hidden, mask=seen, input_pos=batch.positions)
         trained = batch.labels != IGNORED  # [b, s]
         hidden = self.decoder.norm(hidden)[trained]  # [n, d]
         labels = batch.labels[trained]  # [n]
