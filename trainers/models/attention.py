@@ -88,8 +88,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.pos_embeddings(q, input_pos=input_pos), self.pos_embeddings(k, input_pos=input_pos)
-        attend = mask if mask is not None else Causal(s, {self.rules}, x.device)
-        output: Tensor = self.output_proj(attend(q, k, v, self.rules).flatten(2))
+        seen = mask if mask is not None else Causal(s, {self.rules}, x.device)
+        output: Tensor = self.output_proj(seen(q, k, v, self.rules).flatten(2))
         return output
 
 
@@ -134,7 +134,8 @@ class Causal:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled anew for the documents of each batch
     def _by_document(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
         """Padding gets zeros."""
-        visible = self._visible.get(self._window(rules))
+        window = self._window(rules)
+        visible = self._visible.get(window)
         outputs = []
         parts = zip(*(x.flatten(0, 1).split(self._runs) for x in (q, k, v)), self._is_document, strict=True)
         for q_run, k_run, v_run, is_document in parts:
@@ -142,7 +143,8 @@ class Causal:
                 outputs.append(torch.zeros_like(q_run))
                 continue
             n = len(q_run)
-            part = None if visible is None or (rules.softcap is None and n <= (rules.window or n)) else visible[:n, :n]
+            plain = rules.softcap is None and (window is None or n <= window)
+            part = None if plain or visible is None else visible[:n, :n]
             outputs.append(attend(q_run[None], k_run[None], v_run[None], part, rules)[0])
         return torch.cat(outputs).view(q.shape)
 
