@@ -30,14 +30,14 @@ class Batch(NamedTuple):
     """One micro-batch. `tokens` and `labels` have shape [b, s]; labels are shifted: labels[:, j] follows tokens[:, j].
     `trained` [n] holds the trained positions, as indices of the flattened batch.
 
-    `mask` [b, s, s] says which position attends to which and `positions` [b, s] counts within a row; both are None for
-    rows that aren't packed, where attention is causal and padding only follows. `n_tokens` leaves padding out.
+    For packs, `documents` [b, s] numbers the rows of each, 0, 1, 2, ..., with -1 for padding, and `positions` [b, s] counts
+    within a row. Both are None for rows that aren't packed, where padding only follows. `n_tokens` leaves padding out.
     """
 
     tokens: Tensor
     labels: Tensor
     trained: Tensor
-    mask: Tensor | None
+    documents: Tensor | None
     positions: Tensor | None
     n_tokens: int
     n_trained: int
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
             tokens=_sent(self.tokens, device),
             labels=_sent(self.labels, device),
             trained=_sent(self.trained, device),
-            mask=None if self.mask is None else _sent(self.mask, device),
+            documents=None if self.documents is None else _sent(self.documents, device),
             positions=None if self.positions is None else _sent(self.positions, device),
         )
 
@@ -67,21 +67,21 @@ def collate(dataset: Rows, items: Sequence[np.ndarray], pad_to: int | None = Non
     tokens = np.zeros((len(documents), width), dtype=np.int64)
     labels = np.full((len(documents), width), IGNORED, dtype=np.int64)
     positions = np.zeros((len(documents), width), dtype=np.int64)
-    document = np.tile(-1 - np.arange(width), (len(documents), 1))  # each padding position is a document of its own
+    numbers = np.full((len(documents), width), -1, dtype=np.int64)
     for line, item in enumerate(documents):
         start = 0
         for number, (ids, targets) in enumerate(item):
             end = start + len(ids)
             tokens[line, start:end], labels[line, start:end] = ids, targets
             positions[line, start:end] = np.arange(len(ids))
-            document[line, start:end] = number
+            numbers[line, start:end] = number
             start = end
     trained = torch.from_numpy(np.flatnonzero(labels != IGNORED))
-    n_tokens = int((document >= 0).sum()) if items else 0
+    n_tokens = int((numbers >= 0).sum()) if items else 0
     batch = Batch(torch.from_numpy(tokens), torch.from_numpy(labels), trained, None, None, n_tokens, len(trained))
     if pad_to is None:
         return batch
-    return batch._replace(mask=_block_diagonal(torch.from_numpy(document)), positions=torch.from_numpy(positions))
+    return batch._replace(documents=torch.from_numpy(numbers), positions=torch.from_numpy(positions))
 
 
 _EMPTY = (np.zeros(1, dtype=np.int64), np.full(1, IGNORED, dtype=np.int64))
@@ -93,12 +93,6 @@ def _document(dataset: Rows, row: int) -> tuple[np.ndarray, np.ndarray]:
     labels = np.full(len(tokens), IGNORED, dtype=np.int64)
     labels[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
     return tokens, labels
-
-
-def _block_diagonal(document: Tensor) -> Tensor:
-    """[b, s] document numbers -> [b, s, s]: a position sees itself and what precedes it in its own document."""
-    same = document.unsqueeze(2) == document.unsqueeze(1)
-    return same.tril()
 
 
 def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:

@@ -27,7 +27,8 @@ products to run at full speed."""
 class HeadLoss:
     """Hidden states in, summed loss out; `output` is the decoder's head.
 
-    `chunks`: how many chunks of rows to make, None: as many as `CHUNK_ELEMENTS` asks for.
+    `softcap`: logits x become c * tanh(x / c) (Gemma 2). `chunks`: how many chunks of rows to make, None: as many as
+    `CHUNK_ELEMENTS` asks for.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class HeadLoss:
         output: Callable[[Tensor], Tensor],
         vocabulary: int,
         *,
+        softcap: float | None = None,
         label_smoothing: float = 0.0,
         chunks: int | None = None,
         compiled: Callable[[Any], Any] | None = None,
     ) -> None:
         self.output = output
         self.vocabulary = vocabulary
+        self.softcap = softcap
         self.label_smoothing = label_smoothing
         self.chunks = chunks
         self.measure = compiled(_loss_and_gradient) if compiled else _loss_and_gradient
@@ -77,13 +80,19 @@ class HeadLoss:
 
 
 def _loss_and_gradient(
-    logits: Tensor, labels: Tensor, smoothing: float, with_gradient: bool
+    logits: Tensor, labels: Tensor, head: HeadLoss, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Summed cross-entropy [] of float32 `logits` [n, v] against `labels` [n]; and, in the memory of the logits, its
     gradient [n, v].
 
     With smoothing e the target is (1 - e) at the label plus e / v everywhere, as in torch.nn.CrossEntropyLoss.
     """
+    cap, smoothing = head.softcap, head.label_smoothing
+    slope: Tensor | None = None  # of the soft-cap: 1 - tanh(x / c)^2
+    if cap is not None:
+        logits.div_(cap).tanh_()
+        slope = 1 - logits.square() if with_gradient else None
+        logits.mul_(cap)
     normaliser = logits.logsumexp(dim=1)  # [n]
     at_label = logits.gather(1, labels[:, None])[:, 0]  # [n]
     losses = normaliser - (1 - smoothing) * at_label
@@ -95,6 +104,8 @@ def _loss_and_gradient(
     gradient.scatter_add_(1, labels[:, None], torch.full_like(gradient[:, :1], smoothing - 1))
     if smoothing:
         gradient.sub_(smoothing / logits.shape[1])
+    if slope is not None:
+        gradient.mul_(slope)
     return losses.sum(), gradient
 
 
@@ -118,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             logits = functional.linear(hidden[chunk], weight).float()  # [n, v]
-            loss, gradient = head.measure(logits, labels[chunk], head.label_smoothing, for_hidden or for_weight)
+            loss, gradient = head.measure(logits, labels[chunk], head, for_hidden or for_weight)
             total += loss
             if gradient is not None:
                 gradient = gradient.to(weight.dtype)

@@ -24,7 +24,7 @@ from trainers.distributed import Ranks, like
 from trainers.loss import HeadLoss
 from trainers.methods import Method, method_of
 from trainers.models.architecture import Architecture
-from trainers.models.decoder import build_decoder, init_rope
+from trainers.models.decoder import build_decoder, causal, init_rope
 from trainers.plan import Plan
 
 FITS = 0.5
@@ -43,6 +43,7 @@ class TrainingModel(nn.Module):
         self.loss = HeadLoss(
             decoder.output,
             arch.vocab_size,
+            softcap=arch.final_softcap,
             label_smoothing=plan.loss.kwargs.get("label_smoothing", 0.0),
             chunks=plan.loss.kwargs.get("num_output_chunks"),
             compiled=partial(torch.compile, backend=_compile_backend()) if plan.compile else None,
@@ -52,11 +53,12 @@ class TrainingModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's trained positions, float32, shape []. 0, with zero gradients, for none."""
         hidden = self.decoder.tok_embeddings(batch.tokens)  # [b, s, d]
+        seen = causal(self.decoder, batch.tokens, batch.documents)
         for layer in self.decoder.layers:
             if self.recompute and self.training:
-                hidden = checkpoint(layer, hidden, mask=batch.mask, input_pos=batch.positions, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, mask=seen, input_pos=batch.positions, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask=batch.mask, input_pos=batch.positions)
+                hidden = layer(hidden, mask=seen, input_pos=batch.positions)
         hidden = self.decoder.norm(hidden.flatten(0, 1)[batch.trained])  # [n, d]
         loss: Tensor = self.loss(hidden, batch.labels.flatten()[batch.trained])
         return loss

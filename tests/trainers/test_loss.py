@@ -20,12 +20,17 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunks", [None, 1, 3, 50])
-@pytest.mark.parametrize("tied", [False, True])
-def test_loss_and_gradients_are_those_of_plain_autograd(smoothing: float, chunks: int | None, tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "softcap"), [(False, None), (True, None), (True, 0.5)])
+def test_loss_and_gradients_are_those_of_plain_autograd(
+    smoothing: float, chunks: int | None, tied: bool, softcap: float | None
+) -> None:
     hidden, labels = inputs()
     matrix = nn.Embedding(VOCABULARY, WIDTH) if tied else Head(WIDTH, VOCABULARY, bias=False)
-    head = HeadLoss(TiedLinear(matrix) if tied else matrix, VOCABULARY, label_smoothing=smoothing, chunks=chunks)
+    output = TiedLinear(matrix) if tied else matrix
+    head = HeadLoss(output, VOCABULARY, softcap=softcap, label_smoothing=smoothing, chunks=chunks)
     logits = functional.linear(hidden, matrix.weight)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     plain = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     expected = torch.autograd.grad(3 * plain, [hidden, matrix.weight])
     fused = head(hidden, labels)
@@ -67,9 +72,9 @@ def test_without_gradients_nothing_but_the_loss_is_computed() -> None:
     asked: list[bool] = []
     measure = head.measure
 
-    def watched(logits: Tensor, targets: Tensor, smoothing: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def watched(logits: Tensor, targets: Tensor, of: HeadLoss, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         asked.append(with_gradient)
-        return measure(logits, targets, smoothing, with_gradient)
+        return measure(logits, targets, of, with_gradient)
 
     head.measure = watched
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """One builder for every family: an `Architecture` becomes a torchtune `TransformerDecoder`.
 
 torchtune's own builders are not used because they permute q and k, tie head_dim to hidden_size / heads, and have no
-rope settings from a config. Parameters carry torchtune's names (`layers.0.attn.q_proj.weight`, ...).
+rope settings from a config. Parameters carry torchtune's names (`layers.0.attn.q_proj.weight`, ...), those of the norms
+behind attention and feed-forward included (`sa_scale.scale`, `mlp_scale.scale`).
 """
 
 from collections.abc import Callable
@@ -11,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
-from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import (
     FeedForward,
-    MultiHeadAttention,
     RMSNorm,
     TiedLinear,
     TransformerDecoder,
@@ -22,6 +21,7 @@ from torchtune.modules import (
 )
 
 from trainers.models.architecture import Architecture
+from trainers.models.attention import Attention, Causal
 from trainers.models.rope import RotaryEmbedding
 
 
@@ -55,6 +55,30 @@ class FusedRMSNorm(RMSNorm):  # type: ignore[misc]  # torchtune ships no types
         return functional.rms_norm(x, self.normalized_shape, self.scale, self.eps)
 
 
+class GemmaNorm(nn.Module):
+    """RMSNorm that multiplies by (1 + scale), in float32 like transformers'."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x.float(), self.scale.shape, 1.0 + self.scale.float(), self.eps).type_as(x)
+
+
+class CappedTiedLinear(TiedLinear):  # type: ignore[misc]  # torchtune ships no types
+    """A tied head whose logits x become c * tanh(x / c)."""
+
+    def __init__(self, tied_module: nn.Module, softcap: float) -> None:
+        super().__init__(tied_module)
+        self.softcap = softcap
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().__call__(x)
+        return self.softcap * torch.tanh(logits / self.softcap)
+
+
 def build_decoder(
     arch: Architecture, *, linear: MakeLinear = plain_linear, max_seq_len: int | None = None
 ) -> TransformerDecoder:
@@ -65,17 +89,28 @@ def build_decoder(
     architecture's) is the longest sequence, in tokens, that will be fed.
     """
     seq_len = max_seq_len or arch.max_seq_len
-    rope = RotaryEmbedding(arch.rope, arch.head_dim, seq_len)
+    ropes = {params: RotaryEmbedding(params, arch.head_dim, seq_len) for params in {arch.rope, arch.local_rope}}
     tok_embeddings = _embedding(arch)
     return TransformerDecoder(
         tok_embeddings=tok_embeddings,
-        layers=nn.ModuleList(_layer(arch, rope, linear, seq_len) for _ in range(arch.num_layers)),
+        layers=nn.ModuleList(
+            _layer(arch, window, ropes[arch.rope if window is None else arch.local_rope], linear)
+            for window in arch.windows
+        ),
         max_seq_len=seq_len,
         num_heads=arch.num_heads,
         head_dim=arch.head_dim,
-        norm=_norm(arch),
+        norm=_norm(arch, arch.hidden_size),
         output=_head(arch, tok_embeddings, linear),
     )
+
+
+def causal(model: TransformerDecoder, tokens: Tensor, documents: Tensor | None = None) -> Causal:
+    """What the positions of `tokens` [b, s] see: the `mask` of every layer of `model`, or of `model` itself.
+
+    `documents` [b, s] numbers the documents of packed rows, see `Causal`; None: each row is one document.
+    """
+    return Causal(tokens.shape[1], {layer.attn.rules for layer in model.layers}, tokens.device, documents)
 
 
 def init_rope(model: nn.Module, device: torch.device | str) -> None:
@@ -90,43 +125,46 @@ def _embedding(arch: Architecture) -> nn.Embedding:
     return kind(arch.vocab_size, arch.hidden_size)
 
 
-def _norm(arch: Architecture) -> nn.Module:
-    kind: type[nn.Module] = GemmaRMSNorm if arch.gemma_style else FusedRMSNorm
-    return kind(arch.hidden_size, eps=arch.norm_eps)
+def _norm(arch: Architecture, width: int) -> nn.Module:
+    kind: type[nn.Module] = GemmaNorm if arch.gemma_style else FusedRMSNorm
+    return kind(width, eps=arch.norm_eps)
 
 
 def _head(arch: Architecture, tok_embeddings: nn.Embedding, linear: MakeLinear) -> Callable[[Tensor], Tensor]:
     if arch.tied:
         head: Callable[[Tensor], Tensor] = TiedLinear(tok_embeddings)
-        return head
+        return head if arch.final_softcap is None else CappedTiedLinear(tok_embeddings, arch.final_softcap)
     return linear("output", arch.hidden_size, arch.vocab_size, bias=False)
 
 
 def _layer(
-    arch: Architecture, rope: RotaryEmbedding, linear: MakeLinear, max_seq_len: int
+    arch: Architecture, window: int | None, rope: RotaryEmbedding, linear: MakeLinear
 ) -> TransformerSelfAttentionLayer:
     return TransformerSelfAttentionLayer(
-        attn=_attention(arch, rope, linear, max_seq_len),
+        attn=_attention(arch, window, rope, linear),
         mlp=_feed_forward(arch, linear),
-        sa_norm=_norm(arch),
-        mlp_norm=_norm(arch),
+        sa_norm=_norm(arch, arch.hidden_size),
+        mlp_norm=_norm(arch, arch.hidden_size),
+        sa_scale=_norm(arch, arch.hidden_size) if arch.post_norms else None,
+        mlp_scale=_norm(arch, arch.hidden_size) if arch.post_norms else None,
     )
 
 
-def _attention(arch: Architecture, rope: RotaryEmbedding, linear: MakeLinear, max_seq_len: int) -> MultiHeadAttention:
+def _attention(arch: Architecture, window: int | None, rope: RotaryEmbedding, linear: MakeLinear) -> Attention:
     width, queries, keys = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    return MultiHeadAttention(
-        embed_dim=queries,  # only checked to be a multiple of num_heads
-        num_heads=arch.num_heads,
-        num_kv_heads=arch.num_kv_heads,
+    return Attention(
         head_dim=arch.head_dim,
         q_proj=linear("attn.q_proj", width, queries, bias=arch.qkv_bias),
         k_proj=linear("attn.k_proj", width, keys, bias=arch.qkv_bias),
         v_proj=linear("attn.v_proj", width, keys, bias=arch.qkv_bias),
         output_proj=linear("attn.output_proj", queries, width, bias=arch.attention_output_bias),
         pos_embeddings=rope,
-        max_seq_len=max_seq_len,
-        attn_dropout=arch.attention_dropout,
+        window=window,
+        scale=arch.attention_scale,
+        softcap=arch.attention_softcap,
+        dropout=arch.attention_dropout,
+        q_norm=_norm(arch, arch.head_dim) if arch.qk_norm else None,
+        k_norm=_norm(arch, arch.head_dim) if arch.qk_norm else None,
     )
 
 
