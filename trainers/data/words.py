@@ -10,8 +10,8 @@ import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,8 @@ from trainers.data.spans import Span
 Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """Token ids [n], and for each [n] whether it is a training target."""
 
-_CUT = re.compile(r"(?<=[!-~])(?= [A-Za-z])")
+# Cuts before a blank, between [!-~] and a letter: a word takes in every other blank.
+_WORD = re.compile(r"(?= |[^ ]) ?[^ ]*(?:(?: (?![A-Za-z])|(?<![!-~]) )[^ ]*)*")
 _CUTTING_PATTERNS = {
     rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,60 +34,54 @@ _LONGEST_WORD = 64  # characters, of those that are kept
 LONG_TEXT = 1 << 16  # characters: every thread of a pool would keep the memory that its longest text took
 
 
-class _Word(NamedTuple):
-    ids: bytes
-    """int32 each."""
-    offsets: list[Span]
-    """Characters of each token, counted from the beginning of the word."""
-
-
 class WordTokenizer:
     """Token ids and loss masks of texts. `tokenizer` must be one that `cuts_between_words`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._words: dict[str, _Word] = {}
+        self._ids: dict[str, bytes] = {}  # by word; int32 each
+        self._offsets: dict[str, list[Span]] = {}  # by word: characters of each token, from the word's beginning
 
     def encode(self, texts: Sequence[str], trained: Sequence[Sequence[Span]]) -> list[Encoded]:
         """For each text its ids [n], and a mask [n] of the tokens that share a character with a trained span."""
-        rows = [_CUT.split(text) for text in texts]
-        known = self._words
-        new = {word for row in rows for word in row if word not in known}
+        rows = [_WORD.findall(text) for text in texts]
+        new = set(chain.from_iterable(rows)).difference(self._ids)
         self._learn(new)
         encoded = [self._encode_one(row, spans) for row, spans in zip(rows, trained, strict=True)]
+        if len(self._ids) > _MAX_WORDS:
+            self._ids.clear()
+            self._offsets.clear()
         for word in new:
             if len(word) > _LONGEST_WORD:
-                del known[word]
-        if len(known) > _MAX_WORDS:
-            known.clear()
+                self._ids.pop(word, None)
+                self._offsets.pop(word, None)
         return encoded
 
     def _learn(self, words: Iterable[str]) -> None:
         short = [word for word in words if len(word) <= LONG_TEXT]
-        encodings = self._tokenizer.encode_batch(short, add_special_tokens=False)
-        self._words.update(zip(short, map(_word, encodings), strict=True))
-        for long in words:
-            if len(long) > LONG_TEXT:
-                self._words[long] = _word(self._tokenizer.encode(long, add_special_tokens=False))
+        for word, encoding in zip(short, self._tokenizer.encode_batch(short, add_special_tokens=False), strict=True):
+            self._keep(word, encoding)
+        for word in words:
+            if len(word) > LONG_TEXT:
+                self._keep(word, self._tokenizer.encode(word, add_special_tokens=False))
+
+    def _keep(self, word: str, encoding: Encoding) -> None:
+        self._ids[word] = array("i", encoding.ids).tobytes()
+        self._offsets[word] = encoding.offsets
 
     def _encode_one(self, row: list[str], trained: Sequence[Span]) -> Encoded:
-        words = [self._words[text] for text in row]
-        pieces = [word[0] for word in words]
+        pieces = list(map(self._ids.__getitem__, row))
         ids = np.frombuffer(b"".join(pieces), dtype=np.int32)
         mask = np.zeros(len(ids), dtype=np.bool_)
         chars = list(accumulate(map(len, row), initial=0))
         tokens = list(accumulate(map(len, pieces), initial=0))  # in bytes of `ids`
         for start, end in trained:
             at = bisect_right(chars, start) - 1
-            first = tokens[at] // 4 + sum(stop <= start - chars[at] for _, stop in words[at].offsets)
+            first = tokens[at] // 4 + sum(stop <= start - chars[at] for _, stop in self._offsets[row[at]])
             at = bisect_right(chars, end - 1) - 1
-            last = tokens[at] // 4 + sum(begin < end - chars[at] for begin, _ in words[at].offsets)
+            last = tokens[at] // 4 + sum(begin < end - chars[at] for begin, _ in self._offsets[row[at]])
             mask[first:last] = True
         return ids, mask
-
-
-def _word(encoding: Encoding) -> _Word:
-    return _Word(array("i", encoding.ids).tobytes(), encoding.offsets)
 
 
 def cuts_between_words(tokenizer: Tokenizer) -> bool:
