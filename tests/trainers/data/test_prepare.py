@@ -214,7 +214,7 @@ def test_a_second_job_on_the_same_data_starts_without_tokenising(
 def test_each_job_judges_invalid_rows_by_its_own_measure(run: Prepare, tokenising: list[int]) -> None:
     lines = [line("a"), "nope", line("b")]
     for allowed in (0.0, 0.1):
-        with pytest.raises(DataInvalid, match="1 of 3 rows are invalid.*the first is line 2"):
+        with pytest.raises(DataInvalid, match=r"1 of 3 rows are invalid.*the first is line 2"):
             run(lines, max_invalid_fraction=allowed)
     assert run(lines, max_invalid_fraction=0.5).rows == 2
     assert tokenising == [3]
