@@ -69,8 +69,10 @@ def measured() -> Iterator[Cost]:
     this = psutil.Process()
 
     def watch() -> None:
-        while not done.wait(0.1):
+        while True:
             cost.peak_mb = max(cost.peak_mb, sum(map(_resident_mb, [this, *this.children(recursive=True)])))
+            if done.wait(0.1):
+                return
 
     def cpu_s() -> float:
         return sum(os.times()[:4])
