@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainers.batches import Batch, Progress, Schedule, StepItems, collate, evaluation_batches, pack
+from trainers.batches import Batch, Progress, Schedule, StepItems, collate, evaluation_batches
 from trainers.checkpoint import CheckpointWriter, load_optimizer, load_progress
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
@@ -212,15 +212,16 @@ def evaluate(model: TrainingModel, data: TokenisedDataset, batch_size: int, rank
 
 def build_schedule(plan: Plan, data: TokenisedDataset, ranks: Ranks) -> Schedule:
     """The steps of `plan` over `data`, as this rank takes part in them."""
-    size = pack_size(plan)
-    items = pack(data.lengths, size) if size else list(np.arange(len(data)).reshape(-1, 1))
     return Schedule(
-        items,
+        data.lengths,
+        data.trained,
         n_epochs=plan.n_epochs,
         batch_size=plan.batch_size,
         accumulation=plan.gradient_accumulation_steps,
         max_steps_per_epoch=plan.max_steps_per_epoch,
         shuffle_seed=plan.seed if plan.shuffle else None,
+        pack_to=pack_size(plan),
+        group_by_length=plan.group_by_length and plan.shuffle and not plan.packed,
         rank=ranks.rank,
         world=ranks.world,
     )
