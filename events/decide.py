@@ -3,6 +3,7 @@
 from events.facts import (
     CancelRequested,
     CheckpointSaved,
+    CheckpointsDeleted,
     DataRejected,
     DataValidated,
     Event,
@@ -80,7 +81,7 @@ def _while_cancelling(job: FineTuningJob, event: Event) -> list[Event]:
             return []
         case JobCancelled():
             return [event]
-        case MetricsRecorded() | CheckpointSaved():
+        case MetricsRecorded() | CheckpointSaved() | CheckpointsDeleted():
             return _while_alive(job, event)
         case _:
             raise Refused("cancelling", f"job {job.job_id} is being cancelled: {event.type} is refused")
@@ -96,7 +97,7 @@ def _while_alive(job: FineTuningJob, event: Event) -> list[Event]:
             return [] if job.admitted else _require(job, event, job.status == "queued")
         case RunStarted():
             return _run_started(job, event)
-        case MetricsRecorded() | CheckpointSaved():
+        case MetricsRecorded() | CheckpointSaved() | CheckpointsDeleted():
             _check_attempt(job, event, event.attempt)
             _require(job, event, job.status == "running")
             return [] if isinstance(event, CheckpointSaved) and event.uri in job.checkpoints else [event]

@@ -147,6 +147,15 @@ class CheckpointSaved(Fact):
     epoch: int = Field(description="Epochs completed at this checkpoint.")
     uri: str
     metrics: dict[str, float] = Field(default_factory=dict)
+    best: bool = Field(default=False, description="The lowest validation loss so far was measured at it.")
+
+
+class CheckpointsDeleted(Fact):
+    """They are about to be deleted from disk: the job keeps its last ones and its best one only."""
+
+    type: Literal["CheckpointsDeleted"] = "CheckpointsDeleted"
+    attempt: int = Field(ge=1)
+    uris: list[str] = Field(min_length=1)
 
 
 class RunInterrupted(Fact):
@@ -187,6 +196,7 @@ Event = Annotated[
     | RunStarted
     | MetricsRecorded
     | CheckpointSaved
+    | CheckpointsDeleted
     | RunInterrupted
     | CancelRequested
     | JobSucceeded

@@ -17,6 +17,7 @@ from events.config import Config, optional
 from events.facts import (
     CancelRequested,
     CheckpointSaved,
+    CheckpointsDeleted,
     DataRejected,
     DataReport,
     DataValidated,
@@ -103,6 +104,7 @@ class FineTuningJob(BaseModel):
     checkpoints: list[Annotated[str, Field(json_schema_extra={"format": "uri"})]] = Field(
         default=[], description="List of paths to checkpoint files for various epochs."
     )
+    best_checkpoint: str | None = optional("The checkpoint with the lowest loss on validation_data.", format="uri")
     logs: str | None = optional("Path to the logs, either local or a WandB URI.", format="uri")
     input_config: Annotated[dict[str, Any], _ConfigAsSent()] = Field(description="The config as it was sent.")
     metadata: dict[str, Any] = Field(default={}, description="The config's metadata.")
@@ -186,6 +188,8 @@ def _changes(job: FineTuningJob, event: AnyEvent, time: datetime) -> dict[str, A
             return _measured(job, event.steps)
         case CheckpointSaved() if event.attempt == job.attempt:
             return _saved(job, event)
+        case CheckpointsDeleted():
+            return {"checkpoints": [uri for uri in job.checkpoints if uri not in event.uris]}
         case RunInterrupted():
             return _interrupted(job, event)
         case CancelRequested():
@@ -262,6 +266,7 @@ def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
     return {
         "checkpoints": job.checkpoints if event.uri in job.checkpoints else [*job.checkpoints, event.uri],
         "progress": progress,
+        "best_checkpoint": event.uri if event.best else job.best_checkpoint,
         "saved": _Saved(step=event.step, epoch=event.epoch, metrics=metrics),
     }
 

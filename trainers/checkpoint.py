@@ -7,12 +7,13 @@ flushed to disk and renamed; a crash leaves the earlier checkpoints as they were
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,6 +42,21 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:08d}"
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What the evaluations after each epoch have shown: the lowest loss, the step it was seen after (0: none yet), and
+    how many evaluations there have been since."""
+
+    best_loss: float = math.inf
+    best_step: int = 0
+    without_gain: int = 0
+
+    def after(self, step: int, loss: float) -> "Validation":
+        if loss < self.best_loss:
+            return Validation(loss, step)
+        return replace(self, without_gain=self.without_gain + 1)
+
+
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time, while training goes on. A context: what is under way when it ends is
     finished and reported; it raises what went wrong in writing, unless something else is being raised.
@@ -58,6 +74,7 @@ class CheckpointWriter:
         self._model_dir = model_dir
         self._ranks = ranks
         self._reporter = reporter
+        self._keep_last_n = plan.keep_last_n_checkpoints
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
 
@@ -83,11 +100,13 @@ class CheckpointWriter:
     def save(
         self,
         progress: Progress,
+        validation: Validation,
         metrics: Mapping[str, float],
         parameters: NamedParameters,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """The checkpoint of `progress`, with the `metrics` of its moment. Every rank has to call it; rank 0 writes.
+        """The checkpoint of `progress`, with the `metrics` of its moment. Every rank has to call it; rank 0 writes, and
+        then deletes what is not to be kept.
 
         `parameters` are the trained ones, which may change again when it returns.
         """
@@ -97,27 +116,45 @@ class CheckpointWriter:
         moments = _gathered(dict(_optimizer_tensors(parameters, optimizer)), self._ranks, copy=writes_later)
         if not self._ranks.first:
             return
-        self._under_way = self._thread.submit(self._write, progress, dict(metrics), weights, moments)
+        self._under_way = self._thread.submit(self._write, progress, validation, dict(metrics), weights, moments)
         if not writes_later:
             self.wait()
 
     def _write(
-        self, progress: Progress, metrics: dict[str, float], weights: dict[str, Tensor], moments: dict[str, Tensor]
+        self,
+        progress: Progress,
+        validation: Validation,
+        metrics: dict[str, float],
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
     ) -> None:
         path = checkpoint_path(self._output_dir, progress.step)
         with _appearing(path) as draft:
             self._method.save(draft, weights, self._arch, self._model_dir)
-            _save_state(draft / STATE, moments, progress)
-        _log.info("checkpoint %s", path)
-        self._reporter.checkpoint(SavedCheckpoint(path, progress.step, progress.epoch, metrics))
+            _save_state(draft / STATE, moments, progress, validation)
+        best = progress.step == validation.best_step
+        _log.info("checkpoint %s%s", path, " (the best so far)" if best else "")
+        self._reporter.checkpoint(SavedCheckpoint(path, progress.step, progress.epoch, metrics, best))
         drop_older_states(self._output_dir, progress.step)
+        if self._keep_last_n is not None:
+            self._delete_all_but(self._keep_last_n, checkpoint_path(self._output_dir, validation.best_step))
+
+    def _delete_all_but(self, last_n: int, best: Path) -> None:
+        """Reported before they are gone: a checkpoint that is listed is there."""
+        written = sorted(path for path in best.parent.iterdir() if not path.name.startswith("."))
+        doomed = [path for path in written[:-last_n] if path != best]
+        if doomed:
+            self._reporter.deleted(doomed)
+        for path in doomed:
+            hidden = path.rename(path.with_name(f".{path.name}.old"))
+            shutil.rmtree(hidden)
 
 
-def load_progress(checkpoint: Path) -> Progress:
+def load_progress(checkpoint: Path) -> tuple[Progress, Validation]:
     """Where the run stood at `checkpoint`. Raises InfrastructureError `checkpoint_unreadable`."""
     try:
         state = json.loads((checkpoint / STATE / "state.json").read_text(encoding="utf-8"))
-        return Progress(**state["progress"])
+        return Progress(**state["progress"]), Validation(**state.get("validation", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InfrastructureError(
             "checkpoint_unreadable", f"can't resume from {checkpoint}: {type(error).__name__}: {error}"
@@ -165,10 +202,12 @@ def _optimizer_tensors(parameters: NamedParameters, optimizer: torch.optim.Optim
                 yield f"{attribute}/{name}", value
 
 
-def _save_state(state_dir: Path, moments: dict[str, Tensor], progress: Progress) -> None:
+def _save_state(state_dir: Path, moments: dict[str, Tensor], progress: Progress, validation: Validation) -> None:
     state_dir.mkdir()
     save_file(moments, state_dir / "optimizer.safetensors")
     state: dict[str, Any] = {"version": _VERSION, "progress": asdict(progress)}
+    if validation.best_step:
+        state["validation"] = asdict(validation)
     (state_dir / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 

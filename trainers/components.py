@@ -41,6 +41,10 @@ _SGD: dict[str, Check] = {
     "foreach": nullable(boolean),
     "fused": nullable(boolean),
 }
+_FROM_THE_RUN = {
+    "num_training_steps": "it follows from the data and the number of epochs",
+    "last_epoch": "it follows from the checkpoint a job resumes from",
+}
 _MASKED = "the loss mask (keep_loss) decides which tokens count"
 _SUMMED = "losses are always summed over a step's trained tokens and divided by their number"
 
@@ -52,10 +56,13 @@ COMPONENTS: Mapping[str, Component] = MappingProxyType(
         "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup": Component(
             "lr_scheduler",
             {"num_warmup_steps": integer(0, 10**9), "num_cycles": number(0, 1000, above=True)},
-            {
-                "num_training_steps": "it follows from the data and the number of epochs",
-                "last_epoch": "it follows from the checkpoint a job resumes from",
-            },
+            _FROM_THE_RUN,
+        ),
+        "trainers.optimization.get_linear_schedule_with_warmup": Component(
+            "lr_scheduler", {"num_warmup_steps": integer(0, 10**9)}, _FROM_THE_RUN
+        ),
+        "trainers.optimization.get_constant_schedule_with_warmup": Component(
+            "lr_scheduler", {"num_warmup_steps": integer(0, 10**9)}, _FROM_THE_RUN
         ),
         "torchtune.modules.loss.CEWithChunkedOutputLoss": Component(
             "loss", {"num_output_chunks": integer(1, 1024)}, {"ignore_index": _MASKED}

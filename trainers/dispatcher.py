@@ -19,6 +19,7 @@ from events.decide import Refused
 from events.facts import (
     CancelRequested,
     CheckpointSaved,
+    CheckpointsDeleted,
     Event,
     JobAdmitted,
     JobCancelled,
@@ -43,6 +44,8 @@ NAME = "tunewright-dispatcher"
 TICK_S = 1.0
 BETWEEN_PASSES_S = 0.25
 """At least: what arrives in a burst is looked at together."""
+_OF_A_RUN = MetricsRecorded | CheckpointSaved | CheckpointsDeleted
+"""Events that no pass has to act on."""
 SETTLING_TICK_S = 0.2
 """Between passes while a runner is being stopped: a cancelled job should not read `running` longer than it does."""
 
@@ -244,7 +247,10 @@ class Dispatcher:
         deadline = time.monotonic() + (SETTLING_TICK_S if self._settling else TICK_S)
         while self._position is not None and (left := deadline - time.monotonic()) > 0:
             news = await self._news(self._position, wait_s=left)
-            if any(not isinstance(recorded.event, MetricsRecorded | CheckpointSaved) for recorded in news):
+            if any(
+                not isinstance(recorded.event, MetricsRecorded | CheckpointSaved | CheckpointsDeleted)
+                for recorded in news
+            ):
                 return
 
 

@@ -149,6 +149,19 @@ KEYS: tuple[Key, ...] = (
         "A checkpoint every so many steps, besides the one after each epoch. null: only those.",
     ),
     Key(
+        "keep_last_n_checkpoints",
+        nullable(integer(1, 10**6)),
+        "null",
+        "Older checkpoints are deleted, all but the best one. null: every checkpoint is kept.",
+        ("keep_last_n",),
+    ),
+    Key(
+        "early_stopping_patience",
+        nullable(integer(1, 10_000)),
+        "null",
+        "Stop after so many epochs without a lower loss on `validation_data`. null: train every epoch.",
+    ),
+    Key(
         "max_invalid_fraction",
         number(0, 1, below=True),
         "0",

@@ -19,7 +19,11 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return _OPTIMIZERS[plan.optimizer.component](list(parameters), lr=plan.lr, **plan.optimizer.kwargs)
+    """Adam and AdamW update in one fused pass over memory unless the plan says otherwise."""
+    kwargs = dict(plan.optimizer.kwargs)
+    if "Adam" in plan.optimizer.component and not kwargs.keys() & {"fused", "foreach"}:
+        kwargs["fused"] = True
+    return _OPTIMIZERS[plan.optimizer.component](list(parameters), lr=plan.lr, **kwargs)
 
 
 def warmup_steps(plan: Plan, total_steps: int) -> int:
@@ -32,7 +36,7 @@ def warmup_steps(plan: Plan, total_steps: int) -> int:
 def build_scheduler(
     plan: Plan, optimizer: torch.optim.Optimizer, *, total_steps: int, steps_done: int
 ) -> LambdaLR | None:
-    """A cosine schedule that goes on after `steps_done` steps; None where the learning rate is constant.
+    """The plan's schedule, going on after `steps_done` steps; None where the learning rate is constant from the start.
 
     The rate of a step depends on the plan and the step's number only, so nothing of the schedule is saved.
     """
@@ -40,11 +44,40 @@ def build_scheduler(
         return None
     for group in optimizer.param_groups:
         group["initial_lr"] = plan.lr
-    scheduler: LambdaLR = get_cosine_schedule_with_warmup(
+    return _SCHEDULES[plan.lr_scheduler.component](
         optimizer,
         num_warmup_steps=warmup_steps(plan, total_steps),
         num_training_steps=total_steps,
-        num_cycles=plan.lr_scheduler.kwargs.get("num_cycles", 0.5),
         last_epoch=steps_done - 1,
+        **{name: value for name, value in plan.lr_scheduler.kwargs.items() if name != "num_warmup_steps"},
     )
-    return scheduler
+
+
+def get_constant_schedule_with_warmup(
+    optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
+) -> LambdaLR:
+    """Up from 0 in a straight line over the warm-up, then the peak rate; as transformers' schedule of that name."""
+    return LambdaLR(optimizer, lambda step: _rising(step, num_warmup_steps), last_epoch)
+
+
+def get_linear_schedule_with_warmup(
+    optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
+) -> LambdaLR:
+    """Up as the constant schedule, then down in a straight line to 0 at the end; as transformers' of that name."""
+
+    def share(step: int) -> float:
+        falling = (num_training_steps - step) / max(1, num_training_steps - num_warmup_steps)
+        return _rising(step, num_warmup_steps) if step < num_warmup_steps else max(0.0, falling)
+
+    return LambdaLR(optimizer, share, last_epoch)
+
+
+def _rising(step: int, warmup: int) -> float:
+    return min(1.0, step / warmup) if warmup else 1.0
+
+
+_SCHEDULES: dict[str, Callable[..., LambdaLR]] = {
+    "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup": get_cosine_schedule_with_warmup,
+    "trainers.optimization.get_linear_schedule_with_warmup": get_linear_schedule_with_warmup,
+    "trainers.optimization.get_constant_schedule_with_warmup": get_constant_schedule_with_warmup,
+}

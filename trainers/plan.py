@@ -90,6 +90,8 @@ class Plan(_Frozen):
 
     log_every_n_steps: int = 1
     save_every_n_steps: int | None = None
+    keep_last_n_checkpoints: int | None = None
+    early_stopping_patience: int | None = None
     logger: Annotated[DiskLog | WandBLog, Field(discriminator="kind")] = DiskLog(filename="metrics.jsonl")
 
     nnodes: int = 1
@@ -129,7 +131,7 @@ def make_plan(config: Config) -> Plan:
     values, components = merged.values(), merged.components()
     problems += merged.problems
     lora = {field: values.pop(key) for key, field in _LORA_FIELDS.items() if key in values}
-    problems += _contradictions(values, lora, merged)
+    problems += _contradictions(values, lora, merged, has_validation_data=config.validation_data is not None)
     problems += _logger_problems(config)
     if problems:
         raise ConfigProblems(problems)
@@ -153,7 +155,9 @@ def _component(part: tuple[str, dict[str, Any]] | None) -> ComponentSpec | None:
     return None if part is None else ComponentSpec(component=part[0], kwargs=part[1])
 
 
-def _contradictions(values: dict[str, Any], lora: dict[str, Any], merged: Merged) -> list[Problem]:
+def _contradictions(
+    values: dict[str, Any], lora: dict[str, Any], merged: Merged, *, has_validation_data: bool
+) -> list[Problem]:
     """Settings that are fine by themselves and wrong together."""
     problems = []
     if values.get("packed") and values.get("max_seq_len") is None:
@@ -161,6 +165,9 @@ def _contradictions(values: dict[str, Any], lora: dict[str, Any], merged: Merged
     if values.get("group_by_length") and (values.get("packed") or values.get("shuffle") is False):
         reason = "packs are of one length" if values.get("packed") else "without shuffle the rows keep their order"
         problems.append(Problem(merged.param("group_by_length"), f"has no effect here: {reason}"))
+    if values.get("early_stopping_patience") and not has_validation_data:
+        message = "needs validation_data: without it nothing tells when to stop"
+        problems.append(Problem(merged.param("early_stopping_patience"), message))
     if {"attn_modules", "mlp", "output"} <= lora.keys() and not (lora["attn_modules"] or lora["mlp"] or lora["output"]):
         problems.append(
             Problem(merged.param("lora_attn_modules"), "no layer gets an adapter: there is nothing to train")

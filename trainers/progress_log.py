@@ -10,6 +10,7 @@ import torch
 
 from events.facts import StepMetrics
 from trainers.batches import Progress
+from trainers.checkpoint import Validation
 from trainers.distributed import Ranks
 from trainers.models.architecture import Architecture
 from trainers.optimization import warmup_steps
@@ -64,14 +65,19 @@ class ProgressLog:
             StepMetrics.model_validate({"step": progress.step, "epoch": epoch + 1, "time": _now(), **measured})
         )
 
-    def evaluated(self, progress: Progress, loss: float | None) -> None:
+    def evaluated(self, progress: Progress, loss: float) -> None:
         self.interrupted()
-        if loss is None:
-            return
         self._latest["valid_loss"] = loss
         if self._ranks.first:
             _log.info("validation after step %d/%d | loss %.4f", progress.step, self._total_steps, loss)
             self._reporter.metrics(StepMetrics(step=progress.step, epoch=progress.epoch, time=_now(), valid_loss=loss))
+
+    def stopped_early(self, validation: Validation) -> None:
+        if self._ranks.first:
+            _log.info(
+                "stopped early: no lower validation loss in %d epoch(s); the best, %.4f, was after step %d",
+                *(validation.without_gain, validation.best_loss, validation.best_step),
+            )
 
     def interrupted(self) -> None:
         """Something else than a step took time."""

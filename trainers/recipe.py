@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainers.batches import Batch, Progress, Schedule, StepItems, collate, evaluation_batches
-from trainers.checkpoint import CheckpointWriter, load_optimizer, load_progress
+from trainers.checkpoint import CheckpointWriter, Validation, load_optimizer, load_progress
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
 from trainers.errors import UserError
@@ -59,7 +59,7 @@ def train(
         data = TokenisedDataset(train_data)
         valid = TokenisedDataset(valid_data) if valid_data else None
         schedule = build_schedule(plan, data, ranks)
-        progress = load_progress(resume_from) if resume_from else Progress()
+        progress, validation = load_progress(resume_from) if resume_from else (Progress(), Validation())
         total_steps = schedule.total_steps(progress)
 
         # ---- load
@@ -82,7 +82,14 @@ def train(
             micro_batches = [collate(data, share, pack_size(plan)) for share in items.micro_batches]
             seed_step(plan.seed, progress.step, ranks.rank)
             tensors = training_step(
-                model, optimizer, scheduler, micro_batches, ranks, plan.clip_grad_norm, reporter.should_stop()
+                model,
+                optimizer,
+                scheduler,
+                micro_batches,
+                items.trained,
+                ranks,
+                plan.clip_grad_norm,
+                reporter.should_stop(),
             )
             progress = items.after
             under_way.append(Step(items, tensors))
@@ -98,17 +105,22 @@ def train(
 
             # ---- save
             if valid and progress.between_epochs:
-                log.evaluated(progress, evaluate(model, valid, plan.batch_size, ranks))
+                loss = evaluate(model, valid, plan.batch_size, ranks)
+                log.evaluated(progress, loss)
+                validation = validation.after(progress.step, loss)
             if at_checkpoint or stop:
-                checkpoints.save(progress, log.latest(), model.trainable(), optimizer)
+                checkpoints.save(progress, validation, log.latest(), model.trainable(), optimizer)
                 log.interrupted()
             if stop:
                 checkpoints.wait()
                 raise Stopped(progress.step)
+            if plan.early_stopping_patience and validation.without_gain >= plan.early_stopping_patience:
+                log.stopped_early(validation)
+                break
 
 
 class StepOutcome(NamedTuple):
-    """Of one step, over all its micro-batches and all ranks. `loss` is the mean over the `trained` tokens; `lr` is the
+    """Of one step, over all its micro-batches and all ranks. `loss` is the mean over the trained tokens; `lr` is the
     rate the step was taken with; `grad_norm`, before clipping, is None unless it is asked for. `losses` [ranks,
     micro-batches] are the sums that `loss` is made of."""
 
@@ -116,7 +128,6 @@ class StepOutcome(NamedTuple):
     lr: float
     grad_norm: float | None
     tokens: int
-    trained: int
     stop: bool
     losses: list[list[float]]
 
@@ -125,17 +136,18 @@ class StepTensors(NamedTuple):
     """A StepOutcome that may still be under way on the device."""
 
     losses: Tensor  # [ranks, micro-batches]
-    counts: Tensor  # [trained, tokens, ranks that wish to stop]
+    counts: Tensor  # [tokens, ranks that wish to stop]
     grad_norm: Tensor | None  # []
     lr: float
+    trained: int
 
     def read(self) -> StepOutcome:
         """Waits for the step."""
-        trained, tokens, stop = self.counts.tolist()
+        tokens, stop = self.counts.tolist()
         norm = None if self.grad_norm is None else self.grad_norm.item()
         losses = self.losses.tolist()
-        loss = math.fsum(itertools.chain.from_iterable(losses)) / trained
-        return StepOutcome(loss, self.lr, norm, int(tokens), int(trained), bool(stop), losses)
+        loss = sum(itertools.chain.from_iterable(losses)) / self.trained
+        return StepOutcome(loss, self.lr, norm, int(tokens), bool(stop), losses)
 
 
 class Step(NamedTuple):
@@ -148,11 +160,12 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | None,
     micro_batches: Sequence[Batch],
+    trained: int,
     ranks: Ranks,
     clip_grad_norm: float | None,
     stop: bool,
 ) -> StepTensors:
-    """The training step: one update from the mean loss over all trained tokens of all micro-batches and ranks.
+    """The training step: one update from the mean loss over all `trained` tokens of all micro-batches and ranks.
 
     Nothing in it waits for the device. `stop`: whether this rank wishes to stop after it.
     """
@@ -163,25 +176,25 @@ def training_step(
         loss.backward()
         losses[ranks.rank, number] = loss.detach()
 
-    here = [sum(batch.n_trained for batch in micro_batches), sum(batch.n_tokens for batch in micro_batches), stop]
-    counts = torch.tensor(here, dtype=torch.float64).to(ranks.device, non_blocking=True)
+    counts = torch.tensor([sum(batch.n_tokens for batch in micro_batches), stop], dtype=torch.float64)
+    counts = counts.to(ranks.device, non_blocking=True)
     ranks.sum_all_([losses, counts])
     gradients = model.gradients()
     if not model.sharded:
         ranks.sum_all_(gradients)
     # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
-    scale = (ranks.world if model.sharded else 1) / counts[0]
+    torch._foreach_mul_(gradients, (ranks.world if model.sharded else 1) / trained)
     grad_norm = None
     if clip_grad_norm is not None:
-        grad_norm = scale * _norm(gradients, ranks, summed=not model.sharded)
-        scale = scale * (clip_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
-    torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+        grad_norm = _norm(gradients, ranks, summed=not model.sharded)
+        too_long = (clip_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
+        torch._foreach_mul_(gradients, too_long.to(gradients[0].dtype))
     lr = float(optimizer.param_groups[0]["lr"])
     optimizer.step()
     optimizer.zero_grad()
     if scheduler:
         scheduler.step()
-    return StepTensors(losses, counts, grad_norm, lr)
+    return StepTensors(losses, counts, grad_norm, lr, trained)
 
 
 def _norm(gradients: list[Tensor], ranks: Ranks, *, summed: bool) -> Tensor:
@@ -197,8 +210,8 @@ def steps_ahead(ranks: Ranks) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: TrainingModel, data: TokenisedDataset, batch_size: int, ranks: Ranks) -> float | None:
-    """Mean loss over all trained tokens of `data`; None if there is none. Every rank has to call it."""
+def evaluate(model: TrainingModel, data: TokenisedDataset, batch_size: int, ranks: Ranks) -> float:
+    """Mean loss over all trained tokens of `data`. Every rank has to call it."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # summed loss, trained tokens
     for share in evaluation_batches(data.lengths, batch_size, ranks.rank, ranks.world):
@@ -207,7 +220,7 @@ def evaluate(model: TrainingModel, data: TokenisedDataset, batch_size: int, rank
         total[1] += batch.n_trained
     model.train()
     loss, trained = ranks.sum_(total).tolist()
-    return loss / trained if trained else None
+    return float(loss / trained)
 
 
 def build_schedule(plan: Plan, data: TokenisedDataset, ranks: Ranks) -> Schedule:

@@ -9,12 +9,14 @@ from events.facts import StepMetrics
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that is complete on disk. `epoch` counts the epochs completed at it."""
+    """A checkpoint that is complete on disk. `epoch` counts the epochs completed at it; `best`: no evaluation so far
+    has shown a lower validation loss than the one at it."""
 
     path: Path
     step: int
     epoch: int
     metrics: dict[str, float] = field(default_factory=dict)
+    best: bool = False
 
 
 class Reporter(Protocol):
@@ -29,6 +31,9 @@ class Reporter(Protocol):
     def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
         """Rank 0 calls it, on a thread of its own, while training goes on. Returns once the checkpoint is recorded:
         older training states are deleted after it."""
+
+    def deleted(self, checkpoints: list[Path]) -> None:
+        """Rank 0 calls it, on the same thread, before it deletes them. Returns once that is recorded."""
 
     def should_stop(self) -> bool:
         """Asked on every rank in each step; one rank's yes stops all of them after the same step."""

@@ -17,7 +17,7 @@ import ray.train
 
 from events.actors import EventLogClient, connect
 from events.decide import Refused
-from events.facts import CheckpointSaved, Event, MetricsRecorded, RunStarted, StepMetrics
+from events.facts import CheckpointSaved, CheckpointsDeleted, Event, MetricsRecorded, RunStarted, StepMetrics
 from events.ids import new_event_id
 from trainers.job_output import LineWriter, log_to_stdout
 from trainers.loggers import Logger, open_logger
@@ -111,7 +111,7 @@ class RayReporter:
         plan = Plan.model_validate(self._assignment.plan)
         job_dir, checkpoint = Path(self._assignment.job_dir), self._assignment.resume_from
         self._logger = open_logger(
-            plan, self._assignment.job_id, job_dir, load_progress(Path(checkpoint)).step if checkpoint else 0
+            plan, self._assignment.job_id, job_dir, load_progress(Path(checkpoint))[0].step if checkpoint else 0
         )
         self._append(
             RunStarted(
@@ -145,8 +145,14 @@ class RayReporter:
                 epoch=checkpoint.epoch,
                 uri=checkpoint.path.as_uri(),
                 metrics=checkpoint.metrics,
+                best=checkpoint.best,
             )
         )
+
+    def deleted(self, checkpoints: list[Path]) -> None:
+        if self._speaks:
+            uris = [path.as_uri() for path in checkpoints]
+            self._append(CheckpointsDeleted(attempt=self._assignment.attempt, uris=uris))
 
     def should_stop(self) -> bool:
         """True once the log has refused this attempt's facts: the job is over, or a newer attempt owns it."""

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from events.facts import (
     CancelRequested,
     CheckpointSaved,
+    CheckpointsDeleted,
     DataRejected,
     DataReport,
     DataValidated,
@@ -95,7 +96,9 @@ events: st.SearchStrategy[Event] = st.one_of(
         epoch=st.integers(0, 5),
         uri=st.sampled_from(["a", "b", "c"]),
         metrics=st.dictionaries(text, numbers, max_size=2),
+        best=st.booleans(),
     ),
+    st.builds(CheckpointsDeleted, attempt=attempts, uris=st.lists(st.sampled_from(["a", "b", "c"]), min_size=1)),
     st.builds(RunInterrupted, attempt=st.integers(0, 3), reason=any_character),
     st.builds(CancelRequested),
     st.builds(JobSucceeded, attempt=st.none() | attempts),

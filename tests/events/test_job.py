@@ -8,6 +8,7 @@ import pytest
 
 from events import FineTuningJob, fold
 from events.codec import AnyEvent, UnknownEvent
+from events.facts import CheckpointsDeleted
 from tests.events.facts_of_a_job import (
     ADMITTED,
     CANCEL,
@@ -74,6 +75,13 @@ def test_checkpoints_are_listed_once_in_order() -> None:
     assert job.checkpoints == ["file:///step-40", "file:///step-80"]
 
 
+def test_the_best_checkpoint_is_marked_and_deleted_ones_are_no_longer_listed() -> None:
+    best = saved(1, 40).model_copy(update={"best": True})
+    job = given(*RUNNING, best, saved(1, 80), saved(1, 120), CheckpointsDeleted(attempt=1, uris=["file:///step-80"]))
+    assert job.checkpoints == ["file:///step-40", "file:///step-120"]
+    assert job.best_checkpoint == "file:///step-40"
+
+
 def test_progress_follows_the_steps() -> None:
     job = given(*RUNNING, measured(1, step(0, epoch=0, loss=None, valid_loss=3.0)), measured(1, step(1), step(2)))
     assert job.progress is not None
@@ -109,6 +117,14 @@ def test_metrics_that_arrive_after_their_checkpoint_belong_to_it() -> None:
     job = given(*RUNNING, saved(1, 40), measured(1, step(40, loss=1.5)), measured(1, step(41)), interrupted(1))
     assert job.metrics is not None
     assert job.metrics.loss == 1.5
+
+
+def test_a_checkpoint_recorded_when_training_had_gone_on_brings_the_metrics_of_its_step() -> None:
+    late = saved(1, 40).model_copy(update={"metrics": {"loss": 1.5}})
+    job = given(*RUNNING, measured(1, step(40, loss=1.5)), measured(1, step(41, loss=1.4)), late, interrupted(1))
+    assert job.progress is not None
+    assert job.metrics is not None
+    assert (job.progress.step, job.metrics.loss) == (40, 1.5)
 
 
 def test_the_steps_a_resumed_run_records_again_replace_the_lost_ones() -> None:

@@ -66,6 +66,7 @@ class Recorder:
     steps: list[StepMetrics] = field(default_factory=list)
     evaluations: list[StepMetrics] = field(default_factory=list)
     checkpoints: list[SavedCheckpoint] = field(default_factory=list)
+    gone: list[Path] = field(default_factory=list)
     total_steps: int = 0
     asked: int = 0
 
@@ -77,6 +78,10 @@ class Recorder:
 
     def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
         self.checkpoints.append(checkpoint)
+
+    def deleted(self, checkpoints: list[Path]) -> None:
+        assert all(path.is_dir() for path in checkpoints)
+        self.gone += checkpoints
 
     def should_stop(self) -> bool:
         self.asked += 1

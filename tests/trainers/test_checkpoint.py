@@ -100,6 +100,37 @@ def test_full_fine_tuning_on_the_cpu_keeps_no_second_copy_and_waits(case: Case) 
     assert seen == [4, 8, 11]
 
 
+def test_older_checkpoints_than_the_last_n_are_deleted_and_the_best_one_stays(case: Case) -> None:
+    rising = {"lr": 1.0, "lr_scheduler": None}  # far too high: the first epoch is the best
+    case.plan = make_plan_for(n_epochs=4, save_every_n_steps=6, keep_last_n_checkpoints=2, **rising)
+    run = case.run()
+    losses = {m.step: m.valid_loss for m in run.evaluations if m.step}
+    best = min(losses, key=lambda step: losses[step] or 0)
+    assert [c.step for c in run.checkpoints if c.best] == [
+        step for step in losses if losses[step] == min(losses[s] or 0 for s in losses if s <= step)
+    ]
+    left = sorted(path.name for path in (case.output_dir / "checkpoints").iterdir())
+    assert left == sorted({checkpoint_path(case.output_dir, step).name for step in (best, 42, 44)})
+    assert {path.name for path in run.gone} == {c.path.name for c in run.checkpoints} - set(left)
+
+
+def test_early_stopping_ends_the_run_when_validation_gets_no_better(case: Case) -> None:
+    rising = {"lr": 1.0, "lr_scheduler": None}
+    whole = replace(case, plan=make_plan_for(n_epochs=6, **rising)).run()
+    losses = [m.valid_loss or 0 for m in whole.evaluations if m.step]
+    patience = 2
+    ends = next(n for n in range(1, 7) if n - 1 - losses[:n].index(min(losses[:n])) == patience)
+    assert ends < 6
+    plan = make_plan_for(n_epochs=6, early_stopping_patience=patience, **rising)
+    early = replace(case, plan=plan, output_dir=case.output_dir / "early").run()
+    assert [m.valid_loss for m in early.evaluations] == [m.valid_loss for m in whole.evaluations[: ends + 1]]
+    assert early.checkpoints[-1].epoch == ends
+    # A run that was interrupted meanwhile knows what it had seen before.
+    part = replace(case, plan=plan, output_dir=case.output_dir / "part", stop_at=11 * (ends - 1) + 3).run()
+    rest = replace(case, plan=plan, output_dir=case.output_dir / "part", resume_from=part.checkpoints[-1].path).run()
+    assert rest.checkpoints[-1].epoch == ends
+
+
 def test_only_the_newest_checkpoint_keeps_its_training_state(case: Case) -> None:
     run = case.run()
     assert [(c.path / "training_state").exists() for c in run.checkpoints] == [False, True]
@@ -117,7 +148,7 @@ def test_the_older_training_state_stays_until_the_newer_checkpoint_is_recorded(c
     with pytest.raises(ConnectionError):
         run_with(case, reporter)
     first = reporter.checkpoints[0].path
-    assert load_progress(first).step == 11
+    assert load_progress(first)[0].step == 11
     again = replace(case, resume_from=first).run()
     assert [c.step for c in again.checkpoints] == [22]
 

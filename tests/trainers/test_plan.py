@@ -131,6 +131,8 @@ def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> Non
         ({"compile": 1}, "compile", "must be true or false"),
         ({"dtype": "fp16"}, "dtype", "'fp32' or 'bf16'"),
         ({"packed": True}, "packed", "needs max_seq_len"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience", "needs validation_data"),
+        ({"keep_last_n": 0}, "keep_last_n", "a whole number from 1"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas", "a list of two numbers"),
         ({"optimizer": {"fused": True, "foreach": True}}, "optimizer.fused", "together with foreach"),
         ({"lora_attn_modules": ["w1"]}, "lora_attn_modules", "there is no 'w1'"),
