@@ -183,8 +183,8 @@ def _unreachable(model: HubModel, error: Exception) -> InfrastructureError:
     endpoint = _SECRETS.sub("", _endpoint() or "the Hugging Face hub")
     return InfrastructureError(
         "hub_unreachable",
-        f"{model.repo} could not be fetched from {endpoint}: {_reason(error)}. Check the workers' network (HF_ENDPOINT, proxy, "
-        "HF_HUB_OFFLINE), or give the model as a local directory.",
+        f"{model.repo} could not be fetched from {endpoint}: {_reason(error)}. Check the workers' network "
+        "(HF_ENDPOINT, proxy, HF_HUB_OFFLINE), or give the model as a local directory.",
     )
 
 

@@ -114,8 +114,10 @@ class TestCheckDataUri:
 
     @pytest.mark.parametrize(
         "uri",
-        ["http://x/a.jsonl", "ftp://x/a", "simplecache::s3://b/a", "s3://b/a::b", "gs://b/a::file:///etc/passwd"]
-        + ["file://host/a", "x://a"],
+        [
+            *("http://x/a.jsonl", "ftp://x/a", "file://host/a", "x://a"),
+            *("simplecache::s3://b/a", "s3://b/a::b", "gs://b/a::file:///etc/passwd"),
+        ],
     )
     def test_other_schemes_are_refused(self, uri: str, settings: Settings) -> None:
         assert code_of(uri, settings) == "unsupported_scheme"
