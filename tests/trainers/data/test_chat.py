@@ -403,6 +403,6 @@ def test_a_long_text_is_tokenised_as_a_short_one(make: Make, tmp_path: Path) -> 
 
 def test_a_number_beyond_json_makes_a_bad_row_and_not_a_word_to_train_on(make: Make) -> None:
     row = b'{"dialog": [{"role": "assistant", "content": "a"}], "tools": [{"function": {"name": "f", "x": 1e999}}]}'
-    tokenizer = make("chatml", chat_template="{{ tools | tojson }}{{ messages[0].content }}<|im_end|>")
+    tokenizer = make("default", chat_template="{{ tools | tojson }}{{ messages[0].content }}</s>")
     with pytest.raises(RowError, match="JSON"):
         tokenizer.encode([parse_row(row)])
