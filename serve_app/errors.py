@@ -34,6 +34,8 @@ from trainers.errors import ConfigProblems, Problem
 from trainers.preflight import problems_of
 
 RETRY_AFTER_S = 5
+LONGEST_NAME = 200
+"""Characters of a field's dotted path that an error repeats: a key of the request may be as long as the request."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,15 @@ class RequestRefused(Exception):
 
 
 def _problems(problems: Sequence[Problem]) -> Answer:
+    problems = [p._replace(param=p.param and _shortened(p.param)) for p in problems]
     named = "; ".join(f"{p.param}: {p.message}" if p.param else p.message for p in problems)
     count = "" if len(problems) == 1 else f"{len(problems)} problems: "
     first = problems[0]
     return Answer(422, "invalid_request_error", first.code, count + named, first.param, problems)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
 
 
 def _config_problems(exc: ConfigProblems) -> Answer:

@@ -8,9 +8,10 @@ and nesting deeper than `MAX_DEPTH`.
 import json
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NoReturn
 
-from trainers.errors import ConfigProblems, Problem
+from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem
 
 MAX_DEPTH = 64  # The serialisers of pydantic and the event log recurse; this stays far below their limits.
 _SHOWN = 60  # Characters of a key that an error message repeats.
@@ -21,7 +22,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     document = _parse(body)
     if not isinstance(document, dict):
         raise _refuse(f"the body must be a JSON object, not {_kind(document)}")
-    problems = list(_unsafe(document))
+    problems = list(islice(_unsafe(document), MOST_PROBLEMS))
     if problems:
         raise ConfigProblems(problems)
     return document
