@@ -18,7 +18,8 @@ _SHOWN = 60  # Characters of a key that an error message repeats.
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises ConfigProblems: with every problem, where the text can be parsed at all."""
+    """The JSON object in `body`. Raises ConfigProblems: with every problem (MOST_PROBLEMS at most), where
+    the text can be parsed at all."""
     document = _parse(body)
     if not isinstance(document, dict):
         raise _refuse(f"the body must be a JSON object, not {_kind(document)}")

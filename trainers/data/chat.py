@@ -283,7 +283,9 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise _broken("the model directory has no tokenizer.json")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001  -- the library raises bare Exception for a file it can't read
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  -- it raises bare Exception for a file it can't read, or panics
         raise _broken(f"the model's tokenizer.json can't be read: {error}") from None
 
 

@@ -406,3 +406,14 @@ def test_a_number_beyond_json_makes_a_bad_row_and_not_a_word_to_train_on(make: M
     tokenizer = make("default", chat_template="{{ tools | tojson }}{{ messages[0].content }}</s>")
     with pytest.raises(RowError, match="JSON"):
         tokenizer.encode([parse_row(row)])
+
+
+def test_a_tokenizer_that_makes_the_library_panic_is_the_models_fault(make: Make, tmp_path: Path) -> None:
+    """The panic of a Rust library is no Exception: nobody who catches those would see it."""
+    make("chatml")
+    file = tmp_path / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["model"]["continuing_subword_prefix"] = "#" * 100
+    file.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="tokenizer.json can't be read"):
+        ChatTokenizer.from_dir(tmp_path)
