@@ -15,6 +15,7 @@ import httpx
 Job = dict[str, Any]
 TERMINAL = ("success", "failed", "cancelled")
 RECONNECT_S = 1.0
+RESTARTING = (502, 503, 504)  # what the service, or the proxy in front of it, answers meanwhile
 
 
 class ApiError(Exception):
@@ -51,7 +52,7 @@ class Client:
     def tail(self, job_id: str) -> Iterator[dict[str, Any]]:
         """The job's log from its first line to its last, each `{"message", "timestamp"}`. Ends when the job has ended.
 
-        A broken connection is taken up again where it broke; only a service that refuses raises.
+        A broken connection is taken up again where it broke, also while the service restarts; one that refuses raises.
         """
         offset = 0
         while True:
@@ -62,6 +63,10 @@ class Client:
                     if "status" in line:
                         return
             except httpx.TransportError:
+                time.sleep(RECONNECT_S)
+            except ApiError as error:
+                if error.status not in RESTARTING:
+                    raise
                 time.sleep(RECONNECT_S)
 
     def _tail_lines(self, job_id: str, offset: int) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@
     409     conflict_error             cancelling a job that has succeeded or failed
     413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES
     415     invalid_request_error      the body is not application/json
-    422     invalid_request_error      anything wrong with the request; `errors` lists all of it
+    422     invalid_request_error      anything wrong with the request; `errors` lists it, up to a hundred of a kind
     429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs; Retry-After says when to try again
     500     server_error               a bug; the operator's log has the traceback under the request's id
     503     service_unavailable_error  the event log or the cluster can't be reached; nothing was recorded, or a retry
@@ -34,6 +34,8 @@ from trainers.errors import ConfigProblems, Problem
 from trainers.preflight import problems_of
 
 RETRY_AFTER_S = 5
+LONGEST_NAME = 200
+"""Characters of a field's dotted path that an error repeats: a key of the request may be as long as the request."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,15 @@ class RequestRefused(Exception):
 
 
 def _problems(problems: Sequence[Problem]) -> Answer:
+    problems = [p._replace(param=p.param and _shortened(p.param)) for p in problems]
     named = "; ".join(f"{p.param}: {p.message}" if p.param else p.message for p in problems)
     count = "" if len(problems) == 1 else f"{len(problems)} problems: "
     first = problems[0]
     return Answer(422, "invalid_request_error", first.code, count + named, first.param, problems)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
 
 
 def _config_problems(exc: ConfigProblems) -> Answer:

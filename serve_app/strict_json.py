@@ -8,20 +8,22 @@ and nesting deeper than `MAX_DEPTH`.
 import json
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NoReturn
 
-from trainers.errors import ConfigProblems, Problem
+from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem
 
 MAX_DEPTH = 64  # The serialisers of pydantic and the event log recurse; this stays far below their limits.
 _SHOWN = 60  # Characters of a key that an error message repeats.
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises ConfigProblems: with every problem, where the text can be parsed at all."""
+    """The JSON object in `body`. Raises ConfigProblems: with every problem (MOST_PROBLEMS at most), where
+    the text can be parsed at all."""
     document = _parse(body)
     if not isinstance(document, dict):
         raise _refuse(f"the body must be a JSON object, not {_kind(document)}")
-    problems = list(_unsafe(document))
+    problems = list(islice(_unsafe(document), MOST_PROBLEMS))
     if problems:
         raise ConfigProblems(problems)
     return document

@@ -1,7 +1,9 @@
 """cluster.yaml is what Ray's launcher takes, scales from zero and back, and starts the same service as `make serve`."""
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,22 @@ def test_every_variable_is_set_in_one_place(cluster: dict[str, Any]) -> None:
     assert own["RAY_AUTH_MODE"] == "token"
     repeated = {name for name, value in own.items() if ray_env().get(name) == value}
     assert not repeated, f"{repeated} already stand in ray.env"
+
+
+def test_the_file_of_variables_is_whole_and_nobody_else_can_read_it(cluster: dict[str, Any], tmp_path: Path) -> None:
+    """The block is run, in a home of its own."""
+    (block,) = (command for command in cluster["setup_commands"] if "cluster.env" in command)
+    (tmp_path / "tunewright").symlink_to(ROOT)
+    (tmp_path / "secrets.env").write_text("HF_TOKEN=hf_secret\n")
+    block = block.replace("/mnt/tunewright/secrets.env", str(tmp_path / "secrets.env"))
+    assert block.index("chmod 600") < block.index("secrets.env")
+    show = "set -a && . ~/cluster.env && set +a && echo $RAY_AUTH_MODE $RAY_SERVE_HAPROXY_BINARY_PATH $HF_TOKEN"
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["/bin/bash", "-euc", f"{block}\n{show}"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["token", f"{tmp_path}/tunewright/serve_app/haproxy-on-loopback", "hf_secret"]
+    assert (tmp_path / "cluster.env").stat().st_mode & 0o777 == 0o600
 
 
 def test_storage_is_the_shared_mount(cluster: dict[str, Any]) -> None:

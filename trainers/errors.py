@@ -36,6 +36,10 @@ class InfrastructureError(JobProblem):
         return type(self), (self.error.code, self.error.message)
 
 
+MOST_PROBLEMS = 100
+"""More problems of one kind are counted, not told: finding words for each takes time, and nobody reads them."""
+
+
 class Problem(NamedTuple):
     """One thing wrong with a request. `param` is the dotted path of the field, None when it is no single field."""
 
@@ -45,7 +49,7 @@ class Problem(NamedTuple):
 
 
 class ConfigProblems(Exception):
-    """Everything that is wrong with a request, found in one go. Never empty."""
+    """Everything that is wrong with a request, found in one go (see MOST_PROBLEMS). Never empty."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__(problems)

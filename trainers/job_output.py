@@ -4,6 +4,7 @@ The runner's standard output is the Ray Job's log, so `ray job logs` and the das
 worker printed.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -21,7 +22,10 @@ ECHO_WAIT_S = 1.0
 
 
 class LineWriter:
-    """Writes captured lines to the job's log, each once. Lines of ranks other than 0 say which rank they are from."""
+    """Writes captured lines to the job's log, each once. Lines of ranks other than 0 say which rank they are from.
+
+    After an error it is unknown whether the lines were written; those that follow are.
+    """
 
     def __init__(self, queue: LogQueueClient, job_id: str, rank: int = 0) -> None:
         self._lines = queue
@@ -33,14 +37,15 @@ class LineWriter:
     def __call__(self, lines: list[Line]) -> None:
         if self._prefix:
             lines = [(timestamp, self._prefix + message) for timestamp, message in lines]
-        retrying(lambda: self._lines.append(self._job_id, self._source, self._written, lines))
-        self._written += len(lines)
+        first = self._written
+        self._written += len(lines)  # first: lines that may be in the log already keep their numbers
+        retrying(lambda: self._lines.append(self._job_id, self._source, first, lines))
 
 
 class JobOutput:
     """While entered, this process's output is the job's, and the job's lines, whoever wrote them, are echoed.
 
-    On leaving, everything printed is in the job's log and was echoed.
+    On leaving, everything printed is in the job's log and was echoed, unless the log queue is gone.
     """
 
     def __init__(self, queue: LogQueueClient, job_id: str) -> None:
@@ -60,7 +65,8 @@ class JobOutput:
     ) -> None:
         self._capture.close()
         self._closing.set()
-        blocking(self._lines.wake(self._job_id))
+        with contextlib.suppress(LogUnavailable):  # it only saves the echo its wait
+            blocking(self._lines.wake(self._job_id))
         self._echo.join()
         os.close(self._stdout)
 

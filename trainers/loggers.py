@@ -41,7 +41,7 @@ def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Lo
 
 
 class DiskLogger:
-    """One JSON object a line: the fields of StepMetrics that have a value."""
+    """One JSON object a line: the fields of StepMetrics that have a value. What is no number is a string, `"NaN"`."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self._path = path
@@ -54,7 +54,7 @@ class DiskLogger:
         return self._path.resolve().as_uri()
 
     def log(self, metrics: StepMetrics) -> None:
-        self._file.write(json.dumps(_fields(metrics)) + "\n")
+        self._file.write(metrics.model_dump_json(exclude_none=True) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Leaves the lines up to `step` (none for 0) and no line that a crash cut short."""
     if not path.exists():
         return
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(".metrics.draft")  # the name of the file may be as long as a name can be
     with path.open(encoding="utf-8", errors="replace") as old, draft.open("w", encoding="utf-8") as new:
         for line in old:
             if line.endswith("\n") and step > 0 and _step_of(line) <= step:
@@ -117,8 +117,7 @@ class WandBLogger:
         return Path(self._run.dir).parent.resolve().as_uri() if self._run.offline else str(self._run.url)
 
     def log(self, metrics: StepMetrics) -> None:
-        fields = _fields(metrics)
-        self._run.log({name: value for name, value in fields.items() if name not in ("step", "time")}, metrics.step)
+        self._run.log(metrics.model_dump(exclude_none=True, exclude={"step", "time"}), metrics.step)
 
     def close(self) -> None:
         self._run.finish()
@@ -133,7 +132,3 @@ def _has_api_key() -> bool:
         return bool(host and netrc.netrc(os.environ.get("NETRC")).authenticators(host))
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _fields(metrics: StepMetrics) -> dict[str, Any]:
-    return metrics.model_dump(mode="json", exclude_none=True, exclude={"v"})

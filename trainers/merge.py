@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from trainers.components import COMPONENTS, DEFAULTS, allowed, conflicts
-from trainers.errors import Problem
+from trainers.errors import MOST_PROBLEMS, Problem
 from trainers.keys import BY_NAME, REFUSED, SECTIONS, unknown_key
 from trainers.values import shown
 
@@ -64,6 +64,10 @@ class Merged:
         """A layer of keys, nested or dotted. `named`: its `param` doesn't name the key, so messages have to."""
         seen: dict[str, str] = {}
         leaves = [leaf for key, value in pairs for leaf in _leaves(str(key), value)]
+        if len(leaves) > MOST_PROBLEMS:
+            message = f"{len(leaves)} settings in one place are more than there are keys"
+            self.problems.append(Problem(param(leaves[0][0]), message))
+            return
         leaves.sort(key=lambda leaf: not leaf[0].endswith("._component_"))
         for key, value in leaves:
             setting = _Setting(value, param(key), f"{key}: " if named else "")

@@ -4,6 +4,7 @@ File descriptors 1 and 2 are replaced by one pipe, so the order of lines is the 
 thread reads the pipe and hands over batches; what the process printed is never held back longer than `FLUSH_S`.
 """
 
+import contextlib
 import io
 import os
 import select
@@ -29,7 +30,7 @@ class OutputCapture:
     `sink` is called from one thread, with at least one line, in order. It may block: the pipe then fills and writers
     wait, which bounds memory. If it raises, the lines go to the original stderr instead, and capture goes on. Progress
     bars redraw a line with carriage returns: the last state of such a line is what is kept. With `tee`, the original
-    stdout gets everything too.
+    stdout gets everything too. What the original outputs can't take (a full disk) is lost to them, and nothing stops.
     """
 
     def __init__(self, sink: Sink, *, tee: bool = False) -> None:
@@ -48,11 +49,6 @@ class OutputCapture:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="output-capture", daemon=True)
         self._thread.start()
-
-    @property
-    def original_stdout(self) -> int:
-        """The file descriptor that was 1 before: writing there bypasses the capture."""
-        return self._saved[0]
 
     def close(self) -> None:
         """Give 1 and 2 back, and return once every line written so far has been handed over."""
@@ -79,7 +75,7 @@ class OutputCapture:
             chunk = self._read()
             if chunk is not None:
                 if self._tee:
-                    os.write(self._saved[0], chunk)
+                    _write(self._saved[0], chunk)
                 *complete, pending = (pending + chunk).split(b"\n")
                 lines += [_line(raw) for raw in complete]
                 if len(pending) > MAX_LINE_BYTES:
@@ -106,16 +102,22 @@ class OutputCapture:
 
     def _wait(self, timeout_s: float) -> None:
         """Return when there is something to read or the pipe has ended, at the latest after `timeout_s`."""
-        select.select([self._read_fd], [], [], timeout_s)
+        poll = select.poll()  # unlike select() it takes descriptors above 1023
+        poll.register(self._read_fd, select.POLLIN)
+        poll.poll(1000 * timeout_s)
 
     def _send(self, lines: list[Line]) -> None:
         try:
             self._sink(lines)
         except Exception as error:  # noqa: BLE001  -- a lost log service must not stop training; the operator sees why
             text = "".join(f"{timestamp} {message}\n" for timestamp, message in lines)
-            os.write(
-                self._saved[1], f"{text}(not delivered to the job's log: {error})\n".encode(errors="backslashreplace")
-            )
+            undelivered = f"{text}(not delivered to the job's log: {error})\n"
+            _write(self._saved[1], undelivered.encode(errors="backslashreplace"))
+
+
+def _write(fd: int, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # the pump must live: without it the pipe fills, and the process waits for ever
+        os.write(fd, data)
 
 
 def _line(raw: bytes) -> Line:

@@ -20,7 +20,7 @@ from events.config import (
     WandBLogger,
 )
 from trainers.data.source import check_data_uri
-from trainers.errors import ConfigProblems, Problem, UserError
+from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem, UserError
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.names import classify_model, local_directory
 from trainers.plan import Plan, make_plan
@@ -62,18 +62,14 @@ def examine(document: Mapping[str, Any], settings: Settings) -> Examined:
     return Examined(sent, *_examine(config, settings))
 
 
-def check(config: Config, settings: Settings) -> Plan:
-    """The plan that `config` means. Raises ConfigProblems with everything that is wrong. Blocks on file look-ups."""
-    plan, problems = _examine(config, settings)
-    if plan is None or problems:
-        raise ConfigProblems(problems)
-    return plan
-
-
 def problems_of(errors: Sequence[Mapping[str, Any]]) -> list[Problem]:
     """Pydantic's errors in our words. None repeats a value that was sent."""
     # An optional field is a union with None, which nobody is told to send; its other member stands in the path.
-    return [_problem(detail) for detail in errors if detail["type"] != "none_required"]
+    told = [detail for detail in errors if detail["type"] != "none_required"]
+    problems = [_problem(detail) for detail in told[:MOST_PROBLEMS]]
+    if len(told) > MOST_PROBLEMS:
+        problems.append(Problem(None, f"and {len(told) - MOST_PROBLEMS} more problems", "more_problems"))
+    return problems
 
 
 def _problem(detail: Mapping[str, Any]) -> Problem:

@@ -10,7 +10,7 @@ import threading
 import traceback
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import ray
 
@@ -179,7 +179,7 @@ def needed(job: FineTuningJob) -> Resources:
 def latest_checkpoint(job: FineTuningJob) -> Path | None:
     """The newest checkpoint of the job that can be resumed from: it is there, with its training state."""
     for uri in reversed(job.checkpoints):
-        path = Path(urlsplit(uri).path)
+        path = Path(unquote(urlsplit(uri).path))
         if (path / "training_state").is_dir():
             return path
     return None

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,33 @@ def test_everything_wrong_is_reported_at_once(http: httpx.Client) -> None:
         "overrides",
         "logger.filename",
     }
+
+
+NAMES = [f"k{number}" for number in range(20_000)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict.fromkeys(NAMES, 1),
+        {"fine_tuning_options": {"extras": dict.fromkeys(NAMES, 1)}},
+        {"fine_tuning_options": {"extras": {"optimizer": dict.fromkeys(NAMES, 1)}}},
+        {"fine_tuning_options": {"custom_training_options": {"lora_attn_modules": [1] * 20_000}}},
+        {"metadata": {"texts": ["\0"] * 20_000}},
+        {"x" * 500_000: 1},
+        {"fine_tuning_options": {"extras": {"x" * 500_000: 1}}},
+        {"fine_tuning_options": {"extras": {"optimizer": {"x" * 500_000: 1}}}},
+        {"metadata": {"x" * 500_000: "\0"}},
+    ],
+)
+def test_a_request_that_is_all_mistakes_gets_an_answer_of_bounded_length_and_soon(
+    http: httpx.Client, config: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    began = time.process_time()  # the server is in this process
+    answer = http.post(SUBMIT, json=config | changes)
+    assert time.process_time() - began < 2
+    refused(answer)
+    assert len(answer.content) < 50_000
 
 
 def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config: dict[str, Any]) -> None:

@@ -41,6 +41,25 @@ def test_disk_has_one_line_for_each_step_with_the_values_that_are_known(tmp_path
     ]
 
 
+def test_a_value_that_is_no_number_is_still_a_line_of_json(tmp_path: Path) -> None:
+    path = write(tmp_path, [step(1, loss=0.5, grad_norm=float("inf")), step(1, valid_loss=float("nan"))])
+
+    def no_json(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    read = [json.loads(line, parse_constant=no_json) for line in path.read_text().splitlines()]
+    assert [read[0]["grad_norm"], read[1]["valid_loss"]] == ["Infinity", "NaN"]
+
+
+def test_a_file_name_may_be_as_long_as_a_request_may_say(tmp_path: Path) -> None:
+    plan = make_plan_for(logger=DiskLog(filename="m" * 255))
+    for resumed_step in (0, 1):
+        logger = open_logger(plan, "ftjob-1", tmp_path, resumed_step)
+        logger.log(step(resumed_step + 1, loss=0.5))
+        logger.close()
+    assert [line["step"] for line in lines(tmp_path / ("m" * 255))] == [1, 2]
+
+
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     logger = open_logger(make_plan_for(logger=DiskLog(filename="m.jsonl")), "ftjob-1", tmp_path, 0)
     logger.log(step(1, loss=0.5))

@@ -130,3 +130,39 @@ def test_with_tee_the_original_stdout_gets_everything_too(tee: bool) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == ("hello\n" if tee else "")
+
+
+@pytest.mark.parametrize("sink", ["print_nothing", "fail"])
+def test_a_full_disk_behind_the_original_output_does_not_stop_the_process(sink: str) -> None:
+    program = textwrap.dedent(
+        f"""
+        import os
+        from trainers.output import OutputCapture
+        delivered = []
+        def print_nothing(lines):
+            delivered.extend(lines)
+        def fail(lines):
+            delivered.extend(lines)
+            raise ConnectionError("log is gone")
+        report = os.dup(1)
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, 1), os.dup2(full, 2)
+        capture = OutputCapture({sink}, tee=True)
+        for _ in range(20):
+            os.write(1, b"x" * 16383 + b"\\n")  # several times what a pipe holds
+        capture.close()
+        os.write(report, str(len(delivered)).encode())
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "20"
+
+
+def test_a_process_with_a_thousand_open_files_is_captured_too() -> None:
+    program = CAPTURE.replace("capture = ", "many = [os.dup(0) for _ in range(1100)]\ncapture = ", 1)
+    program = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))\n" + program
+    body = 'print("one"); time.sleep(0.2); print("two")'
+    done = subprocess.run(
+        [sys.executable, "-c", program.format(body=body)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert json.loads(done.stdout) == ["one", "two"]

@@ -23,6 +23,7 @@ from trainers.data.spans import Span, SpanFinder
 from trainers.data.template import DEFAULT_TEMPLATE, ChatTemplate, Turn, find_template
 from trainers.data.words import LONG_TEXT, Encoded, WordTokenizer, cuts_between_words
 from trainers.errors import UserError
+from trainers.models.model_files import read_json_object
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # Noncharacters again (see spans.py, which uses the first two) stand in for control tokens that a user wrote.
@@ -75,14 +76,13 @@ class ChatTokenizer:
         """Reads tokenizer.json and the configs beside it. Raises UserError (param `model`) for what is missing."""
         tokenizer = _read_tokenizer(model_dir / "tokenizer.json")
         config = _read_json(model_dir / "tokenizer_config.json")
-        ids = [_read_json(model_dir / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-        eos_ids = [id_ for entry in ids for id_ in (entry if isinstance(entry, list) else [entry]) if id_ is not None]
+        eos_ids = [*_eos_ids(model_dir / "generation_config.json"), *_eos_ids(model_dir / "config.json")]
         named = _named_tokens(model_dir, config)
         if "eos_token" not in named and eos_ids:
             named["eos_token"] = tokenizer.id_to_token(eos_ids[0]) or ""
         _declare_special(tokenizer, [*named.values(), *_extra_tokens(config)])
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
-            raise UserError("model_incomplete", "the model's tokenizer has no end-of-sequence token", "model")
+            raise _broken("the model's tokenizer has no end-of-sequence token")
         return cls(tokenizer, find_template(model_dir, config), named, set(eos_ids))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -294,23 +294,32 @@ def _parts(spec: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise UserError("model_incomplete", "the model directory has no tokenizer.json", "model")
+        raise _broken("the model directory has no tokenizer.json")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001  -- the library raises bare Exception for a file it can't read
-        raise UserError("model_incomplete", f"the model's tokenizer.json can't be read: {error}", "model") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  -- it raises bare Exception for a file it can't read, or panics
+        raise _broken(f"the model's tokenizer.json can't be read: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("model_incomplete", f"the model's {path.name} is not JSON: {error}", "model") from None
-    if not isinstance(value, dict):
-        raise UserError("model_incomplete", f"the model's {path.name} is not a JSON object", "model")
-    return value
+    return read_json_object(path) if path.exists() else {}
+
+
+def _eos_ids(path: Path) -> list[int]:
+    """`eos_token_id` of a config: one id or several; none where the key or the file is absent."""
+    entry = _read_json(path).get("eos_token_id")
+    if entry is None:
+        return []
+    ids = entry if isinstance(entry, list) else [entry]
+    if not all(isinstance(id_, int) and not isinstance(id_, bool) and 0 <= id_ < 2**31 for id_ in ids):
+        raise _broken(f"eos_token_id of the model's {path.name} must be a token id or a list of them")
+    return ids
+
+
+def _broken(message: str) -> UserError:
+    return UserError("model_incomplete", message, "model")
 
 
 def _text_of(token: object) -> str | None:
@@ -327,8 +336,12 @@ def _named_tokens(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 def _extra_tokens(config: Mapping[str, Any]) -> list[str]:
     decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise _broken("added_tokens_decoder of the model's tokenizer_config.json must be an object")
     special = [entry for entry in decoder.values() if isinstance(entry, dict) and entry.get("special")]
     extra = config.get("additional_special_tokens") or []
+    if not isinstance(extra, list):
+        raise _broken("additional_special_tokens of the model's tokenizer_config.json must be a list")
     return [text for entry in [*special, *extra] if (text := _text_of(entry))]
 
 

@@ -210,7 +210,7 @@ def parse_row(raw: bytes) -> Dialog:
 
 def _read_object(raw: bytes) -> dict[str, Any]:
     try:
-        row = from_json(raw, cache_strings="keys")
+        row = from_json(raw, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         try:
             raw.decode()
@@ -265,7 +265,7 @@ def _call_for_template(call: ToolCall, where: str) -> dict[str, Any]:
     arguments = call.function.arguments
     if isinstance(arguments, str):
         try:
-            arguments = from_json(arguments)
+            arguments = from_json(arguments, allow_inf_nan=False)
         except ValueError as error:
             raise RowError(f"the arguments of a tool call of {where} are not JSON: {error}") from None
     if not isinstance(arguments, dict):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import fsspec
 
@@ -51,6 +51,8 @@ def check_data_uri(uri: str, settings: Settings) -> str:
         raise UserError(
             "credentials_in_uri", "the URI holds credentials: give them to the workers' environment instead"
         )
+    if "::" in rest:
+        raise UserError("unsupported_scheme", f"{uri}: '::' would chain file systems; data is one object of one store")
     if not rest.strip("/"):
         raise UserError("data_not_found", f"{uri} names no file")
     return uri
@@ -122,7 +124,7 @@ def _path_of(uri: str) -> str:
     parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost"):
         raise UserError("unsupported_scheme", "a file:// URI must have an absolute path: file:///path/to/data.jsonl")
-    return unquote(parts.path)
+    return os.fsdecode(unquote_to_bytes(parts.path))
 
 
 def _plain(uri: str) -> str:
@@ -169,7 +171,7 @@ def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
             continue
         yield bytes(rest)
         lines = tail.split(b"\n")
-        rest = bytearray(lines.pop())
+        rest = bytearray(lines.pop()[:limit])
         yield from (line[:limit] for line in lines)
     if rest:
         yield bytes(rest)

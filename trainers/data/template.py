@@ -57,8 +57,16 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML; models were trained on plain JSON."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    """Jinja's own filter escapes HTML; models were trained on plain JSON. Raises ValueError for what JSON hasn't, as
+    the infinity that 1e999 is."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        allow_nan=False,
+    )
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -79,9 +87,10 @@ class ChatTemplate:
         self.source = source
         try:
             self._template = _environment().from_string(source, globals=dict(variables))
-        except TemplateError as error:
+        except Exception as error:  # noqa: BLE001  -- also what Python says of the code that Jinja makes: nested too deep
+            reason = f"{error}"[:_MESSAGE_LENGTH]
             raise UserError(
-                "model_unsupported", f"the model's chat template is not valid Jinja: {error}", "model"
+                "model_unsupported", f"the model's chat template is not valid Jinja: {reason}", "model"
             ) from None
         # Every rendering makes a dict of the globals, and Jinja keeps them in chained ones, which takes it longer than
         # all the rest.
@@ -107,10 +116,14 @@ def find_template(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> str |
     """The Jinja source that `model_dir` brings: chat_template.jinja, else chat_template of tokenizer_config.json.
 
     That key may hold a list of named templates; then it is the one named `default`. None: the model has none.
+    Raises UserError when the file is not UTF-8.
     """
     file = model_dir / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError("model_incomplete", f"the model's {file.name} is not UTF-8 text", "model") from None
     entry = tokenizer_config.get("chat_template")
     if isinstance(entry, list):
         named = {one.get("name"): one.get("template") for one in entry if isinstance(one, dict)}

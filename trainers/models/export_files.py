@@ -21,17 +21,18 @@ _COMPANION_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "LICENSE",
-    "NOTICE",
+    "LICENSE*",
+    "NOTICE*",
 )
 
 
 def copy_companions(source_dir: Path, out_dir: Path) -> None:
     """Copies what belongs to a model besides weights and config.json: tokenizer, chat templates, licence."""
-    for name in _COMPANION_FILES:
-        if (source_dir / name).is_file():
-            shutil.copyfile(source_dir / name, out_dir / name)
-            (out_dir / name).chmod(FILE_MODE)
+    for pattern in _COMPANION_FILES:
+        for file in source_dir.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, out_dir / file.name)
+                (out_dir / file.name).chmod(FILE_MODE)
     if (source_dir / "additional_chat_templates").is_dir():
         shutil.copytree(source_dir / "additional_chat_templates", out_dir / "additional_chat_templates")
 

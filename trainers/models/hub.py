@@ -4,6 +4,7 @@ The hub is the one `HF_ENDPOINT` names; `HF_TOKEN` of the worker's environment o
 """
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ WANTED_FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
 )
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SECRETS = re.compile(r"(?<=//)[^/@\s]*@|\?\S*")  # a password in HF_ENDPOINT, the signature of a download's URL
 
 
 def wanted(name: str) -> bool:
@@ -59,8 +62,9 @@ def download(model: HubModel, cache_dir: Path, log: Log) -> Path:
     try:
         commit, files = _look_up(model)
     except InfrastructureError as error:
-        cached = home / (remembered.read_text().strip() if remembered.is_file() else model.revision)
-        if not cached.is_dir():
+        known = remembered.read_text().strip() if remembered.is_file() else model.revision
+        cached = home / known
+        if not _COMMIT.fullmatch(known) or not cached.is_dir():
             raise
         log(f"{error} Using commit {cached.name} of {model.repo}, which was downloaded before.")
         return cached
@@ -148,7 +152,7 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
     except LocalEntryNotFoundError as error:
         raise _unreachable(model, error) from error
     except EntryNotFoundError as error:
-        raise incomplete(f"{model.repo} at {model.revision} lacks a file: {error}.") from error
+        raise incomplete(f"{model.repo} at {model.revision} lacks a file: {_reason(error)}.") from error
     except HfHubHTTPError as error:
         raise _by_status(model, error) from error
     except Exception as error:  # the HTTP library beneath, and so its errors, changes with huggingface_hub's releases
@@ -170,16 +174,21 @@ def _by_status(model: HubModel, error: "HfHubHTTPError") -> JobProblem:
     if status == 401 and "Invalid credentials" not in reason:
         return _not_found(model)
     if status in (401, 403):
-        message = f"the hub refuses access to {model.repo}: {reason or error}. Check the workers' HF_TOKEN."
+        message = f"the hub refuses access to {model.repo}: {reason or _reason(error)}. Check the workers' HF_TOKEN."
         return UserError("model_access_denied", message, param="model")
     return _unreachable(model, error)
 
 
 def _unreachable(model: HubModel, error: Exception) -> InfrastructureError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    endpoint = _endpoint() or "the Hugging Face hub"
+    endpoint = _SECRETS.sub("", _endpoint() or "the Hugging Face hub")
     return InfrastructureError(
         "hub_unreachable",
-        f"{model.repo} could not be fetched from {endpoint}: {reason}. Check the workers' network (HF_ENDPOINT, proxy, "
-        "HF_HUB_OFFLINE), or give the model as a local directory.",
+        f"{model.repo} could not be fetched from {endpoint}: {_reason(error)}. Check the workers' network "
+        "(HF_ENDPOINT, proxy, HF_HUB_OFFLINE), or give the model as a local directory.",
     )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the library says, without secrets."""
+    lines = str(error).strip().splitlines()
+    return _SECRETS.sub("", lines[0]) if lines else type(error).__name__

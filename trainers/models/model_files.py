@@ -6,8 +6,9 @@ Only safetensors are ever opened: a `.bin` checkpoint is a pickle, and loading o
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:  # `architecture` imports this module
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
+FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of an element, by the dtypes that can be trained on."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_MAX_JSON_BYTES = 64_000_000  # the index of the largest models is a tenth of this
 
 
 class TensorEntry(NamedTuple):
@@ -29,6 +32,8 @@ class TensorEntry(NamedTuple):
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    size: int
+    """Bytes that it takes in the file."""
 
 
 def incomplete(message: str) -> UserError:
@@ -39,6 +44,10 @@ def incomplete(message: str) -> UserError:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model directory. Raises UserError `model_incomplete`."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+            raise incomplete(f"{path} is not a regular file.")
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise incomplete(f"{path} is too large: {path.stat().st_size} bytes.")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise incomplete(f"the model directory {path.parent} has no {path.name}.") from None
@@ -88,10 +97,12 @@ def check_weights(model_dir: Path, arch: Architecture) -> None:
         entry = found[name]
         if entry.shape != shape:
             raise incomplete(f"{entry.file}: {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}.")
-        if entry.dtype not in FLOAT_DTYPES:
+        if entry.dtype not in FLOAT_BYTES:
             raise _unsupported(
                 f"{entry.file}: {name} is stored as {entry.dtype}; give weights in float32, float16 or bfloat16."
             )
+        if entry.size != FLOAT_BYTES[entry.dtype] * math.prod(shape):
+            raise incomplete(f"{entry.file}: {name} has {entry.size} bytes, which is not what its shape takes.")
 
 
 def is_ignored(name: str, arch: Architecture) -> bool:
@@ -114,14 +125,29 @@ def _header(file: Path) -> dict[str, TensorEntry]:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, _MAX_HEADER_BYTES)))
         header.pop("__metadata__", None)
-        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        entries = {name: TensorEntry(file, str(e["dtype"]), tuple(e["shape"])) for name, e in header.items()}
+        end = 8 + length + _bytes_of_tensors(entry["data_offsets"] for entry in header.values())
+        entries = {name: _entry(file, **fields) for name, fields in header.items()}
         size = file.stat().st_size
     except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise incomplete(f"{file} is not a readable safetensors file: {error}.") from None
     if size != end:
         raise incomplete(f"{file} has {size} bytes, its header says {end}: was the download cut short?")
     return entries
+
+
+def _bytes_of_tensors(offsets: Iterable[tuple[int, int]]) -> int:
+    """The end of the last tensor. Raises ValueError unless they lie one behind the other, as the library wants it."""
+    position = 0
+    for start, end in sorted(offsets):
+        if start != position or end < start:
+            raise ValueError(f"no tensor begins at byte {position}")
+        position = end
+    return position
+
+
+def _entry(file: Path, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorEntry:
+    start, end = data_offsets
+    return TensorEntry(file, str(dtype), tuple(shape), end - start)
 
 
 def _indexed_files(model_dir: Path) -> list[Path]:

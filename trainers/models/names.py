@@ -143,6 +143,8 @@ def _classify_uri(model: str) -> ModelKind:
         raise _refused("the model's URI holds credentials: give them to the workers' environment instead.")
     if uri.query or uri.fragment:
         raise _refused(f"{model!r}: a model URI has no '?' or '#' part.")
+    if "::" in model:
+        raise _refused(f"{model!r}: '::' would chain file systems; a model is a directory of one store.")
     if uri.scheme == "file":
         if uri.netloc not in ("", "localhost"):
             raise _refused(f"{model!r} names a file on another host.")

@@ -60,6 +60,6 @@ def _store_errors(uri: str) -> Iterator[None]:
         raise UserError("model_not_found", f"there is no model directory at {uri}.", param="model") from error
     except PermissionError as error:
         raise UserError("model_access_denied", f"the workers' credentials don't open {uri}.", param="model") from error
-    except Exception as error:  # each store's client has errors of its own
-        message = f"{uri} could not be read: {error}. Check the workers' network and credentials."
+    except Exception as error:  # each store's client has errors of its own, and may put signed URLs into them
+        message = f"{uri} could not be read: {type(error).__name__}. Check the workers' network and credentials."
         raise InfrastructureError("model_unreachable", message) from error

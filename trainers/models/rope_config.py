@@ -1,9 +1,10 @@
 """The rotary position settings of a `config.json`, in the spelling of transformers 4 and of transformers 5."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeGuard, cast, get_args
 
 from trainers.errors import UserError
 
@@ -113,23 +114,26 @@ def _longrope(config: Mapping[str, Any], values: Mapping[str, Any], theta: float
     """Only the short factors are read: sequences are limited to the original context, where they are in force."""
     original = _original_context(config, values)
     factors = values.get("short_factor")
-    if not isinstance(factors, list) or not all(isinstance(x, int | float) and x > 0 for x in factors):
+    if not isinstance(factors, list) or not all(_is_positive(x) for x in factors):
         raise _refused("short_factor must be a list of positive numbers")
-    attention_factor = values.get("attention_factor")
-    if attention_factor is None:
+    if values.get("attention_factor") is None:
         attention_factor = _longrope_attention_factor(config, values, original)
+    else:
+        attention_factor = _positive(values, "attention_factor")
     return RopeParams(
         "longrope",
         theta,
         original_context=original,
         short_factor=tuple(float(x) for x in factors),
-        attention_factor=float(attention_factor),
+        attention_factor=attention_factor,
     )
 
 
 def _longrope_attention_factor(config: Mapping[str, Any], values: Mapping[str, Any], original: int) -> float:
     """sqrt(1 + ln(factor) / ln(original context)): LongRoPE (arXiv 2402.13753), as transformers applies it."""
-    factor = values.get("factor") or config["max_position_embeddings"] / original
+    factor = (
+        _positive(values, "factor") if values.get("factor") else _positive(config, "max_position_embeddings") / original
+    )
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
@@ -144,6 +148,11 @@ def _original_context(config: Mapping[str, Any], values: Mapping[str, Any]) -> i
 
 def _positive(values: Mapping[str, Any], key: str) -> float:
     value = values.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not _is_positive(value):
         raise _refused(f"{key} must be a positive number, is {value!r}")
     return float(value)
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:  # noqa: ANN401  -- any JSON value
+    """Whether it is a number above 0 that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

@@ -24,7 +24,7 @@ from tests.trainers.data.support import (
     user,
 )
 from trainers.data.chat import ChatTokenizer
-from trainers.data.dialog import RowError
+from trainers.data.dialog import RowError, parse_row
 from trainers.errors import UserError
 
 Make = Callable[..., ChatTokenizer]
@@ -368,9 +368,20 @@ class TestReadingAModelDirectory:
         [
             ("tokenizer.json", None, "no tokenizer.json"),
             ("tokenizer.json", "{}", "tokenizer.json can't be read"),
-            ("tokenizer_config.json", "nope", "tokenizer_config.json is not JSON"),
+            ("tokenizer_config.json", "nope", "tokenizer_config.json can't be read as JSON"),
+            ("tokenizer_config.json", "[" * 9999, "tokenizer_config.json can't be read as JSON"),
             ("tokenizer_config.json", "{}", "no end-of-sequence token"),
+            ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id"),
+            ("generation_config.json", '{"eos_token_id": [[2]]}', "eos_token_id"),
+            ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id"),
+            ("generation_config.json", '{"eos_token_id": 1e40}', "eos_token_id"),
+            ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder"),
+            ("tokenizer_config.json", '{"additional_special_tokens": 7}', "additional_special_tokens"),
             ("chat_template.jinja", "{% if %}", "not valid Jinja"),
+            ("chat_template.jinja", "caf\xe9", "chat_template.jinja is not UTF-8"),
+            ("chat_template.jinja", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "not valid Jinja"),
+            ("chat_template.jinja", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "not valid Jinja"),
+            ("chat_template.jinja", "{{ " + "9" * 5000 + " }}", "not valid Jinja"),
         ],
     )
     def test_what_is_missing_or_broken_is_named(
@@ -379,7 +390,7 @@ class TestReadingAModelDirectory:
         make("chatml")
         (tmp_path / file).unlink(missing_ok=True)
         if text is not None:
-            (tmp_path / file).write_text(text)
+            (tmp_path / file).write_text(text, encoding="latin-1")
         with pytest.raises(UserError, match=words) as caught:
             ChatTokenizer.from_dir(tmp_path)
         assert caught.value.error.param == "model"
@@ -421,3 +432,21 @@ def test_a_long_text_is_tokenised_as_a_short_one(make: Make, tmp_path: Path) -> 
         assert ids.tolist() == reference.encode(tokenizer.render(row.messages), add_special_tokens=False).ids
         answer = reference.encode(row.messages[1]["content"] + "<|im_end|>", add_special_tokens=False).ids
         assert ids[mask].tolist() == answer
+
+
+def test_a_number_beyond_json_makes_a_bad_row_and_not_a_word_to_train_on(make: Make) -> None:
+    row = b'{"dialog": [{"role": "assistant", "content": "a"}], "tools": [{"function": {"name": "f", "x": 1e999}}]}'
+    tokenizer = make("default", chat_template="{{ tools | tojson }}{{ messages[0].content }}</s>")
+    with pytest.raises(RowError, match="JSON"):
+        tokenizer.encode([parse_row(row)])
+
+
+def test_a_tokenizer_that_makes_the_library_panic_is_the_models_fault(make: Make, tmp_path: Path) -> None:
+    """The panic of a Rust library is no Exception: nobody who catches those would see it."""
+    make("chatml")
+    file = tmp_path / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["model"]["continuing_subword_prefix"] = "#" * 100
+    file.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="can't be read"):
+        ChatTokenizer.from_dir(tmp_path)

@@ -195,6 +195,8 @@ def test_what_is_wrong_with_a_row_is_said_in_one_sentence(name: str) -> None:
         (b'{"dialog": "\xff"}', "the line is not UTF-8 text"),
         (b'{"dialog": [{"role": "user", "content": "\\ud800"}]}', "the line is not JSON"),
         (b"[" * 100_000, "the line is not JSON"),
+        (b'{"dialog": [], "tools": [NaN]}', "the line is not JSON"),
+        (b'{"dialog": [], "tools": [-Infinity]}', "the line is not JSON"),
         (b" " * (MAX_ROW_BYTES + 1), "the line is longer than"),
     ],
 )

@@ -54,6 +54,12 @@ class TestCheckDataUri:
         ):
             assert check_data_uri(spelling, settings) == normal
 
+    def test_a_file_whose_name_is_no_utf8_can_be_read_through_a_link(self, root: Path, settings: Settings) -> None:
+        odd = os.fsdecode(os.fsencode(root) + b"/caf\xe9.jsonl")
+        Path(odd).write_text("{}\n")
+        (root / "link").symlink_to(odd)
+        assert list(open_lines(check_data_uri("link", settings))) == [(1, b"{}")]
+
     def test_the_normal_form_can_be_read(self, settings: Settings) -> None:
         uri = check_data_uri("a b.jsonl", settings)
         assert list(open_lines(uri)) == [(1, b"{}")]
@@ -107,7 +113,11 @@ class TestCheckDataUri:
         assert code_of("empty", settings) == "data_empty"
 
     @pytest.mark.parametrize(
-        "uri", ["http://x/a.jsonl", "ftp://x/a", "simplecache::s3://b/a", "file://host/a", "x://a"]
+        "uri",
+        [
+            *("http://x/a.jsonl", "ftp://x/a", "file://host/a", "x://a"),
+            *("simplecache::s3://b/a", "s3://b/a::b", "gs://b/a::file:///etc/passwd"),
+        ],
     )
     def test_other_schemes_are_refused(self, uri: str, settings: Settings) -> None:
         assert code_of(uri, settings) == "unsupported_scheme"
@@ -140,6 +150,16 @@ class TestOpenLines:
     def test_a_line_without_end_is_cut(self, tmp_path: Path) -> None:
         lines = lines_of(tmp_path / "f", b"a\n" + b"x" * (2 * MAX_ROW_BYTES) + b"\nb\n")
         assert [(number, len(line)) for number, line in lines] == [(1, 1), (2, MAX_ROW_BYTES + 1), (3, 1)]
+
+    @pytest.mark.parametrize("length", [9, 10, 11, 25, 38, 100])
+    def test_no_more_of_a_long_line_is_given_than_shows_that_it_is_too_long(
+        self, tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(source, "MAX_ROW_BYTES", 10)
+        monkeypatch.setattr(source, "_BLOCK_BYTES", 40)
+        lines = lines_of(tmp_path / "f", b"a\n" + b"x" * length + b"\nb\n" + b"y" * length)
+        kept = min(length, 11)
+        assert [len(line) for _, line in lines] == [1, kept, 1, kept]
 
     def test_any_file_system_of_fsspec_is_read(self) -> None:
         uri = "memory://test_source/a.jsonl"

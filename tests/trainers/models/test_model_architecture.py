@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -122,6 +123,20 @@ def test_longrope_limits_the_sequence_length_to_the_original_context() -> None:
         ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "between layers"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3}}, "short_factor has 3"),
         ({"rope_theta": "10000"}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [10**400] * 32}}, "short_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 32, "factor": "x"}}, "factor"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 32, "attention_factor": [1]}},
+            "attention_factor",
+        ),
+        (
+            {
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0], "original_max_position_embeddings": 8},
+                "max_position_embeddings": None,
+            },
+            "max_position_embeddings",
+        ),
         ({"num_key_value_heads": 5}, "num_key_value_heads 5"),
         ({"hidden_size": 2047}, "hidden_size 2047"),
         ({"hidden_size": "2048"}, "hidden_size"),
@@ -201,13 +216,73 @@ def test_a_download_that_was_cut_short_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [b"[]", b"{", b'{"a": {"data_offsets": []}}', b'{"a": {"data_offsets": [0, 0]}}', b"[" * 9999]
+    "header",
+    [
+        b"[]",
+        b"{",
+        b'{"a": {"data_offsets": []}}',
+        b'{"a": {"data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [0, Infinity]}}',
+        b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 1e999]}}',
+        b'{"a": {"dtype": "F32", "shape": [], "data_offsets": "04"}}',
+        b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [4, 0]}}',
+        b"[" * 9999,
+    ],
 )
 def test_a_safetensors_file_with_a_broken_header_is_named(header: bytes, tmp_path: Path) -> None:
     (make_tiny_model(tmp_path) / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     error = broken(tmp_path)
     assert error.error.code == "model_incomplete"
     assert "model.safetensors" in str(error)
+
+
+def test_a_header_that_lies_about_where_its_tensors_are_is_noticed(tmp_path: Path) -> None:
+    weights = make_tiny_model(tmp_path) / "model.safetensors"
+    content = weights.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    tensors = json.loads(content[8 : 8 + length])
+    embedding = tensors["model.embed_tokens.weight"]
+
+    def rewrite(start: int, end: int) -> None:
+        header = json.dumps(
+            tensors | {"model.embed_tokens.weight": embedding | {"data_offsets": [start, end]}}
+        ).encode()
+        weights.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+
+    start, end = embedding["data_offsets"]
+    rewrite(start, end)
+    inspect_model_dir(tmp_path)
+    for lie in ((start + 4, end + 4), (start, end - 4), (start + 4, end)):
+        rewrite(*lie)
+        error = broken(tmp_path)
+        assert error.error.code == "model_incomplete"
+        assert "model.safetensors" in str(error)
+
+
+def test_a_tensor_that_has_not_the_bytes_of_its_shape_is_noticed(tmp_path: Path) -> None:
+    weights = make_tiny_model(tmp_path) / "model.safetensors"
+    content = weights.read_bytes()
+    assert b'"F32"' in content
+    weights.write_bytes(content.replace(b'"F32"', b'"F16"'))
+    error = broken(tmp_path)
+    assert error.error.code == "model_incomplete"
+    assert "bytes" in str(error)
+
+
+def test_a_config_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    config = make_tiny_model(tmp_path) / "config.json"
+    config.unlink()
+    os.mkfifo(config)
+    assert "config.json" in str(broken(tmp_path))
+    config.unlink()
+    config.symlink_to("/dev/zero")
+    assert "config.json" in str(broken(tmp_path))
+
+
+def test_a_config_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    config = make_tiny_model(tmp_path) / "config.json"
+    os.truncate(config, 10**12)  # it has holes: on disk it is as small as before
+    assert "too large" in str(broken(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 64, b"not safetensors at all"])

@@ -88,6 +88,7 @@ BAD_URIS = [
     "s3://bucket/m?version=1",
     "memory://m",
     "http://[/m",
+    "s3://bucket/m::file:///etc",
 ]
 
 
@@ -234,6 +235,24 @@ def test_while_the_hub_is_down_the_last_known_commit_serves(
     assert failure("acme/tiny@v2", settings).error.code == "hub_unreachable"
 
 
+def test_a_revision_cannot_lead_out_of_the_cache_while_the_hub_is_down(
+    tmp_path: Path, settings: Settings, hub: SmallHub
+) -> None:
+    hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    home = resolve_model("acme/tiny", settings, lambda _: None).parent
+    outside = make_tiny_model(tmp_path / "outside")
+    hub.broken = True
+    for revision in ("refs", f"refs/{'../' * len(home.parts)}{outside}", "refs/../../../../../outside"):
+        assert failure(f"acme/tiny@{revision}", settings).error.code in ("hub_unreachable", "invalid_value")
+
+
+def test_an_unreachable_hubs_password_is_not_shown(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://me:s3cret@127.0.0.1:{free_ports(1)[0]}")
+    error = failure("acme/tiny", settings)
+    assert error.error.code == "hub_unreachable"
+    assert "s3cret" not in str(error)
+
+
 def test_a_download_that_died_is_finished_by_the_next_one(tmp_path: Path, settings: Settings, hub: SmallHub) -> None:
     commit = hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
     partial = settings.model_cache / "hub" / "acme--tiny" / f".{commit}.partial"
@@ -283,6 +302,21 @@ def test_what_a_store_does_not_have_is_named(bucket: Path, settings: Settings) -
     assert failure("s3://bucket/none", settings).error.code == "model_not_found"
     (bucket / "empty").mkdir(parents=True)
     assert failure("s3://bucket/empty", settings).error.code == "model_incomplete"
+
+
+def test_what_a_stores_library_says_is_not_repeated(
+    bucket: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny_model(bucket / "model")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("GET https://bucket/model?X-Amz-Signature=s3cret")
+
+    monkeypatch.setattr(DirFileSystem, "open", fail)
+    error = failure("s3://bucket/model", settings)
+    assert error.error.code == "model_unreachable"
+    assert "ConnectionError" in str(error)
+    assert "s3cret" not in str(error)
 
 
 def test_the_demo_alias_means_the_installed_package(

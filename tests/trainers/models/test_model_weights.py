@@ -62,9 +62,10 @@ def test_an_export_says_its_dtype_and_keeps_the_rest_of_the_config(tmp_path: Pat
     assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_an_export_has_the_tokenizer_and_is_readable_by_everyone(tmp_path: Path) -> None:
+def test_an_export_has_the_tokenizer_and_the_licence_and_is_readable_by_everyone(tmp_path: Path) -> None:
     source = make_tiny_model(tmp_path / "in")
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "LICENSE.txt").write_text("as the model's family calls it")
     (source / "optimizer.bin").write_bytes(b"not part of a model")
     arch = inspect_model_dir(source)
     save_hf_model(load_weights(source, arch), arch, source, tmp_path / "out")
@@ -76,6 +77,7 @@ def test_an_export_has_the_tokenizer_and_is_readable_by_everyone(tmp_path: Path)
         "tokenizer_config.json",
         "generation_config.json",
         "chat_template.jinja",
+        "LICENSE.txt",
     }
     assert {stat.S_IMODE(file.stat().st_mode) for file in files.values()} == {0o644}
     assert files["tokenizer.json"].read_bytes() == (source / "tokenizer.json").read_bytes()

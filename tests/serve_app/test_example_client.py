@@ -1,0 +1,56 @@
+"""The client of the examples, against a running API."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from events.facts import JobError, JobFailed
+from events.job import FineTuningJob
+from events.log import EventLog, LogUnavailable
+from examples import client
+from examples.client import ApiError, Client
+from tests.serve_app.live_server import Parts, Serve, Server
+
+FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
+
+
+class Restarting(Parts):
+    """Its log can't be reached when it is asked for a job the first time."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        self.asked = 0
+        log: EventLog = self.log
+        job = log.job
+
+        async def sometimes(job_id: str) -> FineTuningJob:
+            self.asked += 1
+            if self.asked == 1:
+                raise LogUnavailable("restarting")
+            return await job(job_id)
+
+        log.job = sometimes  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def restarting(serve: Serve) -> Server:
+    return serve(parts_type=Restarting)
+
+
+def test_following_a_job_outlasts_a_restart_of_the_service(restarting: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "RECONNECT_S", 0.01)
+    rows = str(restarting.parts.settings.storage / "rows.jsonl")
+    job_id = Client(restarting.url).submit({"model": "smollm2-135m-instruct", "data": rows})["job_id"]
+    restarting.print(job_id, "one", "two")
+    restarting.append(job_id, FAILED)
+    first = httpx.get(f"{restarting.url}/fine_tuning/jobs/tail", params={"job_id": job_id})
+    assert first.status_code == 503
+    restarting.parts.asked = 0
+    assert [line["message"] for line in Client(restarting.url).tail(job_id)] == ["one", "two"]
+
+
+def test_following_a_job_that_is_not_there_is_refused(server: Server) -> None:
+    with pytest.raises(ApiError) as caught:
+        list(Client(server.url).tail("ftjob-none"))
+    assert caught.value.status == 404

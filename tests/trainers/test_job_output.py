@@ -1,0 +1,72 @@
+"""A job's output: every line arrives once, also while the log queue comes and goes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from events.actors import blocking
+from events.log import LogUnavailable
+from events.log_queue import LogBatch, LogQueue
+from trainers import job_output, retrying
+from trainers.job_output import JobOutput, LineWriter
+
+JOB = "ftjob-1"
+
+
+class Lines:
+    """A log queue whose calls fail, before or after they did their work, as a restarting actor's do."""
+
+    def __init__(self, storage: Path) -> None:
+        self.queue = LogQueue(storage)
+        self.fails_after_append = False
+        self.unavailable = False
+
+    async def append(self, job_id: str, source: str, seq: int, lines: Sequence[tuple[str, str]]) -> int:
+        written = await self.queue.append(job_id, source, seq, lines)
+        if self.fails_after_append:
+            raise LogUnavailable("no answer in time")
+        return written
+
+    async def read(self, job_id: str, after: int = 0, limit: int = 1000, wait_s: float = 0) -> LogBatch:
+        if self.unavailable:
+            raise LogUnavailable("restarting")
+        return await self.queue.read(job_id, after, limit, wait_s)
+
+    async def wake(self, job_id: str) -> None:
+        if self.unavailable:
+            raise LogUnavailable("restarting")
+        await self.queue.wake(job_id)
+
+    def messages(self) -> list[str]:
+        return [line["message"] for line in blocking(self.queue.read(JOB)).lines]
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Any:
+    return Lines(tmp_path)
+
+
+def test_lines_behind_a_batch_that_was_not_acknowledged_are_not_taken_for_it(
+    lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrying, "GIVE_UP_AFTER_S", 0)
+    write = LineWriter(lines, JOB)
+    lines.fails_after_append = True
+    with pytest.raises(LogUnavailable):
+        write([("t", "one"), ("t", "two")])
+    lines.fails_after_append = False
+    write([("t", "three")])
+    assert lines.messages() == ["one", "two", "three"]
+
+
+def test_a_log_queue_that_is_gone_at_the_end_does_not_take_the_outcome_with_it(
+    lines: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_output, "ECHO_WAIT_S", 0.01)
+    with JobOutput(lines, JOB):
+        os.write(1, b"trained\n")
+        lines.unavailable = True
+    assert lines.messages() == ["trained"]
