@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics  # type: ignore[import-untyped]  # the English text that every Python brings
+from pydoc_data.topics import topics  # the English text that every Python brings
 
 import numpy as np
 import psutil

@@ -1,10 +1,92 @@
-"""What the runner reads in a job's history. A whole run of it is in tests/service."""
+"""What a runner does before it trains: the data is ready once for all attempts, and the last checkpoint is found."""
 
+import json
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+
+from events.config import Config
+from events.facts import JobSubmitted, Resources
+from events.ids import new_event_id
 from events.job import FineTuningJob
-from trainers.runner import latest_checkpoint
+from events.log import EventLog
+from events.memory import MemoryStore
+from tests.tiny_models import make_tiny_model
+from trainers.data.dataset import TokenisedDataset
+from trainers.plan import Plan, make_plan
+from trainers.retrying import retrying
+from trainers.runner import _make_data_ready, latest_checkpoint
+from trainers.settings import Settings
+
+RESOURCES = Resources(workers=1, nodes=1, cpus_per_worker=1, gpus_per_worker=0)
+
+
+class Runner:
+    """The part of a job's runner that reads its data, on an event log in memory."""
+
+    def __init__(self, root: Path) -> None:
+        self.settings = Settings(storage=root / "storage", data_roots=(root,))
+        self.model = make_tiny_model(root / "model")
+        self.log = EventLog(MemoryStore())
+        self.file = root / "rows.jsonl"
+        words = ("the children read a story about the sea " * length for length in (1, 40))
+        dialogs = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in words]
+        self.file.write_text("".join(json.dumps({"dialog": dialog}) + "\n" for dialog in dialogs))
+
+    def submit(self, job_id: str) -> tuple[FineTuningJob, Plan]:
+        config = Config.model_validate(
+            {
+                "model": str(self.model),
+                "data": str(self.file),
+                "fine_tuning_options": {"extras": {"max_seq_len": 64}},
+            }
+        )
+        event = JobSubmitted(
+            config=config.model_dump(mode="json"), resources=RESOURCES, max_restarts=1, submission_id=job_id
+        )
+        return retrying(lambda: self.log.submit(job_id, event, new_event_id(), 10)), make_plan(config)
+
+    def make_ready(self, job: FineTuningJob, plan: Plan) -> FineTuningJob:
+        return _make_data_ready(job, plan, self.model, self.log, self.settings)
+
+    def data(self, job: FineTuningJob) -> Path:
+        return self.settings.job_dir(job.job_id) / "data" / "train"
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    return Runner(tmp_path)
+
+
+def test_the_report_and_the_log_say_how_many_rows_were_truncated(
+    runner: Runner, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="tunewright.runner"):
+        job = runner.make_ready(*runner.submit("ftjob-1"))
+    assert job.data is not None
+    assert (job.data.rows, job.data.truncated_rows) == (2, 1)
+    assert "1 rows truncated to 64 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["gone", "other"])
+def test_a_resumed_job_goes_on_with_the_data_it_started_with(runner: Runner, change: str) -> None:
+    job, plan = runner.submit("ftjob-1")
+    job = runner.make_ready(job, plan)
+    before = [row.tolist() for row in TokenisedDataset(runner.data(job))[0]]
+    if change == "gone":
+        runner.file.unlink()
+    else:
+        runner.file.write_text("nope\n")
+    assert runner.make_ready(job, plan).data == job.data
+    assert [row.tolist() for row in TokenisedDataset(runner.data(job))[0]] == before
+
+
+def test_jobs_on_the_same_data_share_its_tokens(runner: Runner) -> None:
+    first, second = (runner.make_ready(*runner.submit(job_id)) for job_id in ("ftjob-1", "ftjob-2"))
+    assert first.data == second.data
+    assert (runner.data(first) / "tokens.bin").samefile(runner.data(second) / "tokens.bin")
 
 
 def job_with(checkpoints: list[Path]) -> FineTuningJob:

@@ -23,7 +23,7 @@ from trainers.errors import InfrastructureError
 _LONG_BYTES = 1 << 18
 """Longer chunks than this (of one row, as `prepare` makes them) are encoded here, one at a time: tokenising takes some
 136 bytes of memory for each byte of text."""
-_MAX_PROCESSES = 8  # of some 100 MB each
+_MAX_PROCESSES = 6  # of up to 150 MB each
 
 
 def usable_cores() -> int:
