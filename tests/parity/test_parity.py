@@ -20,12 +20,14 @@ Where we differ on purpose, the stock recipe being wrong, the tests step around 
   a trained one.
 - On a CPU the LoRA recipe for one device merges the adapter into the weights that are being trained when it saves an
   epoch. `save_adapter_weights_only` keeps it from that.
-- A resumed LoRA run starts again at step 0 of its schedule. Ours resumes nothing but step 0.
+- On one device a resumed LoRA run begins its schedule again. Here it resumes at step 0, where that is right.
 - The LoRA recipes can't do without a schedule. A constant rate is one that `stock_parts` adds.
 - The distributed recipes need three patches on a CPU: stock_launcher.py makes them and says why.
 
-One step may differ from the other recipe's for one reason only: floating-point sums in another order. Adam turns that
-into whole steps of the learning rate where a gradient is nearly zero, hence "to 1e-5" and not "to the last bit".
+What is left are sums in another order. The largest difference seen in fp32 is 2.7e-6; in bf16, where a weight has 8
+bits of precision, 2.5e-3. Adam turns rounding into whole steps of the learning rate where a gradient is nearly zero: at
+rates as high as 2e-3 (full) or 1e-2 (SmolLM2's adapter) a lone step of the tiny model differed by 1.1e-5 and the third
+one of SmolLM2 by 6e-5, so the rates here are lower. The last test shows that the bound is tight all the same.
 """
 
 from collections.abc import Iterator
@@ -97,7 +99,7 @@ ONE_WORKER = {
     ),
     "full, bf16": plan("full", 4, dtype="bf16"),
     "lora, bf16": plan("lora", 4, dtype="bf16"),
-    "lora, SmolLM2": plan("lora", 2, model="smollm2", n_epochs=1, lr_scheduler=cosine(num_warmup_steps=1)),
+    "lora, SmolLM2": plan("lora", 2, model="smollm2", n_epochs=1, lr=1e-3),
 }
 TWO_WORKERS = {
     "full on two": plan("full", 2, 2, clip_grad_norm=0.5, lr_scheduler=COSINE, nproc_per_node=2),
