@@ -70,7 +70,7 @@ CROSS_ENTROPY = ComponentSpec(component="torch.nn.CrossEntropyLoss")
 
 
 def plan(method: str, batch_size: int, accumulation: int = 1, **changes: Any) -> Plan:
-    """`model` says whether the head is tied to the embedding."""
+    """`model`: a tiny one whose head is tied to the embedding or not, or the real SmolLM2."""
     base = {"model": "tied", "n_epochs": EPOCHS, "shuffle": False, "lr_scheduler": None}
     sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     rate = {"lr": 5e-4 if method == "full" else 1e-2}
@@ -99,7 +99,7 @@ ONE_WORKER = {
     ),
     "full, bf16": plan("full", 4, dtype="bf16"),
     "lora, bf16": plan("lora", 4, dtype="bf16"),
-    "lora, SmolLM2": plan("lora", 2, model="smollm2", n_epochs=1, lr=1e-3),
+    "lora, SmolLM2": plan("lora", 2, model="smollm2", n_epochs=1, lr=3e-4),
 }
 TWO_WORKERS = {
     "full on two": plan("full", 2, 2, clip_grad_norm=0.5, lr_scheduler=COSINE, nproc_per_node=2),
@@ -138,7 +138,6 @@ class Stage:
     """Our cases by name. The stock runs of the same names are under way from the start, on one worker and on two."""
 
     def __init__(self, root: Path, smollm2: Path) -> None:
-        self._root = root
         models = {
             "tied": make_tiny_model(root / "tied"),
             "untied": make_tiny_model(root / "untied", tie_word_embeddings=False),
@@ -216,7 +215,7 @@ def test_a_setting_that_is_slightly_off_would_be_seen(stage: Stage, tmp_path: Pa
 def assert_alike(ours: list[StepMetrics], stock: list[StockStep], plan: Plan) -> None:
     assert len(ours) == len(stock) == (3 if plan.model == "smollm2" else STEPS)
     bound = BF16 if plan.dtype == "bf16" else FP32
-    assert max(gaps(ours, stock)) <= bound, table(ours, stock, bound)
+    assert all(gap <= bound for gap in gaps(ours, stock)), table(ours, stock, bound)  # a NaN isn't
     assert [step.lr for step in ours[1:]] == pytest.approx([step.next_lr for step in stock[:-1]], rel=1e-6)
     if plan.clip_grad_norm:
         assert [step.grad_norm for step in ours] == pytest.approx([step.grad_norm for step in stock], rel=1e-4)
