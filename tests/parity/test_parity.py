@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from events.facts import StepMetrics
 from tests.parity.stock import StockProcess, StockRun, StockStep, prepare_stock_run
@@ -169,7 +170,10 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iterator[Stage]:
     stage = Stage(tmp_path_factory.mktemp("parity"), smollm2_dir)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several processes share the cores: OpenMP's threads would wait for each other, spinning
     yield stage
+    torch.set_num_threads(threads)
     stage.end()
 
 
