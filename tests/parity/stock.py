@@ -1,0 +1,183 @@
+"""torchtune's stock recipes from the outside: a plan of ours as their config, and the processes that run them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.decoder import build_decoder, initial_adapter
+from trainers.plan import Plan
+from trainers.training_model import choose_dtype
+
+PARTS = "tests.parity.stock_parts"
+STEPS_FILE = "steps.json"
+ROOT = Path(__file__).parents[2]
+
+
+class StockStep(NamedTuple):
+    loss: float
+    next_lr: float  # the recipes log the rate after the schedule has moved on
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class StockRun:
+    """One run of the stock recipe of that name, with the config.yaml in `directory`."""
+
+    recipe: str
+    directory: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        return [self.recipe, str(self.directory / "config.yaml")]
+
+    @property
+    def over(self) -> bool:
+        return (self.directory / STEPS_FILE).exists()
+
+    def steps(self) -> list[StockStep]:
+        steps = json.loads((self.directory / STEPS_FILE).read_text(encoding="utf-8"))
+        assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+        return [StockStep(step["loss"], step["lr"], step.get("grad_norm")) for step in steps]
+
+
+def prepare_stock_run(plan: Plan, model_dir: Path, data: Path, directory: Path) -> StockRun:
+    """Writes into the new `directory` what the stock recipe needs to do as `plan` says, on the same model and rows."""
+    directory.mkdir(parents=True)
+    if plan.lora:
+        _save_adapter(plan, model_dir, directory)
+    config = yaml.safe_dump(_config(plan, model_dir, data, directory))
+    (directory / "config.yaml").write_text(config, encoding="utf-8")
+    device = "single_device" if plan.workers == 1 else "distributed"
+    return StockRun(f"{plan.method}_finetune_{device}", directory)
+
+
+class StockProcess:
+    """Stock recipes that run one after the other, on `workers` processes. Starts at once."""
+
+    def __init__(self, runs: Sequence[StockRun], workers: int, log: Path) -> None:
+        self._log = log
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={workers}", "-m"] if workers > 1 else []
+        command = [sys.executable, "-m", *torchrun, "tests.parity.stock_launcher"]
+        command += [argument for run in runs for argument in run.arguments]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+
+    def steps(self, run: StockRun) -> list[StockStep]:
+        """Waits until `run` is over. Fails with the last output where the process ends before."""
+        while self._process.poll() is None and not run.over:
+            time.sleep(0.05)
+        assert run.over, f"the stock recipe failed:\n{self._log.read_text(errors='replace')[-5000:]}"
+        return run.steps()
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+
+def _save_adapter(plan: Plan, model_dir: Path, directory: Path) -> None:
+    """The adapter we start from, and the state of a run that hasn't begun: what the recipe resumes from.
+
+    A's are the same in both libraries. Ours leaves the rows of q and k where a checkpoint has them, torchtune sorts
+    them by rotated pair, and with them the rows of their B's; but those are zero.
+    """
+    arch = inspect_model_dir(model_dir)
+    dtype = choose_dtype(plan, torch.device("cpu"))
+    with torch.device("meta"):
+        decoder = build_decoder(arch, lora=plan.lora)
+    torch.save(initial_adapter(decoder, plan.seed, dtype), directory / "adapter.pt")
+    state = {"seed": plan.seed, "epochs_run": 0, "total_epochs": plan.n_epochs, "max_steps_per_epoch": None}
+    torch.save(state | {"optimizer": {}, "dataloader": {}}, directory / "recipe_state.pt")
+
+
+def _config(plan: Plan, model_dir: Path, data: Path, directory: Path) -> dict[str, Any]:
+    resumed = {"adapter_checkpoint": "adapter.pt", "recipe_checkpoint": "recipe_state.pt"} if plan.lora else {}
+    optimizer = {"_component_": plan.optimizer.component, "lr": plan.lr} | plan.optimizer.kwargs
+    return {
+        "output_dir": str(directory),
+        "model": _model(plan, json.loads((model_dir / "config.json").read_text())),
+        "tokenizer": {"_component_": f"{PARTS}.Padding"},
+        "checkpointer": {
+            "_component_": "torchtune.training.FullModelHFCheckpointer",
+            "checkpoint_dir": str(model_dir),
+            "checkpoint_files": ["model.safetensors"],
+            "output_dir": str(directory),
+            "model_type": "LLAMA3_2",
+            **resumed,
+        },
+        "resume_from_checkpoint": bool(plan.lora),
+        "save_adapter_weights_only": True,
+        "dataset": {
+            "_component_": f"{PARTS}.prepared_rows",
+            "directory": str(data),
+            "packed": plan.packed,
+            "max_seq_len": plan.max_seq_len,
+        },
+        "shuffle": plan.shuffle,
+        "seed": plan.seed,
+        "epochs": plan.n_epochs,
+        "max_steps_per_epoch": plan.max_steps_per_epoch,
+        "batch_size": plan.batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "optimizer": optimizer,
+        "optimizer_in_bwd": False,
+        "lr_scheduler": _lr_scheduler(plan),
+        "clip_grad_norm": plan.clip_grad_norm,
+        "loss": {"_component_": plan.loss.component} | plan.loss.kwargs,
+        "device": "cpu",
+        "dtype": plan.dtype,
+        "compile": False,
+        "enable_activation_checkpointing": plan.enable_activation_checkpointing,
+        "enable_activation_offloading": False,
+        "metric_logger": {"_component_": f"{PARTS}.StepLog", "file": str(directory / STEPS_FILE)},
+        "log_every_n_steps": 1,
+        "log_peak_memory_stats": False,
+    }
+
+
+def _lr_scheduler(plan: Plan) -> dict[str, Any] | None:
+    if plan.lr_scheduler:
+        return {"_component_": plan.lr_scheduler.component} | plan.lr_scheduler.kwargs
+    return {"_component_": f"{PARTS}.constant_rate"} if plan.lora else None
+
+
+def _model(plan: Plan, shape: Mapping[str, Any]) -> dict[str, Any]:
+    """torchtune's own builders for llamas: Llama 3.2 where the head is tied to the embedding (a scale factor of 1 makes
+    its rotary embedding the plain one), Llama 3 where it isn't."""
+    tied = shape["tie_word_embeddings"]
+    builder = "llama3_2" if tied else "llama3"
+    adapted: dict[str, Any] = {}
+    if plan.lora:
+        adapted = {
+            "lora_attn_modules": list(plan.lora.attn_modules),
+            "apply_lora_to_mlp": plan.lora.mlp,
+            "apply_lora_to_output": plan.lora.output,
+            "lora_rank": plan.lora.rank,
+            "lora_alpha": plan.lora.alpha,
+        }
+    return (
+        {
+            "_component_": f"torchtune.models.{builder}.{'lora_' if plan.lora else ''}{builder}",
+            "vocab_size": shape["vocab_size"],
+            "num_layers": shape["num_hidden_layers"],
+            "num_heads": shape["num_attention_heads"],
+            "num_kv_heads": shape["num_key_value_heads"],
+            "embed_dim": shape["hidden_size"],
+            "intermediate_dim": shape["intermediate_size"],
+            "max_seq_len": shape["max_position_embeddings"],
+            "norm_eps": shape["rms_norm_eps"],
+            "rope_base": int(shape["rope_theta"]),
+        }
+        | adapted
+        | ({"scale_factor": 1} if tied else {})
+    )
