@@ -70,7 +70,7 @@ class Recording:
             result = {
                 "steps": self.steps,
                 "settings": self.settings,
-                "peak_bytes": _peak_bytes(),
+                "peak_bytes": peak_bytes(),
             }
             unfinished = Path(self.task.result).with_suffix(".part")
             unfinished.write_text(json.dumps(result))
@@ -79,7 +79,7 @@ class Recording:
             os._exit(0)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The most memory this process has had resident. (getrusage also counts what its parent had when it forked.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -40,7 +40,7 @@ def main() -> None:
         _patch_for_cpu()
     config = _config(task, world)
     file, name = RECIPES[task.method, world]
-    recipe = getattr(_load(file), name)(cfg=config)
+    recipe = getattr(load_recipe(file), name)(cfg=config)
     if task.method == "lora" and task.equal:
         _start_adapters_from(recipe, Path(task.adapter))
     shown = OmegaConf.to_container(config)
@@ -50,7 +50,7 @@ def main() -> None:
     recipe.train()
 
 
-def _folder() -> Path:
+def recipe_folder() -> Path:
     """torchtune's recipes lie in a package that refuses to be imported."""
     spec = importlib.util.find_spec("recipes")
     assert spec is not None
@@ -58,8 +58,8 @@ def _folder() -> Path:
     return Path(spec.origin).parent
 
 
-def _load(name: str) -> Any:  # noqa: ANN401 -- a module
-    spec = importlib.util.spec_from_file_location(name, _folder() / f"{name}.py")
+def load_recipe(name: str) -> Any:  # noqa: ANN401 -- a module
+    spec = importlib.util.spec_from_file_location(name, recipe_folder() / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -91,7 +91,7 @@ def _start_adapters_from(recipe: Any, file: Path) -> None:  # noqa: ANN401 -- a 
 def _config(task: Task, world: int) -> DictConfig:
     shape = json.loads((Path(task.model_dir) / "config.json").read_text())
     family = shape["model_type"]
-    shipped = _folder() / "configs" / f"{CONFIGS[family]}_{SUFFIXES[task.method, world]}.yaml"
+    shipped = recipe_folder() / "configs" / f"{CONFIGS[family]}_{SUFFIXES[task.method, world]}.yaml"
     config = OmegaConf.load(shipped)
     assert isinstance(config, DictConfig)
     changes: dict[str, Any] = {

@@ -32,7 +32,7 @@ class Rows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        global _pending_tokens  # noqa: PLW0603
+        global _pending_tokens
         row = self._rows[index]
         _pending_tokens += len(row["input_ids"])
         return {"tokens": row["input_ids"], "labels": row["labels"]}
@@ -45,7 +45,7 @@ class Clock:
         pass
 
     def log_dict(self, payload: dict[str, Any], step: int) -> None:
-        global _pending_tokens  # noqa: PLW0603
+        global _pending_tokens
         assert recording is not None
         tokens, _pending_tokens = _pending_tokens, 0
         recording.step(tokens, float(payload["loss"]))
