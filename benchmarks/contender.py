@@ -56,12 +56,17 @@ class Task:
 @dataclass
 class Recording:
     """The steps as they end. After the last one the result is written and the process ends: saving is nobody's time
-    and nobody's memory."""
+    and nobody's memory. Times are seconds of the monotonic clock that all processes of a machine share."""
 
     task: Task
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     """What the run was made with, for the table's notes."""
     steps: list[dict[str, float]] = field(default_factory=list)
+    marks: dict[str, float] = field(default_factory=dict)
+    """Moments of the start, by what has just been done: `imported`, then `loaded`."""
+
+    def mark(self, done: str) -> None:
+        self.marks[done] = time.perf_counter()
 
     def step(self, tokens: int, loss: float) -> None:
         """A step has just ended. `tokens`: of its rows, over all workers, without padding."""
@@ -70,6 +75,7 @@ class Recording:
             result = {
                 "steps": self.steps,
                 "settings": self.settings,
+                "marks": self.marks,
                 "peak_bytes": peak_bytes(),
             }
             unfinished = Path(self.task.result).with_suffix(".part")

@@ -48,6 +48,9 @@ class Run(NamedTuple):
     losses: list[float]
     peak_bytes: int
     settings: dict[str, Any]
+    started: float
+    marks: dict[str, float]
+    """Moments like `ends`: when the process was started, and what `Recording.marks` says."""
 
     def tokens_per_second(self, warmup: int) -> float:
         """Of the steps after the first `warmup` (at least one: it begins the clock)."""
@@ -106,6 +109,7 @@ def run_once(contender: Contender, task: Task, workers: int = 1) -> Run:
         port = _free_port()
         log = scratch / "log"
         processes = []
+        started = time.perf_counter()
         with log.open("wb") as out:
             for rank in range(workers):
                 env = _environment(workers) | _ranks(rank, workers, port)
@@ -119,13 +123,24 @@ def run_once(contender: Contender, task: Task, workers: int = 1) -> Run:
         if not Path(task.result).is_file():
             raise ContenderFailed(log.read_text(errors="replace")[-3000:])
         result = json.loads(Path(task.result).read_text())
+    tokens = [int(step["tokens"]) for step in result["steps"]]
     return Run(
         [step["at"] for step in result["steps"]],
-        [int(step["tokens"]) for step in result["steps"]],
+        tokens if workers == 1 else _tokens_in_order(task),  # torchtune's rank counts its own only
         [step["loss"] for step in result["steps"]],
         shared_peak if workers > 1 else result["peak_bytes"],
         result["settings"],
+        started,
+        result["marks"],
     )
+
+
+def _tokens_in_order(task: Task) -> list[int]:
+    """Tokens of each step, where rows are taken as they stand in the file."""
+    assert task.equal
+    lines = Path(task.rows).read_text(encoding="utf-8").splitlines()
+    lengths = [len(json.loads(line)["input_ids"]) for line in lines[: task.steps * task.batch_size]]
+    return [sum(lengths[start : start + task.batch_size]) for start in range(0, len(lengths), task.batch_size)]
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:

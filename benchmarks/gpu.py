@@ -171,7 +171,8 @@ def main() -> int:
     if not (options.tiny or torch.cuda.is_available()):
         parser.error("there is no GPU here; --tiny works without one")
     shapes = ["tiny"] if options.tiny else options.shape or ["1b", "3b", "8b"]
-    rows, failures = [], []
+    rows: list[tuple[str, ...]] = []
+    failures: list[str] = []
     for shape in shapes:
         for method in options.method or METHODS:
             for contender in options.contender or CONTENDERS:
@@ -235,7 +236,8 @@ def flops_per_token(shape: dict[str, Any], trained: int, mean_document: float) -
     weights = layers * (attention + 3 * width * ffn) + shape["vocab_size"] * width
     everything = trained > weights / 2  # full; its embedding's rows and its norms are no matrix products
     adapters = 0 if everything else trained
-    return 4 * (weights + adapters) + 2 * min(trained, weights) + 12 * layers * heads * head_dim * mean_document / 2
+    scores = 12 * layers * heads * head_dim * mean_document / 2
+    return float(4 * (weights + adapters) + 2 * min(trained, weights) + scores)
 
 
 def documents(spec: Spec) -> list[np.ndarray]:
@@ -343,7 +345,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
         parts = [(part, tensor.shape[1:]) for tensor in checkpoint_tensors(arch) for part in tensor.parts]
         return {part.name: _random((part.rows, *columns), dtype) for part, columns in parts}
 
-    training_model.load_weights = random_weights  # type: ignore[assignment]  # the recipe gives it these two arguments
+    training_model.load_weights = random_weights  # type: ignore[attr-defined]  # imported there, and called by this name
     model = training_model.build_training_model(plan, arch, Path(), None, dtype, ranks)
     optimizer = build_optimizer(plan, model.trainable().values())
     data = _Documents(documents(spec))

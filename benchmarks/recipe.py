@@ -3,8 +3,13 @@
 Every comparison runs its contenders in turn, several rounds, each run in a process of its own; a contender's speed is
 the median of its rounds. Speed counts tokens of rows, never padding, over the time of optimizer steps alone (from the
 end of the last warm-up step to the end of the last one): imports, loading and saving are not in it. Memory is the peak
-of the whole process until then. All see the same rows; with equal settings also in the same order, with the same adapters
-to begin with, and their losses are compared step by step.
+of the whole process until then. All see the same rows; with equal settings also in the same order, with the same
+adapters to begin with, and their losses are compared step by step. "Equal" leaves to each what doesn't change a result:
+which implementation of AdamW, how the head and the loss are computed.
+
+The defaults: ours are those of a submitted job; torchtune's those of the config it ships for the smallest model of the
+family (llama3_2/1B, qwen2_5/0.5B; where that asks for an optimizer of GPUs, AdamW); TRL's those of SFTConfig and
+LoraConfig.
 
     python -m benchmarks.recipe             the whole table, into benchmarks/training.md
     python -m benchmarks.recipe --quick     its first rows, fewer rounds, to the terminal only
@@ -151,6 +156,7 @@ def contests(chosen: Sequence[Comparison], material: Material) -> tuple[str, boo
     """The table of `chosen`, and whether any contender failed."""
     rows: list[tuple[str, ...]] = []
     failures: list[str] = []
+    defaults: list[tuple[str, ...]] = []
     for comparison in chosen:
         print(f"{comparison.title} ...", flush=True)
         task = material.task(comparison.model, comparison.method, equal=comparison.equal, steps=comparison.steps)
@@ -161,12 +167,18 @@ def contests(chosen: Sequence[Comparison], material: Material) -> tuple[str, boo
         for name, standing in standings.items():
             if isinstance(standing, str):
                 failures.append(f"**{comparison.title}, {name}** failed:\n\n```text\n{standing[-1500:].strip()}\n```\n")
-    return "\n".join([table(HEADER, rows), *failures]), bool(failures)
+            elif not comparison.equal:
+                settings = ", ".join(f"{key} {value}" for key, value in standing.runs[0].settings.items())
+                defaults.append((comparison.title, name, settings))
+    parts = [table(HEADER, rows), *failures]
+    if defaults:
+        parts.append(table(("comparison", "contender", "its defaults"), defaults))
+    return "\n".join(parts), bool(failures)
 
 
 def _rows(comparison: Comparison, standings: dict[str, Standing | str]) -> list[tuple[str, ...]]:
     ours = standings[OURS.name]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, standing in standings.items():
         if isinstance(standing, str):
             rows.append((comparison.title, name, "failed", "", "", "", ""))

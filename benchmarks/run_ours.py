@@ -5,6 +5,7 @@ With WORLD_SIZE > 1 (and torchrun's other variables) it is one rank of a gloo gr
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,7 +24,7 @@ class _Recorder:
         self._recording = recording
 
     def started(self, total_steps: int, device: str) -> None:
-        pass
+        self._recording.mark("loaded")
 
     def metrics(self, metrics: StepMetrics) -> None:
         assert metrics.tokens is not None
@@ -38,21 +39,40 @@ class _Recorder:
 
 
 def main() -> None:
-    task = Task.from_argv()
+    recording = Recording(task := Task.from_argv())
+    recording.mark("imported")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         dist.init_process_group("gloo")
     plan = plan_of(task, world)
-    settings = plan.model_dump(mode="json", exclude={"model", "data", "validation_data", "logger"})
+    shown = (
+        "batch_size",
+        "gradient_accumulation_steps",
+        "dtype",
+        "enable_activation_checkpointing",
+        "packed",
+        "compile",
+    )
+    settings = {name: getattr(plan, name) for name in shown} | {"optimizer": plan.optimizer.component}
+    if plan.lora:
+        settings |= {"rank": plan.lora.rank, "on": [*plan.lora.attn_modules, *(["mlp"] if plan.lora.mlp else [])]}
     train(
         plan,
         model_dir=Path(task.model_dir),
         train_data=Path(task.data_dir),
         valid_data=None,
         output_dir=Path(task.output_dir),
-        reporter=_Recorder(Recording(task, settings)),
+        reporter=_Recorder(recording),
         resume_from=None,
     )
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    shown = ("batch_size", "gradient_accumulation_steps", "dtype", "enable_activation_checkpointing", "compile")
+    settings = {name: getattr(plan, name) for name in shown} | {"optimizer": plan.optimizer.component}
+    if plan.lora:
+        settings |= {"rank": plan.lora.rank, "on": [*plan.lora.attn_modules, *(["mlp"] if plan.lora.mlp else [])]}
+    return settings
 
 
 def plan_of(task: Task, world: int) -> Plan:

@@ -33,7 +33,8 @@ SUFFIXES = {("full", 1): "full_single_device", ("lora", 1): "lora_single_device"
 
 
 def main() -> None:
-    task = Task.from_argv()
+    recording = Recording(task := Task.from_argv())
+    recording.mark("imported")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         dist.init_process_group("gloo")
@@ -43,10 +44,10 @@ def main() -> None:
     recipe = getattr(load_recipe(file), name)(cfg=config)
     if task.method == "lora" and task.equal:
         _start_adapters_from(recipe, Path(task.adapter))
-    shown = OmegaConf.to_container(config)
-    assert isinstance(shown, dict)
-    stock_parts.recording = Recording(task, {str(key): value for key, value in shown.items()})
+    recording.settings = _settings(config)
+    stock_parts.recording = recording
     recipe.setup(cfg=config)
+    recording.mark("loaded")
     recipe.train()
 
 
@@ -135,6 +136,17 @@ def _config(task: Task, world: int) -> DictConfig:
     merged = OmegaConf.merge(config, changes)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _settings(config: DictConfig) -> dict[str, Any]:
+    shown = ("batch_size", "gradient_accumulation_steps", "dtype", "enable_activation_checkpointing", "compile")
+    settings = {name: config[name] for name in shown} | {"optimizer": config.optimizer["_component_"]}
+    if config.get("optimizer_in_bwd"):
+        settings["optimizer_in_bwd"] = True
+    if "lora_rank" in config.model:
+        mlp = ["mlp"] if config.model.apply_lora_to_mlp else []
+        settings |= {"rank": config.model.lora_rank, "on": [*config.model.lora_attn_modules, *mlp]}
+    return settings
 
 
 def _model(shape: dict[str, Any], method: str) -> dict[str, Any]:

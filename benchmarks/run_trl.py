@@ -35,7 +35,8 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # untyped here
 
 
 def main() -> None:
-    task = Task.from_argv()
+    recording = Recording(task := Task.from_argv())
+    recording.mark("imported")
     arguments: dict[str, Any] = {
         "output_dir": task.output_dir,
         "max_steps": task.steps,
@@ -62,7 +63,9 @@ def main() -> None:
     )
     if task.equal and lora is not None:
         _start_adapters_from(trainer.model, Path(task.adapter))
-    trainer.add_callback(_Clock(Recording(task, _settings(trainer))))
+    recording.settings = _settings(trainer, lora)
+    recording.mark("loaded")
+    trainer.add_callback(_Clock(recording))
     trainer.train()
 
 
@@ -105,7 +108,7 @@ def _start_adapters_from(model: torch.nn.Module, file: Path) -> None:
     assert not values, f"adapters without a place in peft's model: {sorted(values)}"
 
 
-def _settings(trainer: Any) -> dict[str, Any]:  # noqa: ANN401 -- untyped here
+def _settings(trainer: Any, lora: LoraConfig | None) -> dict[str, Any]:  # noqa: ANN401 -- untyped here
     args = trainer.args
     weights = {str(parameter.dtype) for parameter in trainer.model.parameters()}
     return {
@@ -114,9 +117,8 @@ def _settings(trainer: Any) -> dict[str, Any]:  # noqa: ANN401 -- untyped here
         "bf16 autocast": args.bf16,
         "weights": sorted(weights),
         "gradient_checkpointing": args.gradient_checkpointing,
-        "optimizer": str(args.optim),
-        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-    }
+        "optimizer": args.optim.value,
+    } | ({"rank": lora.r, "on": sorted(lora.target_modules)} if lora else {})
 
 
 if __name__ == "__main__":
