@@ -345,7 +345,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
         parts = [(part, tensor.shape[1:]) for tensor in checkpoint_tensors(arch) for part in tensor.parts]
         return {part.name: _random((part.rows, *columns), dtype) for part, columns in parts}
 
-    training_model.load_weights = random_weights  # type: ignore[attr-defined]  # imported there, and called by this name
+    training_model.load_weights = random_weights  # type: ignore[attr-defined, assignment]  # by the name it is called by
     model = training_model.build_training_model(plan, arch, Path(), None, dtype, ranks)
     optimizer = build_optimizer(plan, model.trainable().values())
     data = _Documents(documents(spec))

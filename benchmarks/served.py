@@ -1,8 +1,8 @@
 """A job of the service against the same recipe run bare: tokens/s of the same plan, on the same rows.
 
 In turn, several rounds: the recipe as a process of its own, with no service on the machine; then a service is started,
-gets the job over HTTP, and is stopped. Both speeds are those of the steps after the warm-up; the job's are read from the
-metrics file that the service writes.
+gets the job over HTTP, and is stopped. Both speeds are those of the steps after the warm-up; the job's are read from
+the metrics file that the service writes.
 
     python -m benchmarks.served       about 10 minutes; into benchmarks/training.md
 """
