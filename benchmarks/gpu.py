@@ -274,12 +274,14 @@ class Meter:
         self._tokens: list[int] = []
 
     def step(self, tokens: int) -> None:
-        """A step over `tokens`, without padding, has just ended."""
-        if torch.cuda.is_available():
+        """A step over `tokens`, without padding, has been launched. The device is waited for only after the warm-up
+        and at the end: between, steps may be launched ahead as the recipe does it."""
+        self._tokens.append(tokens)
+        done = len(self._tokens)
+        if torch.cuda.is_available() and done in (self._spec.warmup, self._spec.warmup + self._spec.steps):
             torch.cuda.synchronize()
         self._ends.append(time.perf_counter())
-        self._tokens.append(tokens)
-        if len(self._ends) == self._spec.warmup and torch.cuda.is_available():
+        if torch.cuda.is_available() and done == self._spec.warmup:
             torch.cuda.reset_peak_memory_stats()
 
     def tokens_per_second(self) -> float:
@@ -313,14 +315,15 @@ class _Documents:
 
 def _ours(spec: Spec, meter: Meter) -> int:
     """Trains, and returns how many parameters are trained. The one place that knows how the recipe's parts fit."""
-    from trainers import training_model
     from trainers.batches import collate, pack
     from trainers.distributed import Ranks
+    from trainers.methods import method_of
     from trainers.models.architecture import Architecture, read_architecture
     from trainers.models.layout import checkpoint_tensors
     from trainers.optimization import build_optimizer
     from trainers.plan import ComponentSpec, LoraSpec, Plan
     from trainers.recipe import training_step
+    from trainers.training_model import build_training_model, choose_dtype
 
     ranks = Ranks.current()
     arch = read_architecture(SHAPES[spec.shape] | {"max_position_embeddings": spec.seq_len})
@@ -339,22 +342,23 @@ def _ours(spec: Spec, meter: Meter) -> int:
         enable_activation_checkpointing=spec.recompute,
     )
 
-    dtype = training_model.choose_dtype(plan, ranks.device)
+    dtype = choose_dtype(plan, ranks.device)
 
     def random_weights(model_dir: Path, arch: Architecture) -> dict[str, Tensor]:
         parts = [(part, tensor.shape[1:]) for tensor in checkpoint_tensors(arch) for part in tensor.parts]
         return {part.name: _random((part.rows, *columns), dtype) for part, columns in parts}
 
-    training_model.load_weights = random_weights  # type: ignore[attr-defined, assignment]  # by the name it is called by
-    model = training_model.build_training_model(plan, arch, Path(), None, dtype, ranks)
+    # In place of what the method's module reads from files.
+    vars(sys.modules[type(method_of(plan)).__module__])["load_weights"] = random_weights
+    model = build_training_model(plan, arch, Path(), None, dtype, ranks)
     optimizer = build_optimizer(plan, model.trainable().values())
     data = _Documents(documents(spec))
     packs = pack(data.lengths, spec.seq_len)
     for step in range(spec.steps + spec.warmup):
         share = packs[step * spec.batch_size : (step + 1) * spec.batch_size]
         batch = collate(data, share, spec.seq_len)
-        outcome = training_step(model, optimizer, None, [batch], ranks, None, lambda: False)
-        meter.step(outcome.tokens)
+        training_step(model, optimizer, None, [batch], ranks, None, stop=False)
+        meter.step(batch.n_tokens)
     return sum(parameter.numel() for parameter in model.trainable().values())
 
 

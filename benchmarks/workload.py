@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import prepare
@@ -82,6 +83,7 @@ def prepared_rows(model_dir: Path, out_dir: Path, *, repeat: int = 1) -> Path:
         ChatTokenizer.from_dir(model_dir),
         max_seq_len=MAX_SEQ_LEN,
         out_dir=out_dir,
+        cache=DataCache(out_dir.with_suffix(".cache"), max_bytes=1 << 30),
         progress=print,
     )
     return out_dir
@@ -110,10 +112,11 @@ def first_adapter(model_dir: Path, lora: LoraSpec, file: Path) -> None:
     """The values that our recipe starts `lora` adapters at with the default seed, by torchtune's names."""
     import torch
 
+    from trainers.methods.lora import initial_adapter, lora_linear
     from trainers.models.architecture import inspect_model_dir
-    from trainers.models.decoder import build_decoder, initial_adapter
+    from trainers.models.decoder import build_decoder
     from trainers.models.export_files import write_safetensors
 
     with torch.device("meta"):
-        decoder = build_decoder(inspect_model_dir(model_dir), lora=lora)
+        decoder = build_decoder(inspect_model_dir(model_dir), linear=lora_linear(lora))
     write_safetensors(initial_adapter(decoder, seed=SEED), file)
