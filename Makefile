@@ -3,10 +3,10 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench clean
+.PHONY: help setup demo serve test check bench bench-recipe clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: .venv/.complete  ## make .venv with everything in it (quick the second time)
 
@@ -28,8 +28,11 @@ check: setup  ## lint, formatting, types, import rule
 bench: setup  ## measure the service; writes benchmarks/README.md
 	$(BIN)/python -m benchmarks.service $(ARGS)
 
+bench-recipe: setup .venv-trl/.complete  ## measure training against torchtune and TRL; ARGS='--quick'
+	$(BIN)/python -m benchmarks.recipe $(ARGS)
+
 clean:  ## remove environments and caches; ~/.tunewright (your jobs) stays
-	rm -rf .venv .venv-hf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-hf .venv-trl build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.complete: pyproject.toml constraints.txt .ci/setup
@@ -37,3 +40,6 @@ clean:  ## remove environments and caches; ~/.tunewright (your jobs) stays
 
 .venv-hf/.complete: tests/hf/requirements.txt .ci/setup-hf
 	.ci/setup-hf
+
+.venv-trl/.complete: benchmarks/requirements-trl.txt tests/hf/requirements.txt .ci/setup-trl
+	.ci/setup-trl

@@ -1,0 +1,464 @@
+"""The recipe on one GPU, against torchtune's: tokens/s, MFU and peak memory. One command, no Ray, nothing to download.
+
+    python -m benchmarks.gpu                  Llama 3.2 1B and 3B, Llama 3.1 8B; LoRA and full; ours and torchtune
+    python -m benchmarks.gpu --shape 8b --method lora
+    python -m benchmarks.gpu --tiny           on a CPU too: shows that it works, measures nothing
+
+**It has not been run on a GPU yet**: the tests run `--tiny` on a CPU. The goals are for one H200.
+
+Weights are random, in the shapes of the real models, and made on the device. Data are random documents, packed into
+sequences of 4,096 tokens in which each token sees its own document only; every token is trained on. Both run in bf16
+with torch.compile and AdamW (fused), without activation checkpointing unless --recompute is given; LoRA has rank 8 on
+the four attention projections. Every measurement is a process of its own: one that runs out of memory costs its row
+only.
+
+- *ours* is `build_training_model` and `training_step` of trainers/, as a job runs them (`_ours`).
+- *torchtune* is its own recipe file, full_finetune_single_device or lora_finetune_single_device, run whole; a
+  checkpointer that gives random weights and a data set that counts are put into its config by name (`_stock_config`).
+
+MFU is the share of the device's peak that the arithmetic of the model itself takes, recomputation not counted:
+
+    flops per token = 2·N + 2·N + 2·T + 12·L·H·Q·s/2
+
+after appendix B of the PaLM paper (Chowdhery et al., 2022, arXiv:2204.02311), which has 6·N + 12·L·H·Q·s. N is the
+number of weights in matrix products (the head, not the embedding): the forward pass and the gradient of the inputs take
+2 each. T is how many of them are trained: their gradients take 2 more (T = N for full, the adapters alone for LoRA).
+L layers, H heads, Q their size; s/2 is the mean number of positions that a token attends to: here half its document,
+because attention is causal, not half the sequence.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.contender import peak_bytes
+from benchmarks.report import table
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+METHODS = ("lora", "full")
+CONTENDERS = ("ours", "torchtune")
+TIMEOUT_S = 3600.0
+GIB = 1 << 30
+
+_LLAMA3: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+def _rope(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": _LLAMA3
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "rope_scaling": _rope(32.0),
+    },
+    "3b": _LLAMA3
+    | {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "rope_scaling": _rope(32.0),
+    },
+    "8b": _LLAMA3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "rope_scaling": _rope(8.0),
+        "tie_word_embeddings": False,
+    },
+    "tiny": _LLAMA3
+    | {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_scaling": _rope(8.0),
+    },
+}
+GOALS = {("8b", "lora"): 14_900, ("8b", "full"): 10_200, ("3b", "lora"): 33_000, ("1b", "lora"): 77_000}
+"""Tokens/s on one H200."""
+
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L4": 121e12,
+}
+"""Dense bf16 FLOP/s, from NVIDIA's data sheets (which print twice as much where they mean sparse). By a part of the
+device's name, the first that fits."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    contender: str
+    shape: str
+    method: str
+    seq_len: int
+    batch_size: int
+    steps: int
+    warmup: int
+    recompute: bool
+    compile: bool
+    dtype: str
+
+
+class Result(NamedTuple):
+    tokens_per_second: float
+    peak_bytes: int
+    """Of the device's memory, in the steps after the warm-up; on a CPU of the process, in all."""
+    mean_document: float
+    trained: int
+    device: str
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(measure(Spec(**json.loads(sys.argv[2])))._asdict()))
+        return 0
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="The recipe on one GPU.")
+    parser.add_argument("--shape", action="append", choices=[s for s in SHAPES if s != "tiny"])
+    parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--contender", action="append", choices=CONTENDERS)
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences in a step (default: 2)")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are measured (default: 20)")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing, for less memory")
+    parser.add_argument("--tiny", action="store_true", help="a model of 100,000 weights, not compiled")
+    options = parser.parse_args()
+    if not (options.tiny or torch.cuda.is_available()):
+        parser.error("there is no GPU here; --tiny works without one")
+    shapes = ["tiny"] if options.tiny else options.shape or ["1b", "3b", "8b"]
+    rows: list[tuple[str, ...]] = []
+    failures: list[str] = []
+    for shape in shapes:
+        for method in options.method or METHODS:
+            for contender in options.contender or CONTENDERS:
+                spec = Spec(
+                    contender,
+                    shape,
+                    method,
+                    seq_len=256 if options.tiny else 4096,
+                    batch_size=options.batch_size,
+                    steps=3 if options.tiny else options.steps,
+                    warmup=1 if options.tiny else 5,
+                    recompute=options.recompute,
+                    compile=not options.tiny,
+                    dtype="fp32" if options.tiny else "bf16",
+                )
+                print(f"{shape} {method} {contender} ...", flush=True)
+                result = _in_a_process(spec)
+                if isinstance(result, str):
+                    failures.append(f"**{shape} {method} {contender}** failed:\n\n```text\n{result}\n```\n")
+                    rows.append((shape, method, contender, "failed", "", "", ""))
+                else:
+                    rows.append(_row(spec, result))
+    header = ("Llama", "method", "contender", "tok/s", "goal on one H200", "MFU", "peak memory")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"\n{device}, torch {torch.__version__}, `{' '.join(['python -m benchmarks.gpu', *sys.argv[1:]])}`\n")
+    print("\n".join([table(header, rows), *failures]))
+    return 1 if failures else 0
+
+
+def _in_a_process(spec: Spec) -> Result | str:
+    """The result, or the last lines of a process that failed."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--one", json.dumps(asdict(spec))]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    if done.returncode:
+        return (done.stdout + done.stderr)[-2000:]
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _row(spec: Spec, result: Result) -> tuple[str, ...]:
+    goal = GOALS.get((spec.shape, spec.method))
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in result.device), None)
+    flops = flops_per_token(SHAPES[spec.shape], result.trained, result.mean_document)
+    return (
+        spec.shape,
+        spec.method,
+        spec.contender,
+        f"{result.tokens_per_second:,.0f}",
+        f"{goal:,}" if goal else "",
+        f"{flops * result.tokens_per_second / peak:.1%}" if peak else "device unknown",
+        f"{result.peak_bytes / GIB:.1f} GiB",
+    )
+
+
+def flops_per_token(shape: dict[str, Any], trained: int, mean_document: float) -> float:
+    """As the module's docstring has it. `trained`: number of parameters that are; `mean_document`: tokens in the
+    document of a token, on average."""
+    width, ffn, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    heads = shape["num_attention_heads"]
+    head_dim = width // heads
+    attention = width * head_dim * (2 * heads + 2 * shape["num_key_value_heads"])
+    weights = layers * (attention + 3 * width * ffn) + shape["vocab_size"] * width
+    everything = trained > weights / 2  # full; its embedding's rows and its norms are no matrix products
+    adapters = 0 if everything else trained
+    scores = 12 * layers * heads * head_dim * mean_document / 2
+    return float(4 * (weights + adapters) + 2 * min(trained, weights) + scores)
+
+
+def documents(spec: Spec) -> list[np.ndarray]:
+    """Random documents of a quarter of a sequence on average, enough for every step."""
+    rng = np.random.default_rng(0)
+    needed = (spec.steps + spec.warmup) * spec.batch_size * spec.seq_len * 2
+    found: list[np.ndarray] = []
+    while needed > 0:
+        length = int(rng.integers(spec.seq_len // 16, spec.seq_len // 2))
+        found.append(rng.integers(0, SHAPES[spec.shape]["vocab_size"], length, dtype=np.int32))
+        needed -= length
+    return found
+
+
+def measure(spec: Spec) -> Result:
+    meter = Meter(spec)
+    trained = _ours(spec, meter) if spec.contender == "ours" else _stock(spec, meter)
+    lengths = np.array([len(document) for document in documents(spec)])
+    return Result(
+        meter.tokens_per_second(),
+        meter.peak_bytes(),
+        float((lengths**2).sum() / lengths.sum()),
+        trained,
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    )
+
+
+class Meter:
+    """Times the steps after the warm-up. Memory is counted from there, too: how weights were made is not in it."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._ends: list[float] = []
+        self._tokens: list[int] = []
+
+    def step(self, tokens: int) -> None:
+        """A step over `tokens`, without padding, has been launched. The device is waited for only after the warm-up
+        and at the end: between, steps may be launched ahead as the recipe does it."""
+        self._tokens.append(tokens)
+        done = len(self._tokens)
+        if torch.cuda.is_available() and done in (self._spec.warmup, self._spec.warmup + self._spec.steps):
+            torch.cuda.synchronize()
+        self._ends.append(time.perf_counter())
+        if torch.cuda.is_available() and done == self._spec.warmup:
+            torch.cuda.reset_peak_memory_stats()
+
+    def tokens_per_second(self) -> float:
+        warmup = self._spec.warmup
+        return sum(self._tokens[warmup:]) / (self._ends[-1] - self._ends[warmup - 1])
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes()
+
+
+# ---- ours
+
+
+class _Documents:
+    """Prepared data in memory: every token but a document's first is trained on."""
+
+    def __init__(self, found: list[np.ndarray]) -> None:
+        self._found = found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self._found[index]
+        return tokens, np.arange(len(tokens)) > 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(document) for document in self._found])
+
+
+def _ours(spec: Spec, meter: Meter) -> int:
+    """Trains, and returns how many parameters are trained. The one place that knows how the recipe's parts fit."""
+    from trainers.batches import collate, pack
+    from trainers.distributed import Ranks
+    from trainers.methods import method_of
+    from trainers.models.architecture import Architecture, read_architecture
+    from trainers.models.layout import checkpoint_tensors
+    from trainers.optimization import build_optimizer
+    from trainers.plan import ComponentSpec, LoraSpec, Plan
+    from trainers.recipe import training_step
+    from trainers.training_model import build_training_model, choose_dtype
+
+    ranks = Ranks.current()
+    arch = read_architecture(SHAPES[spec.shape] | {"max_position_embeddings": spec.seq_len})
+    plan = Plan(
+        model=spec.shape,
+        data="",
+        method="lora" if spec.method == "lora" else "full",
+        lora=LoraSpec() if spec.method == "lora" else None,
+        lr=1e-5,
+        optimizer=ComponentSpec(component="torch.optim.AdamW", kwargs={"fused": True}),
+        batch_size=spec.batch_size,
+        packed=True,
+        max_seq_len=spec.seq_len,
+        dtype="bf16" if spec.dtype == "bf16" else "fp32",
+        compile=spec.compile,
+        enable_activation_checkpointing=spec.recompute,
+    )
+
+    dtype = choose_dtype(plan, ranks.device)
+
+    def random_weights(model_dir: Path, arch: Architecture) -> dict[str, Tensor]:
+        parts = [(part, tensor.shape[1:]) for tensor in checkpoint_tensors(arch) for part in tensor.parts]
+        return {part.name: _random((part.rows, *columns), dtype) for part, columns in parts}
+
+    # In place of what the method's module reads from files.
+    vars(sys.modules[type(method_of(plan)).__module__])["load_weights"] = random_weights
+    model = build_training_model(plan, arch, Path(), None, dtype, ranks)
+    optimizer = build_optimizer(plan, model.trainable().values())
+    data = _Documents(documents(spec))
+    packs = pack(data.lengths, spec.seq_len)
+    for step in range(spec.steps + spec.warmup):
+        share = packs[step * spec.batch_size : (step + 1) * spec.batch_size]
+        batch = collate(data, share, spec.seq_len)
+        training_step(model, optimizer, None, [batch], ranks, None, stop=False)
+        meter.step(batch.n_tokens)
+    return sum(parameter.numel() for parameter in model.trainable().values())
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """On the device. Norms (vectors) are 1, so that activations keep their size."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
+
+
+# ---- torchtune
+
+
+def _stock(spec: Spec, meter: Meter) -> int:
+    """Runs the recipe file whole, and returns how many parameters it trains."""
+    from benchmarks import gpu_parts
+    from benchmarks.run_torchtune import RECIPES, load_recipe
+
+    gpu_parts.documents, gpu_parts.on_step = documents(spec), meter.step
+    file, name = RECIPES[spec.method, 1]
+    with redirect_stdout(sys.stderr):
+        config = _stock_config(spec)
+        recipe = getattr(load_recipe(file), name)(cfg=config)
+        recipe.setup(cfg=config)
+        recipe.train()
+    return sum(parameter.numel() for parameter in recipe._model.parameters() if parameter.requires_grad)
+
+
+def _stock_config(spec: Spec) -> "DictConfig":
+    """The shipped config of the recipe for the 8B model, with everything that is changed."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from benchmarks.run_torchtune import recipe_folder
+
+    shipped = recipe_folder() / "configs" / "llama3_1" / f"8B_{spec.method}_single_device.yaml"
+    config = OmegaConf.load(shipped)
+    assert isinstance(config, DictConfig)
+    for section in ("model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "metric_logger"):
+        config.pop(section, None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _stock_model(spec)
+    changes: dict[str, Any] = {
+        "model": model,
+        "tokenizer": {"_component_": "benchmarks.stock_parts.NoTokenizer"},
+        "checkpointer": {
+            "_component_": "benchmarks.gpu_parts.RandomWeights",
+            "model": model,
+            "device": device,
+            "dtype": spec.dtype,
+            "model_type": "LLAMA3",  # the recipe looks at it
+        },
+        "dataset": {"_component_": "benchmarks.gpu_parts.Packs", "max_seq_len": spec.seq_len, "packed": True},
+        "optimizer": {"_component_": "torch.optim.AdamW", "fused": True, "lr": 1e-5},
+        "metric_logger": {"_component_": "benchmarks.gpu_parts.Clock"},
+        "shuffle": False,
+        "batch_size": spec.batch_size,
+        "gradient_accumulation_steps": 1,
+        "epochs": 1,
+        "max_steps_per_epoch": spec.steps + spec.warmup,
+        "compile": spec.compile,
+        "device": device,
+        "dtype": spec.dtype,
+        "enable_activation_checkpointing": spec.recompute,
+        "enable_activation_offloading": False,
+        "log_every_n_steps": 1,
+        "log_peak_memory_stats": False,
+    }
+    if spec.method == "lora":
+        changes["lr_scheduler"] = {"_component_": "benchmarks.stock_parts.constant"}
+        changes["save_adapter_weights_only"] = True
+    else:
+        changes["optimizer_in_bwd"] = False
+    merged = OmegaConf.merge(config, changes)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _stock_model(spec: Spec) -> dict[str, Any]:
+    shape = SHAPES[spec.shape]
+    builder = "llama3_2" if shape["tie_word_embeddings"] else "llama3_1"
+    prefix, adapters = "", {}
+    if spec.method == "lora":
+        prefix = "lora_"
+        modules = ["q_proj", "k_proj", "v_proj", "output_proj"]
+        adapters = {"lora_attn_modules": modules, "apply_lora_to_mlp": False, "lora_rank": 8, "lora_alpha": 16}
+    return {
+        "_component_": f"torchtune.models.{builder}.{prefix}{builder}",
+        "vocab_size": shape["vocab_size"],
+        "num_layers": shape["num_hidden_layers"],
+        "num_heads": shape["num_attention_heads"],
+        "num_kv_heads": shape["num_key_value_heads"],
+        "embed_dim": shape["hidden_size"],
+        "max_seq_len": spec.seq_len,
+        "intermediate_dim": shape["intermediate_size"],
+        "norm_eps": shape["rms_norm_eps"],
+        "rope_base": int(shape["rope_theta"]),
+        **adapters,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

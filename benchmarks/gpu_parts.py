@@ -1,0 +1,82 @@
+"""Parts that torchtune's recipes take by name for `benchmarks.gpu`: random weights, packed documents, a clock."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torchtune import config as torchtune_config
+from torchtune import training
+from torchtune.datasets import PackedDataset
+
+IGNORED = -100
+documents: Sequence[np.ndarray] = ()
+on_step: Callable[[int], None] = print
+"""Both are set by `benchmarks.gpu`; `on_step` gets the tokens of each step as it ends."""
+_pending_tokens = 0
+
+
+class RandomWeights:
+    """A checkpointer that loads random weights for the model it is told of, made on `device`, and saves nothing."""
+
+    def __init__(
+        self, model: dict[str, Any], device: str, dtype: str, model_type: str, *, should_load_recipe_state: bool
+    ) -> None:
+        """`model` names torchtune's builder and its arguments; the last two are what recipes give any checkpointer."""
+        self._model, self._device = OmegaConf.create(model), device
+        self._dtype = training.get_dtype(dtype, torch.device(device))
+
+    def load_checkpoint(self) -> dict[str, dict[str, Tensor]]:
+        with torch.device("meta"):
+            model = torchtune_config.instantiate(self._model)
+        weights = {name: self._random(value) for name, value in model.state_dict().items() if ".lora_" not in name}
+        return {training.MODEL_KEY: weights}
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 -- whatever the recipe gives
+        pass
+
+    def _random(self, like: Tensor) -> Tensor:
+        if like.dim() == 1:  # norms
+            return torch.ones(like.shape, dtype=self._dtype, device=self._device)
+        return torch.empty(like.shape, dtype=self._dtype, device=self._device).normal_(std=0.02)
+
+
+class _Whole:
+    """The documents as a data set of rows that are trained on every token."""
+
+    def __len__(self) -> int:
+        return len(documents)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        tokens = documents[index].tolist()
+        return {"tokens": tokens, "labels": tokens}
+
+
+class Packs(PackedDataset):  # type: ignore[misc]  # torchtune ships no types
+    """torchtune's own packing of the documents. Counts the tokens it gives out, without padding."""
+
+    def __init__(self, tokenizer: object, max_seq_len: int, *, packed: bool) -> None:
+        super().__init__(_Whole(), max_seq_len=max_seq_len)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        global _pending_tokens
+        found: dict[str, Tensor] = super().__getitem__(index)
+        _pending_tokens += int((found["labels"] != IGNORED).sum())
+        return found
+
+
+class Clock:
+    """A metric logger: the recipes call it at the end of every step."""
+
+    def log_config(self, config: object) -> None:
+        pass
+
+    def log_dict(self, payload: dict[str, Any], step: int) -> None:
+        global _pending_tokens
+        tokens, _pending_tokens = _pending_tokens, 0
+        on_step(tokens)
+
+    def close(self) -> None:
+        pass
