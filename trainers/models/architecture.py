@@ -309,7 +309,9 @@ def _sliding_layers(config: Mapping[str, Any], family: _Family, layers: int, win
         return [window is not None and i >= first for i in range(layers)]
     every = _count(config, "sliding_window_pattern", default=family.full_every)
     if every != family.full_every and family.local_rope_theta is None:  # Gemma 2 doesn't read that key
-        raise unsupported(f"config.json has sliding_window_pattern {every}; built for this family: {family.full_every}.")
+        raise unsupported(
+            f"config.json has sliding_window_pattern {every}; built for this family: {family.full_every}."
+        )
     return [(i + 1) % every != 0 for i in range(layers)]
 
 

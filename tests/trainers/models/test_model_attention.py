@@ -11,9 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from trainers.models.attention import BLOCK, Causal, Rules, block_mask, flex_attend
 
 CPU = torch.device("cpu")
-RULES = [
-    Rules(window, 0.3, softcap, 0.0) for window, softcap in product((None, 5, 64, 300, 10_000), (None, 1.5))
-]
+RULES = [Rules(window, 0.3, softcap, 0.0) for window, softcap in product((None, 5, 64, 300, 10_000), (None, 1.5))]
 PLAIN = Rules(None, 0.25, None, 0.0)
 
 
