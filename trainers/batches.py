@@ -31,8 +31,9 @@ class Batch(NamedTuple):
     """One micro-batch. `tokens` and `labels` have shape [b, s]; labels are shifted: labels[:, j] follows tokens[:, j].
     `trained` [n] holds the trained positions, as indices of the flattened batch.
 
-    For packs, `documents` [b, s] numbers the rows of each, 0, 1, 2, ..., with -1 for padding, and `positions` [b, s] counts
-    within a row. Both are None for rows that aren't packed, where padding only follows. `n_tokens` leaves padding out.
+    For packs, `documents` [b, s] numbers the rows of each, 0, 1, 2, ..., with -1 for padding, and `positions` [b, s]
+    counts within a row. Both are None for rows that aren't packed, where padding only follows. `n_tokens` leaves
+    padding out.
     """
 
     tokens: Tensor

@@ -212,7 +212,7 @@ def test_labels_are_the_next_tokens_where_the_mask_says_so(tmp_path: Path) -> No
     batch = collate(data, [np.array([0]), np.array([1])])
     assert batch.tokens.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch.labels.tolist() == [[6, 7, IGNORED], [IGNORED] * 3]
-    assert (batch.n_tokens, batch.n_trained, batch.mask, batch.positions) == (5, 2, None, None)
+    assert (batch.n_tokens, batch.n_trained, batch.documents, batch.positions) == (5, 2, None, None)
 
 
 def test_a_rank_without_rows_gets_one_untrained_token(tmp_path: Path) -> None:
@@ -237,16 +237,15 @@ def test_a_row_longer_than_a_pack_is_an_error() -> None:
         pack(np.array([3, 11]), 10)
 
 
-def test_rows_of_a_pack_count_from_zero_and_do_not_see_each_other(tmp_path: Path) -> None:
+def test_rows_of_a_pack_are_numbered_and_count_from_zero(tmp_path: Path) -> None:
     data = TokenisedDataset(write_rows(tmp_path, [([5, 6], [False, True]), ([7, 8, 9], [True, True, True])]))
     batch = collate(data, [np.array([0, 1])], pad_to=6)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 0]]
     assert batch.labels.tolist() == [[6, IGNORED, 8, 9, IGNORED, IGNORED]]
     assert batch.positions is not None
-    assert batch.mask is not None
+    assert batch.documents is not None
     assert batch.positions.tolist() == [[0, 1, 0, 1, 2, 0]]
-    expected = torch.block_diag(torch.ones(2, 2).tril(), torch.ones(3, 3).tril(), torch.ones(1, 1)).bool()
-    assert torch.equal(batch.mask[0], expected)
+    assert batch.documents.tolist() == [[0, 0, 1, 1, 1, -1]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -317,8 +317,8 @@ def _sliding_layers(config: Mapping[str, Any], family: _Family, layers: int, win
 
 def _attention_scale(config: Mapping[str, Any], family: _Family, head_dim: int) -> float:
     if family.query_pre_attn_scalar is None:
-        return head_dim**-0.5
-    return _positive(config, "query_pre_attn_scalar", family.query_pre_attn_scalar) ** -0.5
+        return 1 / math.sqrt(head_dim)
+    return 1 / math.sqrt(_positive(config, "query_pre_attn_scalar", family.query_pre_attn_scalar))
 
 
 def _softcap(config: Mapping[str, Any], family: _Family, key: str) -> float | None:

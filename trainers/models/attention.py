@@ -12,6 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -124,7 +125,8 @@ class Causal:
         if window in self._blocks:
             return flex_attend(q, k, v, self._blocks[window], rules)
         if self._packed:
-            return self._by_document(q, k, v, rules)
+            outputs: Tensor = self._by_document(q, k, v, rules)
+            return outputs
         return attend(q, k, v, self._visible.get(window), rules)
 
     def _window(self, rules: Rules) -> int | None:
@@ -137,7 +139,7 @@ class Causal:
         window = self._window(rules)
         visible = self._visible.get(window)
         outputs = []
-        parts = zip(*(x.flatten(0, 1).split(self._runs) for x in (q, k, v)), self._is_document, strict=True)
+        parts = zip(*(torch.split(x.flatten(0, 1), self._runs) for x in (q, k, v)), self._is_document, strict=True)
         for q_run, k_run, v_run, is_document in parts:
             if not is_document:
                 outputs.append(torch.zeros_like(q_run))
@@ -180,7 +182,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, rules: Rules
     return (functional.dropout(weights, rules.dropout) @ v).transpose(1, 2)
 
 
-_compiled_flex_attention = torch.compile(flex_attention)
+# Compiled once for each combination of window, soft-cap, packed or not, with gradients or without, and twice while the
+# width is new. Past the limit it would silently run uncompiled, with a matrix of scores: `fullgraph` raises then.
+torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+_compiled_flex_attention = torch.compile(flex_attention, fullgraph=True)
 
 
 def flex_attend(
@@ -188,7 +193,7 @@ def flex_attend(
 ) -> Tensor:
     """An `Attend` by FlexAttention, which has no dropout. `flex` stands in for the compiled one."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    output = (flex or _compiled_flex_attention)(
+    output: Tensor = (flex or _compiled_flex_attention)(
         q,
         k,
         v,

@@ -42,9 +42,9 @@ def read_layer_ropes(
     `theta` and `local_theta` hold where the config is silent. `local_theta` None: the family has the same settings in
     all layers. Raises UserError `model_unsupported` for what is not built.
 
-    transformers 5 keeps everything in `rope_parameters`, by kind of layer where they differ; version 4 has `rope_theta`,
-    `rope_local_base_freq` and `rope_scaling`, whose kind is called `type` in old files. Values inside the dictionary
-    win, as in transformers.
+    transformers 5 keeps everything in `rope_parameters`, by kind of layer where they differ; version 4 has
+    `rope_theta`, `rope_local_base_freq` and `rope_scaling`, whose kind is called `type` in old files. Values inside the
+    dictionary win, as in transformers.
     """
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(scaling, Mapping):

@@ -168,8 +168,8 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# After the last question of the user (a tool's result is none) reasoning is shown, and an empty one is put before a last
-# answer that has none. Before it, reasoning is dropped. Calls and results are those of Qwen 2.5.
+# After the last question of the user (a tool's result is none) reasoning is shown, and an empty one is put before a
+# last answer that has none. Before it, reasoning is dropped. Calls and results are those of Qwen 2.5.
 QWEN3 = """\
 {%- if tools %}
     {{- '<|im_start|>system\n' }}

@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
 from torchtune.training import get_shard_conditions, set_activation_checkpointing, shard_model
 
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILIES, make_tiny_model
 from tests.trainers.models.conftest import BuildModel
 from trainers.methods.lora import adapter_parameters, initial_adapter, lora_linear
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import FusedRMSNorm, build_decoder, init_rope
+from trainers.models.decoder import FusedRMSNorm, GemmaNorm, build_decoder, causal, init_rope
 from trainers.models.rope import RotaryEmbedding
 from trainers.models.rope_config import RopeParams
 from trainers.models.weights import load_weights
@@ -82,15 +84,54 @@ def test_our_norm_gives_the_bits_of_torchtunes_and_no_warning(recwarn: pytest.Wa
         assert torch.equal(outputs, reference(x.to(dtype)))
 
 
-def test_packed_rows_see_nothing_of_each_other(tmp_path: Path, build_model: BuildModel) -> None:
-    """Two documents in one row, with the mask and the positions that say so, give what each gives alone."""
-    model = build_model(make_tiny_model(tmp_path))
-    first, second = TOKENS[:, :25], TOKENS[:, 25:]
-    documents = torch.tensor([0] * 25 + [1] * 15)
-    mask = (documents[:, None] == documents) & torch.ones(40, 40, dtype=torch.bool).tril()
-    positions = torch.cat((torch.arange(25), torch.arange(15)))
-    packed = model(TOKENS, mask=mask[None], input_pos=positions[None])
-    torch.testing.assert_close(packed, torch.cat((model(first), model(second)), dim=1), rtol=0, atol=1e-5)
+def test_our_norm_for_gemma_computes_what_torchtunes_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(2, 9, 64, generator=generator), torch.randn(64, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        norms = [kind(64, eps=1e-6).to(dtype) for kind in (GemmaNorm, GemmaRMSNorm)]
+        for norm in norms:
+            norm.scale.data.copy_(scale)
+        torch.testing.assert_close(norms[0](x.to(dtype)), norms[1](x.to(dtype)))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [(family, {}) for family in FAMILIES] + [("mistral", {"sliding_window": 16})]
+)
+def test_packed_rows_see_nothing_of_each_other(
+    family: str, config: dict[str, Any], tmp_path: Path, build_model: BuildModel
+) -> None:
+    """Documents in packs give the outputs and the gradients that each gives alone; some are longer than a window."""
+    model = build_model(make_tiny_model(tmp_path, family, **config))
+    lengths = ([25, 15], [20, 8])
+    documents = torch.tensor([[0] * 25 + [1] * 15, [0] * 20 + [1] * 8 + [-1] * 12])
+    positions = torch.tensor([[*range(25), *range(15)], [*range(20), *range(8), *[0] * 12]])
+    tokens = torch.cat((TOKENS, TOKENS.flip(1)))
+    packed = model(tokens, mask=causal(model, tokens, documents), input_pos=positions)[documents >= 0]
+    alone = [
+        model(part[None])[0]
+        for row, sizes in zip(tokens, lengths, strict=True)
+        for part in row[: sum(sizes)].split(sizes)
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-5)
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(out.logsumexp(-1).sum(), parameters) for out in (packed, torch.cat(alone))]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_in_bfloat16(family: str, tmp_path: Path, build_model: BuildModel) -> None:
+    exact = build_model(make_tiny_model(tmp_path, family))
+    rough = build_model(tmp_path).to(torch.bfloat16)
+    assert rough(TOKENS).isfinite().all()
+    assert (rough(TOKENS) - exact(TOKENS)).abs().mean() < 0.05
+
+
+def test_layers_share_the_rotary_tables_of_their_kind(tmp_path: Path) -> None:
+    arch = inspect_model_dir(make_tiny_model(tmp_path, "gemma3_text", num_hidden_layers=4))
+    first, second, third, fourth = (layer.attn.pos_embeddings for layer in build_decoder(arch).layers)
+    assert first is third
+    assert second is fourth
+    assert (first.params.theta, second.params.theta) == (10_000.0, 1_000_000.0)
 
 
 def test_activation_checkpointing_gives_the_same_gradients(tmp_path: Path, build_model: BuildModel) -> None:
@@ -114,7 +155,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 @pytest.mark.usefixtures("one_rank")
 def test_a_model_on_the_meta_device_can_be_sharded_and_then_filled(
     family: str, tmp_path: Path, build_model: BuildModel

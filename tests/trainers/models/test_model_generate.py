@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchtune.modules import TransformerDecoder
 
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILIES, make_tiny_model
 from tests.trainers.models.conftest import BuildModel
 from trainers.models import generate as generation
 from trainers.models.generate import generate
@@ -26,11 +26,17 @@ def by_hand(model: TransformerDecoder, prompt: list[int], max_new_tokens: int, e
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_answers_as_each_prompt_does_alone(family: str, tmp_path: Path, build_model: BuildModel) -> None:
     model = build_model(make_tiny_model(tmp_path, family))
     answers = generate(model, PROMPTS, max_new_tokens=12, eos_ids=set(), pad_id=0)
     assert answers == [by_hand(model, prompt, 12, set()) for prompt in PROMPTS]
+
+
+def test_windows_move_along_with_the_answer(tmp_path: Path, build_model: BuildModel) -> None:
+    model = build_model(make_tiny_model(tmp_path, "gemma3_text", sliding_window=4, seed=3))
+    answers = generate(model, PROMPTS, max_new_tokens=24, eos_ids=set(), pad_id=0)
+    assert answers == [by_hand(model, prompt, 24, set()) for prompt in PROMPTS]
 
 
 def test_an_answer_ends_before_its_end_token(tmp_path: Path, build_model: BuildModel) -> None:
@@ -56,7 +62,6 @@ def test_generating_leaves_the_model_ready_to_train(tmp_path: Path, build_model:
     model = build_model(make_tiny_model(tmp_path)).train()
     generate(model, PROMPTS, max_new_tokens=2, eos_ids=set(), pad_id=0)
     assert model.training
-    assert not model.caches_are_setup()
     model(torch.tensor(PROMPTS[2:3])).sum().backward()
     assert model.tok_embeddings.weight.grad is not None
 

@@ -25,6 +25,7 @@ from trainers.models.generate import generate
 from trainers.models.weights import load_weights, save_hf_model
 from trainers.plan import LoraSpec
 
+pytestmark = pytest.mark.timeout(600)  # dozens of models go through transformers in one go
 TOKENS = torch.randint(0, 512, (2, 48), generator=torch.Generator().manual_seed(0))
 ANSWER = 16
 """Tokens to generate."""

@@ -8,13 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILIES, make_tiny_model
 from trainers.errors import UserError
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder
 from trainers.models.weights import load_weights, save_hf_model
-
-FAMILIES = ["llama", "mistral", "qwen2", "gemma", "phi3"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
