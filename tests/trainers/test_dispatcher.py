@@ -158,7 +158,9 @@ async def test_a_submitted_job_gets_one_runner_however_many_passes(world: World)
 
 
 @in_world
-async def test_the_log_is_asked_for_all_live_jobs_once_and_what_happens_later_is_seen_all_the_same(world: World) -> None:
+async def test_the_log_is_asked_for_all_live_jobs_once_and_what_happens_later_is_seen_all_the_same(
+    world: World,
+) -> None:
     await world.pass_()
     world.log.live_jobs = None  # type: ignore[method-assign, assignment]  # a second call would fail
     first, second = await world.submit(), await world.submit()
