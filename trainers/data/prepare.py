@@ -4,6 +4,7 @@ Every row is read once, as a stream; memory depends on the longest row, not on t
 tokenised on all cores, the next one is parsed and rendered.
 """
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ from trainers.errors import UserError
 
 _BATCH_ROWS = 512
 _BATCH_CHARS = 1 << 18
+_LONG_ROW_CHARS = _BATCH_CHARS // 4
 _ERRORS_KEPT = 20
 _PROGRESS_S = 5.0
 
@@ -123,8 +125,20 @@ def _encoded(uri: str, tokenizer: ChatTokenizer, meter: "_Meter") -> Iterator[tu
 
 
 def _encode_batch(tokenizer: ChatTokenizer, batch: list[_Row]) -> list[tuple[int, Encoded | RowError]]:
-    encoded = iter(tokenizer.encode_rendered([row for _, row in batch if isinstance(row, Rendered)]))
+    rendered = [row for _, row in batch if isinstance(row, Rendered)]
+    encoded = iter(tokenizer.encode_rendered(rendered))
+    if any(len(row.text) >= _LONG_ROW_CHARS for row in rendered):
+        _give_memory_back()
     return [(line, next(encoded) if isinstance(row, Rendered) else row) for line, row in batch]
+
+
+def _give_memory_back() -> None:
+    """Returns freed memory to the system, where the C library can.
+
+    glibc keeps what a long row took, scattered over the arenas of the threads: row after row the process would grow.
+    """
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _batches(uri: str, tokenizer: ChatTokenizer, meter: "_Meter") -> Iterator[list[_Row]]:
