@@ -252,13 +252,16 @@ def _measured(job: FineTuningJob, steps: list[StepMetrics]) -> dict[str, Any]:
 
 
 def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
-    progress = job.progress
+    """A checkpoint is recorded when it is on disk; training may have gone on meanwhile."""
+    progress, metrics = job.progress, job.metrics
+    if progress is not None and progress.step > event.step:
+        metrics = (metrics or Metrics()).model_copy(update={name: event.metrics.get(name) for name in _MEASURED})
     if progress is not None and event.step > progress.step:
         progress = progress.model_copy(update={"step": event.step, "epoch": event.epoch})
     return {
         "checkpoints": job.checkpoints if event.uri in job.checkpoints else [*job.checkpoints, event.uri],
         "progress": progress,
-        "saved": _Saved(step=event.step, epoch=event.epoch, metrics=job.metrics),
+        "saved": _Saved(step=event.step, epoch=event.epoch, metrics=metrics),
     }
 
 

@@ -112,7 +112,7 @@ class EventLog:
             raise Refused("unknown_job", f"no job {after}") from None
 
     async def live_jobs(self) -> LiveJobs:
-        """Jobs without an outcome, oldest first, and as of which position: `subscribe` to what follows."""
+        """Jobs without an outcome, oldest first, and the position as of which that is so."""
         return LiveJobs(self._jobs.position, self._jobs.live())
 
     async def read(self, job_id: str, after_version: int = -1, limit: int = _PAGE) -> list[Recorded]:

@@ -50,6 +50,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
         "use_sliding_window": False,
     },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "tie_word_embeddings": True,
+        "rope_theta": 1000000.0,
+        "head_dim": 32,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
     "gemma": {
         "architectures": ["GemmaForCausalLM"],
         "tie_word_embeddings": True,
@@ -57,6 +65,31 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "num_key_value_heads": 1,
         "hidden_act": "gelu_pytorch_tanh",
+    },
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "tie_word_embeddings": True,
+        "rope_theta": 10000.0,
+        "head_dim": 32,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 16,
+    },
+    "gemma3_text": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "tie_word_embeddings": True,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "head_dim": 32,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
     },
     "phi3": {
         "architectures": ["Phi3ForCausalLM"],
@@ -67,6 +100,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": None,
     },
 }
+FAMILIES = tuple(_FAMILIES)
 _CORPUS = (
     "The quick brown fox jumps over the lazy dog while the children read a short story about the sea.",
     "What is the capital of France? The capital of France is Paris. What is the answer to this question?",
@@ -82,7 +116,7 @@ _CORPUS = (
 def make_tiny_model(path: Path, family: str = "llama", seed: int = 0, **config: Any) -> Path:
     """Writes config.json, model.safetensors (fp32), tokenizer and generation config under `path`; returns `path`.
 
-    `family` is one of llama, mistral, qwen2, gemma, phi3. `config` overrides or adds keys of config.json (the weights
+    `family` is one of FAMILIES. `config` overrides or adds keys of config.json (the weights
     follow: sizes, tie_word_embeddings, attention_bias, mlp_bias). Ids: 0 `<|endoftext|>` (also padding), 1
     `<|im_start|>`, 2 `<|im_end|>` (ends generation). The same arguments always give the same bytes.
     """
@@ -137,7 +171,7 @@ def _tensor(config: dict[str, Any], name: str, shape: tuple[int, ...], rng: np.r
     """Random everywhere (norms and biases too), so that a tensor that is dropped or swapped shows in the logits."""
     noise = rng.standard_normal(shape, dtype=np.float32)
     if "norm" in name:
-        return 0.1 * noise + (0 if config["model_type"] == "gemma" else 1)
+        return 0.1 * noise + (0 if config["model_type"].startswith("gemma") else 1)
     if len(shape) == 1:
         return 0.1 * noise
     return noise * np.float32(0.05 if "embed" in name else shape[1] ** -0.5)
@@ -186,5 +220,11 @@ def _layer_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield f"{name}.weight", (rows, columns)
         if bias:
             yield f"{name}.bias", (rows,)
+    if config["model_type"] in ("qwen3", "gemma3_text"):
+        yield "self_attn.q_norm.weight", (head_dim,)
+        yield "self_attn.k_norm.weight", (head_dim,)
     yield "input_layernorm.weight", (width,)
     yield "post_attention_layernorm.weight", (width,)
+    if config["model_type"] in ("gemma2", "gemma3_text"):
+        yield "pre_feedforward_layernorm.weight", (width,)
+        yield "post_feedforward_layernorm.weight", (width,)

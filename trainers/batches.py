@@ -1,12 +1,13 @@
 """Which rows make up each step, and how rows become tensors.
 
-The order of an epoch depends on seed and epoch only. A step takes the next `world * batch_size * accumulation` items;
-ranks take turns, so the same global batch trains the same on any number of workers. The last step of an epoch takes
-what is left: no row is dropped, none leaks into the next epoch. An item is a row, or with packing a pack of rows.
+The order of an epoch depends on seed, epoch and the size of a step. A step takes the next `world * batch_size *
+accumulation` items; ranks take turns, so the same global batch trains the same on any number of workers. The last step
+of an epoch takes what is left: no row is dropped, none leaks into the next epoch. An item is a row, or with packing a
+pack of rows.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,25 +29,35 @@ class Rows(Protocol):
 
 class Batch(NamedTuple):
     """One micro-batch. `tokens` and `labels` have shape [b, s]; labels are shifted: labels[:, j] follows tokens[:, j].
+    `trained` [n] holds the trained positions, as indices of the flattened batch.
 
-    `mask` [b, s, s] says which position attends to which and `positions` [b, s] counts within a row; both are None for
-    rows that aren't packed, where attention is causal and padding only follows. `n_tokens` leaves padding out.
+    For packs, `documents` [b, s] numbers the rows of each, 0, 1, 2, ..., with -1 for padding, and `positions` [b, s] counts
+    within a row. Both are None for rows that aren't packed, where padding only follows. `n_tokens` leaves padding out.
     """
 
     tokens: Tensor
     labels: Tensor
-    mask: Tensor | None
+    trained: Tensor
+    documents: Tensor | None
     positions: Tensor | None
     n_tokens: int
     n_trained: int
 
     def to(self, device: torch.device) -> "Batch":
+        """On `device`, without waiting for the copy."""
+        if device.type == "cpu":
+            return self
         return self._replace(
-            tokens=self.tokens.to(device),
-            labels=self.labels.to(device),
-            mask=None if self.mask is None else self.mask.to(device),
-            positions=None if self.positions is None else self.positions.to(device),
+            tokens=_sent(self.tokens, device),
+            labels=_sent(self.labels, device),
+            trained=_sent(self.trained, device),
+            documents=None if self.documents is None else _sent(self.documents, device),
+            positions=None if self.positions is None else _sent(self.positions, device),
         )
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(dataset: Rows, items: Sequence[np.ndarray], pad_to: int | None = None) -> Batch:
@@ -57,20 +68,21 @@ def collate(dataset: Rows, items: Sequence[np.ndarray], pad_to: int | None = Non
     tokens = np.zeros((len(documents), width), dtype=np.int64)
     labels = np.full((len(documents), width), IGNORED, dtype=np.int64)
     positions = np.zeros((len(documents), width), dtype=np.int64)
-    document = np.tile(-1 - np.arange(width), (len(documents), 1))  # each padding position is a document of its own
+    numbers = np.full((len(documents), width), -1, dtype=np.int64)
     for line, item in enumerate(documents):
         start = 0
         for number, (ids, targets) in enumerate(item):
             end = start + len(ids)
             tokens[line, start:end], labels[line, start:end] = ids, targets
             positions[line, start:end] = np.arange(len(ids))
-            document[line, start:end] = number
+            numbers[line, start:end] = number
             start = end
-    n_tokens, n_trained = int((document >= 0).sum()) if items else 0, int((labels != IGNORED).sum())
-    batch = Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, n_tokens, n_trained)
+    trained = torch.from_numpy(np.flatnonzero(labels != IGNORED))
+    n_tokens = int((numbers >= 0).sum()) if items else 0
+    batch = Batch(torch.from_numpy(tokens), torch.from_numpy(labels), trained, None, None, n_tokens, len(trained))
     if pad_to is None:
         return batch
-    return batch._replace(mask=_block_diagonal(torch.from_numpy(document)), positions=torch.from_numpy(positions))
+    return batch._replace(documents=torch.from_numpy(numbers), positions=torch.from_numpy(positions))
 
 
 _EMPTY = (np.zeros(1, dtype=np.int64), np.full(1, IGNORED, dtype=np.int64))
@@ -82,12 +94,6 @@ def _document(dataset: Rows, row: int) -> tuple[np.ndarray, np.ndarray]:
     labels = np.full(len(tokens), IGNORED, dtype=np.int64)
     labels[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
     return tokens, labels
-
-
-def _block_diagonal(document: Tensor) -> Tensor:
-    """[b, s] document numbers -> [b, s, s]: a position sees itself and what precedes it in its own document."""
-    same = document.unsqueeze(2) == document.unsqueeze(1)
-    return same.tril()
 
 
 def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
@@ -107,12 +113,14 @@ def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
 @dataclass(frozen=True)
 class Progress:
     """Where training stands: `step` steps done over all epochs, `epoch` epochs completed, and how far the one under way
-    has come. At the end of an epoch the latter are 0."""
+    has come. At the end of an epoch the latter are 0. `epoch_grouping` is the size of the steps that the epoch under
+    way was grouped for, 0 where it isn't grouped by length: going on with another size keeps that epoch's order."""
 
     step: int = 0
     epoch: int = 0
     epoch_steps: int = 0
     epoch_items: int = 0
+    epoch_grouping: int = 0
 
     @property
     def between_epochs(self) -> bool:
@@ -120,35 +128,53 @@ class Progress:
 
 
 class StepItems(NamedTuple):
-    """This rank's items of one step, by micro-batch (some may be empty), and where training stands after the step."""
+    """This rank's items of one step, by micro-batch (some may be empty), and where training stands after the step.
+    `trained`: the trained tokens of the whole step, over all ranks."""
 
     epoch: int
     micro_batches: list[list[np.ndarray]]
     after: Progress
+    trained: int
+
+
+_WINDOW_STEPS = 64
+"""Rows are sorted by length within windows of this many steps: few enough that a window is a random sample of the
+epoch, enough that the rows of a step are of nearly the same length."""
 
 
 class Schedule:
-    """Every step of a run. `batch_size` is per worker and micro-batch; `shuffle_seed` None keeps the items in order."""
+    """Every step of a run over rows of `lengths` [rows] tokens, `trained` [rows] of which are trained.
+
+    `batch_size` is per worker and micro-batch. `shuffle_seed` None keeps the rows in order. `pack_to`: tokens of a
+    pack; None: an item is one row. `group_by_length` makes steps of rows of similar length, for less padding and less
+    waiting between ranks; rows are never moved across epochs by it, and the tail of an epoch stays a random sample.
+    """
 
     def __init__(
         self,
-        items: list[np.ndarray],
+        lengths: np.ndarray,
+        trained: np.ndarray,
         *,
         n_epochs: int,
         batch_size: int,
         accumulation: int = 1,
         max_steps_per_epoch: int | None = None,
         shuffle_seed: int | None = None,
+        pack_to: int | None = None,
+        group_by_length: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self._items = items
+        self._lengths, self._trained = lengths, trained
         self._n_epochs = n_epochs
         self._micro_rows = batch_size * world
         self._step_rows = batch_size * world * accumulation
         self._max_steps = max_steps_per_epoch
         self._seed = shuffle_seed
+        self._grouping = self._step_rows if group_by_length else 0
         self._rank, self._world = rank, world
+        self._packs = self._packed(pack_to) if pack_to else None
+        self._n_items = len(lengths) if self._packs is None else len(self._packs)
 
     def total_steps(self, progress: Progress) -> int:
         """Steps done and to come, for a run that has come as far as `progress`."""
@@ -160,35 +186,67 @@ class Schedule:
     def steps(self, progress: Progress) -> Iterator[StepItems]:
         """The steps to come, to the end of the last epoch."""
         while progress.epoch < self._n_epochs:
-            epoch, order = progress.epoch, self._order(progress.epoch)
+            epoch = progress.epoch
+            if progress.between_epochs:
+                progress = replace(progress, epoch_grouping=self._grouping)
+            order = self._order(epoch, progress.epoch_grouping)
             for left in range(self._steps_left(progress), 0, -1):
                 taken = order[progress.epoch_items : progress.epoch_items + self._step_rows]
                 progress = _advanced(progress, len(taken)) if left > 1 else Progress(progress.step + 1, epoch + 1)
-                yield StepItems(epoch, self._shares(taken), progress)
+                items = [self._rows_of(item) for item in taken]
+                trained = sum(int(self._trained[rows].sum()) for rows in items)
+                yield StepItems(epoch, self._shares(items), progress, trained)
 
     def _steps_left(self, progress: Progress) -> int:
         """Steps to come in the epoch under way; at least one."""
-        left = -(-(len(self._items) - progress.epoch_items) // self._step_rows)
+        left = -(-(self._n_items - progress.epoch_items) // self._step_rows)
         if self._max_steps is not None:
             left = min(left, self._max_steps - progress.epoch_steps)
         return max(left, 1)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """Indices of the items in the order of `epoch`, the one that torch's DistributedSampler has."""
-        if self._seed is None:
-            return np.arange(len(self._items))
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(len(self._items), generator=generator).numpy()
+    def _order(self, epoch: int, grouping: int) -> np.ndarray:
+        """Indices of the items in the order of `epoch`: without grouping, the one that torch's DistributedSampler has.
 
-    def _shares(self, taken: np.ndarray) -> list[list[np.ndarray]]:
+        With it, that order is cut into windows of steps of `grouping` items, which are sorted by length, and the steps
+        shuffled. What doesn't fill a step stays at the end.
+        """
+        if self._seed is None:
+            return np.arange(self._n_items)
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        order = torch.randperm(self._n_items, generator=generator).numpy()
+        if not grouping:
+            return order
+        n_steps = self._n_items // grouping
+        rows, tail = order[: n_steps * grouping], order[n_steps * grouping :]
+        window = np.arange(len(rows)) // (_WINDOW_STEPS * grouping)
+        steps = rows[np.lexsort((self._lengths[rows], window))].reshape(n_steps, grouping)
+        shuffled = steps[torch.randperm(n_steps, generator=generator).numpy()].reshape(-1)
+        return np.concatenate([shuffled, tail[np.argsort(self._lengths[tail], kind="stable")]])
+
+    def _packed(self, size: int) -> list[np.ndarray]:
+        """The packs of all epochs. Where rows are shuffled they are not packed in the order of the file: neighbours
+        there are often alike, and would share a batch for the whole run."""
+        order = np.arange(len(self._lengths))
+        if self._seed is not None:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self._seed)).numpy()
+        return [order[places] for places in pack(self._lengths[order], size)]
+
+    def _rows_of(self, item: int) -> np.ndarray:
+        return np.array([item]) if self._packs is None else self._packs[item]
+
+    def _shares(self, items: list[np.ndarray]) -> list[list[np.ndarray]]:
         """A step's items by micro-batch, every rank taking turns with the others."""
-        starts = range(0, len(taken), self._micro_rows)
-        shares = [taken[start : start + self._micro_rows][self._rank :: self._world] for start in starts]
-        return [[self._items[i] for i in share] for share in shares]
+        starts = range(0, len(items), self._micro_rows)
+        return [items[start : start + self._micro_rows][self._rank :: self._world] for start in starts]
 
 
 def _advanced(progress: Progress, items: int) -> Progress:
-    return Progress(progress.step + 1, progress.epoch, progress.epoch_steps + 1, progress.epoch_items + items)
+    return replace(
+        progress,
+        step=progress.step + 1,
+        epoch_steps=progress.epoch_steps + 1,
+        epoch_items=progress.epoch_items + items,
+    )
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world: int) -> list[list[np.ndarray]]:

@@ -10,25 +10,25 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainers.batches import Progress
-from trainers.data.chat import template_to_save
 from trainers.distributed import Ranks, like, whole
 from trainers.errors import InfrastructureError
-from trainers.models.adapters import load_peft_adapter, merge_lora, save_peft_adapter
+from trainers.methods import method_of
 from trainers.models.architecture import Architecture
-from trainers.models.export_files import write_text
-from trainers.models.weights import load_weights, save_hf_model
-from trainers.plan import LoraSpec, Plan
+from trainers.plan import Plan
+from trainers.reporting import Reporter, SavedCheckpoint
 
 STATE = "training_state"
 _VERSION = 1
@@ -41,32 +41,76 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(
-    output_dir: Path,
-    plan: Plan,
-    arch: Architecture,
-    model_dir: Path,
-    parameters: NamedParameters,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    ranks: Ranks,
-) -> Path:
-    """Writes the checkpoint of `progress` and returns its directory. Every rank has to call it; rank 0 writes.
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time, while training goes on. A context: what is under way when it ends is
+    finished and reported; it raises what went wrong in writing, unless something else is being raised.
 
-    `parameters` are the trained ones: for LoRA the frozen base is not gathered but read from `model_dir` again.
+    Trained weights that are many and lie in host memory already are the exception: a second copy of them would be the
+    largest thing there, so training waits until they are written.
     """
-    path = checkpoint_path(output_dir, progress.step)
-    weights = _gathered(dict(parameters), ranks)
-    moments = _gathered(dict(_optimizer_tensors(parameters, optimizer)), ranks)
-    if ranks.first:
+
+    def __init__(
+        self, output_dir: Path, plan: Plan, arch: Architecture, model_dir: Path, ranks: Ranks, reporter: Reporter
+    ) -> None:
+        self._output_dir = output_dir
+        self._method = method_of(plan)
+        self._arch = arch
+        self._model_dir = model_dir
+        self._ranks = ranks
+        self._reporter = reporter
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except Exception:
+            if kind is None:
+                raise
+            _log.exception("the last checkpoint could not be written")
+        finally:
+            self._thread.shutdown()
+
+    def wait(self) -> None:
+        """Returns once the last checkpoint is on disk and reported. Raises what went wrong."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+
+    def save(
+        self,
+        progress: Progress,
+        metrics: Mapping[str, float],
+        parameters: NamedParameters,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """The checkpoint of `progress`, with the `metrics` of its moment. Every rank has to call it; rank 0 writes.
+
+        `parameters` are the trained ones, which may change again when it returns.
+        """
+        self.wait()
+        writes_later = self._method.keeps_base or self._ranks.device.type != "cpu"
+        weights = _gathered(dict(parameters), self._ranks, copy=writes_later)
+        moments = _gathered(dict(_optimizer_tensors(parameters, optimizer)), self._ranks, copy=writes_later)
+        if not self._ranks.first:
+            return
+        self._under_way = self._thread.submit(self._write, progress, dict(metrics), weights, moments)
+        if not writes_later:
+            self.wait()
+
+    def _write(
+        self, progress: Progress, metrics: dict[str, float], weights: dict[str, Tensor], moments: dict[str, Tensor]
+    ) -> None:
+        path = checkpoint_path(self._output_dir, progress.step)
         with _appearing(path) as draft:
-            if plan.lora:
-                _save_lora(draft, weights, arch, plan, plan.lora, model_dir)
-            else:
-                _save_model(draft, weights, arch, model_dir)
+            self._method.save(draft, weights, self._arch, self._model_dir)
             _save_state(draft / STATE, moments, progress)
-    ranks.barrier()
-    return path
+        _log.info("checkpoint %s", path)
+        self._reporter.checkpoint(SavedCheckpoint(path, progress.step, progress.epoch, metrics))
+        drop_older_states(self._output_dir, progress.step)
 
 
 def load_progress(checkpoint: Path) -> Progress:
@@ -78,10 +122,6 @@ def load_progress(checkpoint: Path) -> Progress:
         raise InfrastructureError(
             "checkpoint_unreadable", f"can't resume from {checkpoint}: {type(error).__name__}: {error}"
         ) from None
-
-
-def load_adapter(checkpoint: Path, arch: Architecture, lora: LoraSpec) -> dict[str, Tensor]:
-    return load_peft_adapter(checkpoint / "adapter", arch, lora)
 
 
 def load_optimizer(checkpoint: Path, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
@@ -107,13 +147,14 @@ def drop_older_states(output_dir: Path, step: int) -> None:
             shutil.rmtree(path / STATE, ignore_errors=True)
 
 
-def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The full tensors on rank 0, one after the other; nothing on the other ranks."""
+def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool) -> dict[str, Tensor]:
+    """The full tensors on rank 0, one after the other; nothing on the other ranks. `copy`: in memory of their own."""
     full = {}
     for name, tensor in tensors.items():
         value = whole(tensor, ranks.device)
         if ranks.first:
-            full[name] = value
+            shared = copy and not isinstance(tensor, DTensor) and tensor.device.type == "cpu"
+            full[name] = value.clone() if shared else value
     return full
 
 
@@ -122,21 +163,6 @@ def _optimizer_tensors(parameters: NamedParameters, optimizer: torch.optim.Optim
         for attribute, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 yield f"{attribute}/{name}", value
-
-
-def _save_lora(
-    draft: Path, adapter: dict[str, Tensor], arch: Architecture, plan: Plan, lora: LoraSpec, model_dir: Path
-) -> None:
-    save_peft_adapter(adapter, arch, lora, plan.model, draft / "adapter")
-    _save_model(draft / "merged", merge_lora(load_weights(model_dir, arch), adapter, lora), arch, model_dir)
-
-
-def _save_model(out_dir: Path, weights: dict[str, Tensor], arch: Architecture, model_dir: Path) -> None:
-    """A model directory with everything inference needs: where the model brings no chat template, ours too."""
-    save_hf_model(weights, arch, model_dir, out_dir)
-    template = template_to_save(model_dir)
-    if template is not None:
-        write_text(template, out_dir / "chat_template.jinja")
 
 
 def _save_state(state_dir: Path, moments: dict[str, Tensor], progress: Progress) -> None:

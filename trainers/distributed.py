@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,9 +37,25 @@ class Ranks:
         dist.all_reduce(totals)
         return [float(total) for total in totals.tolist()]
 
-    def barrier(self) -> None:
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Adds `tensor` up over all ranks, in place, without waiting for it. Every rank gets the same bits."""
         if self.world > 1:
-            self.sum([0.0])
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_all_(self, tensors: Sequence[Tensor]) -> None:
+        """`sum_` of many tensors of one type, travelling as one, in float32 at least."""
+        if self.world > 1 and tensors:
+            wide = torch.promote_types(tensors[0].dtype, torch.float32)
+            together = self.sum_(torch.cat([tensor.flatten().to(wide) for tensor in tensors]))
+            for tensor, total in zip(tensors, torch.split(together, [t.numel() for t in tensors]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def memory_bytes(self) -> int:
+        """Memory of the device; on the CPU this worker's share of the machine's."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"

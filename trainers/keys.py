@@ -49,6 +49,12 @@ KEYS: tuple[Key, ...] = (
     Key("seed", integer(0, 2**32 - 1), "42", "Seeds adapters, data order and dropout."),
     Key("shuffle", boolean, "true", "A new order of the rows in each epoch.", ("dataset.shuffle",)),
     Key(
+        "group_by_length",
+        boolean,
+        "true",
+        "Make steps of rows of similar length: less padding. Only with `shuffle` and without `packed`.",
+    ),
+    Key(
         "lora_attn_modules",
         subset(*ATTENTION_MODULES),
         "all four",

@@ -71,6 +71,7 @@ class Plan(_Frozen):
     gradient_accumulation_steps: int = 1
     seed: int = 42
     shuffle: bool = True
+    group_by_length: bool = True
     max_steps_per_epoch: int | None = None
     clip_grad_norm: float | None = None
     optimizer: ComponentSpec = ComponentSpec(component=DEFAULTS["optimizer"])
@@ -157,6 +158,9 @@ def _contradictions(values: dict[str, Any], lora: dict[str, Any], merged: Merged
     problems = []
     if values.get("packed") and values.get("max_seq_len") is None:
         problems.append(Problem(merged.param("packed"), "needs max_seq_len too: the length of a pack, in tokens"))
+    if values.get("group_by_length") and (values.get("packed") or values.get("shuffle") is False):
+        reason = "packs are of one length" if values.get("packed") else "without shuffle the rows keep their order"
+        problems.append(Problem(merged.param("group_by_length"), f"has no effect here: {reason}"))
     if {"attn_modules", "mlp", "output"} <= lora.keys() and not (lora["attn_modules"] or lora["mlp"] or lora["output"]):
         problems.append(
             Problem(merged.param("lora_attn_modules"), "no layer gets an adapter: there is nothing to train")

@@ -25,6 +25,7 @@ from trainers.models.architecture import inspect_model_dir
 from trainers.models.names import classify_model, local_directory
 from trainers.plan import Plan, make_plan
 from trainers.settings import Settings
+from trainers.suitability import check_suitable
 
 _CUSTOM = "fine_tuning_options.custom_training_options"
 _HOMES: dict[str, tuple[type[BaseModel], ...]] = {
@@ -175,13 +176,12 @@ def _check_model(model: str, plan: Plan | None, settings: Settings) -> list[Prob
         if classify_model(model) != "local":
             return []
         architecture = inspect_model_dir(local_directory(model, settings.allowed_model_roots))
+        if plan is not None:
+            check_suitable(plan, architecture)
     except UserError as error:
         return [Problem(error.error.param or "model", error.error.message, error.error.code)]
     except _NOT_A_PATH as error:
         return [Problem("model", _no_path(error), "model_not_found")]
-    if plan is not None and plan.lora is not None and plan.lora.output and architecture.tied:
-        message = "this model's output head is tied to its embedding, so it can't have an adapter of its own"
-        return [Problem(f"{_CUSTOM}.apply_lora_to_output", message, "unsupported_for_model")]
     return []
 
 

@@ -2,8 +2,8 @@
 
 import logging
 import resource
+import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,39 +32,40 @@ class ProgressLog:
         self._reporter = reporter
         self._ranks = ranks
         self._latest: dict[str, float] = {}
+        self._began = time.perf_counter()
 
     def latest(self) -> dict[str, float]:
-        """The last loss and validation loss that were seen."""
+        """The metrics of the last step and evaluation that were seen, by their names in StepMetrics."""
         return dict(self._latest)
 
-    def stepped(self, progress: Progress, epoch: int, outcome: "StepOutcome", seconds: float) -> None:
-        """`epoch` is the index of the epoch the step belonged to, from 0."""
-        if outcome.loss is not None:
-            self._latest["loss"] = outcome.loss
+    def stepped(self, progress: Progress, epoch: int, outcome: "StepOutcome") -> None:
+        """`epoch` is the index of the epoch the step belonged to, from 0. Its time is that since the step before was
+        seen, or since training was last `interrupted`."""
+        now = time.perf_counter()
+        speed, self._began = outcome.tokens / (now - self._began), now
         if not self._ranks.first:
             return
-        speed = outcome.tokens / seconds
+        measured = {
+            "loss": outcome.loss,
+            "lr": outcome.lr,
+            "grad_norm": outcome.grad_norm,
+            "tokens": outcome.tokens,
+            "tokens_per_second": speed,
+            "peak_memory_bytes": _peak_memory(self._ranks.device),
+        }
+        self._latest.update({name: value for name, value in measured.items() if value is not None})
         if progress.step % self._plan.log_every_n_steps == 0 or progress.step == self._total_steps:
-            loss = "none (no trained token)" if outcome.loss is None else f"{outcome.loss:.4f}"
             _log.info(
-                "step %d/%d | epoch %d/%d | loss %s | lr %.1e | %s tok/s",
-                *(progress.step, self._total_steps, epoch + 1, self._plan.n_epochs, loss, outcome.lr, f"{speed:,.0f}"),
+                "step %d/%d | epoch %d/%d | loss %.4f | lr %.1e | %s tok/s",
+                *(progress.step, self._total_steps, epoch + 1, self._plan.n_epochs, outcome.loss, outcome.lr),
+                f"{speed:,.0f}",
             )
         self._reporter.metrics(
-            StepMetrics(
-                step=progress.step,
-                epoch=epoch + 1,
-                time=_now(),
-                loss=outcome.loss,
-                lr=outcome.lr,
-                grad_norm=outcome.grad_norm,
-                tokens=outcome.tokens,
-                tokens_per_second=speed,
-                peak_memory_bytes=_peak_memory(self._ranks.device),
-            )
+            StepMetrics.model_validate({"step": progress.step, "epoch": epoch + 1, "time": _now(), **measured})
         )
 
     def evaluated(self, progress: Progress, loss: float | None) -> None:
+        self.interrupted()
         if loss is None:
             return
         self._latest["valid_loss"] = loss
@@ -72,9 +73,9 @@ class ProgressLog:
             _log.info("validation after step %d/%d | loss %.4f", progress.step, self._total_steps, loss)
             self._reporter.metrics(StepMetrics(step=progress.step, epoch=progress.epoch, time=_now(), valid_loss=loss))
 
-    def saved(self, path: Path) -> None:
-        if self._ranks.first:
-            _log.info("checkpoint %s", path)
+    def interrupted(self) -> None:
+        """Something else than a step took time."""
+        self._began = time.perf_counter()
 
 
 def log_summary(

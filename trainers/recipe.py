@@ -5,21 +5,22 @@ its own. Everything it does follows from the plan, the data and the checkpoint i
 that was interrupted are those of a run that was not.
 """
 
+import itertools
+import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainers.batches import Batch, Progress, Schedule, collate, evaluation_batches, pack
-from trainers.checkpoint import drop_older_states, load_adapter, load_optimizer, load_progress, save_checkpoint
+from trainers.batches import Batch, Progress, Schedule, StepItems, collate, evaluation_batches
+from trainers.checkpoint import CheckpointWriter, load_optimizer, load_progress
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
 from trainers.errors import UserError
@@ -27,8 +28,10 @@ from trainers.models.architecture import inspect_model_dir
 from trainers.optimization import build_optimizer, build_scheduler
 from trainers.plan import Plan
 from trainers.progress_log import ProgressLog, log_summary
-from trainers.reporting import Reporter, SavedCheckpoint, Stopped
+from trainers.reporting import Reporter, Stopped
 from trainers.training_model import TrainingModel, build_training_model, choose_dtype
+
+_log = logging.getLogger("tunewright.train")
 
 
 def train(
@@ -48,7 +51,7 @@ def train(
     reporter says so, and UserError for what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that
     can't be built.
     """
-    with _advice_when_out_of_memory(plan):
+    with _advice_when_out_of_memory(plan), ExitStack() as stack:
         # ---- configure
         ranks = Ranks.current()
         dtype = choose_dtype(plan, ranks.device)
@@ -60,9 +63,7 @@ def train(
         total_steps = schedule.total_steps(progress)
 
         # ---- load
-        weights_dir = resume_from if resume_from and plan.method == "full" else model_dir
-        adapter = load_adapter(resume_from, arch, plan.lora) if resume_from and plan.lora else None
-        model = build_training_model(plan, arch, weights_dir, adapter, dtype, ranks)
+        model = build_training_model(plan, arch, model_dir, resume_from, dtype, ranks)
         optimizer = build_optimizer(plan, model.trainable().values())
         if resume_from:
             load_optimizer(resume_from, model.trainable(), optimizer)
@@ -70,45 +71,76 @@ def train(
         log_summary(plan, arch, model, dtype, ranks, progress, total_steps)
         reporter.started(total_steps, ranks.device_name())
         log = ProgressLog(plan, total_steps, reporter, ranks)
+        checkpoints = stack.enter_context(CheckpointWriter(output_dir, plan, arch, model_dir, ranks, reporter))
 
         # ---- loop
         if valid and progress.step == 0:
             log.evaluated(progress, evaluate(model, valid, plan.batch_size, ranks))
+        under_way: deque[Step] = deque()
+        stop = False
         for items in schedule.steps(progress):
-            began = time.perf_counter()
             micro_batches = [collate(data, share, pack_size(plan)) for share in items.micro_batches]
             seed_step(plan.seed, progress.step, ranks.rank)
-            outcome = training_step(
-                model, optimizer, scheduler, micro_batches, ranks, plan.clip_grad_norm, reporter.should_stop
+            tensors = training_step(
+                model, optimizer, scheduler, micro_batches, ranks, plan.clip_grad_norm, reporter.should_stop()
             )
-            _check_finite(outcome, items.after.step)
             progress = items.after
-            log.stepped(progress, items.epoch, outcome, time.perf_counter() - began)
+            under_way.append(Step(items, tensors))
+
+            # ---- look
+            at_checkpoint = progress.between_epochs or _due(progress.step, plan.save_every_n_steps)
+            while len(under_way) > (0 if at_checkpoint or stop else steps_ahead(ranks)):
+                step = under_way.popleft()
+                outcome = step.tensors.read()
+                _check_finite(outcome, step.items, ranks)
+                log.stepped(step.items.after, step.items.epoch, outcome)
+                stop = stop or outcome.stop
 
             # ---- save
             if valid and progress.between_epochs:
                 log.evaluated(progress, evaluate(model, valid, plan.batch_size, ranks))
-            if progress.between_epochs or outcome.stop or _due(progress.step, plan.save_every_n_steps):
-                path = save_checkpoint(output_dir, plan, arch, model_dir, model.trainable(), optimizer, progress, ranks)
-                log.saved(path)
-                reporter.checkpoint(SavedCheckpoint(path, progress.step, progress.epoch, log.latest()))
-                if ranks.first:
-                    drop_older_states(output_dir, progress.step)
-            if outcome.stop:
+            if at_checkpoint or stop:
+                checkpoints.save(progress, log.latest(), model.trainable(), optimizer)
+                log.interrupted()
+            if stop:
+                checkpoints.wait()
                 raise Stopped(progress.step)
 
 
 class StepOutcome(NamedTuple):
-    """Of one step, over all its micro-batches and all ranks. `loss` is the mean over the `trained` tokens, None where
-    there are none; `lr` is the rate the step was taken with; `grad_norm`, before clipping, is None unless it is asked
-    for."""
+    """Of one step, over all its micro-batches and all ranks. `loss` is the mean over the `trained` tokens; `lr` is the
+    rate the step was taken with; `grad_norm`, before clipping, is None unless it is asked for. `losses` [ranks,
+    micro-batches] are the sums that `loss` is made of."""
 
-    loss: float | None
+    loss: float
     lr: float
     grad_norm: float | None
     tokens: int
     trained: int
     stop: bool
+    losses: list[list[float]]
+
+
+class StepTensors(NamedTuple):
+    """A StepOutcome that may still be under way on the device."""
+
+    losses: Tensor  # [ranks, micro-batches]
+    counts: Tensor  # [trained, tokens, ranks that wish to stop]
+    grad_norm: Tensor | None  # []
+    lr: float
+
+    def read(self) -> StepOutcome:
+        """Waits for the step."""
+        trained, tokens, stop = self.counts.tolist()
+        norm = None if self.grad_norm is None else self.grad_norm.item()
+        losses = self.losses.tolist()
+        loss = math.fsum(itertools.chain.from_iterable(losses)) / trained
+        return StepOutcome(loss, self.lr, norm, int(tokens), int(trained), bool(stop), losses)
+
+
+class Step(NamedTuple):
+    items: StepItems
+    tensors: StepTensors
 
 
 def training_step(
@@ -118,73 +150,78 @@ def training_step(
     micro_batches: Sequence[Batch],
     ranks: Ranks,
     clip_grad_norm: float | None,
-    should_stop: Callable[[], bool],
-) -> StepOutcome:
+    stop: bool,
+) -> StepTensors:
     """The training step: one update from the mean loss over all trained tokens of all micro-batches and ranks.
 
-    Where that loss isn't finite, or no token is trained, the weights stay as they are.
+    Nothing in it waits for the device. `stop`: whether this rank wishes to stop after it.
     """
-    loss_sum = torch.zeros((), device=ranks.device)
-    for batch in micro_batches:
+    losses = torch.zeros(ranks.world, len(micro_batches), dtype=torch.float64, device=ranks.device)
+    for number, batch in enumerate(micro_batches):
+        model.reduce_gradients_in_backward(number == len(micro_batches) - 1)
         loss = model(batch.to(ranks.device))  # summed over the micro-batch's trained tokens, shape []
         loss.backward()
-        loss_sum += loss.detach()
+        losses[ranks.rank, number] = loss.detach()
 
-    trained_here = sum(batch.n_trained for batch in micro_batches)
-    tokens_here = sum(batch.n_tokens for batch in micro_batches)
-    total, trained, tokens, stop = ranks.sum([loss_sum.item(), trained_here, tokens_here, should_stop()])
-    loss_mean = total / trained if trained else None
-    lr = float(optimizer.param_groups[0]["lr"])
+    here = [sum(batch.n_trained for batch in micro_batches), sum(batch.n_tokens for batch in micro_batches), stop]
+    counts = torch.tensor(here, dtype=torch.float64).to(ranks.device, non_blocking=True)
+    ranks.sum_all_([losses, counts])
+    gradients = model.gradients()
+    if not model.sharded:
+        ranks.sum_all_(gradients)
+    # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
+    scale = (ranks.world if model.sharded else 1) / counts[0]
     grad_norm = None
-
-    if loss_mean is not None and math.isfinite(loss_mean):
-        gradients = [parameter.grad for parameter in model.trainable().values() if parameter.grad is not None]
-        # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
-        scale = ranks.world / trained
-        if clip_grad_norm is not None:
-            grad_norm = scale * _norm(gradients, ranks)
-            scale *= min(1.0, clip_grad_norm / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ does
-        for gradient in gradients:
-            gradient.mul_(scale)
-        optimizer.step()
+    if clip_grad_norm is not None:
+        grad_norm = scale * _norm(gradients, ranks, summed=not model.sharded)
+        scale = scale * (clip_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
+    torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+    lr = float(optimizer.param_groups[0]["lr"])
+    optimizer.step()
     optimizer.zero_grad()
     if scheduler:
         scheduler.step()
-    return StepOutcome(loss_mean, lr, grad_norm, int(tokens), int(trained), bool(stop))
+    return StepTensors(losses, counts, grad_norm, lr)
 
 
-def _norm(gradients: Sequence[Tensor], ranks: Ranks) -> float:
-    """The 2-norm of all gradients together. Each rank adds up its own shards, wherever they are kept."""
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    squares = torch.stack([shard.float().square().sum() for shard in local]).sum()
-    return math.sqrt(ranks.sum([squares.item()])[0])
+def _norm(gradients: list[Tensor], ranks: Ranks, *, summed: bool) -> Tensor:
+    """The 2-norm of all gradients together, shape []. Unless they are `summed`, each rank has its own shards."""
+    square = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).double().square().sum()
+    return (square if summed else ranks.sum_(square)).sqrt()
+
+
+def steps_ahead(ranks: Ranks) -> int:
+    """How many steps are launched before the outcome of one is looked at: on CUDA one, which keeps the device busy
+    while the host looks. A step's outcome is known one step late then, but always before a checkpoint."""
+    return 1 if ranks.device.type == "cuda" else 0
 
 
 @torch.no_grad()
 def evaluate(model: TrainingModel, data: TokenisedDataset, batch_size: int, ranks: Ranks) -> float | None:
     """Mean loss over all trained tokens of `data`; None if there is none. Every rank has to call it."""
     model.eval()
-    loss_sum, trained = 0.0, 0
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # summed loss, trained tokens
     for share in evaluation_batches(data.lengths, batch_size, ranks.rank, ranks.world):
         batch = collate(data, share)
-        loss_sum += float(model(batch.to(ranks.device)))
-        trained += batch.n_trained
+        total[0] += model(batch.to(ranks.device))
+        total[1] += batch.n_trained
     model.train()
-    total, count = ranks.sum([loss_sum, trained])
-    return total / count if count else None
+    loss, trained = ranks.sum_(total).tolist()
+    return loss / trained if trained else None
 
 
 def build_schedule(plan: Plan, data: TokenisedDataset, ranks: Ranks) -> Schedule:
     """The steps of `plan` over `data`, as this rank takes part in them."""
-    size = pack_size(plan)
-    items = pack(data.lengths, size) if size else list(np.arange(len(data)).reshape(-1, 1))
     return Schedule(
-        items,
+        data.lengths,
+        data.trained,
         n_epochs=plan.n_epochs,
         batch_size=plan.batch_size,
         accumulation=plan.gradient_accumulation_steps,
         max_steps_per_epoch=plan.max_steps_per_epoch,
         shuffle_seed=plan.seed if plan.shuffle else None,
+        pack_to=pack_size(plan),
+        group_by_length=plan.group_by_length and plan.shuffle and not plan.packed,
         rank=ranks.rank,
         world=ranks.world,
     )
@@ -204,14 +241,26 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _check_finite(outcome: StepOutcome, step: int) -> None:
-    if outcome.loss is not None and not math.isfinite(outcome.loss):
-        raise UserError(
-            "loss_not_finite",
-            f"the loss of step {step} is {outcome.loss}: training has diverged. Lower lr (it was {outcome.lr:g} here), "
-            "set extras.clip_grad_norm, e.g. to 1.0, or use dtype fp32.",
-            param="fine_tuning_options.lr",
-        )
+def _check_finite(outcome: StepOutcome, items: StepItems, ranks: Ranks) -> None:
+    """Raises UserError `loss_not_finite` with the micro-batch that did it; its rank logs the rows."""
+    if math.isfinite(outcome.loss):
+        return
+    rank, number = next(
+        (rank, number)
+        for rank, losses in enumerate(outcome.losses)
+        for number, loss in enumerate(losses)
+        if not math.isfinite(loss)
+    )
+    if rank == ranks.rank:
+        rows = ", ".join(str(row + 1) for item in items.micro_batches[number] for row in item)
+        _log.error("the loss of step %d is %s; it comes from the valid rows %s", items.after.step, outcome.loss, rows)
+    raise UserError(
+        "loss_not_finite",
+        f"the loss of step {items.after.step} is {outcome.loss}: training has diverged, first in micro-batch "
+        f"{number + 1} of rank {rank} (the job's log names its rows). Lower lr (it was {outcome.lr:g} here), set "
+        "extras.clip_grad_norm, e.g. to 1.0, or use dtype fp32.",
+        param="fine_tuning_options.lr",
+    )
 
 
 @contextmanager

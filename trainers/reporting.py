@@ -27,10 +27,11 @@ class Reporter(Protocol):
         """Rank 0 calls it for every step and evaluation. Must not block."""
 
     def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
-        """Every rank calls it. Returns once the checkpoint is recorded: older training states are deleted after it."""
+        """Rank 0 calls it, on a thread of its own, while training goes on. Returns once the checkpoint is recorded:
+        older training states are deleted after it."""
 
     def should_stop(self) -> bool:
-        """Asked on every rank after each step; one rank's yes stops all of them after the same step."""
+        """Asked on every rank in each step; one rank's yes stops all of them after the same step."""
 
 
 class Stopped(Exception):

@@ -31,8 +31,9 @@ from events.facts import (
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from trainers.admission import describe
+from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
-from trainers.data.prepare import DataInvalid, prepare
+from trainers.data.prepare import DataInvalid, prepare, prepared
 from trainers.data.source import check_data_uri
 from trainers.errors import InfrastructureError, JobProblem
 from trainers.job_output import JobOutput
@@ -41,6 +42,7 @@ from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, make_plan
 from trainers.retrying import retrying
 from trainers.settings import ERROR_FILE, Settings
+from trainers.suitability import check_suitable
 
 logger = logging.getLogger("tunewright.runner")
 
@@ -95,16 +97,20 @@ def _make_data_ready(
 ) -> FineTuningJob:
     """Every row of both files read, checked and tokenised to the job's directory, once."""
     architecture = inspect_model_dir(model_dir)
+    check_suitable(plan, architecture)
     tokenizer = ChatTokenizer.from_dir(model_dir)
     max_seq_len = min(plan.max_seq_len or MAX_SEQ_LEN, architecture.max_seq_len)
 
     def ready(uri: str, name: str) -> DataReport:
         logger.info("validating %s", uri)
-        report = prepare(
+        out_dir = settings.job_dir(job.job_id) / "data" / name
+        # A resumed job goes on with the data it started with, whatever has become of the file.
+        report = prepared(out_dir, max_seq_len) or prepare(
             check_data_uri(uri, settings),
             tokenizer,
             max_seq_len=max_seq_len,
-            out_dir=settings.job_dir(job.job_id) / "data" / name,
+            out_dir=out_dir,
+            cache=DataCache(settings.data_cache, settings.data_cache_bytes),
             max_invalid_fraction=plan.max_invalid_fraction,
             progress=logger.info,
         )

@@ -45,6 +45,12 @@ class Settings(BaseSettings):
     )
     max_live_jobs: int = Field(default=1000, ge=1, description="Submits beyond this many unfinished jobs get a 429.")
     max_body_bytes: int = Field(default=1 << 20, ge=1, description="Larger request bodies get a 413.")
+    data_cache_bytes: int = Field(
+        default=20 << 30,
+        ge=0,
+        description="Tokenised data is kept for later jobs on the same data, up to this size; the least recently used "
+        "goes first. Files that a job uses are shared with it and stay.",
+    )
     heartbeat_s: float = Field(default=15, gt=0, description="An idle tail gets an empty line this often, in seconds.")
 
     @field_validator("data_roots", "model_roots", mode="before")
@@ -73,6 +79,11 @@ class Settings(BaseSettings):
     def model_cache(self) -> Path:
         """Where downloaded and converted models are kept."""
         return self.storage / "models"
+
+    @property
+    def data_cache(self) -> Path:
+        """Where tokenised data is kept for later jobs."""
+        return self.storage / "tokenised"
 
     @property
     def event_log(self) -> Path:

@@ -1,91 +1,114 @@
 """The model as the recipe trains it: a decoder that computes its own loss, placed on one device or sharded over ranks.
 
-The output head is applied to trained positions only, in chunks. That is exact, and it saves the largest matrix of a
-step for every prompt and padding token.
+The final norm and the output head see trained positions only. That is exact, and it saves the largest matrix product of
+a step for every prompt and padding token.
 """
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn import functional
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder
 from torchtune.training import get_shard_conditions, set_default_dtype, shard_model
 
-from trainers.batches import IGNORED, Batch
+from trainers.batches import Batch
 from trainers.distributed import Ranks, like
+from trainers.loss import HeadLoss
+from trainers.methods import Method, method_of
 from trainers.models.architecture import Architecture
-from trainers.models.decoder import adapter_parameters, build_decoder, init_rope, initial_adapter
-from trainers.models.weights import load_weights
+from trainers.models.decoder import build_decoder, causal, init_rope
 from trainers.plan import Plan
 
-DEFAULT_CHUNKS = 8
+FITS = 0.5
+"""A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
 
 
 class TrainingModel(nn.Module):
     """Batch in, summed loss out. The parameters are the decoder's, under `decoder.`."""
 
-    def __init__(self, decoder: TransformerDecoder, plan: Plan) -> None:
+    sharded = False
+    """Whether FSDP splits the parameters over the ranks; otherwise each rank holds all of them."""
+
+    def __init__(self, decoder: TransformerDecoder, arch: Architecture, plan: Plan) -> None:
         super().__init__()
         self.decoder = decoder
+        self.loss = HeadLoss(
+            decoder.output,
+            arch.vocab_size,
+            softcap=arch.final_softcap,
+            label_smoothing=plan.loss.kwargs.get("label_smoothing", 0.0),
+            chunks=plan.loss.kwargs.get("num_output_chunks"),
+            compiled=partial(torch.compile, backend=_compile_backend()) if plan.compile else None,
+        )
         self.recompute = plan.enable_activation_checkpointing
-        self.chunks = plan.loss.kwargs.get("num_output_chunks", DEFAULT_CHUNKS)
-        self.label_smoothing = plan.loss.kwargs.get("label_smoothing", 0.0)
-        self._cross_entropy = self._chunk_loss
-        if plan.compile:
-            self._cross_entropy = torch.compile(self._chunk_loss, backend=_compile_backend())
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's trained positions, float32, shape []. 0, with zero gradients, for none."""
         hidden = self.decoder.tok_embeddings(batch.tokens)  # [b, s, d]
+        seen = causal(self.decoder, batch.tokens, batch.documents)
         for layer in self.decoder.layers:
             if self.recompute and self.training:
-                hidden = checkpoint(layer, hidden, mask=batch.mask, input_pos=batch.positions, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, mask=seen, input_pos=batch.positions, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask=batch.mask, input_pos=batch.positions)
-        trained = batch.labels != IGNORED  # [b, s]
-        hidden = self.decoder.norm(hidden)[trained]  # [n, d]
-        labels = batch.labels[trained]  # [n]
-        # tensor_split gives every rank the same number of chunks: a sharded head is gathered as often on each.
-        chunks = zip(hidden.tensor_split(self.chunks), labels.tensor_split(self.chunks), strict=True)
-        return torch.stack([self._cross_entropy(self.decoder.output(h), target) for h, target in chunks]).sum()
-
-    def _chunk_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits [n, v] are raised to float32 one chunk at a time."""
-        return functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing)
+                hidden = layer(hidden, mask=seen, input_pos=batch.positions)
+        hidden = self.decoder.norm(hidden.flatten(0, 1)[batch.trained])  # [n, d]
+        loss: Tensor = self.loss(hidden, batch.labels.flatten()[batch.trained])
+        return loss
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer trains, by the decoder's names, in the order of the model."""
         return {name: p for name, p in self.decoder.named_parameters() if p.requires_grad}
 
+    def gradients(self) -> list[Tensor]:
+        """What this rank holds of each gradient."""
+        found = [p.grad for p in self.trainable().values() if p.grad is not None]
+        return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in found]
+
+    def reduce_gradients_in_backward(self, reduce: bool) -> None:
+        """For sharded parameters: whether the next backward pass adds the gradients up over the ranks. Micro-batches
+        before a step's last one need not."""
+        if isinstance(self, FSDPModule):
+            self.set_requires_gradient_sync(reduce)
+
 
 def build_training_model(
-    plan: Plan, arch: Architecture, model_dir: Path, adapter: dict[str, Tensor] | None, dtype: torch.dtype, ranks: Ranks
+    plan: Plan, arch: Architecture, model_dir: Path, resume_from: Path | None, dtype: torch.dtype, ranks: Ranks
 ) -> TrainingModel:
-    """The model on this rank, its weights read from `model_dir`; for LoRA with `adapter`, or with a new one from the
-    seed. Never more than a memory-mapped copy of the weights and this rank's share is held."""
+    """The model on this rank, its weights read from `model_dir` and the checkpoint to go on from. Never more than a
+    memory-mapped copy of the weights and this rank's share is held."""
+    method = method_of(plan)
     with set_default_dtype(dtype), torch.device("meta"):
-        decoder = build_decoder(arch, lora=plan.lora)
-    trained = set(adapter_parameters(decoder)) if plan.lora else {name for name, _ in decoder.named_parameters()}
+        decoder = build_decoder(arch, linear=method.linear)
     for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(method.trains(name))
     if plan.compile:
         for layer in decoder.layers:
             layer.compile(backend=_compile_backend())
-    model = TrainingModel(decoder, plan)
-    if ranks.world > 1:
+    model = TrainingModel(decoder, arch, plan)
+    if ranks.world > 1 and not _each_holds_all(decoder, plan, method, dtype, ranks):
+        model.sharded = True
         _shard(model, plan, arch, ranks)
-    weights = load_weights(model_dir, arch)
-    if plan.lora:
-        weights |= adapter if adapter is not None else initial_adapter(decoder, plan.seed, dtype)
-    _load(decoder, weights, dtype, ranks, offload=offloads(plan, ranks))
+    weights = method.weights(decoder, arch, model_dir, resume_from, dtype)
+    _load(decoder, weights, dtype, ranks, sharded=model.sharded, offload=offloads(plan, ranks))
     init_rope(decoder, ranks.device)
     return model
+
+
+def _each_holds_all(decoder: nn.Module, plan: Plan, method: Method, dtype: torch.dtype, ranks: Ranks) -> bool:
+    """Whether each rank keeps the whole model and only gradients of adapters travel: where the rest is frozen and
+    fits, unless the plan asks for what only a sharded model has. All ranks agree."""
+    if not method.keeps_base or plan.fsdp_cpu_offload or plan.memory_efficient_fsdp_wrap:
+        return False
+    fits = parameter_count(decoder.parameters()) * dtype.itemsize <= FITS * ranks.memory_bytes()
+    return ranks.sum([fits])[0] == ranks.world
 
 
 def choose_dtype(plan: Plan, device: torch.device) -> torch.dtype:
@@ -118,14 +141,20 @@ def _shard(model: TrainingModel, plan: Plan, arch: Architecture, ranks: Ranks) -
 
 
 def _load(
-    decoder: TransformerDecoder, weights: dict[str, Tensor], dtype: torch.dtype, ranks: Ranks, *, offload: bool
+    decoder: TransformerDecoder,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    ranks: Ranks,
+    *,
+    sharded: bool,
+    offload: bool,
 ) -> None:
     placed = {}
     home = torch.device("cpu") if offload else ranks.device
     for name, parameter in decoder.named_parameters():
         full = weights.pop(name).to(dtype)
         # A trained tensor gets memory of its own, aligned the same whatever file it came from: resuming is exact.
-        own = full.clone() if parameter.requires_grad and ranks.world == 1 else full
+        own = full.clone() if parameter.requires_grad and not sharded else full
         placed[name] = nn.Parameter(like(own, parameter, home), requires_grad=parameter.requires_grad)
     if weights:
         message = f"weights without a place in the model: {', '.join(sorted(weights))}"

@@ -22,7 +22,11 @@ from transformers import AutoModelForCausalLM
 
 def load(case: dict[str, Any]) -> torch.nn.Module:
     model, report = AutoModelForCausalLM.from_pretrained(
-        case["model"], dtype=torch.float32, output_loading_info=True, local_files_only=True
+        case["model"],
+        dtype=torch.float32,
+        attn_implementation="eager",  # the only one with soft-caps
+        output_loading_info=True,
+        local_files_only=True,
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:

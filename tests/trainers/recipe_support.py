@@ -99,9 +99,9 @@ class Case:
     resume_from: Path | None = None
     stop_at: int | None = None
 
-    def run(self) -> Recorder:
+    def run(self, reporter: Recorder | None = None) -> Recorder:
         """Trains, here and now; a stop is no failure."""
-        reporter = Recorder(self.stop_at)
+        reporter = reporter or Recorder(self.stop_at)
         with suppress(Stopped):
             train(
                 self.plan,

@@ -1,6 +1,7 @@
 """Checkpoints: complete when they can be seen, exact to resume from, and no bigger than they need to be."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,47 @@ def test_checkpoints_come_every_n_steps_and_epoch_but_once_a_step(case: Case) ->
     assert [(c.step, c.epoch) for c in run.checkpoints] == [(11, 1), (22, 2)]
     run = replace(case, plan=make_plan_for(save_every_n_steps=4)).run()
     assert [c.step for c in run.checkpoints] == [4, 8, 11, 12, 16, 20, 22]
-    assert all(set(c.metrics) == {"loss", "valid_loss"} for c in run.checkpoints)
+    losses, evaluations = run.losses, {m.step: m.valid_loss for m in run.evaluations}
+    for saved in run.checkpoints:
+        assert saved.metrics["loss"] == losses[saved.step]
+        assert saved.metrics["valid_loss"] == evaluations[saved.step // 11 * 11]
+
+
+class Slow(Recorder):
+    """A disk and a log that take so long over the first checkpoint that two more steps are done meanwhile."""
+
+    def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
+        if not self.checkpoints:
+            deadline = time.monotonic() + 60
+            while len(self.steps) < checkpoint.step + 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.ahead = len(self.steps) - checkpoint.step
+        super().checkpoint(checkpoint)
+
+
+def test_adapters_train_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_names(case: Case) -> None:
+    case.plan = make_plan_for(save_every_n_steps=4, n_epochs=1)
+    reporter = Slow()
+    case.run(reporter)
+    assert reporter.ahead >= 2
+    assert [c.step for c in reporter.checkpoints] == [4, 8, 11]
+    stopped = replace(case, output_dir=case.output_dir / "stopped", stop_at=4).run()
+    expected = saved_weights(stopped.checkpoints[-1].path)
+    for name, tensor in saved_weights(reporter.checkpoints[0].path).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_full_fine_tuning_on_the_cpu_keeps_no_second_copy_and_waits(case: Case) -> None:
+    case.plan = make_plan_for("full", save_every_n_steps=4, n_epochs=1)
+    seen: list[int] = []
+
+    class Watching(Recorder):
+        def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
+            seen.append(self.steps[-1].step)
+            super().checkpoint(checkpoint)
+
+    case.run(Watching())
+    assert seen == [4, 8, 11]
 
 
 def test_only_the_newest_checkpoint_keeps_its_training_state(case: Case) -> None:

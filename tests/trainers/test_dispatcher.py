@@ -158,7 +158,7 @@ async def test_a_submitted_job_gets_one_runner_however_many_passes(world: World)
 
 
 @in_world
-async def test_the_log_is_asked_for_all_live_jobs_once_and_what_happens_later_is_seen_all_the_same(
+async def test_the_log_is_asked_for_all_live_jobs_once_and_later_events_are_seen_all_the_same(
     world: World,
 ) -> None:
     await world.pass_()

@@ -200,3 +200,15 @@ def test_a_wandb_project_with_a_slash_is_refused() -> None:
 def test_planning_imports_no_torch() -> None:
     script = "import sys, trainers.plan, trainers.loggers, trainers.reporting; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_rows_are_grouped_by_length_unless_their_order_is_kept_or_they_are_packed() -> None:
+    assert make_plan(config()).group_by_length
+    assert not make_plan(config({"extras": {"group_by_length": False}})).group_by_length
+    make_plan(config({"extras": {"shuffle": False}}))
+    make_plan(config({"extras": {"packed": True, "max_seq_len": 8}}))
+    ordered = only_problem({"group_by_length": True, "shuffle": False})
+    assert ordered.param == "fine_tuning_options.extras.group_by_length"
+    assert ordered.message == "has no effect here: without shuffle the rows keep their order"
+    packed = only_problem({"group_by_length": True, "packed": True, "max_seq_len": 8})
+    assert packed.message == "has no effect here: packs are of one length"

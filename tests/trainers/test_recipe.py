@@ -13,8 +13,10 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
 from trainers.errors import UserError
+from trainers.methods import method_of
+from trainers.methods.lora import adapter_parameters, initial_adapter
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import adapter_parameters, build_decoder, initial_adapter
+from trainers.models.decoder import build_decoder
 from trainers.models.weights import load_weights
 from trainers.plan import ComponentSpec, LoraSpec
 from trainers.recipe import train
@@ -113,7 +115,7 @@ def test_losses_equal_a_plain_loop_over_torchtunes_parts(bench: Bench, tiny: Pat
     rows = random_rows(12)
     plan = bench.case(method).plan
     arch = inspect_model_dir(tiny)
-    decoder = build_decoder(arch, lora=plan.lora)
+    decoder = build_decoder(arch, linear=method_of(plan).linear)
     decoder.load_state_dict(load_weights(tiny, arch), strict=False)
     decoder.load_state_dict(initial_adapter(decoder, plan.seed), strict=False)
     decoder.set_num_output_chunks(8)
@@ -162,8 +164,6 @@ def test_a_micro_batch_without_a_trained_token_is_harmless(bench: Bench, tmp_pat
     rows = random_rows(4)
     silent = ([5, 6, 7], [True, False, False])  # the first token of a row is never predicted
     data = write_rows(tmp_path / "a", [rows[0], silent, *rows[1:], silent])
-    run = bench.case(data=data, batch_size=1, gradient_accumulation_steps=1, shuffle=False, n_epochs=1).run()
-    assert [loss is None for loss in run.losses.values()] == [False, True, False, False, False, True]
     with_silent = bench.losses(data=data, batch_size=1, gradient_accumulation_steps=6, shuffle=False)
     without = bench.losses(
         data=write_rows(tmp_path / "b", rows), batch_size=1, gradient_accumulation_steps=4, shuffle=False

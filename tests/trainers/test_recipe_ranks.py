@@ -1,4 +1,4 @@
-"""The recipe on two ranks (FSDP2 over gloo): the same numbers as on one, and checkpoints that either resumes."""
+"""The recipe on two ranks (FSDP2 over gloo, whole models for adapters): the numbers of one, checkpoints that resume."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,7 +47,8 @@ SHARDED_APART = {"memory_efficient_fsdp_wrap": True, "enable_activation_checkpoi
 @pytest.mark.parametrize(
     ("method", "family", "changes"),
     [
-        ("lora", "llama", {"gradient_accumulation_steps": 2}),
+        ("lora", "llama", {"gradient_accumulation_steps": 2, "clip_grad_norm": 0.5}),
+        ("lora", "llama", {"gradient_accumulation_steps": 2, "memory_efficient_fsdp_wrap": True}),
         ("full", "llama", {"clip_grad_norm": 0.5}),
         ("full", "mistral", SHARDED_APART),
         ("full", "mistral", {"gradient_accumulation_steps": 3, "packed": True, "max_seq_len": 30}),
@@ -66,8 +67,7 @@ def test_two_workers_give_the_numbers_of_one(
     assert [metrics.grad_norm for metrics in first.steps] == (pytest.approx(norms, rel=1e-4) if norms[0] else norms)
     assert [m.tokens for m in first.steps] == [m.tokens for m in one.steps]
     assert [m.valid_loss for m in first.evaluations] == pytest.approx([m.valid_loss for m in one.evaluations], abs=2e-5)
-    assert (second.steps, second.evaluations) == ([], [])
-    assert [c.path for c in first.checkpoints] == [c.path for c in second.checkpoints]
+    assert (second.steps, second.evaluations, second.checkpoints) == ([], [], [])
     alone, together = (saved_weights(run.checkpoints[-1].path) for run in (one, first))
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, atol=1e-4, rtol=1e-3)
@@ -101,7 +101,8 @@ def test_what_two_workers_saved_one_resumes(two_ranks: TwoRanks, case: Case, met
 def test_one_ranks_wish_to_stop_stops_both_after_the_same_step(two_ranks: TwoRanks, case: Case) -> None:
     first, second = two_ranks.run(_run_stopping_rank_1, split(case))
     assert list(first.losses) == [1, 2, 3]
-    assert [c.step for c in first.checkpoints] == [c.step for c in second.checkpoints] == [3]
+    assert [c.step for c in first.checkpoints] == [3]
+    assert second.checkpoints == []
 
 
 def _run_stopping_rank_1(case: Case) -> Any:

@@ -4,6 +4,7 @@ Only what the chat template writes can become a control token. Text of a row tha
 tokenised as the characters it consists of; such rows take a slower path with the same result otherwise.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +21,9 @@ from tokenizers.processors import Sequence as NoProcessing
 from trainers.data.dialog import Dialog, RowError
 from trainers.data.spans import Span, SpanFinder
 from trainers.data.template import DEFAULT_TEMPLATE, ChatTemplate, Turn, find_template
+from trainers.data.words import LONG_TEXT, Encoded, WordTokenizer, cuts_between_words
 from trainers.errors import UserError
 
-Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
-"""Token ids [n], and for each [n] whether it is a training target."""
-
-_LONG_TEXT = 1 << 16  # characters: every thread of a pool would keep the memory that its longest text took
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # Noncharacters again (see spans.py, which uses the first two) stand in for control tokens that a user wrote.
 _ESCAPE = "\ufdd2{}\ufdd3"
@@ -44,7 +42,7 @@ class Rendered:
 
 
 class ChatTokenizer:
-    """Made by `from_dir`. Immutable, apart from caches; use one per thread."""
+    """Made by `from_dir`. Immutable, apart from caches; use one per thread. Can be pickled."""
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, named: Mapping[str, str], eos_ids: set[int]) -> None:
         """`named`: special tokens by name, `eos_token` among them. `template` None: the default one."""
@@ -57,6 +55,8 @@ class ChatTokenizer:
         # The template writes BOS and EOS; a ByteLevel post-processor would also trim blanks off the offsets.
         tokenizer.post_processor = NoProcessing([])
         self._tokenizer = tokenizer
+        self._words = WordTokenizer(tokenizer) if cuts_between_words(tokenizer) else None
+        self._named, self._given_eos_ids = dict(named), set(eos_ids)
         self._template = ChatTemplate(template, named)
         self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
         self._ids = {token.content: id_ for id_, token in self._special}
@@ -85,6 +85,16 @@ class ChatTokenizer:
             raise UserError("model_incomplete", "the model's tokenizer has no end-of-sequence token", "model")
         return cls(tokenizer, find_template(model_dir, config), named, set(eos_ids))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = (self._tokenizer, self.template, self._named, self._given_eos_ids)
+        return type(self), arguments, {"has_own_template": self.has_own_template}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that the tokens of a dialog depend on, apart from this program."""
+        parts = [self._tokenizer.to_str(), self.template, self._named]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     @property
     def template(self) -> str:
         """The Jinja source in use. Where `has_own_template` is false it has to be saved with what was trained on it."""
@@ -106,14 +116,18 @@ class ChatTokenizer:
         return self._unescape(text, spans)
 
     def encode_rendered(self, batch: Sequence[Rendered]) -> list[Encoded]:
-        """The second half: tokens and masks, on all cores. Long texts one by one, to have one of them in memory."""
-        short = [r.text for r in batch if r.control is None and len(r.text) <= _LONG_TEXT]
+        """The second half: tokens and masks. Long texts one by one, to have one of them in memory."""
+        if self._words is not None:
+            easy = [r for r in batch if r.control is None]
+            done = iter(self._words.encode([r.text for r in easy], [r.trained for r in easy]))
+            return [next(done) if r.control is None else self._encode_hard(r) for r in batch]
+        short = [r.text for r in batch if r.control is None and len(r.text) <= LONG_TEXT]
         together = iter(self._tokenizer.encode_batch(short, add_special_tokens=False))
         encoded = []
         for r in batch:
             if r.control is not None:
                 encoded.append(self._encode_hard(r))
-            elif len(r.text) <= _LONG_TEXT:
+            elif len(r.text) <= LONG_TEXT:
                 encoded.append(_mask_one(next(together), r.trained))
             else:
                 encoded.append(_mask_one(self._tokenizer.encode(r.text, add_special_tokens=False), r.trained))

@@ -15,6 +15,7 @@ from events.facts import DataReport
 
 TOKENS, MASK, OFFSETS, REPORT = "tokens.bin", "mask.bin", "offsets.bin", "report.json"
 TOKEN_TYPE, MASK_TYPE, OFFSET_TYPE = np.dtype("<i4"), np.dtype("u1"), np.dtype("<i8")
+_COUNTED_AT_ONCE = 1 << 16  # rows: numpy may widen every byte of the mask to eight
 
 
 class TokenisedDataset:
@@ -42,6 +43,17 @@ class TokenisedDataset:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row [rows]."""
         return np.diff(self._offsets)
+
+    @cached_property
+    def trained(self) -> NDArray[np.int64]:
+        """Trained tokens of each row [rows]; the first token of a row never counts, as nothing predicts it."""
+        counts = np.empty(len(self), dtype=np.int64)
+        for first in range(0, len(self), _COUNTED_AT_ONCE):
+            last = min(first + _COUNTED_AT_ONCE, len(self))
+            starts, end = self._offsets[first:last], self._offsets[last]
+            counts[first:last] = np.add.reduceat(self._mask[starts[0] : end], starts - starts[0], dtype=np.int64)
+        counts -= self._mask[self._offsets[:-1]]
+        return counts
 
     @cached_property
     def report(self) -> DataReport:

@@ -1,41 +1,40 @@
 """Validates a data file and tokenises it to disk, before any accelerator is taken.
 
-Every row is read once, as a stream; memory depends on the longest row, not on the size of the file. While one batch is
-tokenised on all cores, the next one is parsed and rendered.
+Every row is read once, as a stream; memory depends on the longest row, not on the size of the file. Large files are
+tokenised on all cores. What was tokenised once, for this or another job, isn't tokenised again.
 """
 
-import ctypes
+import hashlib
 import os
 import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
 from events.facts import DataReport, LineError
-from trainers.data.chat import ChatTokenizer, Encoded, Rendered
-from trainers.data.dataset import MASK, MASK_TYPE, OFFSET_TYPE, OFFSETS, REPORT, TOKEN_TYPE, TOKENS
-from trainers.data.dialog import RowError, parse_row
-from trainers.data.source import data_size, open_lines
+from trainers.data.cache import DataCache
+from trainers.data.chat import ChatTokenizer
+from trainers.data.dataset import MASK, OFFSET_TYPE, OFFSETS, REPORT, TOKENS
+from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
+from trainers.data.source import content_digest, data_size, open_lines
+from trainers.data.workers import encode_in_parallel, usable_cores
 from trainers.errors import UserError
 
-_BATCH_ROWS = 512
-_BATCH_CHARS = 1 << 18
-_LONG_ROW_CHARS = _BATCH_CHARS // 4
-_ERRORS_KEPT = 20
+_CHUNK_ROWS = 512
+_CHUNK_BYTES = 1 << 18
+_WORTH_PROCESSES = 4 << 20  # bytes of a file that take longer to tokenise than processes take to start
 _PROGRESS_S = 5.0
 
 Progress = Callable[[str], None]
-_Row = tuple[int, Rendered | RowError]
-"""A line number, and what became of the line."""
 
 
 class DataInvalid(UserError):
@@ -49,38 +48,48 @@ class DataInvalid(UserError):
         return type(self), (self.report, self.error.message)
 
 
+def prepared(out_dir: Path, max_seq_len: int) -> DataReport | None:
+    """The report of what `prepare` has written to `out_dir`; None where that isn't complete, or for another length."""
+    file = out_dir / REPORT
+    if not file.is_file():
+        return None
+    report = DataReport.model_validate_json(file.read_bytes())
+    return report if report.max_seq_len == max_seq_len else None
+
+
 def prepare(
     uri: str,
     tokenizer: ChatTokenizer,
     *,
     max_seq_len: int,
     out_dir: Path,
+    cache: DataCache,
     max_invalid_fraction: float = 0.0,
     progress: Progress,
 ) -> DataReport:
     """Reads every row of the checked `uri` and writes the valid ones to `out_dir` for `TokenisedDataset`.
 
     A row longer than `max_seq_len` tokens loses its end. `progress` gets a line for people every few seconds, called on
-    this thread. `out_dir` appears only when it is complete; where it is already there for the same `uri` and
-    `max_seq_len`, it is kept as it is and its report returned: a resumed job goes on with the data it started with.
-    Raises DataInvalid when more than `max_invalid_fraction` of the rows (or all of them) are invalid, UserError and
-    InfrastructureError as `open_lines` does; then nothing is left on disk.
+    this thread. `out_dir` appears, or is replaced, only when it is complete. Where `cache` has the same data, tokenised
+    in the same way, that is used; else it has it afterwards. Raises DataInvalid when more than `max_invalid_fraction`
+    of the rows (or all of them) are invalid, UserError `data_changed` when the file changed meanwhile, UserError and
+    InfrastructureError as `open_lines` and `encode_in_parallel` do; then `out_dir` is as it was.
     """
-    if (finished := _finished(out_dir, uri, max_seq_len)) is not None:
-        return finished
+    digest = content_digest(uri)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        with _Writer(scratch) as writer:
-            tally = _Tally(uri, max_seq_len)
-            for line, row in _encoded(uri, tokenizer, _Meter(data_size(uri), progress)):
-                try:
-                    writer.append(*tally.admit(row))
-                except RowError as error:
-                    tally.refuse(line, str(error))
-        report = tally.report()
+        cache.fetch(
+            _key(digest, tokenizer, max_seq_len),
+            partial(_tokenise, uri, digest, tokenizer, max_seq_len, progress),
+            scratch,
+            lambda _: progress("another job is tokenising the same data right now: waiting for it"),
+        )
+        # The cached report names the URI that was tokenised first.
+        report = DataReport.model_validate_json((scratch / REPORT).read_bytes()).model_copy(update={"uri": uri})
         _judge(report, max_invalid_fraction)
-        (scratch / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (scratch / REPORT).unlink()  # it is a hard link: the cache's must stay as it is
+        _write_report(report, scratch)
         scratch.chmod(0o755)
         shutil.rmtree(out_dir, ignore_errors=True)
         scratch.rename(out_dir)
@@ -91,12 +100,43 @@ def prepare(
     return report
 
 
-def _finished(out_dir: Path, uri: str, max_seq_len: int) -> DataReport | None:
-    file = out_dir / REPORT
-    if not file.is_file():
-        return None
-    report = DataReport.model_validate_json(file.read_bytes())
-    return report if (report.uri, report.max_seq_len) == (uri, max_seq_len) else None
+def _key(digest: str, tokenizer: ChatTokenizer, max_seq_len: int) -> str:
+    """Names all that tokenised data depends on: the file, the tokenizer with its template, the longest row, and the
+    code that reads, renders and tokenises."""
+    return hashlib.sha256(f"{digest} {tokenizer.fingerprint} {max_seq_len} {_code()}".encode()).hexdigest()[:40]
+
+
+@cache
+def _code() -> str:
+    digest = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    versions = [metadata.version(name) for name in ("jinja2", "numpy", "pydantic", "tokenizers")]
+    return f"{digest.hexdigest()} {versions}"
+
+
+def _tokenise(
+    uri: str, digest: str, tokenizer: ChatTokenizer, max_seq_len: int, progress: Progress, directory: Path
+) -> None:
+    """Writes the valid rows of `uri` to `directory`, with a report. Raises where there is none, or the content isn't
+    that of `digest` any more."""
+    size = data_size(uri)
+    read = hashlib.sha256()
+    chunks = _chunks(open_lines(uri, read), _Meter(size, progress))
+    tally = _Tally()
+    with _Writer(directory) as writer:
+        if usable_cores() > 1 and (size is None or size >= _WORTH_PROCESSES):
+            encoded = encode_in_parallel(chunks, tokenizer, max_seq_len)
+        else:
+            encoded = (encode_lines(tokenizer, max_seq_len, lines) for lines in chunks)
+        for chunk in encoded:
+            tally.add(chunk)
+            writer.append(chunk)
+    if read.hexdigest() != digest:
+        raise UserError("data_changed", f"{uri} changed while it was read: submit the job again when it is complete")
+    report = tally.report(uri, max_seq_len)
+    _judge(report, max_invalid_fraction=1.0)
+    _write_report(report, directory)
 
 
 def _judge(report: DataReport, max_invalid_fraction: float) -> None:
@@ -114,54 +154,19 @@ def _judge(report: DataReport, max_invalid_fraction: float) -> None:
     )
 
 
-def _encoded(uri: str, tokenizer: ChatTokenizer, meter: "_Meter") -> Iterator[tuple[int, Encoded | RowError]]:
-    """Every row of the file in order, tokenised one batch ahead of the caller."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as pool:
-        ahead: Future[list[tuple[int, Encoded | RowError]]] | None = None
-        for batch in _batches(uri, tokenizer, meter):
-            behind, ahead = ahead, pool.submit(_encode_batch, tokenizer, batch)
-            yield from behind.result() if behind else ()
-        yield from ahead.result() if ahead else ()
-
-
-def _encode_batch(tokenizer: ChatTokenizer, batch: list[_Row]) -> list[tuple[int, Encoded | RowError]]:
-    rendered = [row for _, row in batch if isinstance(row, Rendered)]
-    encoded = iter(tokenizer.encode_rendered(rendered))
-    if any(len(row.text) >= _LONG_ROW_CHARS for row in rendered):
-        _give_memory_back()
-    return [(line, next(encoded) if isinstance(row, Rendered) else row) for line, row in batch]
-
-
-def _give_memory_back() -> None:
-    """Returns freed memory to the system, where the C library can.
-
-    glibc keeps what a long row took, scattered over the arenas of the threads: row after row the process would grow.
-    """
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
-
-
-def _batches(uri: str, tokenizer: ChatTokenizer, meter: "_Meter") -> Iterator[list[_Row]]:
-    """Parsed and rendered rows, in batches small enough to be in memory twice."""
-    batch: list[_Row] = []
-    chars = 0
-    for line, raw in open_lines(uri):
-        row = _read(raw, tokenizer)
-        batch.append((line, row))
-        chars += len(row.text) if isinstance(row, Rendered) else 0
+def _chunks(lines: Iterator[Line], meter: "_Meter") -> Iterator[list[Line]]:
+    """`lines` in chunks, small enough to have some for every core in memory. A long line is a chunk by itself."""
+    chunk: list[Line] = []
+    size = 0
+    for line, raw in lines:
         meter.count(len(raw))
-        if len(batch) == _BATCH_ROWS or chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _read(raw: bytes, tokenizer: ChatTokenizer) -> Rendered | RowError:
-    try:
-        return tokenizer.locate(parse_row(raw))
-    except RowError as error:
-        return error
+        if chunk and (len(chunk) == _CHUNK_ROWS or size + len(raw) > _CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((line, raw))
+        size += len(raw)
+    if chunk:
+        yield chunk
 
 
 class _Meter:
@@ -185,60 +190,36 @@ class _Meter:
 
 @dataclass(slots=True)
 class _Tally:
-    """Decides on each tokenised row, and counts."""
+    """Adds chunks up to a report."""
 
-    uri: str
-    max_seq_len: int
     rows: int = 0
     invalid: int = 0
     tokens: int = 0
     trained: int = 0
     truncated: int = 0
-    lengths: Counter[int] = field(default_factory=Counter)
+    histogram: Counter[int] = field(default_factory=Counter)
     errors: list[LineError] = field(default_factory=list)
 
-    def admit(self, row: Encoded | RowError) -> Encoded:
-        """The row as it will be trained on. Raises RowError for one that can't be."""
-        if isinstance(row, RowError):
-            raise row
-        tokens, mask = row
-        mask[:1] = False  # nothing predicts the first token
-        length = len(tokens)
-        kept = int(mask[: self.max_seq_len].sum())
-        if kept == 0:
-            raise RowError(self._nothing_left(mask))
-        self.rows += 1
-        self.trained += kept
-        self.tokens += min(length, self.max_seq_len)
-        self.truncated += length > self.max_seq_len
-        self.lengths[1 << (length - 1).bit_length()] += 1
-        return tokens[: self.max_seq_len], mask[: self.max_seq_len]
+    def add(self, chunk: Chunk) -> None:
+        self.rows += len(chunk.lengths)
+        self.invalid += chunk.invalid
+        self.tokens += sum(chunk.lengths)
+        self.trained += chunk.trained
+        self.truncated += chunk.truncated
+        self.histogram.update(chunk.histogram)
+        self.errors += chunk.errors[: ERRORS_KEPT - len(self.errors)]
 
-    def refuse(self, line: int, message: str) -> None:
-        self.invalid += 1
-        if len(self.errors) < _ERRORS_KEPT:
-            self.errors.append(LineError(line=line, message=message))
-
-    def report(self) -> DataReport:
+    def report(self, uri: str, max_seq_len: int) -> DataReport:
         return DataReport(
-            uri=self.uri,
+            uri=uri,
             rows=self.rows,
             invalid_rows=self.invalid,
             tokens=self.tokens,
             trained_tokens=self.trained,
             truncated_rows=self.truncated,
-            max_seq_len=self.max_seq_len,
-            length_histogram={str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
+            max_seq_len=max_seq_len,
+            length_histogram={str(bound): self.histogram[bound] for bound in sorted(self.histogram)},
             errors=self.errors,
-        )
-
-    def _nothing_left(self, mask: NDArray[np.bool_]) -> str:
-        if not mask.any():
-            return "nothing to train on: the messages to train on are empty"
-        first = int(mask.argmax()) + 1
-        return (
-            f"truncation leaves nothing to train on: the first trained token is at {first}, "
-            f"max_seq_len is {self.max_seq_len}"
         )
 
 
@@ -252,17 +233,18 @@ class _Writer:
     def __enter__(self) -> "_Writer":
         self._tokens, self._mask, self._offsets = (self._open(name) for name in (TOKENS, MASK, OFFSETS))
         self._end = 0
-        _write(self._offsets, [0], OFFSET_TYPE)
+        self._offsets.write(np.zeros(1, dtype=OFFSET_TYPE).tobytes())
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def append(self, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> None:
-        self._end += len(tokens)
-        _write(self._tokens, tokens, TOKEN_TYPE)
-        _write(self._mask, mask, MASK_TYPE)
-        _write(self._offsets, [self._end], OFFSET_TYPE)
+    def append(self, chunk: Chunk) -> None:
+        ends = self._end + np.cumsum(chunk.lengths, dtype=OFFSET_TYPE)
+        self._tokens.write(chunk.tokens)
+        self._mask.write(chunk.mask)
+        self._offsets.write(ends.tobytes())
+        self._end += sum(chunk.lengths)
 
     def _open(self, name: str) -> BinaryIO:
         file = self._stack.enter_context((self._directory / name).open("wb", buffering=1 << 20))
@@ -270,10 +252,12 @@ class _Writer:
         return file
 
 
+def _write_report(report: DataReport, directory: Path) -> None:
+    with (directory / REPORT).open("wb") as file:
+        file.write(report.model_dump_json(indent=2).encode() + b"\n")
+        _sync(file)
+
+
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _write(file: BinaryIO, values: NDArray[np.generic] | list[int], dtype: DTypeLike) -> None:
-    file.write(np.asarray(values).astype(dtype, copy=False).tobytes())

@@ -5,12 +5,13 @@ read: `s3://`, `gs://`, `hf://` (`memory://` in tests). Credentials come from th
 error of this module repeats a URI that may hold a secret, nor the text of a storage library's exception.
 """
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -22,6 +23,12 @@ from trainers.settings import Settings
 REMOTE_SCHEMES = ("s3", "gs", "hf", "memory")
 _BLOCK_BYTES = 4 << 20
 _BOM = b"\xef\xbb\xbf"
+
+
+class Hash(Protocol):
+    """A hash of `hashlib`."""
+
+    def update(self, data: bytes, /) -> None: ...
 
 
 def check_data_uri(uri: str, settings: Settings) -> str:
@@ -49,17 +56,26 @@ def check_data_uri(uri: str, settings: Settings) -> str:
     return uri
 
 
-def open_lines(uri: str) -> Iterator[tuple[int, bytes]]:
+def open_lines(uri: str, digest: Hash | None = None) -> Iterator[tuple[int, bytes]]:
     """Lines of a checked URI with their numbers from 1: no line break, no byte order mark, blank ones left out.
 
     Reads in blocks: memory doesn't grow with the file. Of a line longer than MAX_ROW_BYTES only the first MAX_ROW_BYTES
-    + 1 bytes are given, which `parse_row` refuses. Raises UserError (data_not_found, data_is_directory,
-    data_not_readable, data_empty) or InfrastructureError (data_unreachable), maybe after some lines.
+    + 1 bytes are given, which `parse_row` refuses. `digest` is updated with all that is read. Raises UserError
+    (data_not_found, data_is_directory, data_not_readable, data_empty) or InfrastructureError (data_unreachable), maybe
+    after some lines.
     """
-    for number, line in enumerate(_split(_blocks(uri)), start=1):
+    for number, line in enumerate(_split(_blocks(uri, digest)), start=1):
         text = line.removeprefix(_BOM) if number == 1 else line
         if text.strip():
             yield number, text.removesuffix(b"\r")
+
+
+def content_digest(uri: str) -> str:
+    """A hash of the bytes of a checked URI. Raises as `open_lines` does."""
+    digest = hashlib.sha256()
+    for _ in _blocks(uri, digest):
+        pass
+    return digest.hexdigest()
 
 
 def data_size(uri: str) -> int | None:
@@ -121,12 +137,14 @@ def _open(uri: str) -> Any:  # noqa: ANN401  -- fsspec has no types
     return filesystem.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
 
 
-def _blocks(uri: str) -> Iterator[bytes]:
+def _blocks(uri: str, digest: Hash | None) -> Iterator[bytes]:
     empty = True
     try:
         with closing(_open(uri)) as file:
             while block := file.read(_BLOCK_BYTES):
                 empty = False
+                if digest is not None:
+                    digest.update(block)
                 yield block
     except FileNotFoundError:
         raise UserError("data_not_found", f"there is no file {uri}") from None

@@ -54,7 +54,7 @@ class SpanFinder:
         self._template = template
         self._control = control
         self._turn_end = re.compile(rf"\s*(?:{control.pattern})")
-        self._skeletons: dict[str, _Skeleton | None] = {}
+        self._skeletons: dict[object, _Skeleton | None] = {}
 
     def render(self, dialog: Dialog) -> tuple[str, list[Span]]:
         """The text of `dialog` and its trained characters, in the order of the messages.
@@ -84,13 +84,15 @@ class SpanFinder:
 
     def _skeleton_of(self, dialog: Dialog) -> _Skeleton | None:
         """None: the template refuses the marked dialog, or shows a message twice."""
-        marked = _mark_all(dialog)
-        simple = not dialog.tools and all(len(message) == 2 for message in marked)
-        key = str([(m["role"], m["content"] == "") for m in marked]) if simple else json.dumps([marked, dialog.tools])
+        key: object
+        if not dialog.tools and all(len(message) == 2 for message in dialog.messages):  # role and content
+            key = tuple((message["role"], message["content"] == "") for message in dialog.messages)
+        else:
+            key = json.dumps([_mark_all(dialog), dialog.tools])
         if key not in self._skeletons:
             if len(self._skeletons) >= _MAX_SKELETONS:
                 self._skeletons.clear()
-            self._skeletons[key] = self._make_skeleton(dialog, marked)
+            self._skeletons[key] = self._make_skeleton(dialog, _mark_all(dialog))
         return self._skeletons[key]
 
     def _make_skeleton(self, dialog: Dialog, marked: list[Turn]) -> _Skeleton | None:

@@ -83,6 +83,9 @@ class ChatTemplate:
             raise UserError(
                 "model_unsupported", f"the model's chat template is not valid Jinja: {error}", "model"
             ) from None
+        # Every rendering makes a dict of the globals, and Jinja keeps them in chained ones, which takes it longer than
+        # all the rest.
+        self._template.globals = dict(self._template.globals)
 
     def render(
         self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool = False

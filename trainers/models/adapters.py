@@ -54,7 +54,7 @@ def load_peft_adapter(adapter_dir: Path, arch: Architecture, lora: LoraSpec) -> 
         raise incomplete(f"{adapter_dir} is an adapter of another rank or alpha than {lora.rank} and {lora.alpha}.")
     state: dict[str, Tensor] = {}
     for linear in linears(arch):
-        adapted = [part for part in linear.parts if _is_adapted(part, lora)]
+        adapted = [part for part in linear.parts if adapts(lora, part.name)]
         if adapted:
             state |= _unfuse(linear, adapted, stored, lora.rank, adapter_dir)
     return state
@@ -77,8 +77,9 @@ def merge_lora(
     return merged
 
 
-def _is_adapted(part: Part, lora: LoraSpec) -> bool:
-    *_, block, module = ("", *part.name.split("."))
+def adapts(lora: LoraSpec, layer: str) -> bool:
+    """Whether the linear layer of that name (`layers.0.attn.q_proj`, `mlp.w1`, `output`) has an adapter."""
+    *_, block, module = ("", *layer.split("."))
     return {"attn": module in lora.attn_modules, "mlp": lora.mlp}.get(block, lora.output)
 
 

@@ -4,17 +4,21 @@ Reading is strict: whatever would change the model's outputs and is not built he
 that trains slightly wrong is worse than one that doesn't train.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from trainers.errors import UserError
 from trainers.models.model_files import check_weights, incomplete, read_json_object
-from trainers.models.rope_config import RopeParams, read_rope
+from trainers.models.rope_config import RopeParams, read_layer_ropes
 
-FamilyName = Literal["llama", "mistral", "qwen2", "gemma", "phi3"]
+FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"]
 Activation = Literal["silu", "gelu_tanh"]
+
+MAX_LAYERS = 10_000
+"""More is taken for a broken config.json: the tables made from it would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Architecture:
     head_dim: int
     norm_eps: float
     max_seq_len: int
-    """Longest sequence whose outputs are exact: within the sliding window and the original context of a long RoPE."""
+    """Longest sequence whose outputs are exact: within the original context of a long RoPE."""
     tied: bool
     """The output head is the embedding matrix; checkpoints hold no `lm_head.weight`."""
     qkv_bias: bool
@@ -39,7 +43,18 @@ class Architecture:
     mlp_bias: bool
     activation: Activation
     attention_dropout: float
+    attention_scale: float
+    """Factor of the products of queries and keys."""
+    attention_softcap: float | None
+    """Attention scores x become c * tanh(x / c)."""
+    final_softcap: float | None
+    """Logits x become c * tanh(x / c)."""
+    windows: tuple[int | None, ...]
+    """Of each layer: how many tokens one attends to at most, itself included. None: all that precede it."""
     rope: RopeParams
+    """Of the layers without a window, and of all where a family doesn't tell them apart."""
+    local_rope: RopeParams
+    """Of the layers with a window."""
     json: Mapping[str, Any] = field(repr=False, hash=False)
     """The `config.json` this was read from, unchanged."""
 
@@ -51,7 +66,17 @@ class Architecture:
     @property
     def gemma_style(self) -> bool:
         """Embeddings are scaled by sqrt(hidden_size) and RMSNorm multiplies by (1 + weight)."""
-        return self.family == "gemma"
+        return self.family in ("gemma", "gemma2", "gemma3_text")
+
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys are normed, head by head, before they are rotated."""
+        return self.family in ("qwen3", "gemma3_text")
+
+    @property
+    def post_norms(self) -> bool:
+        """The outputs of attention and feed-forward are normed too, before they join the residual stream."""
+        return self.family in ("gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -67,21 +92,60 @@ class _Family:
     default_activation: str = "silu"
     qkv_bias: bool | None = None  # None: the config's `attention_bias` decides, for all four projections
     has_mlp_bias: bool = False
+    windowed: Literal["never", "always", "on_request", "in_turn"] = "never"
+    """Which layers have the sliding window: "on_request" the later ones, if `use_sliding_window` says so, "in_turn" all
+    but every `full_every`th. With these two, `layer_types` decides where it is given."""
+    default_window: int | None = 4096
+    full_every: int = 1
+    rope_theta: float = 10_000.0
+    local_rope_theta: float | None = None  # given: layers with a window have rotary settings of their own
+    query_pre_attn_scalar: float | None = None  # None: scores are divided by sqrt(head_dim)
+    softcaps: Mapping[str, float | None] = field(default_factory=dict)  # the keys that are read, and their defaults
 
 
+_GELU_TANH: Mapping[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
+_GEMMA = _Family(
+    "GemmaForCausalLM",
+    tied=True,
+    default_head_dim=256,
+    # The first releases say "gelu" and mean its tanh approximation; transformers reads it so, too.
+    activations={"gelu": "gelu_tanh", **_GELU_TANH},
+    default_activation="gelu_pytorch_tanh",
+)
 FAMILIES: dict[FamilyName, _Family] = {
     "llama": _Family("LlamaForCausalLM", kv_heads_default_to_heads=True, has_mlp_bias=True),
-    "mistral": _Family("MistralForCausalLM", qkv_bias=False),
-    "qwen2": _Family("Qwen2ForCausalLM", qkv_bias=True),
-    "gemma": _Family(
-        "GemmaForCausalLM",
-        tied=True,
-        default_head_dim=256,
-        # The first releases say "gelu" and mean its tanh approximation; transformers reads it so, too.
-        activations={"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-        default_activation="gelu_pytorch_tanh",
+    "mistral": _Family("MistralForCausalLM", qkv_bias=False, windowed="always"),
+    "qwen2": _Family("Qwen2ForCausalLM", qkv_bias=True, windowed="on_request"),
+    "qwen3": _Family("Qwen3ForCausalLM", default_head_dim=128, windowed="on_request"),
+    "gemma": _GEMMA,
+    "gemma2": replace(
+        _GEMMA,
+        causal_lm="Gemma2ForCausalLM",
+        activations=_GELU_TANH,
+        windowed="in_turn",
+        full_every=2,
+        query_pre_attn_scalar=256,
+        softcaps={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     ),
-    "phi3": _Family("Phi3ForCausalLM", norm_eps=1e-5, kv_heads_default_to_heads=True, qkv_bias=False),
+    "gemma3_text": replace(
+        _GEMMA,
+        causal_lm="Gemma3ForCausalLM",
+        activations=_GELU_TANH,
+        windowed="in_turn",
+        full_every=6,
+        rope_theta=1_000_000.0,
+        local_rope_theta=10_000.0,
+        query_pre_attn_scalar=256,
+        softcaps={"final_logit_softcapping": None},
+    ),
+    "phi3": _Family(
+        "Phi3ForCausalLM",
+        norm_eps=1e-5,
+        kv_heads_default_to_heads=True,
+        qkv_bias=False,
+        windowed="always",
+        default_window=None,
+    ),
 }
 _SUPPORTED = ", ".join(f"{name} ({family.causal_lm})" for name, family in FAMILIES.items())
 
@@ -98,31 +162,43 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     `model_incomplete` naming a key that is missing.
     """
     name, family = _family(config)
-    _refuse_what_is_not_built(config)
+    _refuse_what_is_not_built(config, family)
     heads = _count(config, "num_attention_heads")
     hidden = _count(config, "hidden_size")
     kv_heads = _kv_heads(config, family, heads)
     head_dim = _head_dim(config, family, hidden, heads)
-    rope = read_rope(config)
+    layers = _count(config, "num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise unsupported(f"config.json has num_hidden_layers {layers}; more than {MAX_LAYERS} are not built.")
+    rope, local_rope = read_layer_ropes(config, family.rope_theta, family.local_rope_theta)
+    tied = _flag(config, "tie_word_embeddings", default=family.tied)
+    final_softcap = _softcap(config, family, "final_logit_softcapping")
+    if final_softcap and not tied:
+        raise unsupported("config.json has final_logit_softcapping without tie_word_embeddings, which is not built.")
     attention_bias = _flag(config, "attention_bias", default=False)
     return Architecture(
         family=name,
         vocab_size=_count(config, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=_count(config, "intermediate_size"),
-        num_layers=_count(config, "num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=_number(config, "rms_norm_eps", default=family.norm_eps),
-        max_seq_len=_max_seq_len(config, rope),
-        tied=_flag(config, "tie_word_embeddings", default=family.tied),
+        max_seq_len=_max_seq_len(config, rope, local_rope),
+        tied=tied,
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         attention_output_bias=attention_bias if family.qkv_bias is None else False,
         mlp_bias=family.has_mlp_bias and _flag(config, "mlp_bias", default=False),
         activation=_activation(config, family),
         attention_dropout=_number(config, "attention_dropout", default=0.0),
+        attention_scale=_attention_scale(config, family, head_dim),
+        attention_softcap=_softcap(config, family, "attn_logit_softcapping"),
+        final_softcap=final_softcap,
+        windows=_windows(config, family, layers),
         rope=rope.for_head_dim(head_dim),
+        local_rope=local_rope.for_head_dim(head_dim),
         json=config,
     )
 
@@ -157,7 +233,7 @@ def _family(config: Mapping[str, Any]) -> tuple[FamilyName, _Family]:
     raise unsupported(f"models of type {model_type!r} ({shown}) can't be trained here; supported are: {_SUPPORTED}.")
 
 
-def _refuse_what_is_not_built(config: Mapping[str, Any]) -> None:
+def _refuse_what_is_not_built(config: Mapping[str, Any], family: _Family) -> None:
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
@@ -167,6 +243,9 @@ def _refuse_what_is_not_built(config: Mapping[str, Any]) -> None:
     for key in ("resid_pdrop", "embd_pdrop"):
         if config.get(key):
             raise unsupported(f"config.json sets {key}={config[key]}; this dropout is not built.")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(key) and key not in family.softcaps:
+            raise unsupported(f"config.json sets {key}={config[key]}; this soft-cap is not built for this family.")
     kinds = set(_names(config, "layer_types")) - {"full_attention", "sliding_attention"}
     if kinds:
         raise unsupported(f"config.json has layer_types {', '.join(sorted(kinds))}, which are not built.")
@@ -195,15 +274,56 @@ def _head_dim(config: Mapping[str, Any], family: _Family, hidden: int, heads: in
     return head_dim
 
 
-def _max_seq_len(config: Mapping[str, Any], rope: RopeParams) -> int:
-    """The longest sequence for which full attention and unswitched RoPE equal what the model defines."""
-    limits = [_count(config, "max_position_embeddings")]
-    uses_window = config["model_type"] in ("mistral", "phi3") or config.get("use_sliding_window")
-    if uses_window and config.get("sliding_window") is not None:
-        limits.append(_count(config, "sliding_window"))
-    if rope.kind == "longrope":
-        limits.append(rope.original_context)
-    return min(limits)
+def _max_seq_len(config: Mapping[str, Any], *ropes: RopeParams) -> int:
+    """The longest sequence for which unswitched RoPE equals what the model defines."""
+    original_contexts = [rope.original_context for rope in ropes if rope.kind == "longrope"]
+    return min([_count(config, "max_position_embeddings"), *original_contexts])
+
+
+def _windows(config: Mapping[str, Any], family: _Family, layers: int) -> tuple[int | None, ...]:
+    if family.windowed == "never":
+        return (None,) * layers
+    unused = family.windowed == "on_request" and not _flag(config, "use_sliding_window", default=False)
+    window = None if unused else _window(config, family)
+    if family.windowed == "always":
+        return (window,) * layers
+    sliding = _sliding_layers(config, family, layers, window)
+    if window is None and any(sliding):
+        raise unsupported("config.json has layers of sliding_attention, but no sliding_window is in force.")
+    return tuple(window if slides else None for slides in sliding)
+
+
+def _window(config: Mapping[str, Any], family: _Family) -> int | None:
+    window = config.get("sliding_window", family.default_window)
+    return None if window is None else _count({"sliding_window": window}, "sliding_window")
+
+
+def _sliding_layers(config: Mapping[str, Any], family: _Family, layers: int, window: int | None) -> list[bool]:
+    kinds = _names(config, "layer_types")
+    if kinds and len(kinds) != layers:
+        raise unsupported(f"config.json has {len(kinds)} layer_types for {layers} layers.")
+    if kinds:
+        return [kind == "sliding_attention" for kind in kinds]
+    if family.windowed == "on_request":
+        first = _count(config, "max_window_layers", default=28, least=0)
+        return [window is not None and i >= first for i in range(layers)]
+    every = _count(config, "sliding_window_pattern", default=family.full_every)
+    if every != family.full_every and family.local_rope_theta is None:  # Gemma 2 doesn't read that key
+        raise unsupported(
+            f"config.json has sliding_window_pattern {every}; built for this family: {family.full_every}."
+        )
+    return [(i + 1) % every != 0 for i in range(layers)]
+
+
+def _attention_scale(config: Mapping[str, Any], family: _Family, head_dim: int) -> float:
+    if family.query_pre_attn_scalar is None:
+        return head_dim**-0.5
+    return _positive(config, "query_pre_attn_scalar", family.query_pre_attn_scalar) ** -0.5
+
+
+def _softcap(config: Mapping[str, Any], family: _Family, key: str) -> float | None:
+    cap = config.get(key, family.softcaps.get(key))
+    return None if cap is None or key not in family.softcaps else _positive({key: cap}, key, cap)
 
 
 def _activation(config: Mapping[str, Any], family: _Family) -> Activation:
@@ -225,13 +345,20 @@ def _names(config: Mapping[str, Any], key: str) -> list[str]:
     return [str(name) for name in value]
 
 
-def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
+def _count(config: Mapping[str, Any], key: str, *, default: int | None = None, least: int = 1) -> int:
+    value = config.get(key, default)
     if value is None:
         raise UserError("model_incomplete", f"config.json lacks {key}.", param="model")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise unsupported(f"config.json: {key} must be a positive integer, is {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise unsupported(f"config.json: {key} must be an integer of at least {least}, is {value!r}.")
     return value
+
+
+def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise unsupported(f"config.json: {key} must be a positive number, is {value!r}.")
+    return float(value)
 
 
 def _number(config: Mapping[str, Any], key: str, *, default: float) -> float:

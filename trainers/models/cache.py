@@ -16,7 +16,7 @@ def make_once(final: Path, make: Callable[[Path], None], log: Callable[[str], No
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(final.with_name(f".{final.name}.lock"), mode=0o644)
+    lock = FileLock(lock_file(final), mode=0o644)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -31,3 +31,8 @@ def make_once(final: Path, make: Callable[[Path], None], log: Callable[[str], No
     finally:
         lock.release()
     return final
+
+
+def lock_file(final: Path) -> Path:
+    """What is locked while `final` is made."""
+    return final.with_name(f".{final.name}.lock")

@@ -71,10 +71,26 @@ def _head(arch: Architecture) -> Linear:
 
 def _layer_tensors(arch: Architecture, layer: int) -> Iterator[CheckpointTensor]:
     theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-    yield _whole(f"{theirs}.input_layernorm.weight", f"{ours}.sa_norm.scale", (arch.hidden_size,))
-    yield _whole(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.scale", (arch.hidden_size,))
+    for name, norm in _norms(arch).items():
+        yield _whole(f"{theirs}.{name}.weight", f"{ours}.{norm}.scale", (arch.hidden_size,))
+    if arch.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            yield _whole(f"{theirs}.self_attn.{norm}.weight", f"{ours}.attn.{norm}.scale", (arch.head_dim,))
     for linear in _layer_linears(arch, layer):
         yield from _linear_tensors(linear)
+
+
+def _norms(arch: Architecture) -> dict[str, str]:
+    """The norms of a layer, theirs and ours. `post_attention_layernorm` is what its name says only where two norms
+    follow; else it is the one before the feed-forward."""
+    if arch.post_norms:
+        return {
+            "input_layernorm": "sa_norm",
+            "post_attention_layernorm": "sa_scale",
+            "pre_feedforward_layernorm": "mlp_norm",
+            "post_feedforward_layernorm": "mlp_scale",
+        }
+    return {"input_layernorm": "sa_norm", "post_attention_layernorm": "mlp_norm"}
 
 
 def _linear_tensors(linear: Linear) -> Iterator[CheckpointTensor]:

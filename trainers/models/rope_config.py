@@ -33,16 +33,38 @@ class RopeParams:
         return self
 
 
-def read_rope(config: Mapping[str, Any]) -> RopeParams:
-    """The rotary settings of a parsed config.json. Raises UserError `model_unsupported` for what is not built.
+def read_layer_ropes(
+    config: Mapping[str, Any], theta: float, local_theta: float | None
+) -> tuple[RopeParams, RopeParams]:
+    """The rotary settings of a parsed config.json: of layers that attend to everything, and of those with a window.
 
-    transformers 5 keeps everything in `rope_parameters`; version 4 has `rope_theta` and `rope_scaling`, whose kind
-    is called `type` in old files. Values inside the dictionary win, as in transformers.
+    `theta` and `local_theta` hold where the config is silent. `local_theta` None: the family has the same settings in
+    all layers. Raises UserError `model_unsupported` for what is not built.
+
+    transformers 5 keeps everything in `rope_parameters`, by kind of layer where they differ; version 4 has `rope_theta`,
+    `rope_local_base_freq` and `rope_scaling`, whose kind is called `type` in old files. Values inside the dictionary
+    win, as in transformers.
     """
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
-        raise _refused("they differ between layers, which is not built")
-    values = {"rope_theta": config.get("rope_theta", 10_000.0)} | dict(scaling)
+    if not isinstance(scaling, Mapping):
+        raise _refused(f"they must be an object, not {scaling!r}")
+    outer = {"rope_theta": config.get("rope_theta", theta)}
+    if local_theta is None:
+        rope = _read(config, outer | dict(scaling))
+        return rope, rope
+    local = {"rope_theta": config.get("rope_local_base_freq", local_theta)}
+    if not scaling or config.get("rope_scaling"):  # version 4 scales the layers without a window only
+        return _read(config, outer | dict(scaling)), _read(config, local)
+    kinds = {"full_attention": outer, "sliding_attention": local}
+    if not scaling.keys() <= kinds.keys() or not all(isinstance(value, Mapping) for value in scaling.values()):
+        raise _refused(f"rope_parameters must hold an object for each of {', '.join(kinds)}")
+    full, sliding = (_read(config, values | dict(scaling.get(kind, {}))) for kind, values in kinds.items())
+    return full, sliding
+
+
+def _read(config: Mapping[str, Any], values: Mapping[str, Any]) -> RopeParams:
+    if any(isinstance(value, Mapping) for value in values.values()):
+        raise _refused("they differ between layers, which is not built for this family")
     _refuse_partial_rotation(config, values)
     kind = _kind(values)
     theta = _positive(values, "rope_theta")

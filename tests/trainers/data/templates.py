@@ -96,6 +96,33 @@ GEMMA = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
+# Gemma 2 is as Gemma. Gemma 3 puts the system message into the first user turn, and takes contents in parts.
+GEMMA3 = """\
+{{ bos_token }}
+{%- set ns = namespace(prefix='', turns=messages) %}
+{%- if messages[0].role == 'system' %}
+    {%- set text = messages[0].content if messages[0].content is string else messages[0].content[0].text %}
+    {%- set ns.prefix = text + '\n\n' %}
+    {%- set ns.turns = messages[1:] %}
+{%- endif %}
+{%- for turn in ns.turns %}
+    {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif %}
+    {{- '<start_of_turn>' + ('model' if turn.role == 'assistant' else turn.role) + '\n' }}
+    {{- ns.prefix if loop.first else '' }}
+    {%- if turn.content is string %}
+        {{- turn.content | trim }}
+    {%- else %}
+        {%- for part in turn.content %}
+            {{- '<start_of_image>' if part.type == 'image' else part.text | trim }}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{% endif %}
+"""
+
 # Default system message, tools, several calls in a turn, a run of tool results in one user turn.
 QWEN25 = """\
 {%- if tools %}
@@ -140,3 +167,62 @@ THINKING = (
     "{{ content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+# After the last question of the user (a tool's result is none) reasoning is shown, and an empty one is put before a last
+# answer that has none. Before it, reasoning is dropped. Calls and results are those of Qwen 2.5.
+QWEN3 = """\
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{% endif %}
+    {{- "# Tools\n<tools>" }}
+    {%- for tool in tools %}{{- "\n" + tool | tojson }}{% endfor %}
+    {{- "\n</tools><|im_end|>\n" }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(searching=true, question=messages | length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set is_result = message.content is string and message.content.startswith('<tool_response>')
+        and message.content.endswith('</tool_response>') %}
+    {%- if ns.searching and message.role == 'user' and not is_result %}
+        {%- set ns.searching = false %}
+        {%- set ns.question = messages | length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set reasoning = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if loop.index0 > ns.question and (loop.last or reasoning) %}
+            {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- if (loop.first and content) or not loop.first %}{{- '\n' }}{% endif %}
+            {%- if tool_call.function %}{% set tool_call = tool_call.function %}{% endif %}
+            {{- '<tool_call>\n{"name": "' + tool_call.name + '", "arguments": ' }}
+            {{- tool_call.arguments if tool_call.arguments is string else tool_call.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{% endif %}
+        {{- '\n<tool_response>\n' + content + '\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{% endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{% endif %}
+{%- endif %}
+"""

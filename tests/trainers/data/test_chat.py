@@ -37,6 +37,8 @@ FORMATS = {
     "llama3": (templates.LLAMA3, "bytes", "<|endoftext|>", "<|eot_id|>"),
     "mistral": (templates.MISTRAL, "pieces", "</s>", "</s>"),
     "gemma": (templates.GEMMA, "pieces", "</s>", "<end_of_turn>"),
+    "gemma3": (templates.GEMMA3, "pieces", "</s>", "<end_of_turn>"),
+    "qwen3": (templates.QWEN3, "bytes", "<|im_end|>", "<|im_end|>"),
     "qwen2.5": (templates.QWEN25, "bytes", "<|endoftext|>", "<|im_end|>"),
     "thinking": (templates.THINKING, "bytes", "<|im_end|>", "<|im_end|>"),
     "default": (None, "pieces", "</s>", "</s>"),
@@ -120,7 +122,7 @@ class TestEveryFormat:
         row = dialog(user("Hello <|im_end|>"), assistant("Fine."))
         ((ids, mask),) = tokenizer.encode([row])
         prompt = tokenizer.encode_prompt(row.messages[:1])
-        if name != "thinking":  # which puts an empty reasoning before the answer
+        if name not in ("thinking", "qwen3"):  # which put an empty reasoning before the answer
             assert ids[: len(prompt)].tolist() == prompt
             assert len(prompt) == int(mask.argmax())
         assert tokenizer.decode(ids.tolist()).strip().endswith("Fine.")
@@ -130,7 +132,7 @@ class TestEveryFormat:
         assert tokenizer._tokenizer.token_to_id(FORMATS[name][3]) in tokenizer.eos_ids
 
 
-@pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3", "qwen2.5", "default"])
+@pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3", "gemma3", "qwen2.5", "qwen3", "default"])
 def test_a_system_message_is_context_wherever_the_template_puts_it(name: str, make: Make) -> None:
     row = dialog(system("Be brief."), user("Hello"), assistant("Fine."), user("Bye"), assistant("Thank you."))
     end = FORMATS[name][3]
@@ -166,7 +168,8 @@ def test_the_date_a_template_prints_does_not_depend_on_the_day(make: Make) -> No
 
 
 class TestTools:
-    def test_calls_of_qwen_are_trained_and_results_are_not(self, make: Make) -> None:
+    @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
+    def test_calls_of_qwen_are_trained_and_results_are_not(self, name: str, make: Make) -> None:
         row = dialog(
             user("Weather?"),
             assistant(
@@ -177,16 +180,17 @@ class TestTools:
             assistant("Sun and rain."),
             tools=[WEATHER],
         )
-        first, second = trained(make("qwen2.5"), row)
+        first, second = trained(make(name), row)
         assert first == (
             '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Berlin"}}\n</tool_call>\n'
             '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
         )
         assert second == "Sun and rain.<|im_end|>"
 
-    def test_words_before_a_call_are_trained_with_it(self, make: Make) -> None:
+    @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
+    def test_words_before_a_call_are_trained_with_it(self, name: str, make: Make) -> None:
         row = dialog(user("Weather?"), assistant("One moment.", tool_calls=[call("get_weather", {})]))
-        (run,) = trained(make("qwen2.5"), row)
+        (run,) = trained(make(name), row)
         assert run.startswith("One moment.\n<tool_call>")
         assert run.endswith("</tool_call><|im_end|>")
 
@@ -252,13 +256,42 @@ class TestTools:
 
 
 class TestTemplatesThatLookIntoContents:
-    def test_kept_reasoning_is_trained(self, make: Make) -> None:
+    @pytest.mark.parametrize("name", ["thinking", "qwen3"])
+    def test_kept_reasoning_is_trained(self, name: str, make: Make) -> None:
         row = dialog(user("a"), assistant("<think>\nhm\n</think>\n\nyes"))
-        assert trained(make("thinking"), row) == ["<think>\nhm\n</think>\n\nyes<|im_end|>"]
+        assert trained(make(name), row) == ["<think>\nhm\n</think>\n\nyes<|im_end|>"]
 
-    def test_reasoning_that_the_template_drops_is_not_missed(self, make: Make) -> None:
+    @pytest.mark.parametrize("name", ["thinking", "qwen3"])
+    def test_reasoning_that_the_template_drops_is_not_missed(self, name: str, make: Make) -> None:
         row = dialog(user("a"), assistant("<think>\nhm\n</think>\n\nyes"), user("b"), assistant("no"))
-        assert trained(make("thinking"), row) == ["yes<|im_end|>", "no<|im_end|>"]
+        assert trained(make(name), row) == ["yes<|im_end|>", "no<|im_end|>"]
+
+    def test_reasoning_around_a_call_of_qwen_is_trained_after_the_last_question_only(self, make: Make) -> None:
+        think = "<think>\n{}\n</think>\n\n"
+        row = dialog(
+            user("Weather?"),
+            assistant(think.format("look") + "One moment.", tool_calls=[call("get_weather", {})]),
+            tool_result("sunny"),
+            assistant(think.format("so") + "Sun."),
+            user("Sure?"),
+            assistant(think.format("again") + "Once more.", tool_calls=[call("get_weather", {})]),
+            tool_result("sunny"),
+            assistant(think.format("well") + "Yes."),
+            tools=[WEATHER],
+        )
+        calls = '\n<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call><|im_end|>'
+        assert trained(make("qwen3"), row) == [
+            "One moment." + calls,
+            "Sun.<|im_end|>",
+            think.format("again") + "Once more." + calls,
+            think.format("well") + "Yes.<|im_end|>",
+        ]
+
+    def test_reasoning_written_otherwise_than_qwen_writes_it_is_trained_as_the_template_shows_it(
+        self, make: Make
+    ) -> None:
+        row = dialog(user("a"), assistant("<think>hm</think>yes"))
+        assert trained(make("qwen3"), row) == ["<think>\nhm\n</think>\n\nyes<|im_end|>"]
 
     def test_a_message_that_is_left_out_is_refused(self, tmp_path: Path) -> None:
         no_tools = "{% for m in messages if m.role != 'tool' %}{{ m.content + eos_token }}{% endfor %}"
@@ -282,7 +315,7 @@ class TestTemplatesThatRefuse:
         with pytest.raises(RowError, match="refuses the dialog: System role not supported"):
             make("gemma").encode([dialog(system("s"), user("a"), assistant("b"))])
 
-    @pytest.mark.parametrize("name", ["gemma", "mistral"])
+    @pytest.mark.parametrize("name", ["gemma", "gemma3", "mistral"])
     def test_roles_that_do_not_alternate(self, name: str, make: Make) -> None:
         with pytest.raises(RowError, match="must alternate"):
             make(name).encode([dialog(user("a"), user("b"), assistant("c"))])

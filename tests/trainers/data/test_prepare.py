@@ -4,7 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,15 @@ import pytest
 
 from events.facts import DataReport
 from tests.tiny_models import make_tiny_model
+from trainers.data import dataset as dataset_module
 from trainers.data import prepare as prepare_module
+from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.dialog import parse_row
-from trainers.data.prepare import DataInvalid, prepare
+from trainers.data.encode import Chunk, Line, encode_lines
+from trainers.data.prepare import DataInvalid, prepare, prepared
+from trainers.data.source import content_digest
 from trainers.errors import UserError
 
 Prepare = Callable[..., DataReport]
@@ -35,7 +39,8 @@ def run(tmp_path: Path, tokenizer: ChatTokenizer) -> Prepare:
     def prepare_lines(lines: list[str], **arguments: object) -> DataReport:
         file = tmp_path / "data.jsonl"
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        defaults = {"max_seq_len": 4096, "out_dir": tmp_path / "out", "progress": lambda _: None}
+        cache = DataCache(tmp_path / "cache", 1 << 30)
+        defaults = {"max_seq_len": 4096, "out_dir": tmp_path / "out", "cache": cache, "progress": lambda _: None}
         return prepare(file.as_uri(), tokenizer, **(defaults | arguments))
 
     return prepare_lines
@@ -140,28 +145,152 @@ def test_the_histogram_counts_rows_by_powers_of_two_before_truncation(run: Prepa
 
 def test_what_failed_leaves_nothing_behind(run: Prepare, tmp_path: Path) -> None:
     with pytest.raises(DataInvalid):
-        run([line("a"), "nope"])
-    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+        run(["nope"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl"]
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 def test_what_a_killed_run_left_is_cleared_away(run: Prepare, tmp_path: Path) -> None:
     (tmp_path / ".out-abcd").mkdir()
     (tmp_path / ".out-abcd" / "tokens.bin").write_bytes(b"half")
     run([line("a")])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl", "out"]
 
 
-def test_a_directory_that_is_complete_is_kept_as_it_is(run: Prepare, tmp_path: Path) -> None:
-    first = run([line("a"), line("b")])
-    assert run([line("c")]) == first
-    assert len(TokenisedDataset(tmp_path / "out")) == 2
+def test_only_a_directory_that_is_complete_and_of_the_same_length_is_prepared(run: Prepare, tmp_path: Path) -> None:
+    assert prepared(tmp_path / "out", 4096) is None
+    report = run([line("a"), line("b")])
+    assert prepared(tmp_path / "out", 4096) == report
+    assert prepared(tmp_path / "out", 100) is None
+    (tmp_path / "out" / "report.json").unlink()
+    assert prepared(tmp_path / "out", 4096) is None
 
 
-def test_a_directory_that_is_incomplete_or_for_other_settings_is_replaced(run: Prepare, tmp_path: Path) -> None:
+def test_what_is_there_already_is_replaced(run: Prepare, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokens.bin").write_bytes(b"half")
     assert run([line("a")]).rows == 1
-    assert run([line("a"), line("b")], max_seq_len=100).rows == 2
+    assert run([line("a"), line("b")]).rows == 2
+    assert len(TokenisedDataset(tmp_path / "out")) == 2
+
+
+@pytest.fixture
+def tokenising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of rows that were tokenised, chunk by chunk."""
+    seen: list[int] = []
+
+    def noted(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Line]) -> Chunk:
+        seen.append(len(lines))
+        return encode_lines(tokenizer, max_seq_len, lines)
+
+    monkeypatch.setattr(prepare_module, "encode_lines", noted)
+    return seen
+
+
+def test_a_second_job_on_the_same_data_starts_without_tokenising(
+    run: Prepare, tmp_path: Path, tokenizer: ChatTokenizer, tokenising: list[int]
+) -> None:
+    lines = [line("a"), "nope", line("b")]
+    first = run(lines, max_invalid_fraction=0.5)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((tmp_path / "data.jsonl").read_bytes())
+    second = prepare(
+        copy.as_uri(),
+        tokenizer,
+        max_seq_len=4096,
+        out_dir=tmp_path / "second",
+        cache=DataCache(tmp_path / "cache", 1 << 30),
+        max_invalid_fraction=0.9,
+        progress=lambda _: None,
+    )
+    assert tokenising == [3]
+    assert second == first.model_copy(update={"uri": copy.as_uri()})
+    assert TokenisedDataset(tmp_path / "second").report == second
+    assert TokenisedDataset(tmp_path / "out").report == first
+    for name in ("tokens.bin", "mask.bin", "offsets.bin"):
+        assert (tmp_path / "out" / name).samefile(tmp_path / "second" / name)
+
+
+def test_each_job_judges_invalid_rows_by_its_own_measure(run: Prepare, tokenising: list[int]) -> None:
+    lines = [line("a"), "nope", line("b")]
+    for allowed in (0.0, 0.1):
+        with pytest.raises(DataInvalid, match=r"1 of 3 rows are invalid.*the first is line 2"):
+            run(lines, max_invalid_fraction=allowed)
+    assert run(lines, max_invalid_fraction=0.5).rows == 2
+    assert tokenising == [3]
+
+
+def test_other_content_lengths_and_templates_are_tokenised_anew(
+    run: Prepare, tmp_path: Path, tokenising: list[int]
+) -> None:
+    run([line("a")])
+    run([line("b")])
+    assert run([line("b")], max_seq_len=100).max_seq_len == 100
+    model = make_tiny_model(tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    other = ChatTokenizer.from_dir(model)
+    file = tmp_path / "data.jsonl"
+    cache = DataCache(tmp_path / "cache", 1 << 30)
+    prepare(file.as_uri(), other, max_seq_len=100, out_dir=tmp_path / "o", cache=cache, progress=print)
+    assert tokenising == [1, 1, 1, 1]
+
+
+def test_other_code_tokenises_anew(run: Prepare, monkeypatch: pytest.MonkeyPatch, tokenising: list[int]) -> None:
+    run([line("a")])
+    monkeypatch.setattr(prepare_module, "_code", lambda: "another version")
+    run([line("a")])
+    assert tokenising == [1, 1]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(
+    run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def append_and_digest(uri: str) -> str:
+        digest = content_digest(uri)
+        with (tmp_path / "data.jsonl").open("a") as file:
+            file.write(line("late") + "\n")
+        return digest
+
+    monkeypatch.setattr(prepare_module, "content_digest", append_and_digest)
+    with pytest.raises(UserError, match="changed while it was read") as caught:
+        run([line("a")])
+    assert caught.value.error.code == "data_changed"
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_files_are_tokenised_by_processes_with_the_same_result(
+    run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [line(f"{i} {PIECE}", PIECE * (i % 9)) for i in range(1500)]
+    lines[700] = "nope"
+    lines[900] = line(PIECE * 7000)  # a line that is longer than a chunk
+    alone = run(lines, max_invalid_fraction=0.5, max_seq_len=64)
+    monkeypatch.setattr(prepare_module, "_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(prepare_module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(prepare_module, "encode_lines", None)
+    arguments = {"out_dir": tmp_path / "other", "cache": DataCache(tmp_path / "other-cache", 1 << 30)}
+    assert run(lines, max_invalid_fraction=0.5, max_seq_len=64, **arguments) == alone
+    assert alone.invalid_rows == 2
+    assert [error.line for error in alone.errors] == [701, 901]
+    for name in ("tokens.bin", "mask.bin", "offsets.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_small_files_are_not_worth_a_process(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(prepare_module, "encode_in_parallel", None)
+    assert run([line("a")] * 600).rows == 600
+
+
+def test_trained_tokens_are_known_row_by_row(run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_module, "_COUNTED_AT_ONCE", 7)
+    report = run([line("a", PIECE * (i % 5)) for i in range(40)], max_seq_len=30)
+    dataset = TokenisedDataset(tmp_path / "out")
+    assert dataset.trained.dtype == np.int64
+    assert dataset.trained.tolist() == [dataset[i][1].sum() for i in range(40)]
+    assert dataset.trained.sum() == report.trained_tokens
 
 
 def test_progress_says_how_far_it_is(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,20 +318,24 @@ def test_a_dataset_can_be_pickled_and_knows_its_bounds(run: Prepare, tmp_path: P
 
 
 MEASURE = """
-import re, sys
+import re, resource, sys
 from pathlib import Path
+from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.prepare import prepare
 model, data, out = map(Path, sys.argv[1:])
-rows = prepare(data.as_uri(), ChatTokenizer.from_dir(model), max_seq_len=2048, out_dir=out, progress=print).rows
+cache = DataCache(out.with_suffix(".cache"), 1 << 30)
+tokenizer = ChatTokenizer.from_dir(model)
+rows = prepare(data.as_uri(), tokenizer, max_seq_len=2048, out_dir=out, cache=cache, progress=print).rows
 assert "torch" not in sys.modules
-# Not ru_maxrss: a process inherits that of the one it was forked from.
+# Not ru_maxrss of this process: it inherits that of the one it was forked from.
 print(rows, re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)  # of the largest process that tokenised
 """
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """Four times the data, about the same peak: the 30 MB more of text are not kept; nor is 500 MB near."""
+    """Four times the data, about the same peaks: the 30 MB more of text are not kept; nor is 500 MB near."""
     model = make_tiny_model(tmp_path / "model")
     block = "".join(line(f"{i} " + PIECE * 40, PIECE * 10) + "\n" for i in range(500))
     peaks_mb = []
@@ -213,8 +346,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             out.writelines(block for _ in range(copies))
         command = [sys.executable, "-c", MEASURE, str(model), str(file), str(tmp_path / f"out{megabytes}")]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows, peak_kb = map(int, result.stdout.splitlines()[-1].split())
+        said, child_kb = result.stdout.splitlines()[-2:]
+        rows, peak_kb = map(int, said.split())
         assert rows == copies * 500
-        peaks_mb.append(peak_kb / 1024)
-    assert max(peaks_mb) < 500
-    assert peaks_mb[1] - peaks_mb[0] < 20, peaks_mb
+        peaks_mb.append((peak_kb / 1024, int(child_kb) / 1024))
+    assert max(map(max, peaks_mb)) < 500
+    assert all(after - before < 20 for before, after in zip(*peaks_mb, strict=True)), peaks_mb

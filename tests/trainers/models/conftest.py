@@ -7,9 +7,10 @@ import pytest
 import torch
 from torchtune.modules import TransformerDecoder
 
+from trainers.methods.lora import lora_linear
 from trainers.models import smollm2
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import build_decoder, init_rope
+from trainers.models.decoder import build_decoder, init_rope, plain_linear
 from trainers.models.weights import load_weights
 from trainers.plan import LoraSpec
 
@@ -25,7 +26,7 @@ def build_model() -> BuildModel:
     ) -> TransformerDecoder:
         arch = inspect_model_dir(model_dir)
         with torch.device("meta"):
-            model = build_decoder(arch, lora=lora)
+            model = build_decoder(arch, linear=lora_linear(lora) if lora else plain_linear)
         model.load_state_dict(load_weights(model_dir, arch, torch.float32) | (adapter or {}), assign=True)
         init_rope(model, "cpu")
         return model.eval()

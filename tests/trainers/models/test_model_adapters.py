@@ -11,16 +11,17 @@ from torch import Tensor
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.conftest import BuildModel
 from trainers.errors import UserError
+from trainers.methods.lora import adapter_parameters, lora_linear
 from trainers.models.adapters import load_peft_adapter, merge_lora, save_peft_adapter
 from trainers.models.architecture import Architecture, inspect_model_dir
-from trainers.models.decoder import adapter_parameters, build_decoder
+from trainers.models.decoder import build_decoder
 from trainers.models.weights import load_weights
 from trainers.plan import LoraSpec
 
 
 def random_adapter(arch: Architecture, lora: LoraSpec) -> dict[str, Tensor]:
     with torch.device("meta"):
-        parameters = adapter_parameters(build_decoder(arch, lora=lora))
+        parameters = adapter_parameters(build_decoder(arch, linear=lora_linear(lora)))
     generator = torch.Generator().manual_seed(0)
     return {name: 0.1 * torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
 

@@ -12,9 +12,9 @@ from torchtune.training import get_shard_conditions, set_activation_checkpointin
 
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.conftest import BuildModel
-from trainers.errors import UserError
+from trainers.methods.lora import adapter_parameters, initial_adapter, lora_linear
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import FusedRMSNorm, adapter_parameters, build_decoder, init_rope, initial_adapter
+from trainers.models.decoder import FusedRMSNorm, build_decoder, init_rope
 from trainers.models.rope import RotaryEmbedding
 from trainers.models.rope_config import RopeParams
 from trainers.models.weights import load_weights
@@ -25,7 +25,7 @@ TOKENS = torch.arange(3, 43)[None]  # [1, 40]
 
 def test_adapters_lie_exactly_where_they_were_asked_for(tmp_path: Path) -> None:
     arch = inspect_model_dir(make_tiny_model(tmp_path, "mistral"))
-    model = build_decoder(arch, lora=LoraSpec(attn_modules=("q_proj", "v_proj"), mlp=True, output=True))
+    model = build_decoder(arch, linear=lora_linear(LoraSpec(attn_modules=("q_proj", "v_proj"), mlp=True, output=True)))
     layers = {name.rpartition(".lora_")[0] for name in adapter_parameters(model)}
     expected = {
         f"layers.{n}.{m}" for n in range(2) for m in ("attn.q_proj", "attn.v_proj", "mlp.w1", "mlp.w2", "mlp.w3")
@@ -33,18 +33,11 @@ def test_adapters_lie_exactly_where_they_were_asked_for(tmp_path: Path) -> None:
     assert layers == expected | {"output"}
 
 
-def test_an_adapter_on_a_tied_head_is_refused_by_name(tmp_path: Path) -> None:
-    arch = inspect_model_dir(make_tiny_model(tmp_path, "llama"))
-    with pytest.raises(UserError, match="apply_lora_to_output") as caught:
-        build_decoder(arch, lora=LoraSpec(output=True))
-    assert caught.value.error.param == "fine_tuning_options.custom_training_options.apply_lora_to_output"
-
-
 def test_a_fresh_adapter_changes_nothing(tmp_path: Path, build_model: BuildModel) -> None:
     lora = LoraSpec(mlp=True)
     plain = build_model(make_tiny_model(tmp_path))
     with torch.device("meta"):
-        shapes = build_decoder(inspect_model_dir(tmp_path), lora=lora)
+        shapes = build_decoder(inspect_model_dir(tmp_path), linear=lora_linear(lora))
     adapted = build_model(tmp_path, lora=lora, adapter=initial_adapter(shapes, seed=1))
     assert torch.equal(plain(TOKENS), adapted(TOKENS))
 
@@ -52,8 +45,8 @@ def test_a_fresh_adapter_changes_nothing(tmp_path: Path, build_model: BuildModel
 def test_initial_adapters_depend_on_the_seed_only(tmp_path: Path) -> None:
     arch = inspect_model_dir(make_tiny_model(tmp_path))
     with torch.device("meta"):
-        on_meta = build_decoder(arch, lora=LoraSpec())
-    real = build_decoder(arch, lora=LoraSpec())
+        on_meta = build_decoder(arch, linear=lora_linear(LoraSpec()))
+    real = build_decoder(arch, linear=lora_linear(LoraSpec()))
     first, again, other = (initial_adapter(model, seed) for model, seed in ((on_meta, 1), (real, 1), (real, 2)))
     name = "layers.0.attn.q_proj.lora_a.weight"
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -131,7 +124,7 @@ def test_a_model_on_the_meta_device_can_be_sharded_and_then_filled(
     model_dir = make_tiny_model(tmp_path / "model", family)
     arch = inspect_model_dir(model_dir)
     with torch.device("meta"):
-        model = build_decoder(arch, lora=lora)
+        model = build_decoder(arch, linear=lora_linear(lora))
     adapter = initial_adapter(model, seed=0)
     shard_model(model, [get_shard_conditions], cpu_offload=False)
     assert initial_adapter(model, seed=0).keys() == adapter.keys()

@@ -17,14 +17,17 @@ from torch import Tensor
 from tests.hf_environment import run_in_hf_environment
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.conftest import BuildModel
+from trainers.methods.lora import adapter_parameters, lora_linear
 from trainers.models.adapters import merge_lora, save_peft_adapter
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import adapter_parameters, build_decoder
+from trainers.models.decoder import build_decoder
 from trainers.models.generate import generate
 from trainers.models.weights import load_weights, save_hf_model
 from trainers.plan import LoraSpec
 
 TOKENS = torch.randint(0, 512, (2, 48), generator=torch.Generator().manual_seed(0))
+ANSWER = 16
+"""Tokens to generate."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -49,12 +52,49 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     ),
-    "mistral-sliding-window": ("mistral", {"sliding_window": 64, "head_dim": 32}),
+    "mistral-sliding-window": ("mistral", {"sliding_window": 16, "head_dim": 32}),
     "qwen2": ("qwen2", {}),
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen2-windows-in-later-layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3-untied-biases": ("qwen3", {"tie_word_embeddings": False, "attention_bias": True}),
+    "qwen3-layer-types": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "gemma": ("gemma", {}),
     "gemma-legacy-gelu": ("gemma", {"hidden_act": "gelu", "num_key_value_heads": 4}),
+    "gemma2": ("gemma2", {}),
+    "gemma2-uncapped-three-layers": (
+        "gemma2",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "num_hidden_layers": 3},
+    ),
+    "gemma3": ("gemma3_text", {}),
+    "gemma3-of-transformers-5": (
+        "gemma3_text",
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_theta": None,
+            "rope_scaling": None,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+            },
+        },
+    ),
+    "gemma3-seven-layers-final-softcap": (
+        "gemma3_text",
+        {"num_hidden_layers": 7, "sliding_window_pattern": 6, "final_logit_softcapping": 2.0},
+    ),
     "phi3": ("phi3", {}),
+    "phi3-sliding-window": ("phi3", {"sliding_window": 16}),
     "phi3-grouped-longrope": (
         "phi3",
         {"num_key_value_heads": 2, "rope_scaling": LONGROPE, "original_max_position_embeddings": 64},
@@ -75,6 +115,7 @@ class Bench:
     folder: Path
     cases: list[dict[str, Any]]
     ours: dict[str, Tensor]
+    answers: dict[str, list[int]]
 
     def add(self, name: str, ours: Tensor, **case: Any) -> None:
         self.ours[name] = ours
@@ -86,7 +127,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, build_model: BuildModel, smollm2_dir: Path) -> Bench:
-    bench = Bench(tmp_path_factory.mktemp("parity"), [], {})
+    bench = Bench(tmp_path_factory.mktemp("parity"), [], {}, {})
     with torch.no_grad():
         for name, (family, config) in MODELS.items():
             add_tiny(bench, build_model, name, family, config)
@@ -101,11 +142,14 @@ def add_tiny(bench: Bench, build_model: BuildModel, name: str, family: str, conf
     source = make_tiny_model(bench.folder / name, family, **config)
     arch = inspect_model_dir(source)
     base = load_weights(source, arch)
-    bench.add(name, build_model(source)(TOKENS), model=str(source))
+    model = build_model(source)
+    answer = generate(model, TOKENS[:1].tolist(), max_new_tokens=ANSWER, eos_ids={2}, pad_id=0)[0]
+    bench.answers[name] = answer
+    bench.add(name, model(TOKENS), model=str(source), generate=ANSWER)
 
     lora = lora_of(name, tied=arch.tied)
     with torch.device("meta"):
-        parameters = adapter_parameters(build_decoder(arch, lora=lora))
+        parameters = adapter_parameters(build_decoder(arch, linear=lora_linear(lora)))
     generator = torch.Generator().manual_seed(1)
     adapter = {key: 0.1 * torch.randn(p.shape, generator=generator) for key, p in parameters.items()}
     ours = build_model(source, lora=lora, adapter=adapter)(TOKENS)
@@ -122,7 +166,7 @@ def add_smollm2(bench: Bench, build_model: BuildModel, smollm2_dir: Path) -> Non
     prompt = tokenizer.encode("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n").ids
     model = build_model(smollm2_dir)
     answer = generate(model, [prompt], max_new_tokens=16, eos_ids={2}, pad_id=2)[0]
-    bench.ours["smollm2-answer"] = torch.tensor(answer)
+    bench.answers["smollm2"] = answer
     bench.add("smollm2", model(torch.tensor([prompt])), model=str(smollm2_dir), tokens=[prompt], generate=16)
 
 
@@ -149,6 +193,9 @@ def test_the_demo_model_has_the_logits_of_transformers(bench: Bench) -> None:
     torch.testing.assert_close(bench.ours["smollm2"], bench.theirs("smollm2")["logits"], rtol=0, atol=1e-3)
 
 
-def test_the_demo_model_answers_as_under_transformers(bench: Bench) -> None:
-    answer = bench.ours["smollm2-answer"].tolist()
-    assert bench.theirs("smollm2")["generated"].tolist()[: len(answer)] == answer
+@pytest.mark.parametrize("name", [*MODELS, "smollm2"])
+def test_greedy_answers_are_those_of_transformers(name: str, bench: Bench) -> None:
+    """Prompts of the tiny models are longer than their windows."""
+    answer = bench.answers[name]
+    assert answer
+    assert bench.theirs(name)["generated"].tolist()[: len(answer)] == answer

@@ -1,0 +1,130 @@
+"""Entries of the data cache: made once, shared, evicted, never half there."""
+
+import errno
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from trainers.data.cache import DataCache
+
+
+class Maker:
+    """Makes entries of one file, and counts."""
+
+    def __init__(self, content: bytes = b"tokens") -> None:
+        self.content, self.made = content, 0
+
+    def __call__(self, directory: Path) -> None:
+        self.made += 1
+        (directory / "tokens.bin").write_bytes(self.content)
+
+
+def fetch(cache: DataCache, key: str, make: object, into: Path) -> Path:
+    into.mkdir()
+    cache.fetch(key, make, into, lambda _: None)  # type: ignore[arg-type]
+    return into / "tokens.bin"
+
+
+def visible(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+
+
+def test_an_entry_is_made_once_and_stored_once(tmp_path: Path) -> None:
+    make = Maker()
+    first, second = (fetch(DataCache(tmp_path / "cache", 1000), "a", make, tmp_path / name) for name in ("1", "2"))
+    assert make.made == 1
+    assert first.samefile(second)
+    assert first.read_bytes() == b"tokens"
+
+
+def test_where_the_file_system_has_no_hard_links_files_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "no hard links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    file = fetch(DataCache(tmp_path / "cache", 1000), "a", Maker(), tmp_path / "job")
+    assert file.read_bytes() == b"tokens"
+    assert file.stat().st_nlink == 1
+
+
+def test_the_least_recently_used_entry_goes_first_and_its_jobs_keep_their_data(tmp_path: Path) -> None:
+    cache = DataCache(tmp_path / "cache", 25)
+    files = {key: fetch(cache, key, Maker(b"x" * 10), tmp_path / key) for key in ("a", "b")}
+    for age, key in enumerate(("b", "a")):
+        os.utime(tmp_path / "cache" / key, (1000 - age, 1000 - age))
+    fetch(cache, "a", Maker(), tmp_path / "again")  # now b is the one that was not used for longest
+    fetch(cache, "c", Maker(b"x" * 10), tmp_path / "c")
+    assert visible(tmp_path / "cache") == ["a", "c"]
+    assert files["b"].read_bytes() == b"x" * 10
+
+
+def test_an_entry_that_is_too_large_for_the_cache_is_only_its_jobs(tmp_path: Path) -> None:
+    file = fetch(DataCache(tmp_path / "cache", 0), "a", Maker(), tmp_path / "job")
+    assert file.read_bytes() == b"tokens"
+    assert visible(tmp_path / "cache") == []
+
+
+def test_what_fails_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+    def fail(directory: Path) -> None:
+        Maker()(directory)
+        raise ValueError("line 3")
+
+    with pytest.raises(ValueError, match="line 3"):
+        fetch(DataCache(tmp_path / "cache", 1000), "a", fail, tmp_path / "job")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".a.lock"]
+    assert fetch(DataCache(tmp_path / "cache", 1000), "a", Maker(), tmp_path / "other").read_bytes() == b"tokens"
+
+
+def test_what_killed_runs_left_is_cleared_away_unless_it_is_still_being_made(tmp_path: Path) -> None:
+    for name in (".dead.partial", ".alive.partial", ".x.evicted"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        (tmp_path / "cache" / name / "tokens.bin").write_bytes(b"half")
+    with FileLock(tmp_path / "cache" / ".alive.lock"):
+        fetch(DataCache(tmp_path / "cache", 1000), "a", Maker(), tmp_path / "job")
+    left = {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()}
+    assert left == {"a", ".alive.partial"}
+
+
+def test_an_entry_that_is_evicted_under_a_jobs_hands_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, make = DataCache(tmp_path / "cache", 1000), Maker()
+    utime = os.utime
+
+    def evict_once(entry: Path) -> None:
+        monkeypatch.setattr(os, "utime", utime)
+        entry.rename(entry.with_name(".x.evicted"))
+        utime(entry)
+
+    monkeypatch.setattr(os, "utime", evict_once)
+    assert fetch(cache, "a", make, tmp_path / "job").read_bytes() == b"tokens"
+    assert make.made == 2
+
+
+def fetch_slowly(root: Path, number: int) -> None:
+    def make(directory: Path) -> None:
+        with (root / "makers").open("a") as file:
+            file.write(f"{number}\n")
+        time.sleep(0.3)
+        Maker()(directory)
+
+    fetch(DataCache(root / "cache", 1000), "a", make, root / f"job{number}")
+
+
+def test_jobs_that_want_the_same_at_once_have_it_made_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=fetch_slowly, args=(tmp_path, number)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len((tmp_path / "makers").read_text().splitlines()) == 1
+    files = [tmp_path / f"job{number}" / "tokens.bin" for number in range(3)]
+    assert len({file.stat().st_ino for file in files}) == 1

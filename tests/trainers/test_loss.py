@@ -1,0 +1,82 @@
+"""The fused head and loss against plain autograd."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchtune.modules import TiedLinear
+
+from trainers.loss import HeadLoss
+from trainers.models.decoder import Head
+
+ROWS, WIDTH, VOCABULARY = 11, 8, 23
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator, requires_grad=True)
+    return hidden, torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunks", [None, 1, 3, 50])
+@pytest.mark.parametrize(("tied", "softcap"), [(False, None), (True, None), (True, 0.5)])
+def test_loss_and_gradients_are_those_of_plain_autograd(
+    smoothing: float, chunks: int | None, tied: bool, softcap: float | None
+) -> None:
+    hidden, labels = inputs()
+    matrix = nn.Embedding(VOCABULARY, WIDTH) if tied else Head(WIDTH, VOCABULARY, bias=False)
+    output = TiedLinear(matrix) if tied else matrix
+    head = HeadLoss(output, VOCABULARY, softcap=softcap, label_smoothing=smoothing, chunks=chunks)
+    logits = functional.linear(hidden, matrix.weight)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    plain = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    expected = torch.autograd.grad(3 * plain, [hidden, matrix.weight])
+    fused = head(hidden, labels)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(torch.autograd.grad(3 * fused, [hidden, matrix.weight]), expected)
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_get_theirs() -> None:
+    hidden, labels = inputs()
+    matrix = Head(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
+    HeadLoss(matrix, VOCABULARY)(hidden, labels).backward()
+    assert matrix.weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_a_head_with_layers_of_its_own_goes_through_autograd_in_chunks() -> None:
+    hidden, labels = inputs()
+    module = nn.Sequential(nn.Linear(WIDTH, 3), nn.Linear(3, VOCABULARY))
+    plain = functional.cross_entropy(module(hidden), labels, reduction="sum")
+    expected = torch.autograd.grad(plain, [hidden, *module.parameters()])
+    fused = HeadLoss(module, VOCABULARY, chunks=4)(hidden, labels)
+    torch.testing.assert_close(torch.autograd.grad(fused, [hidden, *module.parameters()]), expected)
+
+
+@pytest.mark.parametrize("own_layers", [False, True])
+def test_no_trained_position_is_a_loss_of_zero_with_zero_gradients(own_layers: bool) -> None:
+    hidden, labels = inputs()
+    matrix: nn.Module = Head(WIDTH, VOCABULARY, bias=False)
+    head = HeadLoss(nn.Sequential(matrix) if own_layers else matrix, VOCABULARY)
+    loss = head(hidden[:0], labels[:0])
+    loss.backward()
+    assert loss.item() == 0
+    assert [p.grad.abs().sum().item() for p in matrix.parameters() if p.grad is not None] == [0]
+
+
+def test_without_gradients_nothing_but_the_loss_is_computed() -> None:
+    hidden, labels = inputs()
+    head = HeadLoss(Head(WIDTH, VOCABULARY, bias=False), VOCABULARY)
+    asked: list[bool] = []
+    measure = head.measure
+
+    def watched(logits: Tensor, targets: Tensor, of: HeadLoss, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        asked.append(with_gradient)
+        return measure(logits, targets, of, with_gradient)
+
+    head.measure = watched
+    with torch.no_grad():
+        assert not head(hidden, labels).requires_grad
+    assert asked == [False]

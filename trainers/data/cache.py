@@ -1,0 +1,90 @@
+"""Tokenised data, kept for later jobs on the same data.
+
+An entry is a directory named by a hash of all that its content depends on. Jobs get hard links to its files (copies
+where the file system has none): nothing is stored twice, and a job keeps its data when the entry is evicted.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainers.models.cache import lock_file, make_once
+
+Make = Callable[[Path], None]
+
+
+class DataCache:
+    """Entries under `directory`, of at most `max_bytes` together: the least recently used are evicted first."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._directory, self._max_bytes = directory, max_bytes
+
+    def fetch(self, key: str, make: Make, into: Path, log: Callable[[str], None]) -> None:
+        """Puts the files of entry `key` into the directory `into`, having them made by `make` where there is no such
+        entry. Any number of processes may ask for the same one: it is made once, and an entry is always complete."""
+        while not self._linked(make_once(self._directory / key, _or_nothing(make), log), into):
+            pass  # evicted between the two
+        self._evict()
+
+    def _linked(self, entry: Path, into: Path) -> bool:
+        try:
+            os.utime(entry)
+            for file in sorted(entry.iterdir()):
+                target = into / file.name
+                target.unlink(missing_ok=True)
+                try:
+                    target.hardlink_to(file)
+                except FileNotFoundError:
+                    raise
+                except OSError:
+                    shutil.copyfile(file, target)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _evict(self) -> None:
+        for left in self._directory.glob(".*.partial"):  # by a killed run, unless somebody has its lock
+            self._remove(left, lock_file(left.with_name(left.name[1:].removesuffix(".partial"))))
+        for left in self._directory.glob(".*.evicted"):
+            shutil.rmtree(left, ignore_errors=True)
+        entries = sorted(filter(None, map(_use, self._directory.glob("[!.]*"))))
+        total = sum(size for _, size, _ in entries)
+        for _, size, entry in entries:
+            if total <= self._max_bytes:
+                break
+            self._remove(entry, lock_file(entry))
+            total -= size
+
+    def _remove(self, directory: Path, lock: Path) -> None:
+        try:
+            with FileLock(lock, mode=0o644, timeout=0):
+                gone = self._directory / f".{uuid.uuid4().hex}.evicted"
+                directory.rename(gone)
+        except (Timeout, FileNotFoundError):
+            return
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _or_nothing(make: Make) -> Make:
+    """`make`, leaving nothing behind when it fails."""
+
+    def made(directory: Path) -> None:
+        try:
+            make(directory)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+    return made
+
+
+def _use(entry: Path) -> tuple[float, int, Path] | None:
+    """When an entry was last used, and its size in bytes; None where it is gone."""
+    try:
+        return entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,157 @@
+"""The output head and its loss in one: summed cross-entropy from hidden states, without the logits ever standing in
+memory.
+
+The logits of a long sequence are the largest matrix of a training step ([4096, 128256] float32: 2 GB), and autograd
+would keep several of them for the backward pass. Here a chunk of rows goes through the head, gives its share of the
+loss *and of the gradients*, and is gone. Nothing is computed twice: the gradient of cross-entropy, softmax(logits) -
+target, needs nothing but the logits at hand. (The idea is that of Liger Kernel's fused linear cross-entropy.)
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torchtune.modules import TiedLinear
+
+from trainers.models.decoder import Head
+
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+"""Logits in a chunk: small enough to be no matter of memory (64 and 512 MB in float32), large enough for the matrix
+products to run at full speed."""
+
+
+class HeadLoss:
+    """Hidden states in, summed loss out; `output` is the decoder's head.
+
+    `softcap`: logits x become c * tanh(x / c) (Gemma 2). `chunks`: how many chunks of rows to make, None: as many as
+    `CHUNK_ELEMENTS` asks for.
+    """
+
+    def __init__(
+        self,
+        output: Callable[[Tensor], Tensor],
+        vocabulary: int,
+        *,
+        softcap: float | None = None,
+        label_smoothing: float = 0.0,
+        chunks: int | None = None,
+        compiled: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.output = output
+        self.vocabulary = vocabulary
+        self.softcap = softcap
+        self.label_smoothing = label_smoothing
+        self.chunks = chunks
+        self.measure = compiled(_loss_and_gradient) if compiled else _loss_and_gradient
+
+    def __call__(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """`hidden` [n, d] and `labels` [n] of the trained positions -> float32, shape []. 0, with zero gradients, for
+        none."""
+        grad = torch.is_grad_enabled()  # inside the function it is off
+
+        def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+            return cast(Tensor, _fused(hidden, weight, labels, self._rows(hidden), grad, self))
+
+        if isinstance(self.output, TiedLinear):
+            return fused(hidden, self.output.tied_module.weight)
+        if isinstance(self.output, Head):
+            return cast(Tensor, self.output(hidden, fused))
+        return self._through_module(hidden, labels)
+
+    def _through_module(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """For a head with layers of its own (an adapter): autograd goes through it, and computes each chunk twice."""
+        rows = self._rows(hidden)
+        parts = [(hidden[i : i + rows], labels[i : i + rows]) for i in range(0, max(len(hidden), 1), rows)]
+        return torch.stack([checkpoint(self._chunk, *part, use_reentrant=False) for part in parts]).sum()
+
+    def _chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = self.output(hidden).float()
+        return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+
+    def _rows(self, hidden: Tensor) -> int:
+        """Of a chunk."""
+        if self.chunks is not None:
+            return max(1, -(-len(hidden) // self.chunks))
+        return max(1, CHUNK_ELEMENTS[hidden.device.type] // self.vocabulary)
+
+
+def _loss_and_gradient(
+    logits: Tensor, labels: Tensor, head: HeadLoss, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Summed cross-entropy [] of float32 `logits` [n, v] against `labels` [n]; and, in the memory of the logits, its
+    gradient [n, v].
+
+    With smoothing e the target is (1 - e) at the label plus e / v everywhere, as in torch.nn.CrossEntropyLoss.
+    """
+    cap, smoothing = head.softcap, head.label_smoothing
+    slope: Tensor | None = None  # of the soft-cap: 1 - tanh(x / c)^2
+    if cap is not None:
+        logits.div_(cap).tanh_()
+        slope = 1 - logits.square() if with_gradient else None
+        logits.mul_(cap)
+    normaliser = logits.logsumexp(dim=1)  # [n]
+    at_label = logits.gather(1, labels[:, None])[:, 0]  # [n]
+    losses = normaliser - (1 - smoothing) * at_label
+    if smoothing:
+        losses = losses - smoothing * logits.mean(dim=1)
+    if not with_gradient:
+        return losses.sum(), None
+    gradient = logits.sub_(normaliser[:, None]).exp_()
+    gradient.scatter_add_(1, labels[:, None], torch.full_like(gradient[:, :1], smoothing - 1))
+    if smoothing:
+        gradient.sub_(smoothing / logits.shape[1])
+    if slope is not None:
+        gradient.mul_(slope)
+    return losses.sum(), gradient
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum over rows i of cross_entropy(hidden[i] @ weight.T, labels[i])."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  -- torch types it too narrowly
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        rows: int,
+        grad: bool,
+        head: HeadLoss,
+    ) -> Tensor:
+        for_hidden, for_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if for_hidden else None
+        d_weight = torch.zeros_like(weight) if for_weight else None
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            logits = functional.linear(hidden[chunk], weight).float()  # [n, v]
+            loss, gradient = head.measure(logits, labels[chunk], head, for_hidden or for_weight)
+            total += loss
+            if gradient is not None:
+                gradient = gradient.to(weight.dtype)
+                if d_hidden is not None:
+                    torch.mm(gradient, weight, out=d_hidden[chunk])
+                if d_weight is not None:
+                    d_weight.addmm_(gradient.t(), hidden[chunk])
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
+            None if d_weight is None else d_weight * d_loss.to(d_weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+_fused: Callable[..., Any] = _LinearCrossEntropy.apply

@@ -1,0 +1,37 @@
+"""Full fine-tuning: every parameter is trained; a checkpoint is a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+
+from trainers.export import export_model
+from trainers.methods.method import Method
+from trainers.models.architecture import Architecture
+from trainers.models.decoder import plain_linear
+from trainers.models.weights import load_weights
+
+
+class Full(Method):
+    keeps_base = False
+
+    def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> nn.Module:
+        return plain_linear(name, inputs, outputs, bias=bias)
+
+    def trains(self, name: str) -> bool:
+        return True
+
+    def weights(
+        self,
+        decoder: TransformerDecoder,
+        arch: Architecture,
+        model_dir: Path,
+        resume_from: Path | None,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        return load_weights(resume_from or model_dir, arch)
+
+    def save(self, directory: Path, trained: Mapping[str, Tensor], arch: Architecture, model_dir: Path) -> None:
+        export_model(trained, arch, model_dir, directory)
