@@ -196,6 +196,8 @@ Logger = Annotated[
 
 
 class FineTuningOptions(_Wire):
+    """How to train. Every option has a default."""
+
     n_epochs: int = Field(default=1, ge=1, le=10_000, description="Passes over the training data.")
     batch_size: int = Field(default=4, ge=1, le=65_536, description="Rows per micro-batch and worker.")
     lr: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = optional(
@@ -235,7 +237,7 @@ class Config(_Wire):
     data: str = Field(
         min_length=1,
         max_length=4096,
-        description="Path to the JSONL file with each row representing a TrainingDataItem.",
+        description="Path to the JSONL file with each row representing a `TrainingDataItem`.",
         json_schema_extra={"format": "uri"},
     )
     validation_data: Annotated[str, Field(min_length=1, max_length=4096)] | None = optional(

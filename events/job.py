@@ -86,11 +86,10 @@ class _ConfigAsSent:
 
 
 class FineTuningJob(BaseModel):
-    """A job, as the API shows it and as the fold carries it. Times are UTC.
+    """A job. Times are UTC. A field that doesn't apply, or not yet, is absent."""
 
-    The fields marked `exclude` are the fold's own: they travel with the object (it pickles whole) but are no part of
-    the wire view.
-    """
+    # The API shows that line. The fold carries this object too: the fields marked `exclude` are the fold's own, which
+    # travel with the object (it pickles whole) but are no part of the wire view.
 
     model_config = ConfigDict(frozen=True)
 

@@ -27,6 +27,23 @@ Submit a job, read its status, tail its log, cancel it. Every error, of every ro
 Responses = dict[int | str, dict[str, Any]]
 
 _MODELS = (CancelRequest, Config, ErrorEnvelope, FineTuningJob, FineTuningJobList, Health, TailLine, TrainingDataItem)
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "Config": {
+        "model": "smollm2-135m-instruct",
+        "data": "examples/tickets/train.jsonl",
+        "validation_data": "examples/tickets/valid.jsonl",
+        "fine_tuning_options": {"n_epochs": 2, "custom_training_options": {"finetuning_type": "lora"}},
+    },
+    "CancelRequest": {"job_id": "ftjob-01..."},
+    "TrainingDataItem": {
+        "dialog": [
+            {"role": "system", "content": "Answer with a ticket."},
+            {"role": "user", "content": "The helmet has not arrived yet. Order number 99948."},
+            {"role": "assistant", "content": "delivery | order 99948 | normal"},
+        ],
+        "keep_loss": [False, False, True],
+    },
+}
 _REF = "#/components/schemas/{model}"
 _WHEN = {
     404: "`not_found_error`: there is no such job.",
@@ -83,5 +100,7 @@ def describe(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     # In validation mode a field with a default is not required; that holds in both directions here.
     _, definitions = models_json_schema([(model, "validation") for model in _MODELS], ref_template=_REF)
     public = {name: schema for name, schema in sorted(definitions["$defs"].items()) if not name.startswith("_")}
+    for name, example in _EXAMPLES.items():
+        public[name]["examples"] = [example]
     document["components"] = {"schemas": public}
     return document

@@ -1,9 +1,14 @@
 """GET /docs: the OpenAPI document as one page of plain HTML. It loads nothing, so it works without internet."""
 
+import json
+import re
+import shlex
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 _TEMPLATES = Environment(
     loader=PackageLoader("serve_app", "."),
@@ -15,24 +20,43 @@ _TEMPLATES = Environment(
 
 
 class Row(NamedTuple):
-    """A parameter or a property, for a table."""
+    """A parameter or a property, for a table. `place`: `query` or `header` for a parameter, "" for a property."""
 
     name: str
     type: str
-    refs: list[str]
+    limits: str
     required: bool
     default: Any
+    description: str
+    place: str = ""
+
+
+class Response(NamedTuple):
+    """`body`: name of its schema. `media_type`: "" where it is JSON, as nearly everywhere."""
+
+    status: str
+    body: str
+    media_type: str
     description: str
 
 
 class Operation(NamedTuple):
+    """`curl`: its arguments, ready to be pasted. `body`: name of the schema that it takes, "" for none."""
+
     method: str
     path: str
-    summary: str
     description: str
+    curl: str
     parameters: list[Row]
-    body: dict[str, Any] | None
-    responses: dict[str, dict[str, Any]]
+    body: str
+    responses: list[Response]
+
+
+class Schema(NamedTuple):
+    name: str
+    description: str
+    example: str
+    rows: list[Row]
 
 
 def page(document: dict[str, Any], base_url: str) -> str:
@@ -40,29 +64,79 @@ def page(document: dict[str, Any], base_url: str) -> str:
     schemas = document["components"]["schemas"]
     return _TEMPLATES.get_template("reference.html.jinja").render(
         info=document["info"],
-        base_url=base_url.rstrip("/"),
-        operations=list(_operations(document)),
-        schemas={name: (schema.get("description", ""), _properties(schema)) for name, schema in schemas.items()},
+        operations=list(_operations(document, base_url.rstrip("/"))),
+        schemas=[
+            Schema(name, schema.get("description", ""), _example(schema), _properties(schema))
+            for name, schema in schemas.items()
+        ],
+        prose=partial(_prose, known=schemas.keys()),
+        linked=partial(_linked, known=schemas.keys()),
     )
 
 
-def _operations(document: dict[str, Any]) -> Iterator[Operation]:
+def _prose(text: str, known: set[str]) -> Markup:
+    """Paragraphs of a description as HTML: `code` in backticks, the names of schemas as links."""
+    paragraphs = (_code(paragraph, known) for paragraph in text.split("\n\n") if paragraph)
+    return Markup("\n").join(Markup("<p>{}</p>").format(paragraph) for paragraph in paragraphs)
+
+
+def _code(text: str, known: set[str]) -> Markup:
+    pieces = text.split("`")  # every second one stood in backticks
+    pieces[0::2] = [escape(piece) for piece in pieces[0::2]]
+    pieces[1::2] = [Markup("<code>{}</code>").format(_linked(piece, known)) for piece in pieces[1::2]]
+    return Markup("").join(pieces)
+
+
+def _linked(text: str, known: set[str]) -> Markup:
+    words = re.split(r"(\w+)", text)
+    return Markup("").join(Markup('<a href="#{0}">{0}</a>').format(w) if w in known else escape(w) for w in words)
+
+
+def _operations(document: dict[str, Any], base_url: str) -> Iterator[Operation]:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
+            parameters = [
+                _row(p["name"], p["schema"] | _described(p), p.get("required", False), p["in"])
+                for p in operation.get("parameters", [])
+            ]
+            responses = list(_responses(operation["responses"]))
+            body = _body(operation.get("requestBody", {}))
+            example = _example(document["components"]["schemas"][body]) if body else ""
             yield Operation(
                 method=method.upper(),
                 path=path,
-                summary=operation.get("summary", ""),
                 description=operation.get("description", ""),
-                parameters=[
-                    _row(p["name"], p["schema"] | _described(p), p.get("required", False))
-                    for p in operation.get("parameters", [])
-                ],
-                body=operation["requestBody"]["content"]["application/json"]["schema"]
-                if "requestBody" in operation
-                else None,
-                responses=operation["responses"],
+                curl=_curl(base_url + path, parameters, example, responses),
+                parameters=parameters,
+                body=body,
+                responses=responses,
             )
+
+
+def _curl(url: str, parameters: list[Row], example: str, responses: list[Response]) -> str:
+    query = "&".join(f"{row.name}=..." for row in parameters if row.required)
+    url = f"'{url}?{query}'" if query else url
+    unbuffered = "-N " if any("ndjson" in response.media_type for response in responses) else ""
+    data = f" -H 'Content-Type: application/json' -d {shlex.quote(example)}" if example else ""
+    return f"{unbuffered}{url}{data}"
+
+
+def _responses(responses: dict[str, dict[str, Any]]) -> Iterator[Response]:
+    for status, response in responses.items():
+        media_type = next(iter(response.get("content", {})), "")
+        shown = "" if media_type == "application/json" else media_type
+        yield Response(status, _body(response), shown, response["description"])
+
+
+def _body(holder: dict[str, Any]) -> str:
+    """Name of the schema of a request's or a response's body, "" where it has none."""
+    for content in holder.get("content", {}).values():
+        return str(content["schema"]["$ref"].rsplit("/", 1)[-1])
+    return ""
+
+
+def _example(schema: dict[str, Any]) -> str:
+    return json.dumps(schema["examples"][0]) if "examples" in schema else ""
 
 
 def _described(parameter: dict[str, Any]) -> dict[str, Any]:
@@ -74,10 +148,9 @@ def _properties(schema: dict[str, Any]) -> list[Row]:
     return [_row(name, inner, name in required) for name, inner in schema.get("properties", {}).items()]
 
 
-def _row(name: str, schema: dict[str, Any], required: bool) -> Row:
-    return Row(
-        name, _type(schema), list(_refs(schema)), required, schema.get("default", ""), schema.get("description", "")
-    )
+def _row(name: str, schema: dict[str, Any], required: bool, place: str = "") -> Row:
+    description = schema.get("description", "")
+    return Row(name, _type(schema), _limits(schema), required, schema.get("default", ""), description, place)
 
 
 def _type(schema: dict[str, Any]) -> str:
@@ -97,13 +170,20 @@ def _type(schema: dict[str, Any]) -> str:
     return f"{kind} ({schema['format']})" if "format" in schema else kind
 
 
-def _refs(schema: object) -> Iterator[str]:
-    """Names of the schemas that `schema` mentions, so that the page can link to them."""
-    if isinstance(schema, dict):
-        if "$ref" in schema:
-            yield schema["$ref"].rsplit("/", 1)[-1]
-        for inner in schema.values():
-            yield from _refs(inner)
-    elif isinstance(schema, list):
-        for inner in schema:
-            yield from _refs(inner)
+def _limits(schema: dict[str, Any]) -> str:
+    """`1 to 100`, `above 0`, `up to 128 characters`: what a number or a string may be, "" for anything."""
+    if "minimum" in schema and "maximum" in schema:
+        return f"{schema['minimum']:,} to {schema['maximum']:,}"
+    bounds = [
+        f"{word} {schema[key]:,}"
+        for key, word in (
+            ("minimum", "from"),
+            ("exclusiveMinimum", "above"),
+            ("maximum", "up to"),
+            ("exclusiveMaximum", "below"),
+        )
+        if key in schema
+    ]
+    if "maxLength" in schema:
+        bounds.append(f"up to {schema['maxLength']:,} characters")
+    return ", ".join(bounds)

@@ -33,6 +33,8 @@ class ProblemDetail(_Wire):
 
 
 class ErrorBody(_Wire):
+    """What went wrong, for people and for programs."""
+
     message: str = Field(description="What happened and what to do next, for people. Names every problem.")
     type: ErrorType = Field(description="The class of the error; it goes with the status code.")
     param: str | None = Field(description="The field to blame: the first one where several are.")
@@ -47,16 +49,22 @@ class ErrorEnvelope(_Wire):
 
 
 class CancelRequest(_Wire):
+    """What POST /fine_tuning/jobs/cancel takes."""
+
     job_id: str = Field(min_length=1, max_length=128, description="The job to cancel.")
 
 
 class FineTuningJobList(_Wire):
+    """One page of the jobs."""
+
     object: Literal["list"] = "list"
     data: list[FineTuningJob] = Field(description="Newest first.")
     has_more: bool = Field(description="There are older jobs: ask again with `after` = the last job's id.")
 
 
 class Log(_Wire):
+    """One line of a job's log."""
+
     message: str = Field(description="The log message.")
     timestamp: str = Field(description="The timestamp of the log message.", json_schema_extra={"format": "date-time"})
 
@@ -72,4 +80,6 @@ class TailLine(_Wire):
 
 
 class Health(_Wire):
+    """What GET /healthz answers when all is well."""
+
     status: Literal["ok"] = "ok"

@@ -25,7 +25,7 @@ RunnerState = Literal["absent", "alive", "stopped", "ended"]
 RUN_ENV = {
     "RAY_JOB_STOP_SIGNAL": "SIGINT",  # fit() aborts cleanly on SIGINT; SIGTERM would leak its placement group
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the run appears on the dashboard's Train page
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's /api/train/v2/runs/v1 shows the run
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of a run is noticed in 0.2 s instead of 2 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a shorter wait gives up the group's place in Ray's queue
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; the runner handles interruptions itself

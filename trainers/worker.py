@@ -35,7 +35,7 @@ METRICS_FLUSH_S = 0.5
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker needs to know. Plain data: it is shown on the dashboard's Train page, so no secrets in it."""
+    """What a worker needs to know. Plain data: the dashboard's Train API shows it, so no secrets in it."""
 
     job_id: str
     attempt: int

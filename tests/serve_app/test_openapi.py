@@ -1,5 +1,6 @@
 """/openapi.json and its page."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+
+from events.config import Config
+from trainers.data.dialog import parse_row
 
 CONTRACT = yaml.safe_load((Path(__file__).parent / "fine_tuning_api.yaml").read_text())
 # What 3.0 and 3.1, or a narrower type, say differently, is compared by meaning; these are prose.
@@ -109,7 +113,20 @@ def test_the_page_shows_every_route_and_schema_and_loads_nothing(http: httpx.Cli
     assert not re.search(r"<script|<link|<img|@import|url\(|src=", page)
     links = set(re.findall(r'href="([^"]*)"', page))
     assert {link for link in links if not link.startswith("#")} == {"openapi.json"}
-    assert {link[1:] for link in links if link.startswith("#")} <= served["components"]["schemas"].keys()
+    targets = set(re.findall(r' id="([^"]*)"', page))
+    assert {link[1:] for link in links if link.startswith("#")} <= targets
+    assert len(targets) == page.count(" id=")
+    assert "`" not in page  # code is set as code
+
+
+def test_the_example_of_a_row_is_one_that_can_be_trained_on(served: dict[str, Any]) -> None:
+    (example,) = served["components"]["schemas"]["TrainingDataItem"]["examples"]
+    assert parse_row(json.dumps(example).encode()).keep_loss == (False, False, True)
+
+
+def test_the_example_of_a_config_is_one(served: dict[str, Any]) -> None:
+    (example,) = served["components"]["schemas"]["Config"]["examples"]
+    assert Config.model_validate(example).as_sent() == example
 
 
 def test_building_the_api_brings_in_no_torch() -> None:

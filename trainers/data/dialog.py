@@ -67,6 +67,8 @@ class FunctionDefinition(BaseModel):
 
 
 class Tool(_Wire):
+    """A function shown to the model."""
+
     type: Literal["function"] = "function"
     function: FunctionDefinition
 
@@ -124,7 +126,7 @@ class Message(_Wire):
 
 
 class TrainingDataItem(_Wire):
-    """One row of a data file: a whole dialog, and which of its messages are trained on."""
+    """One row of a data file, on one line: a whole dialog, and which of its messages are trained on."""
 
     dialog: list[Message] = Field(description="The whole context, in order. A system message may only be the first.")
     keep_loss: list[bool] | None = Field(
