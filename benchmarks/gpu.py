@@ -357,7 +357,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
     for step in range(spec.steps + spec.warmup):
         share = packs[step * spec.batch_size : (step + 1) * spec.batch_size]
         batch = collate(data, share, spec.seq_len)
-        training_step(model, optimizer, None, [batch], ranks, None, stop=False)
+        training_step(model, optimizer, None, [batch], batch.n_trained, ranks, None, stop=False)
         meter.step(batch.n_tokens)
     return sum(parameter.numel() for parameter in model.trainable().values())
 

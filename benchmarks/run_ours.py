@@ -34,6 +34,9 @@ class _Recorder:
     def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
         pass
 
+    def deleted(self, checkpoints: list[Path]) -> None:
+        pass
+
     def should_stop(self) -> bool:
         return False
 
