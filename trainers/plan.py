@@ -189,9 +189,7 @@ def _method_contradictions(
         problems.append(Problem(merged.param("quantize_base"), message))
     for key in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload"):
         if values.get(key):
-            message = (
-                "can't be combined with quantize_base: a 4-bit model isn't sharded, each worker holds all of it"
-            )
+            message = "can't be combined with quantize_base: a 4-bit model isn't sharded, each worker holds all of it"
             problems.append(Problem(merged.param(key), message))
     return problems
 

@@ -24,8 +24,8 @@ class UnscaledBiasDoRALinear(DoRALinear):  # type: ignore[misc]  # torchtune shi
     """torchtune's DoRALinear with the bias outside the scale, as in PEFT: torchtune would scale it with the row."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = functional.linear(x, self.weight) + self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
-        out = self._scale() * out
+        update = self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
+        out: Tensor = self._scale() * (functional.linear(x, self.weight) + update)
         return out if self.bias is None else out + self.bias
 
     def _scale(self) -> Tensor:

@@ -19,6 +19,7 @@ class Qat(Full):
         self.arguments = plan.quantizer.kwargs
 
     def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> nn.Module:
-        return Int8DynActInt4WeightQATLinear(
+        layer: nn.Module = Int8DynActInt4WeightQATLinear(
             inputs, outputs, bias, precision=torch.get_default_dtype(), **self.arguments
         )
+        return layer

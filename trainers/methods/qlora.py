@@ -7,7 +7,7 @@ scales in 8 bits, from the dtype of training; embedding, norms, biases and head 
 from collections.abc import Mapping
 
 from torch import Tensor
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchao.dtypes.nf4tensor import to_nf4
 
 from trainers.methods.lora import Lora
 from trainers.plan import Plan
@@ -18,7 +18,7 @@ class Qlora(Lora):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self._quantised: dict[str, NF4Tensor] = {}
+        self._quantised: dict[str, Tensor] = {}
 
     def placed(self, name: str, value: Tensor) -> Tensor:
         if not is_quantised(name):
@@ -28,7 +28,8 @@ class Qlora(Lora):
 
     def base(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the layers compute with: their 4-bit weights written out, the same numbers on every device."""
-        return {**stored, **{name: weight.to("cpu").get_original_weight() for name, weight in self._quantised.items()}}
+        held = {name: weight.to("cpu") for name, weight in self._quantised.items()}
+        return {**stored, **{name: weight.get_original_weight() for name, weight in held.items()}}  # type: ignore[attr-defined]
 
 
 def is_quantised(name: str) -> bool:

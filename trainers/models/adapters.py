@@ -65,8 +65,9 @@ def load_peft_adapter(adapter_dir: Path, arch: Architecture, lora: LoraSpec) -> 
         if adapted:
             state |= _unfuse(linear, adapted, stored, lora.rank, adapter_dir)
             if (magnitudes := stored.get(_magnitude_name(linear))) is not None:
-                rows = zip(linear.parts, magnitudes.split([part.rows for part in linear.parts]), strict=True)
-                state |= {f"{part.name}{MAGNITUDE}": value for part, value in rows if part in adapted}
+                rows = torch.split(magnitudes, [part.rows for part in linear.parts])
+                each = zip(linear.parts, rows, strict=True)
+                state |= {f"{part.name}{MAGNITUDE}": value.contiguous() for part, value in each if part in adapted}
     return state
 
 
