@@ -349,8 +349,9 @@ def _ours(spec: Spec, meter: Meter) -> int:
         return {part.name: _random((part.rows, *columns), dtype) for part, columns in parts}
 
     # In place of what the method's module reads from files.
-    vars(sys.modules[type(method_of(plan)).__module__])["load_weights"] = random_weights
-    model = build_training_model(plan, arch, Path(), None, dtype, ranks)
+    method = method_of(plan)
+    vars(sys.modules[type(method).__module__])["load_weights"] = random_weights
+    model = build_training_model(plan, method, arch, Path(), None, dtype, ranks)
     optimizer = build_optimizer(plan, model.trainable().values())
     data = _Documents(documents(spec))
     packs = pack(data.lengths, spec.seq_len)

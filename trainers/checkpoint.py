@@ -26,9 +26,8 @@ from torch.distributed.tensor import DTensor
 from trainers.batches import Progress
 from trainers.distributed import Ranks, like, whole
 from trainers.errors import InfrastructureError
-from trainers.methods import method_of
+from trainers.methods import Method
 from trainers.models.architecture import Architecture
-from trainers.plan import Plan
 from trainers.reporting import Reporter, SavedCheckpoint
 
 STATE = "training_state"
@@ -66,15 +65,15 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, output_dir: Path, plan: Plan, arch: Architecture, model_dir: Path, ranks: Ranks, reporter: Reporter
+        self, output_dir: Path, method: Method, arch: Architecture, model_dir: Path, ranks: Ranks, reporter: Reporter
     ) -> None:
         self._output_dir = output_dir
-        self._method = method_of(plan)
+        self._method = method
         self._arch = arch
         self._model_dir = model_dir
         self._ranks = ranks
         self._reporter = reporter
-        self._keep_last_n = plan.keep_last_n_checkpoints
+        self._keep_last_n = method.plan.keep_last_n_checkpoints
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
 

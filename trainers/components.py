@@ -46,6 +46,7 @@ _FROM_THE_RUN = {
     "last_epoch": "it follows from the checkpoint a job resumes from",
 }
 _MASKED = "the loss mask (keep_loss) decides which tokens count"
+_DTYPE = "it is the type that dtype names"
 _SUMMED = "losses are always summed over a step's trained tokens and divided by their number"
 
 COMPONENTS: Mapping[str, Component] = MappingProxyType(
@@ -72,6 +73,15 @@ COMPONENTS: Mapping[str, Component] = MappingProxyType(
             {"label_smoothing": number(0, 1)},
             {"ignore_index": _MASKED, "reduction": _SUMMED, "size_average": _SUMMED, "reduce": _SUMMED},
         ),
+        "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer": Component(
+            "quantizer",
+            {"groupsize": integer(1, 65_536)},
+            {
+                "padding_allowed": "a layer that groupsize doesn't divide is refused, not padded",
+                "precision": _DTYPE,
+                "scales_precision": "scales are float32",
+            },
+        ),
     }
 )
 DEFAULTS: Mapping[str, str] = MappingProxyType(
@@ -81,6 +91,11 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
         "loss": "torchtune.modules.loss.CEWithChunkedOutputLoss",
     }
 )
+
+"""A section without a default is left out, unless a job names its component."""
+SECTIONS = tuple(dict.fromkeys(component.section for component in COMPONENTS.values()))
+OPTIONAL = frozenset({"lr_scheduler", "quantizer"})
+"""Sections that may be null."""
 
 
 def allowed(section: str) -> list[str]:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Literal
 
-from trainers.components import COMPONENTS, DEFAULTS
+from trainers.components import COMPONENTS, SECTIONS
 from trainers.values import Check, boolean, choice, integer, nullable, number, subset
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
@@ -96,6 +96,22 @@ KEYS: tuple[Key, ...] = (
         "lora",
     ),
     Key(
+        "use_dora",
+        boolean,
+        "false",
+        "DoRA: train the length of each row of an adapted layer apart from its direction.",
+        ("model.use_dora",),
+        "lora",
+    ),
+    Key(
+        "quantize_base",
+        boolean,
+        "false",
+        "QLoRA: hold the frozen layers in 4 bits (NF4).",
+        ("model.quantize_base",),
+        "lora",
+    ),
+    Key(
         "enable_activation_checkpointing",
         boolean,
         "true full, false LoRA",
@@ -169,8 +185,6 @@ KEYS: tuple[Key, ...] = (
     ),
 )
 BY_NAME: Mapping[str, Key] = MappingProxyType({name: key for key in KEYS for name in (key.name, *key.aliases)})
-SECTIONS = tuple(DEFAULTS)
-"""Keys whose value is a component."""
 
 _REQUEST = "it is a field of the request: set it there"
 _LAYOUT = "the service decides where a job's files lie"
@@ -201,7 +215,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "log_peak_memory_stats": "peak memory is always among the metrics",
         "log_level": "the job's log has one level",
         "profiler": "profiling isn't offered",
-        "quantizer": "quantisation isn't offered",
+        "fake_quant_after_n_steps": "the quantizer's rounding is there from the first step",
         "cudnn_deterministic_mode": "set seed: the data order and the adapters follow from it",
         "num_workers": "rows are tokenised before training starts: there is no data loader to widen",
         "collate_fn": "rows are padded, or packed if packed is true",

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from trainers.components import COMPONENTS, DEFAULTS, allowed, conflicts
+from trainers.components import COMPONENTS, DEFAULTS, OPTIONAL, SECTIONS, allowed, conflicts
 from trainers.errors import MOST_PROBLEMS, Problem
-from trainers.keys import BY_NAME, REFUSED, SECTIONS, unknown_key
+from trainers.keys import BY_NAME, REFUSED, unknown_key
 from trainers.values import shown
 
 _ALIAS_SECTIONS = frozenset(name.partition(".")[0] for name in BY_NAME if "." in name)
@@ -21,20 +21,20 @@ class _Setting(NamedTuple):
 class _Section:
     """A component as it stands so far: its name, its arguments, or None where the user said null."""
 
-    def __init__(self, default: str) -> None:
+    def __init__(self, default: str | None) -> None:
         self.default = default
         self.component: _Setting | None = None
         self.arguments: dict[str, _Setting] = {}
-        self.absent = False
+        self.absent = default is None
         self.refused = False
 
     @property
-    def name(self) -> str:
+    def name(self) -> str | None:
         return self.component.value if self.component else self.default
 
     def choose(self, setting: _Setting) -> None:
         """Another component takes over: the arguments that were meant for the earlier one go."""
-        if setting.value != self.name:
+        if self.name not in (None, setting.value):
             self.arguments.clear()
         self.component, self.absent = setting, False
 
@@ -53,7 +53,7 @@ class Merged:
         self.problems: list[Problem] = []
         self._method = method
         self._values: dict[str, _Setting] = {}
-        self._sections = {section: _Section(default) for section, default in DEFAULTS.items()}
+        self._sections = {section: _Section(DEFAULTS.get(section)) for section in SECTIONS}
 
     def options(self, values: Mapping[str, Any], parent: str) -> None:
         """Fields of the request that carry the name of a key; the request's model has checked their types."""
@@ -102,7 +102,7 @@ class Merged:
     def _put_component(self, part: _Section, section: str, argument: str, setting: _Setting) -> None:
         if argument and argument != "_component_":
             part.set(argument, setting)
-        elif setting.value is None and section == "lr_scheduler":
+        elif setting.value is None and section in OPTIONAL:
             part.remove()
         elif isinstance(setting.value, str) and setting.value in allowed(section):
             part.choose(setting)
@@ -117,8 +117,10 @@ class Merged:
         self.problems.append(Problem(setting.param, setting.prefix + message, code))
 
     def param(self, key: str) -> str | None:
-        """Where the value of `key` came from."""
-        return self._values[key].param if key in self._values else None
+        """Where the value of `key`, a setting or a component's section, came from."""
+        component = self._sections[key].component if key in self._sections else None
+        setting = component or self._values.get(key)
+        return setting.param if setting else None
 
     def values(self) -> dict[str, Any]:
         return {key: setting.value for key, setting in self._values.items()}
@@ -129,6 +131,10 @@ class Merged:
 
     def _finish(self, section: str, part: _Section) -> tuple[str, dict[str, Any]] | None:
         if part.absent or part.refused:
+            return None
+        if part.name is None:
+            message = f"needs {section}._component_ too: {', '.join(allowed(section))}"
+            self._problem(next(iter(part.arguments.values())), message, "missing")
             return None
         component, kwargs = COMPONENTS[part.name], {}
         for name, setting in part.arguments.items():

@@ -23,6 +23,10 @@ RESERVED_NAMES = frozenset({"data", "checkpoints", COMPILED, "log.ndjson", "log.
 """Names in a job's directory that the service itself uses."""
 
 
+MethodName = Literal["full", "lora", "dora", "qlora", "qat"]
+"""The ways of training, of which requests tell two apart: `full` and `qat` train every weight, the others adapters."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,7 +66,7 @@ class Plan(_Frozen):
     data: str
     validation_data: str | None = None
 
-    method: Literal["full", "lora"]
+    method: MethodName
     lora: LoraSpec | None = None
 
     n_epochs: int = 1
@@ -77,6 +81,7 @@ class Plan(_Frozen):
     optimizer: ComponentSpec = ComponentSpec(component=DEFAULTS["optimizer"])
     lr_scheduler: ComponentSpec | None = ComponentSpec(component=DEFAULTS["lr_scheduler"])
     loss: ComponentSpec = ComponentSpec(component=DEFAULTS["loss"])
+    quantizer: ComponentSpec | None = None
 
     packed: bool = False
     max_seq_len: int | None = None
@@ -118,10 +123,10 @@ def make_plan(config: Config) -> Plan:
     """The training run that `config` asks for. Raises ConfigProblems with everything that is wrong with it."""
     options = config.fine_tuning_options
     custom = options.custom_training_options
-    method: Literal["full", "lora"] = "lora" if isinstance(custom, LoraFineTuneOptions) else "full"
+    kind: Literal["full", "lora"] = "lora" if isinstance(custom, LoraFineTuneOptions) else "full"
     overrides, problems = parse_overrides(config.overrides)
 
-    merged = Merged(method)
+    merged = Merged(kind)
     basics = options.model_dump(exclude={"custom_training_options", "extras"}, exclude_none=True)
     merged.options(basics, "fine_tuning_options")
     merged.options(custom.model_dump(exclude={"finetuning_type"}), "fine_tuning_options.custom_training_options")
@@ -132,17 +137,20 @@ def make_plan(config: Config) -> Plan:
     problems += merged.problems
     lora = {field: values.pop(key) for key, field in _LORA_FIELDS.items() if key in values}
     problems += _contradictions(values, lora, merged, has_validation_data=config.validation_data is not None)
+    problems += _method_contradictions(kind, values, components, merged)
     problems += _logger_problems(config)
     if problems:
         raise ConfigProblems(problems)
-    values.setdefault("lr", _DEFAULT_LR[method])
+    values.setdefault("lr", _DEFAULT_LR[kind])
+    dora, quantized = (values.pop(key, False) for key in ("use_dora", "quantize_base"))
+    method: MethodName = "qat" if components["quantizer"] else "dora" if dora else "qlora" if quantized else kind
     merged_values: dict[str, Any] = values | {name: _component(part) for name, part in components.items()}
     return Plan(
         model=config.model,
         data=config.data,
         validation_data=config.validation_data,
         method=method,
-        lora=LoraSpec(**lora) if method == "lora" else None,
+        lora=LoraSpec(**lora) if kind == "lora" else None,
         logger=_logger(config),
         nnodes=overrides.nnodes,
         nproc_per_node=overrides.nproc_per_node,
@@ -172,6 +180,29 @@ def _contradictions(
         problems.append(
             Problem(merged.param("lora_attn_modules"), "no layer gets an adapter: there is nothing to train")
         )
+    return problems
+
+
+def _method_contradictions(
+    kind: str, values: dict[str, Any], components: dict[str, Any], merged: Merged
+) -> list[Problem]:
+    """Methods that can't be combined, and settings that a method has no use for."""
+    problems = []
+    if kind == "lora" and components["quantizer"]:
+        message = (
+            "works with full fine-tuning only: under an adapter, torchtune's layers for quantisation-aware training "
+            "don't run with the torchao that is installed"
+        )
+        problems.append(Problem(merged.param("quantizer"), message))
+    if not values.get("quantize_base"):
+        return problems
+    if values.get("use_dora"):
+        message = "can't be combined with use_dora, which reads the whole frozen layer in every step: choose one"
+        problems.append(Problem(merged.param("quantize_base"), message))
+    for key in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload"):
+        if values.get(key):
+            message = "can't be combined with quantize_base: a 4-bit model isn't sharded, each worker holds all of it"
+            problems.append(Problem(merged.param(key), message))
     return problems
 
 

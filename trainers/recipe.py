@@ -1,4 +1,4 @@
-"""The recipe: supervised fine-tuning, full or LoRA, on one worker or many, on CPU or CUDA.
+"""The recipe: supervised fine-tuning, by any of `trainers.methods`, on one worker or many, on CPU or CUDA.
 
 It knows neither Ray nor HTTP. It is one rank of torch.distributed's group where that is initialised, else a process of
 its own. Everything it does follows from the plan, the data and the checkpoint it resumes from, so the losses of a run
@@ -24,6 +24,7 @@ from trainers.checkpoint import CheckpointWriter, Validation, load_optimizer, lo
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
 from trainers.errors import UserError
+from trainers.methods import method_of
 from trainers.models.architecture import inspect_model_dir
 from trainers.optimization import build_optimizer, build_scheduler
 from trainers.plan import Plan
@@ -63,7 +64,8 @@ def train(
         total_steps = schedule.total_steps(progress)
 
         # ---- load
-        model = build_training_model(plan, arch, model_dir, resume_from, dtype, ranks)
+        method = method_of(plan)
+        model = build_training_model(plan, method, arch, model_dir, resume_from, dtype, ranks)
         optimizer = build_optimizer(plan, model.trainable().values())
         if resume_from:
             load_optimizer(resume_from, model.trainable(), optimizer)
@@ -71,7 +73,7 @@ def train(
         log_summary(plan, arch, model, dtype, ranks, progress, total_steps)
         reporter.started(total_steps, ranks.device_name())
         log = ProgressLog(plan, total_steps, reporter, ranks)
-        checkpoints = stack.enter_context(CheckpointWriter(output_dir, plan, arch, model_dir, ranks, reporter))
+        checkpoints = stack.enter_context(CheckpointWriter(output_dir, method, arch, model_dir, ranks, reporter))
 
         # ---- loop
         if valid and progress.step == 0:
@@ -290,7 +292,11 @@ def _advice_when_out_of_memory(plan: Plan) -> Iterator[None]:
         ]
         if not plan.enable_activation_checkpointing:
             advice.append("set enable_activation_checkpointing")
-        if plan.method == "full":
+        if plan.lora is None:
             advice.append("train with LoRA")
-        message = f"a worker ran out of memory ({first_line}). To need less: {', '.join(advice)}, or use more workers."
+        elif plan.method == "lora":
+            advice.append("set quantize_base")
+        if plan.method != "qlora":
+            advice.append("use more workers")
+        message = f"a worker ran out of memory ({first_line}). To need less: {', '.join(advice)}."
         raise UserError("out_of_memory", message, param="fine_tuning_options.batch_size") from error

@@ -2,17 +2,52 @@
 
 from trainers.errors import UserError
 from trainers.models.architecture import Architecture
-from trainers.plan import Plan
+from trainers.models.layout import linears
+from trainers.plan import EXTRAS, Plan
 
+NF4_BLOCK = 64 * 256
+"""Numbers of a layer that share one scale of their scales; torchao quantises whole blocks only."""
+DEFAULT_GROUPSIZE = 256
+"""torchao's."""
 _CUSTOM = "fine_tuning_options.custom_training_options"
 
 
 def check_suitable(plan: Plan, arch: Architecture) -> None:
     """Raises UserError `unsupported_for_model` naming the setting that this model has no use for."""
     if plan.lora is not None and plan.lora.output and arch.tied:
-        raise UserError(
-            "unsupported_for_model",
+        raise _unsuitable(
+            f"{_CUSTOM}.apply_lora_to_output",
             "apply_lora_to_output can't be used with this model: its output head is tied to its embedding "
             "(tie_word_embeddings), so there is no separate layer to adapt.",
-            param=f"{_CUSTOM}.apply_lora_to_output",
         )
+    if plan.method == "qlora":
+        _check_nf4(arch)
+    if plan.method == "qat":
+        _check_groups(plan, arch)
+
+
+def _check_nf4(arch: Architecture) -> None:
+    for linear in linears(arch):
+        for part in linear.parts:
+            if part.name != "output" and part.rows * linear.columns % NF4_BLOCK:
+                raise _unsuitable(
+                    f"{EXTRAS}.quantize_base",
+                    f"quantize_base can't be used with this model: NF4 is made of blocks of {NF4_BLOCK:,} numbers, and "
+                    f"the layer {part.name} with its {part.rows} x {linear.columns} is no multiple of that. Train it "
+                    "with plain LoRA.",
+                )
+
+
+def _check_groups(plan: Plan, arch: Architecture) -> None:
+    size = plan.quantizer.kwargs.get("groupsize", DEFAULT_GROUPSIZE) if plan.quantizer else DEFAULT_GROUPSIZE
+    for linear in linears(arch):
+        if linear.columns % size:
+            raise _unsuitable(
+                f"{EXTRAS}.quantizer.groupsize",
+                f"groupsize {size} can't be used with this model: the layer {linear.parts[0].name} has "
+                f"{linear.columns} inputs, no multiple of it. Choose one that divides the inputs of every layer.",
+            )
+
+
+def _unsuitable(param: str, message: str) -> UserError:
+    return UserError("unsupported_for_model", message, param=param)

@@ -22,7 +22,7 @@ from torchtune.training import get_shard_conditions, set_default_dtype, shard_mo
 from trainers.batches import Batch
 from trainers.distributed import Ranks, like
 from trainers.loss import HeadLoss
-from trainers.methods import Method, method_of
+from trainers.methods import Method
 from trainers.models.architecture import Architecture
 from trainers.models.decoder import build_decoder, causal, init_rope
 from trainers.plan import Plan
@@ -80,11 +80,16 @@ class TrainingModel(nn.Module):
 
 
 def build_training_model(
-    plan: Plan, arch: Architecture, model_dir: Path, resume_from: Path | None, dtype: torch.dtype, ranks: Ranks
+    plan: Plan,
+    method: Method,
+    arch: Architecture,
+    model_dir: Path,
+    resume_from: Path | None,
+    dtype: torch.dtype,
+    ranks: Ranks,
 ) -> TrainingModel:
     """The model on this rank, its weights read from `model_dir` and the checkpoint to go on from. Never more than a
     memory-mapped copy of the weights and this rank's share is held."""
-    method = method_of(plan)
     with set_default_dtype(dtype), torch.device("meta"):
         decoder = build_decoder(arch, linear=method.linear)
     for name, parameter in decoder.named_parameters():
@@ -97,14 +102,16 @@ def build_training_model(
         model.sharded = True
         _shard(model, plan, arch, ranks)
     weights = method.weights(decoder, arch, model_dir, resume_from, dtype)
-    _load(decoder, weights, dtype, ranks, sharded=model.sharded, offload=offloads(plan, ranks))
+    _load(decoder, weights, method, dtype, ranks, sharded=model.sharded, offload=offloads(plan, ranks))
     init_rope(decoder, ranks.device)
     return model
 
 
 def _each_holds_all(decoder: nn.Module, plan: Plan, method: Method, dtype: torch.dtype, ranks: Ranks) -> bool:
     """Whether each rank keeps the whole model and only gradients of adapters travel: where the rest is frozen and
-    fits, unless the plan asks for what only a sharded model has. All ranks agree."""
+    fits, unless the plan asks for what only a sharded model has; or where it can't be split. All ranks agree."""
+    if not method.shards:
+        return True
     if not method.keeps_base or plan.fsdp_cpu_offload or plan.memory_efficient_fsdp_wrap:
         return False
     fits = parameter_count(decoder.parameters()) * dtype.itemsize <= FITS * ranks.memory_bytes()
@@ -143,6 +150,7 @@ def _shard(model: TrainingModel, plan: Plan, arch: Architecture, ranks: Ranks) -
 def _load(
     decoder: TransformerDecoder,
     weights: dict[str, Tensor],
+    method: Method,
     dtype: torch.dtype,
     ranks: Ranks,
     *,
@@ -155,7 +163,9 @@ def _load(
         full = weights.pop(name).to(dtype)
         # A trained tensor gets memory of its own, aligned the same whatever file it came from: resuming is exact.
         own = full.clone() if parameter.requires_grad and not sharded else full
-        placed[name] = nn.Parameter(like(own, parameter, home), requires_grad=parameter.requires_grad)
+        value = like(own, parameter, home)
+        value = value if sharded else method.placed(name, value)
+        placed[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     if weights:
         message = f"weights without a place in the model: {', '.join(sorted(weights))}"
         raise RuntimeError(message)

@@ -17,9 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from events.facts import StepMetrics
-from trainers.plan import LoraSpec, Plan
+from trainers.plan import ComponentSpec, LoraSpec, Plan
 from trainers.recipe import train
 from trainers.reporting import SavedCheckpoint, Stopped
+
+QUANTIZER = ComponentSpec(
+    component="torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer", kwargs={"groupsize": 32}
+)
 
 
 def write_rows(directory: Path, rows: Iterable[tuple[list[int], list[bool]]]) -> Path:
@@ -45,14 +49,16 @@ def random_rows(count: int, seed: int = 0, longest: int = 24) -> list[tuple[list
 
 def make_plan_for(method: str = "lora", **changes: Any) -> Plan:
     """A plan in fp32, batches of two rows, two epochs, constant order unless changed."""
+    adapters = method in ("lora", "dora", "qlora")
     base: dict[str, Any] = {
         "model": "tiny",
         "data": "file:///train.jsonl",
         "method": method,
-        "lora": LoraSpec() if method == "lora" else None,
+        "lora": LoraSpec() if adapters else None,
+        "quantizer": QUANTIZER if method == "qat" else None,
         "n_epochs": 2,
         "batch_size": 2,
-        "lr": 1e-2 if method == "lora" else 2e-3,
+        "lr": 1e-2 if adapters else 2e-3,
         "dtype": "fp32",
     }
     return Plan(**(base | changes))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.components import COMPONENTS, DEFAULTS
+from trainers.components import COMPONENTS, DEFAULTS, SECTIONS
 from trainers.keys import KEYS, REFUSED, Key
 from trainers.overrides import refused_flags
 
@@ -23,7 +23,7 @@ def test_every_key_has_its_row(key: Key) -> None:
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_every_component_has_its_row(name: str) -> None:
     component = COMPONENTS[name]
-    default = " (default)" if DEFAULTS[component.section] == name else ""
+    default = " (default)" if DEFAULTS.get(component.section) == name else ""
     assert f"| `{component.section}` | `{name}`{default} | {code(tuple(component.arguments))} |" in DOC
 
 
@@ -39,5 +39,5 @@ def test_every_refused_flag_has_its_row() -> None:
 
 def test_no_row_speaks_of_a_key_that_is_gone() -> None:
     rows = [line.split("`")[1] for line in DOC.splitlines() if line.startswith("| `")]
-    known = {key.name for key in KEYS} | set(DEFAULTS) | REFUSED.keys() | refused_flags().keys()
+    known = {key.name for key in KEYS} | set(SECTIONS) | REFUSED.keys() | refused_flags().keys()
     assert set(rows) - known == {"--nproc_per_node N", "--nnodes N", "--max-restarts N"}

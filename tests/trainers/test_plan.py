@@ -147,6 +147,58 @@ def test_a_bad_extra_is_named_with_its_path_and_what_to_do(extras: dict[str, Any
     assert message in problem.message
 
 
+QAT = "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer"
+
+
+@pytest.mark.parametrize(
+    ("extras", "kind", "method"),
+    [
+        ({"use_dora": True}, "lora", "dora"),
+        ({"model": {"use_dora": True, "lora_rank": 4}}, "lora", "dora"),
+        ({"model.quantize_base": True}, "lora", "qlora"),
+        ({"use_dora": False, "quantize_base": False}, "lora", "lora"),
+        ({"quantizer": {"_component_": QAT, "groupsize": 32}}, "full", "qat"),
+        ({"quantizer": None}, "full", "full"),
+    ],
+)
+def test_torchtunes_keys_choose_the_method(extras: dict[str, Any], kind: str, method: str) -> None:
+    plan = make_plan(config({"extras": extras, "custom_training_options": {"finetuning_type": kind}}))
+    assert (plan.method, plan.lora is not None) == (method, kind == "lora")
+    assert plan.lr == (3e-4 if kind == "lora" else 2e-5)
+    assert (plan.quantizer is not None) == (method == "qat")
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_a_quantizer_on_the_command_line_keeps_what_extras_do_not_set() -> None:
+    full = {"custom_training_options": {"finetuning_type": "full"}, "extras": {"quantizer": {"groupsize": 64}}}
+    plan = make_plan(config(full, overrides=f"quantizer={QAT}"))
+    assert plan.quantizer is not None
+    assert (plan.quantizer.component, plan.quantizer.kwargs) == (QAT, {"groupsize": 64})
+
+
+@pytest.mark.parametrize(
+    ("extras", "kind", "path", "message"),
+    [
+        ({"use_dora": True, "quantize_base": True}, "lora", "quantize_base", "with use_dora"),
+        ({"quantizer": {"_component_": QAT}}, "lora", "quantizer._component_", "full fine-tuning only"),
+        ({"quantizer": {"groupsize": 32}}, "full", "quantizer.groupsize", "needs quantizer._component_"),
+        ({"quantizer": {"_component_": QAT, "precision": "x"}}, "full", "quantizer.precision", "dtype"),
+        ({"quantizer": {"_component_": QAT, "groupsize": 0}}, "full", "quantizer.groupsize", "from 1 to 65536"),
+        ({"quantizer": {"_component_": "torch.optim.SGD"}}, "full", "quantizer._component_", "not on the list"),
+        ({"quantize_base": True, "fsdp_cpu_offload": True}, "lora", "fsdp_cpu_offload", "isn't sharded"),
+        ({"quantize_base": True}, "full", "quantize_base", "only LoRA"),
+        ({"use_dora": "yes"}, "lora", "use_dora", "true or false"),
+        ({"fake_quant_after_n_steps": 1}, "full", "fake_quant_after_n_steps", "from the first step"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_by_name(
+    extras: dict[str, Any], kind: str, path: str, message: str
+) -> None:
+    problem = only_problem(extras, kind)
+    assert problem.param == f"fine_tuning_options.extras.{path}"
+    assert message in problem.message
+
+
 def test_lora_settings_are_refused_in_full_fine_tuning() -> None:
     assert "only LoRA" in only_problem({"lora_dropout": 0.1}, method="full").message
 

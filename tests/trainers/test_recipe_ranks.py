@@ -53,13 +53,18 @@ SHARDED_APART = {"memory_efficient_fsdp_wrap": True, "enable_activation_checkpoi
         ("full", "mistral", SHARDED_APART),
         ("full", "mistral", {"gradient_accumulation_steps": 3, "packed": True, "max_seq_len": 30}),
         ("lora", "mistral", SHARDED_APART | {"lora": LoraSpec(mlp=True, output=True)}),
+        ("dora", "mistral", SHARDED_APART | {"lora": LoraSpec(mlp=True, output=True)}),
+        ("qlora", "blocks", {"gradient_accumulation_steps": 2}),
+        ("qat", "mistral", SHARDED_APART),
     ],
 )
 def test_two_workers_give_the_numbers_of_one(
     two_ranks: TwoRanks, case: Case, tmp_path: Path, method: str, family: str, changes: dict[str, Any]
 ) -> None:
     case.plan = make_plan_for(method, batch_size=4, **changes)
-    case.model_dir = make_tiny_model(tmp_path / family, family)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}  # whole blocks of NF4
+    family, sizes = ("llama", sizes) if family == "blocks" else (family, {})
+    case.model_dir = make_tiny_model(tmp_path / family, family, **sizes)
     one = case.run()
     first, second = two_ranks.run(Case.run, split(case))
     assert both(first.losses) == pytest.approx(both(one.losses), abs=2e-5)

@@ -73,8 +73,14 @@ class Lora(Method):
 
     def save(self, directory: Path, trained: Mapping[str, Tensor], arch: Architecture, model_dir: Path) -> None:
         save_peft_adapter(trained, arch, self.spec, self.plan.model, directory / "adapter")
-        merged = merge_lora(load_weights(model_dir, arch), trained, self.spec)
-        export_model(merged, arch, model_dir, directory / "merged")
+        stored = load_weights(model_dir, arch)
+        merged = merge_lora(self.base(stored), trained, self.spec)
+        of_stored_type = {name: value.to(stored[name].dtype) for name, value in merged.items()}
+        export_model(of_stored_type, arch, model_dir, directory / "merged")
+
+    def base(self, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The frozen parameters that the adapter was trained on; `stored` are those of the model's files."""
+        return stored
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

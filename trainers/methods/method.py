@@ -18,6 +18,9 @@ class Method(ABC):
     keeps_base: bool
     """The model's own weights stay as they are: only adapters are trained, gathered and saved."""
 
+    shards = True
+    """FSDP can split the model over the ranks. Otherwise each rank holds all of it, whatever its size."""
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
@@ -42,6 +45,12 @@ class Method(ABC):
         """A value for every parameter of `decoder` (which is on the meta device), whole and on the CPU: those of
         `model_dir` to begin with, those of the checkpoint directory `resume_from` to go on."""
 
+    def placed(self, name: str, value: Tensor) -> Tensor:
+        """`value`, which is whole and on the device of training, in the form in which the decoder is to hold its
+        parameter `name`. Asked for each parameter once, unless the model is sharded."""
+        return value
+
     @abstractmethod
     def save(self, directory: Path, trained: Mapping[str, Tensor], arch: Architecture, model_dir: Path) -> None:
-        """Writes into `directory` what loads elsewhere. `trained` are the trained parameters, whole and on the CPU."""
+        """Writes into `directory` what loads elsewhere, beside training. `trained` are the trained parameters, whole
+        and on the CPU."""

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT layout, and merged into their base."""
+"""LoRA and DoRA adapters in PEFT layout, and merged into their base."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,6 +17,8 @@ from trainers.plan import LoraSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+MAGNITUDE = ".magnitude"
+"""How the name of a layer's magnitudes [rows] ends; only DoRA has them."""
 _PREFIX = "base_model.model."
 
 
@@ -27,7 +29,8 @@ def save_peft_adapter(
 
     Where a family fuses projections (Phi-3's qkv_proj), PEFT wants one adapter for the fused layer: the A's are
     stacked and the B's set on the diagonal of one block matrix, which computes the same. Its rank is then a multiple
-    of `lora.rank`, named in `rank_pattern`.
+    of `lora.rank`, named in `rank_pattern`. Magnitudes follow one another; where there are any, parts that have no
+    adapter need theirs too (`untouched_magnitudes`).
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -39,8 +42,12 @@ def save_peft_adapter(
             tensors[f"{_PREFIX}{linear.name}.lora_A.weight"] = a
             tensors[f"{_PREFIX}{linear.name}.lora_B.weight"] = b
             multiples[linear.name.rpartition(".")[2]] = len(adapted)
+            if f"{adapted[0].name}{MAGNITUDE}" in adapter_state:
+                magnitudes = [adapter_state[f"{part.name}{MAGNITUDE}"].detach().cpu() for part in linear.parts]
+                tensors[_magnitude_name(linear)] = torch.cat(magnitudes)
     write_safetensors(tensors, out_dir / ADAPTER_FILE)
-    write_json(_peft_config(lora, base_model, multiples), out_dir / ADAPTER_CONFIG)
+    dora = any(name.endswith(MAGNITUDE) for name in adapter_state)
+    write_json(_peft_config(lora, base_model, multiples) | {"use_dora": dora}, out_dir / ADAPTER_CONFIG)
 
 
 def load_peft_adapter(adapter_dir: Path, arch: Architecture, lora: LoraSpec) -> dict[str, Tensor]:
@@ -57,13 +64,18 @@ def load_peft_adapter(adapter_dir: Path, arch: Architecture, lora: LoraSpec) -> 
         adapted = [part for part in linear.parts if adapts(lora, part.name)]
         if adapted:
             state |= _unfuse(linear, adapted, stored, lora.rank, adapter_dir)
+            if (magnitudes := stored.get(_magnitude_name(linear))) is not None:
+                rows = torch.split(magnitudes, [part.rows for part in linear.parts])
+                each = zip(linear.parts, rows, strict=True)
+                state |= {f"{part.name}{MAGNITUDE}": value.contiguous() for part, value in each if part in adapted}
     return state
 
 
 def merge_lora(
     base_state: Mapping[str, Tensor], adapter_state: Mapping[str, Tensor], lora: LoraSpec
 ) -> dict[str, Tensor]:
-    """The base with the adapter added: W + alpha / rank * B @ A, computed in float32, in the dtype of W.
+    """The base with the adapter added: W + alpha / rank * B @ A, computed in float32, in the dtype of W. Rows that have
+    a magnitude are brought to that length.
 
     Parameters without an adapter are passed through, not copied; `base_state` is not changed.
     """
@@ -73,8 +85,24 @@ def merge_lora(
         if found:
             base = base_state[f"{layer}.weight"]
             delta = adapter_state[f"{layer}.lora_b.weight"].float() @ a.float()
-            merged[f"{layer}.weight"] = (base.float() + lora.alpha / lora.rank * delta).to(base.dtype)
+            weight = base.float() + lora.alpha / lora.rank * delta
+            if (magnitude := adapter_state.get(f"{layer}{MAGNITUDE}")) is not None:
+                weight *= (magnitude.float() / torch.linalg.norm(weight, dim=1))[:, None]
+            merged[f"{layer}.weight"] = weight.to(base.dtype)
     return merged
+
+
+def untouched_magnitudes(
+    base_state: Mapping[str, Tensor], adapter_state: Mapping[str, Tensor], arch: Architecture
+) -> dict[str, Tensor]:
+    """What PEFT needs besides the magnitudes of a DoRA adapter: the lengths, float32, of the rows that stay as they are
+    in layers of which other parts are adapted."""
+    parts = (part for linear in linears(arch) if _adapted_parts(linear, adapter_state) for part in linear.parts)
+    return {
+        f"{part.name}{MAGNITUDE}": torch.linalg.norm(base_state[f"{part.name}.weight"].float(), dim=1)
+        for part in parts
+        if f"{part.name}{MAGNITUDE}" not in adapter_state
+    }
 
 
 def adapts(lora: LoraSpec, layer: str) -> bool:
@@ -110,6 +138,10 @@ def _unfuse(
     return state
 
 
+def _magnitude_name(linear: Linear) -> str:
+    return f"{_PREFIX}{linear.name}.lora_magnitude_vector"
+
+
 def _blocks(linear: Linear, adapted: list[Part], rank: int) -> Iterator[tuple[Part, slice, slice]]:
     """Where each adapted part's B lies in the fused B: its rows of the layer, its own `rank` columns."""
     row = 0
@@ -137,6 +169,5 @@ def _peft_config(lora: LoraSpec, base_model: str, multiples: Mapping[str, int]) 
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "use_dora": False,
         "use_rslora": False,
     }

@@ -5,6 +5,7 @@ Everything is prepared first and then run by one process of the other environmen
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from tests.hf_environment import run_in_hf_environment
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.conftest import BuildModel
+from trainers.methods.dora import dora_linear
 from trainers.methods.lora import adapter_parameters, lora_linear
-from trainers.models.adapters import merge_lora, save_peft_adapter
+from trainers.models.adapters import MAGNITUDE, load_peft_adapter, merge_lora, save_peft_adapter, untouched_magnitudes
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import build_decoder
+from trainers.models.decoder import build_decoder, init_rope
 from trainers.models.generate import generate
 from trainers.models.weights import load_weights, save_hf_model
 from trainers.plan import LoraSpec
@@ -132,6 +134,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, build_model: BuildModel, smo
     with torch.no_grad():
         for name, (family, config) in MODELS.items():
             add_tiny(bench, build_model, name, family, config)
+            add_dora(bench, name)
         add_smollm2(bench, build_model, smollm2_dir)
     cases = bench.folder / "cases.json"
     cases.write_text(json.dumps(bench.cases))
@@ -162,6 +165,33 @@ def add_tiny(bench: Bench, build_model: BuildModel, name: str, family: str, conf
     bench.add(f"{name}-merged", ours, model=str(merged))
 
 
+def add_dora(bench: Bench, name: str) -> None:
+    """The adapter of `name` with magnitudes of its own, on the model directory of `name`."""
+    source = bench.folder / name
+    arch = inspect_model_dir(source)
+    base = load_weights(source, arch)
+    lora = lora_of(name, tied=arch.tied)
+    with torch.device("meta"):
+        decoder = build_decoder(arch, linear=partial(dora_linear, lora))
+    generator = torch.Generator().manual_seed(2)
+    adapter = {
+        key: (1.0 if key.endswith(MAGNITUDE) else 0.1) * torch.rand(p.shape, generator=generator)
+        for key, p in decoder.named_parameters()
+        if key not in base
+    }
+    decoder.load_state_dict(base | adapter, assign=True)
+    init_rope(decoder, "cpu")
+    ours = decoder.eval()(TOKENS)
+    directory, merged = (bench.folder / f"{name}-dora-{kind}" for kind in ("adapter", "merged"))
+    save_peft_adapter(adapter | untouched_magnitudes(base, adapter, arch), arch, lora, str(source), directory)
+    bench.add(f"{name}-dora-adapter", ours, model=str(source), adapter=str(directory))
+    save_hf_model(merge_lora(base, adapter, lora), arch, source, merged)
+    bench.add(f"{name}-dora-merged", ours, model=str(merged))
+    loaded = load_peft_adapter(directory, arch, lora)
+    assert loaded.keys() == adapter.keys()
+    assert all(torch.equal(loaded[key], adapter[key]) for key in adapter)
+
+
 def add_smollm2(bench: Bench, build_model: BuildModel, smollm2_dir: Path) -> None:
     tokenizer = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
     prompt = tokenizer.encode("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n").ids
@@ -188,6 +218,14 @@ def test_transformers_loads_our_sharded_merged_export_and_computes_the_same(name
     """Merging changes the order of additions, hence the wider tolerance."""
     theirs = bench.theirs(f"{name}-merged")["logits"]
     torch.testing.assert_close(bench.ours[f"{name}-merged"], theirs, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_dora_comes_out_the_same_under_peft_and_merged_under_transformers(name: str, kind: str, bench: Bench) -> None:
+    theirs = bench.theirs(f"{name}-dora-{kind}")["logits"]
+    assert (theirs - bench.ours[name]).abs().max() > 0.1, "the adapter has no effect"
+    torch.testing.assert_close(bench.ours[f"{name}-dora-{kind}"], theirs, rtol=0, atol=1e-4)
 
 
 def test_the_demo_model_has_the_logits_of_transformers(bench: Bench) -> None:

@@ -1,0 +1,212 @@
+"""DoRA, QLoRA and QAT: what their layers compute, that they learn, resume and export exactly."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchao.quantization.qat import Int8DynActInt4WeightQATQuantizer
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import DoRALinear, LoRALinear
+
+from tests.tiny_models import make_tiny_model
+from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
+from trainers.distributed import Ranks
+from trainers.methods import method_of
+from trainers.methods.dora import UnscaledBiasDoRALinear
+from trainers.methods.lora import LeanLoRALinear
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.decoder import build_decoder, init_rope
+from trainers.models.weights import load_weights
+from trainers.plan import LoraSpec, Plan
+from trainers.training_model import build_training_model
+
+METHODS = ["dora", "qlora", "qat"]
+EVERYWHERE = LoraSpec(mlp=True, dropout=0.2)
+TOKENS = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every layer is a whole number of NF4 blocks; some have biases."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", **sizes)
+
+
+@pytest.fixture
+def case(model_dir: Path, tmp_path: Path) -> Callable[..., Case]:
+    def make(method: str, **changes: Any) -> Case:
+        data = write_rows(tmp_path / "train", random_rows(12))
+        return Case(make_plan_for(method, **changes), model_dir, data, tmp_path / "run")
+
+    return make
+
+
+def build(plan: Plan, model_dir: Path, resume_from: Path | None = None) -> TransformerDecoder:
+    """The model of `plan` as the recipe trains it, on one worker."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[plan.dtype or "fp32"]
+    arch = inspect_model_dir(model_dir)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    return build_training_model(plan, method_of(plan), arch, model_dir, resume_from, dtype, ranks).decoder.eval()
+
+
+def plain_logits(model_dir: Path) -> Tensor:
+    """Of a model directory, in fp32, without any method's layers."""
+    arch = inspect_model_dir(model_dir)
+    with torch.device("meta"):
+        decoder = build_decoder(arch)
+    decoder.load_state_dict(load_weights(model_dir, arch, torch.float32), assign=True)
+    init_rope(decoder, "cpu")
+    logits: Tensor = decoder.eval()(TOKENS)
+    return logits
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_loss_of_data_it_has_not_seen(
+    case: Callable[..., Case], tmp_path: Path, method: str, dtype: str
+) -> None:
+    valid = write_rows(tmp_path / "valid", random_rows(7, seed=1))
+    run = replace(case(method, dtype=dtype, n_epochs=6), valid_data=valid).run()
+    losses = [metrics.valid_loss for metrics in run.evaluations]
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_interrupted_goes_on_to_the_bit(case: Callable[..., Case], tmp_path: Path, method: str) -> None:
+    lora = None if method == "qat" else EVERYWHERE
+    whole_case = case(method, lora=lora)
+    whole = whole_case.run()
+    first = replace(whole_case, output_dir=tmp_path / "first", stop_at=4).run()
+    path = first.checkpoints[-1].path
+    second = replace(whole_case, output_dir=tmp_path / "second", resume_from=path).run()
+    assert first.losses | second.losses == whole.losses
+    expected, resumed = (saved_weights(run.checkpoints[-1].path) for run in (whole, second))
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", ["dora", "qlora"])
+def test_the_merged_model_computes_what_was_trained(
+    case: Callable[..., Case], model_dir: Path, tmp_path: Path, method: str
+) -> None:
+    run = case(method, lora=LoraSpec(mlp=True, attn_modules=("q_proj", "v_proj"))).run()
+    path = run.checkpoints[-1].path
+    plan = make_plan_for(method, lora=LoraSpec(mlp=True, attn_modules=("q_proj", "v_proj")))
+    with torch.no_grad():
+        trained, merged = build(plan, model_dir, path)(TOKENS), plain_logits(path / "merged")
+        assert (trained - plain_logits(model_dir)).abs().max() > 0.1, "training has no effect"
+    torch.testing.assert_close(merged, trained, rtol=0, atol=1e-4)
+
+
+def test_the_saved_quantised_base_is_the_one_the_layers_compute_with(
+    case: Callable[..., Case], model_dir: Path
+) -> None:
+    """A layer without an adapter comes out as its 4-bit weights say, bit for bit; what isn't quantised as it was."""
+    plan = make_plan_for("qlora", lora=LoraSpec(attn_modules=("q_proj",)))
+    path = case("qlora", lora=plan.lora, n_epochs=1).run().checkpoints[-1].path
+    held = dict(build(plan, model_dir).named_parameters())
+    saved, source = load_file(path / "merged" / "model.safetensors"), load_file(model_dir / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(saved[name], held["layers.1.mlp.w2.weight"].get_original_weight())
+    assert not torch.equal(saved[name], source[name])
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias", "model.norm.weight"):
+        assert torch.equal(saved[name], source[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_layer_computes_as_torchtunes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    theirs = LoRALinear(128, 256, rank=4, alpha=8, use_bias=True, quantize_base=True).to(torch.float32)
+    weights = {"lora_a.weight": torch.randn(4, 128), "lora_b.weight": torch.randn(256, 4), "bias": torch.randn(256)}
+    weights = {name: 0.1 * value.to(dtype) for name, value in weights.items()}
+    theirs.load_state_dict(weights, strict=False, assign=True)
+    theirs.weight = torch.nn.Parameter(NF4Tensor.from_tensor(torch.randn(256, 128, dtype=dtype), 64, 256), False)
+    ours = LeanLoRALinear(128, 256, rank=4, alpha=8, dropout=0.0, use_bias=True)
+    copies = {name: value.clone() for name, value in weights.items()}
+    ours.load_state_dict(copies | {"weight": theirs.weight}, assign=True)
+    assert_same_layer(ours, theirs, dtype, ("lora_a.weight", "lora_b.weight"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dora_layer_without_a_bias_computes_as_torchtunes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    theirs = DoRALinear(64, 96, rank=4, alpha=8).to(dtype)
+    torch.nn.init.normal_(theirs.lora_b.weight)
+    torch.nn.init.normal_(theirs.magnitude)
+    ours = UnscaledBiasDoRALinear(64, 96, rank=4, alpha=8).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    assert_same_layer(ours, theirs, dtype, ("lora_a.weight", "lora_b.weight", "magnitude"))
+
+
+def assert_same_layer(
+    ours: torch.nn.Module, theirs: torch.nn.Module, dtype: torch.dtype, trained: tuple[str, ...]
+) -> None:
+    """The same outputs, and the same gradients of the inputs and of what is trained, but for rounding."""
+    results = []
+    for layer in (ours, theirs):
+        x = torch.randn(2, 5, layer.in_dim, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        out = layer(x)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype))
+        parameters = dict(layer.named_parameters())
+        results.append([out, x.grad, *(parameters[name].grad for name in trained)])
+    for mine, other in zip(*results, strict=True):
+        largest = other.abs().max().item()
+        tolerance = largest * (1e-5 if dtype is torch.float32 else 0.02)
+        torch.testing.assert_close(mine, other, rtol=0, atol=tolerance)
+
+
+def test_dora_starts_at_the_base_model(model_dir: Path) -> None:
+    with torch.no_grad():
+        logits = build(make_plan_for("dora", lora=EVERYWHERE), model_dir)(TOKENS)
+    torch.testing.assert_close(logits, plain_logits(model_dir), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_quantised_layers_take_about_a_quarter_of_bfloat16(model_dir: Path, dtype: str) -> None:
+    quantised = [
+        p for p in build(make_plan_for("qlora", dtype=dtype), model_dir).parameters() if isinstance(p, NF4Tensor)
+    ]
+    assert len(quantised) == 2 * 7
+    inner = [getattr(p, name) for p in quantised for name in p.__tensor_flatten__()[0]]
+    held, numbers = sum(t.untyped_storage().nbytes() for t in inner), sum(p.numel() for p in quantised)
+    assert 0.25 < held / (2 * numbers) < 0.28
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # of which the second has a head of its own
+def test_rounding_layers_compute_as_torchaos_quantizer_prepares_them(tmp_path: Path, family: str) -> None:
+    model_dir = make_tiny_model(tmp_path / family, family)
+    plan = make_plan_for("qat")
+    arch = inspect_model_dir(model_dir)
+    theirs = build_decoder(arch)
+    theirs.load_state_dict(load_weights(model_dir, arch))
+    Int8DynActInt4WeightQATQuantizer(groupsize=32).prepare(theirs)
+    with torch.no_grad():
+        logits = build(plan, model_dir)(TOKENS)
+        assert torch.equal(logits, theirs.eval()(TOKENS))
+    assert (logits - plain_logits(model_dir)).abs().max() > 0.01
+
+
+def test_a_checkpoint_of_rounded_training_is_a_plain_model(case: Callable[..., Case], model_dir: Path) -> None:
+    path = case("qat", n_epochs=1).run().checkpoints[-1].path
+    saved, source = load_file(path / "model.safetensors"), load_file(model_dir / "model.safetensors")
+    assert {name: t.shape for name, t in saved.items()} == {name: t.shape for name, t in source.items()}
+    assert all(not torch.equal(saved[name], source[name]) for name in source)
+    assert plain_logits(path).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiling_and_recomputing_change_nothing_but_the_last_digits(
+    case: Callable[..., Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+    plain = case(method, n_epochs=1)
+    other = case(method, n_epochs=1, compile=True, enable_activation_checkpointing=True)
+    expected: Recorder = plain.run()
+    got = replace(other, output_dir=tmp_path / "compiled").run()
+    assert list(got.losses.values()) == pytest.approx(list(expected.losses.values()), abs=1e-4)
