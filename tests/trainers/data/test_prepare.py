@@ -179,9 +179,9 @@ def tokenising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of rows that were tokenised, chunk by chunk."""
     seen: list[int] = []
 
-    def noted(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Line]) -> Chunk:
+    def noted(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Line], pairs: bool) -> Chunk:
         seen.append(len(lines))
-        return encode_lines(tokenizer, max_seq_len, lines)
+        return encode_lines(tokenizer, max_seq_len, lines, pairs)
 
     monkeypatch.setattr(prepare_module, "encode_lines", noted)
     return seen
