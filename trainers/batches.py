@@ -31,9 +31,11 @@ class Batch(NamedTuple):
     """One micro-batch. `tokens` and `labels` have shape [b, s]; labels are shifted: labels[:, j] follows tokens[:, j].
     `trained` [n] holds the trained positions, as indices of the flattened batch.
 
-    For packs, `documents` [b, s] numbers the rows of each, 0, 1, 2, ..., with -1 for padding, and `positions` [b, s] counts
-    within a row. Both are None for rows that aren't packed, where padding only follows. `n_tokens` leaves padding out.
-    `n_trained` is what the loss is a mean over: trained tokens; for preference data pairs. Of these `reference` [b] is the
+    For packs, `documents` [b, s] numbers the rows of each, 0, 1, 2, ..., with -1 for padding, and `positions` [b, s]
+    counts within a row. Both are None for rows that aren't packed, where padding only follows. `n_tokens` leaves
+    padding out.
+
+    `n_trained` is what the loss is a mean over: trained tokens, or pairs. Of pairs, `reference` [b] has the
     log-probability of each line's trained tokens under the reference model, chosen and rejected in turn.
     """
 
@@ -179,7 +181,8 @@ class Schedule:
         world: int = 1,
     ) -> None:
         self._pairs = pairs
-        self._lengths, self._trained = (_of_pairs(lengths), np.ones(len(lengths) // 2)) if pairs else (lengths, trained)
+        self._lengths = _of_pairs(lengths) if pairs else lengths
+        self._trained = np.ones(len(self._lengths), dtype=np.int64) if pairs else trained
         self._n_epochs = n_epochs
         self._micro_rows = batch_size * world
         self._step_rows = batch_size * world * accumulation

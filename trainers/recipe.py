@@ -98,7 +98,7 @@ def train(
             while len(under_way) > (0 if at_checkpoint or stop else steps_ahead(ranks)):
                 step = under_way.popleft()
                 outcome = step.tensors.read()
-                _check_finite(outcome, step.items, ranks)
+                _check_finite(outcome, step.items, plan, ranks)
                 log.stepped(step.items.after, step.items.epoch, outcome)
                 stop = stop or outcome.stop
 
@@ -115,8 +115,8 @@ def train(
 
 class StepOutcome(NamedTuple):
     """Of one step, over all its micro-batches and all ranks. `loss` is the mean over the `trained` tokens or pairs, as
-    are the objective's `measures`; `lr` is the rate the step was taken with; `grad_norm`, before clipping, is None unless it is asked for. `losses` [ranks,
-    micro-batches] are the sums that `loss` is made of."""
+    are the objective's `measures`; `lr` is the rate the step was taken with; `grad_norm`, before clipping, is None
+    unless it is asked for. `losses` [ranks, micro-batches] are the sums that `loss` is made of."""
 
     loss: float
     lr: float
@@ -162,7 +162,7 @@ def training_step(
     clip_grad_norm: float | None,
     stop: bool,
 ) -> StepTensors:
-    """The training step: one update from the mean loss over all trained tokens (or pairs) of all micro-batches and ranks.
+    """The training step: one update from the mean loss over all trained tokens (or pairs) of all ranks.
 
     Nothing in it waits for the device. `stop`: whether this rank wishes to stop after it.
     """
@@ -257,7 +257,7 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _check_finite(outcome: StepOutcome, items: StepItems, ranks: Ranks) -> None:
+def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ranks) -> None:
     """Raises UserError `loss_not_finite` with the micro-batch that did it; its rank logs the rows."""
     if math.isfinite(outcome.loss):
         return
@@ -268,8 +268,9 @@ def _check_finite(outcome: StepOutcome, items: StepItems, ranks: Ranks) -> None:
         if not math.isfinite(loss)
     )
     if rank == ranks.rank:
-        per_line = 2 if len(items.micro_batches[number][0]) > 1 and outcome.measures else 1  # rows
-        rows = ", ".join(str(row // per_line + 1) for item in items.micro_batches[number] for row in item[::per_line])
+        width = 2 if plan.pairs else 1
+        numbers = dict.fromkeys(row // width + 1 for item in items.micro_batches[number] for row in item)
+        rows = ", ".join(map(str, numbers))
         _log.error("the loss of step %d is %s; it comes from the valid rows %s", items.after.step, outcome.loss, rows)
     raise UserError(
         "loss_not_finite",

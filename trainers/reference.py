@@ -1,8 +1,8 @@
 """The reference of DPO: how likely the initial model finds each row, measured once and kept.
 
 No second model is held: a pass over the data with the model before its first step (a fresh adapter changes nothing)
-gives one number a row. They lie beside the checkpoints, so that a run that goes on uses the very same numbers though its
-weights have moved on.
+gives one number a row. They lie beside the checkpoints, so that a run that goes on uses the very same numbers though
+its weights have moved on.
 """
 
 import logging

@@ -2,8 +2,8 @@
 
 `TrainingDataItem` is the row as the API documents it. `parse_row` reads one line of a data file in that format, or in
 OpenAI's (`{"messages": [... "weight": 0 or 1]}`), into a `Dialog`: messages as chat templates take them, and which of
-them are trained on. `PreferenceDataItem` is the row of a job that trains on preferences; `parse_pair` reads one into two
-dialogs. A row that can't be trained on is a `RowError` that says why in one sentence.
+them are trained on. `PreferenceDataItem` is the row of a job that trains on preferences; `parse_pair` reads one into
+two dialogs. A row that can't be trained on is a `RowError` that says why in one sentence.
 """
 
 from collections.abc import Callable, Mapping, Sequence

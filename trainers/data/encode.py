@@ -23,10 +23,10 @@ Line = tuple[int, bytes]
 class Chunk:
     """What became of some lines: the rows that can be trained on, behind one another, and what is to be said of all.
 
-    `tokens` and `mask` are bytes as in the files of `trainers.data.dataset`; `lengths` their tokens by row. A line gives
-    one row, or two behind one another, chosen and rejected. `valid`, `truncated` and `invalid` count lines; `histogram`
-    counts them by the next power of two of their (longer) row before truncation. `errors` are the first of the
-    `invalid`.
+    `tokens` and `mask` are bytes as in the files of `trainers.data.dataset`; `lengths` their tokens by row. A line
+    gives one row, or two behind one another, chosen and rejected. `valid`, `truncated` and `invalid` count lines;
+    `histogram` counts them by the next power of two of their (longer) row before truncation. `errors` are the first of
+    the `invalid`.
     """
 
     tokens: bytes = b""

@@ -70,8 +70,8 @@ def prepare(
 ) -> DataReport:
     """Reads every row of the checked `uri` and writes the valid ones to `out_dir` for `TokenisedDataset`.
 
-    A row longer than `max_seq_len` tokens loses its end. `pairs`: the file's rows are preferences; row i of it becomes
-    the rows 2i (chosen) and 2i + 1 (rejected), and the report counts pairs as rows. `progress` gets a line for people every few seconds, called on
+    `pairs`: the rows are preferences; each becomes two, chosen and rejected, and the report counts it as one. A row
+    longer than `max_seq_len` tokens loses its end. `progress` gets a line for people every few seconds, called on
     this thread. `out_dir` appears, or is replaced, only when it is complete. Where `cache` has the same data, tokenised
     in the same way, that is used; else it has it afterwards. Raises DataInvalid when more than `max_invalid_fraction`
     of the rows (or all of them) are invalid, UserError `data_changed` when the file changed meanwhile, UserError and
