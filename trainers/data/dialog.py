@@ -327,8 +327,8 @@ def _check_pair(item: PreferenceDataItem, names: Mapping[str, str]) -> None:
 
 def _side(item: PreferenceDataItem, side: Literal["chosen", "rejected"], names: Mapping[str, str]) -> Dialog:
     messages = item.dialogs[0 if side == "chosen" else 1]
-    before = len(item.dialog or ())
-    keep = tuple(i >= item.shared and message.role == "assistant" for i, message in enumerate(messages))
+    before, shared = len(item.dialog or ()), item.shared
+    keep = tuple(i >= shared and message.role == "assistant" for i, message in enumerate(messages))
 
     def where(i: int) -> str:
         return f"{names['dialog']}[{i}]" if i < before else f"{names[side]}[{i - before}]"
