@@ -201,7 +201,7 @@ class FineTuningOptions(_Wire):
     n_epochs: int = Field(default=1, ge=1, le=10_000, description="Passes over the training data.")
     batch_size: int = Field(default=4, ge=1, le=65_536, description="Rows per micro-batch and worker.")
     lr: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = optional(
-        "Peak learning rate. Default: 2e-5 for full fine-tuning, 3e-4 for LoRA.", format="float"
+        "Peak learning rate. Default: 2e-5 for full fine-tuning, 3e-4 for LoRA; with DPO 1e-6 and 1e-5.", format="float"
     )
     gradient_accumulation_steps: int = Field(
         default=1,
@@ -237,7 +237,8 @@ class Config(_Wire):
     data: str = Field(
         min_length=1,
         max_length=4096,
-        description="Path to the JSONL file with each row representing a `TrainingDataItem`.",
+        description="Path to the JSONL file with each row representing a `TrainingDataItem`, or a `PreferenceDataItem` "
+        "if `extras.loss` is DPO's.",
         json_schema_extra={"format": "uri"},
     )
     validation_data: Annotated[str, Field(min_length=1, max_length=4096)] | None = optional(

@@ -50,7 +50,7 @@ class DataReport(_Value):
     """What validation found in one data file. Every count is of rows or tokens of the whole file."""
 
     uri: str
-    rows: int = Field(description="Rows that will be trained on (or evaluated).")
+    rows: int = Field(description="Rows that will be trained on (or evaluated); a row of preferences is one.")
     invalid_rows: int
     tokens: int = Field(description="Tokens after truncation.")
     trained_tokens: int = Field(description="Tokens that carry loss, after truncation.")
@@ -77,13 +77,27 @@ class StepMetrics(_Value):
     step: int = Field(ge=0, description="Optimizer steps done, over all epochs and attempts.")
     epoch: int = Field(ge=0, description="Epoch the step belongs to, from 1. 0: before the first step.")
     time: str = Field(description="RFC 3339 UTC, when the step ended.")
-    loss: float | None = Field(default=None, description="Mean over the step's trained tokens, all workers.")
+    loss: float | None = Field(
+        default=None, description="Mean over the step's trained tokens, all workers; over its pairs with DPO."
+    )
     lr: float | None = None
     grad_norm: float | None = Field(default=None, description="Before clipping; present when clip_grad_norm is set.")
     tokens: int | None = Field(default=None, description="Tokens in the step, padding excluded, all workers.")
     tokens_per_second: float | None = Field(default=None, description="All workers together.")
     peak_memory_bytes: int | None = Field(default=None, description="Of rank 0: device memory on CUDA, RSS on CPU.")
-    valid_loss: float | None = Field(default=None, description="Mean over the trained tokens of validation_data.")
+    valid_loss: float | None = Field(
+        default=None, description="Mean over the trained tokens of validation_data; over its pairs with DPO."
+    )
+    rewards_chosen: float | None = Field(
+        default=None,
+        description="DPO: beta times how much more likely the chosen answers have become than they were under the "
+        "initial model (log-probability), mean over the step's pairs.",
+    )
+    rewards_rejected: float | None = Field(default=None, description="DPO: the same of the rejected answers.")
+    rewards_accuracy: float | None = Field(
+        default=None, description="DPO: share of the step's pairs whose chosen answer has the larger reward."
+    )
+    rewards_margin: float | None = Field(default=None, description="DPO: rewards_chosen - rewards_rejected.")
 
 
 class JobSubmitted(Fact):

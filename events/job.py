@@ -55,13 +55,19 @@ class Progress(_Part):
 class Metrics(_Part):
     """The latest value of each metric. A value that is not a number (a diverged loss) is left out."""
 
-    loss: float | None = optional("Mean over the trained tokens of the last step.")
+    loss: float | None = optional("Mean over the trained tokens of the last step; over its pairs with DPO.")
     lr: float | None = optional("Learning rate of the last step.")
     grad_norm: float | None = optional("Of the last step, before clipping.")
     tokens: int | None = optional("Tokens in the last step, padding excluded, all workers.")
     tokens_per_second: float | None = optional("All workers together.")
     peak_memory_bytes: int | None = optional("Of rank 0: device memory on CUDA, RSS on CPU.")
     valid_loss: float | None = optional("The last evaluation on validation_data.")
+    rewards_chosen: float | None = optional(
+        "DPO: beta times the gain of the chosen answers' log-probability over the initial model, in the last step."
+    )
+    rewards_rejected: float | None = optional("DPO: the same of the rejected answers.")
+    rewards_accuracy: float | None = optional("DPO: share of the last step's pairs whose chosen answer gained more.")
+    rewards_margin: float | None = optional("DPO: rewards_chosen - rewards_rejected.")
     first_valid_loss: float | None = optional(
         "The first evaluation on validation_data, before the first step: what training started from."
     )

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute
 from events.config import Config
 from events.job import FineTuningJob
 from serve_app.wire import CancelRequest, ErrorEnvelope, FineTuningJobList, Health, TailLine
-from trainers.data.dialog import TrainingDataItem
+from trainers.data.dialog import PreferenceDataItem, TrainingDataItem
 
 TITLE = "Fine Tuning API"
 DESCRIPTION = """API for managing fine tuning jobs for machine learning models.
@@ -26,7 +26,10 @@ Submit a job, read its status, tail its log, cancel it. Every error, of every ro
 
 Responses = dict[int | str, dict[str, Any]]
 
-_MODELS = (CancelRequest, Config, ErrorEnvelope, FineTuningJob, FineTuningJobList, Health, TailLine, TrainingDataItem)
+_MODELS = (
+    *(CancelRequest, Config, ErrorEnvelope, FineTuningJob, FineTuningJobList, Health, TailLine),
+    *(PreferenceDataItem, TrainingDataItem),
+)
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "Config": {
         "model": "smollm2-135m-instruct",

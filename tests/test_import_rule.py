@@ -28,9 +28,11 @@ TRAINING_MODULES = (
     "trainers.models.rope",
     "trainers.models.weights",
     "trainers.naming",
+    "trainers.objectives",
     "trainers.optimization",
     "trainers.progress_log",
     "trainers.recipe",
+    "trainers.reference",
     "trainers.training_model",
     "trainers.worker",
 )

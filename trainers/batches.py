@@ -2,8 +2,8 @@
 
 The order of an epoch depends on seed, epoch and the size of a step. A step takes the next `world * batch_size *
 accumulation` items; ranks take turns, so the same global batch trains the same on any number of workers. The last step
-of an epoch takes what is left: no row is dropped, none leaks into the next epoch. An item is a row, or with packing a
-pack of rows.
+of an epoch takes what is left: no row is dropped, none leaks into the next epoch. An item is a row, with packing a
+pack of rows, and of preference data a pair of rows: 2i (chosen) and 2i + 1 (rejected).
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,6 +34,9 @@ class Batch(NamedTuple):
     For packs, `documents` [b, s] numbers the rows of each, 0, 1, 2, ..., with -1 for padding, and `positions` [b, s]
     counts within a row. Both are None for rows that aren't packed, where padding only follows. `n_tokens` leaves
     padding out.
+
+    `n_trained` is what the loss is a mean over: trained tokens, or pairs. Of pairs, `reference` [b] has the
+    log-probability of each line's trained tokens under the reference model, chosen and rejected in turn.
     """
 
     tokens: Tensor
@@ -43,6 +46,7 @@ class Batch(NamedTuple):
     positions: Tensor | None
     n_tokens: int
     n_trained: int
+    reference: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """On `device`, without waiting for the copy."""
@@ -54,6 +58,7 @@ class Batch(NamedTuple):
             trained=_sent(self.trained, device),
             documents=None if self.documents is None else _sent(self.documents, device),
             positions=None if self.positions is None else _sent(self.positions, device),
+            reference=None if self.reference is None else _sent(self.reference, device),
         )
 
 
@@ -61,9 +66,16 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def collate(dataset: Rows, items: Sequence[np.ndarray], pad_to: int | None = None) -> Batch:
-    """The micro-batch of `items`, each an array of row indices; `pad_to` is given for packs. Without items: a batch of
-    one untrained token, so that a rank that has run out of rows still takes part in the step."""
+def collate(
+    dataset: Rows, items: Sequence[np.ndarray], pad_to: int | None = None, reference: Tensor | None = None
+) -> Batch:
+    """The micro-batch of `items`, each an array of row indices; `pad_to` is given for packs, `reference` [rows] for
+    pairs. Without items: a batch of one untrained token, so that a rank that has run out of rows still takes part in
+    the step."""
+    if reference is not None:  # a pair's rows become lines of their own
+        rows = np.concatenate([*items, np.empty(0, dtype=np.int64)]).astype(np.int64)
+        batch = collate(dataset, [row[None] for row in rows])
+        return batch._replace(n_trained=len(items), reference=reference[torch.from_numpy(rows)])
     documents = [[_document(dataset, int(row)) for row in item] for item in items] or [[_EMPTY]]
     width = pad_to or max(sum(len(tokens) for tokens, _ in item) for item in documents)
     tokens = np.zeros((len(documents), width), dtype=np.int64)
@@ -130,7 +142,7 @@ class Progress:
 
 class StepItems(NamedTuple):
     """This rank's items of one step, by micro-batch (some may be empty), and where training stands after the step.
-    `trained`: the trained tokens of the whole step, over all ranks."""
+    `trained`: the trained tokens, or the pairs, of the whole step, over all ranks."""
 
     epoch: int
     micro_batches: list[list[np.ndarray]]
@@ -149,6 +161,7 @@ class Schedule:
     `batch_size` is per worker and micro-batch. `shuffle_seed` None keeps the rows in order. `pack_to`: tokens of a
     pack; None: an item is one row. `group_by_length` makes steps of rows of similar length, for less padding and less
     waiting between ranks; rows are never moved across epochs by it, and the tail of an epoch stays a random sample.
+    `pairs`: rows 2i and 2i + 1 are one item, as long as the longer of the two.
     """
 
     def __init__(
@@ -163,10 +176,13 @@ class Schedule:
         shuffle_seed: int | None = None,
         pack_to: int | None = None,
         group_by_length: bool = False,
+        pairs: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self._lengths, self._trained = lengths, trained
+        self._pairs = pairs
+        self._lengths = _of_pairs(lengths) if pairs else lengths
+        self._trained = np.ones(len(self._lengths), dtype=np.int64) if pairs else trained
         self._n_epochs = n_epochs
         self._micro_rows = batch_size * world
         self._step_rows = batch_size * world * accumulation
@@ -175,7 +191,7 @@ class Schedule:
         self._grouping = self._step_rows if group_by_length else 0
         self._rank, self._world = rank, world
         self._packs = self._packed(pack_to) if pack_to else None
-        self._n_items = len(lengths) if self._packs is None else len(self._packs)
+        self._n_items = len(self._lengths) if self._packs is None else len(self._packs)
 
     def total_steps(self, progress: Progress) -> int:
         """Steps done and to come, for a run that has come as far as `progress`."""
@@ -195,7 +211,8 @@ class Schedule:
                 taken = order[progress.epoch_items : progress.epoch_items + self._step_rows]
                 progress = _advanced(progress, len(taken)) if left > 1 else Progress(progress.step + 1, epoch + 1)
                 items = [self._rows_of(item) for item in taken]
-                trained = sum(int(self._trained[rows].sum()) for rows in items)
+                counted = taken if self._packs is None else np.concatenate(items)
+                trained = int(self._trained[counted].sum())
                 yield StepItems(epoch, self._shares(items), progress, trained)
 
     def _steps_left(self, progress: Progress) -> int:
@@ -233,7 +250,9 @@ class Schedule:
         return [order[places] for places in pack(self._lengths[order], size)]
 
     def _rows_of(self, item: int) -> np.ndarray:
-        return np.array([item]) if self._packs is None else self._packs[item]
+        if self._packs is not None:
+            return self._packs[item]
+        return rows_of_pair(item) if self._pairs else np.array([item])
 
     def _shares(self, items: list[np.ndarray]) -> list[list[np.ndarray]]:
         """A step's items by micro-batch, every rank taking turns with the others."""
@@ -250,8 +269,25 @@ def _advanced(progress: Progress, items: int) -> Progress:
     )
 
 
-def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world: int) -> list[list[np.ndarray]]:
-    """Every row once, over all ranks; as many batches on each (some may be empty). Rows of like length go together."""
+def _of_pairs(lengths: np.ndarray) -> np.ndarray:
+    longer: np.ndarray = lengths.reshape(-1, 2).max(axis=1)
+    return longer
+
+
+def rows_of_pair(pair: int) -> np.ndarray:
+    """The rows of a pair: chosen, rejected."""
+    return np.array([2 * pair, 2 * pair + 1])
+
+
+def evaluation_batches(
+    lengths: np.ndarray, batch_size: int, rank: int, world: int, *, pairs: bool = False
+) -> list[list[np.ndarray]]:
+    """Every item once, over all ranks; as many batches on each (some may be empty). Items of like length go together.
+
+    An item is a row; with `pairs` two."""
+    if pairs:
+        batches = evaluation_batches(_of_pairs(lengths), batch_size, rank, world)
+        return [[rows_of_pair(int(item[0])) for item in batch] for batch in batches]
     order = np.argsort(lengths, kind="stable")
     starts = range(0, len(order), batch_size * world)
     shares = [order[start : start + batch_size * world][rank::world] for start in starts]

@@ -49,6 +49,8 @@ _MASKED = "the loss mask (keep_loss) decides which tokens count"
 _DTYPE = "it is the type that dtype names"
 _SUMMED = "losses are always summed over a step's trained tokens and divided by their number"
 
+DPO_LOSS = "torchtune.rlhf.loss.DPOLoss"
+
 COMPONENTS: Mapping[str, Component] = MappingProxyType(
     {
         "torch.optim.AdamW": Component("optimizer", _ADAM),
@@ -73,6 +75,7 @@ COMPONENTS: Mapping[str, Component] = MappingProxyType(
             {"label_smoothing": number(0, 1)},
             {"ignore_index": _MASKED, "reduction": _SUMMED, "size_average": _SUMMED, "reduce": _SUMMED},
         ),
+        DPO_LOSS: Component("loss", {"beta": number(0, above=True), "label_smoothing": number(0, 0.5)}),
         "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer": Component(
             "quantizer",
             {"groupsize": integer(1, 65_536)},

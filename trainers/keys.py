@@ -32,11 +32,13 @@ _STEPS = integer(1, 10**9)
 
 KEYS: tuple[Key, ...] = (
     Key("n_epochs", integer(1, 10_000), "1", "Passes over the training data.", ("epochs",)),
-    Key("batch_size", integer(1, 65_536), "4", "Rows (packs, if `packed`) per micro-batch and worker."),
+    Key(
+        "batch_size", integer(1, 65_536), "4", "Rows (packs, if `packed`; pairs, with DPO) per micro-batch and worker."
+    ),
     Key(
         "lr",
         number(0, 10, above=True),
-        "2e-5 full, 3e-4 LoRA",
+        "2e-5 full, 3e-4 LoRA; with DPO 1e-6 and 1e-5",
         "Peak learning rate.",
         ("optimizer.lr",),
     ),
@@ -206,6 +208,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "checkpoint_dir": _LAYOUT,
         "resume_from_checkpoint": "an interrupted job resumes by itself",
         "save_adapter_weights_only": "a LoRA checkpoint always holds both the merged model and the adapter",
+        "ref_checkpointer": "the reference is the model that the job starts from",
         "custom_sharded_layers": "use memory_efficient_fsdp_wrap",
         "fsdp_reshard_after_forward": "parameters are always resharded after the forward pass",
         "fsdp_sharding_strategy": "parameters are always fully sharded",

@@ -62,15 +62,35 @@ class HeadLoss:
             return cast(Tensor, self.output(hidden, fused))
         return self._through_module(hidden, labels)
 
+    def log_probabilities(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Of each label: `hidden` [n, d] and `labels` [n] -> float32 [n]; no label smoothing.
+
+        How much each of them counts is known only when all are, so the gradients can't be made along with them: the
+        backward pass makes each chunk's logits again. That costs a third product with the head, and keeps the memory of
+        one chunk.
+        """
+
+        def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+            return cast(Tensor, _fused_each(hidden, weight, labels, self._rows(hidden), self))
+
+        if isinstance(self.output, TiedLinear):
+            return fused(hidden, self.output.tied_module.weight)
+        if isinstance(self.output, Head):
+            return cast(Tensor, self.output(hidden, fused))
+        return -self._each_through_module(hidden, labels)
+
     def _through_module(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """For a head with layers of its own (an adapter): autograd goes through it, and computes each chunk twice."""
+        return self._each_through_module(hidden, labels).sum()
+
+    def _each_through_module(self, hidden: Tensor, labels: Tensor) -> Tensor:
         rows = self._rows(hidden)
         parts = [(hidden[i : i + rows], labels[i : i + rows]) for i in range(0, max(len(hidden), 1), rows)]
-        return torch.stack([checkpoint(self._chunk, *part, use_reentrant=False) for part in parts]).sum()
+        return torch.cat([checkpoint(self._chunk, *part, use_reentrant=False) for part in parts])
 
     def _chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = self.output(hidden).float()
-        return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        return functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
     def _rows(self, hidden: Tensor) -> int:
         """Of a chunk."""
@@ -82,8 +102,8 @@ class HeadLoss:
 def _loss_and_gradient(
     logits: Tensor, labels: Tensor, head: HeadLoss, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed cross-entropy [] of float32 `logits` [n, v] against `labels` [n]; and, in the memory of the logits, its
-    gradient [n, v].
+    """Cross-entropy [n] of float32 `logits` [n, v] against `labels` [n]; and, in the memory of the logits, the gradient
+    [n, v] of its sum.
 
     With smoothing e the target is (1 - e) at the label plus e / v everywhere, as in torch.nn.CrossEntropyLoss.
     """
@@ -99,14 +119,14 @@ def _loss_and_gradient(
     if smoothing:
         losses = losses - smoothing * logits.mean(dim=1)
     if not with_gradient:
-        return losses.sum(), None
+        return losses, None
     gradient = logits.sub_(normaliser[:, None]).exp_()
     gradient.scatter_add_(1, labels[:, None], torch.full_like(gradient[:, :1], smoothing - 1))
     if smoothing:
         gradient.sub_(smoothing / logits.shape[1])
     if slope is not None:
         gradient.mul_(slope)
-    return losses.sum(), gradient
+    return losses, gradient
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -129,8 +149,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             logits = functional.linear(hidden[chunk], weight).float()  # [n, v]
-            loss, gradient = head.measure(logits, labels[chunk], head, for_hidden or for_weight)
-            total += loss
+            losses, gradient = head.measure(logits, labels[chunk], head, for_hidden or for_weight)
+            total += losses.sum()
             if gradient is not None:
                 gradient = gradient.to(weight.dtype)
                 if d_hidden is not None:
@@ -155,3 +175,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 _fused: Callable[..., Any] = _LinearCrossEntropy.apply
+
+
+class _LinearLogProbabilities(torch.autograd.Function):
+    """-cross_entropy(hidden[i] @ weight.T, labels[i]) of each row i."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        rows: int,
+        head: HeadLoss,
+    ) -> Tensor:
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            losses, _ = head.measure(functional.linear(hidden[chunk], weight).float(), labels[chunk], head, False)
+            logps[chunk] = -losses
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.rows, ctx.head = rows, head
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logps: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        hidden, weight, labels = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.rows):
+            chunk = slice(start, start + ctx.rows)
+            logits = functional.linear(hidden[chunk], weight).float()
+            _, gradient = ctx.head.measure(logits, labels[chunk], ctx.head, True)
+            gradient = gradient.mul_(-d_logps[chunk, None]).to(weight.dtype)
+            if d_hidden is not None:
+                torch.mm(gradient, weight, out=d_hidden[chunk])
+            if d_weight is not None:
+                d_weight.addmm_(gradient.t(), hidden[chunk])
+        return d_hidden, d_weight, None, None, None
+
+
+_fused_each: Callable[..., Any] = _LinearLogProbabilities.apply

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from events.config import Config, LoraFineTuneOptions, WandBLogger
-from trainers.components import DEFAULTS
+from trainers.components import DEFAULTS, DPO_LOSS
 from trainers.errors import ConfigProblems, Problem
 from trainers.merge import Merged
 from trainers.overrides import parse_overrides
@@ -19,7 +19,11 @@ from trainers.settings import ERROR_FILE
 EXTRAS = "fine_tuning_options.extras"
 COMPILED = "compiled"
 """Where `compile` keeps what it makes, in a job's directory."""
-RESERVED_NAMES = frozenset({"data", "checkpoints", COMPILED, "log.ndjson", "log.index", ERROR_FILE, "wandb", "ray"})
+REFERENCE = "reference.safetensors"
+"""What DPO keeps of the initial model, in a job's directory."""
+RESERVED_NAMES = frozenset(
+    {"data", "checkpoints", COMPILED, REFERENCE, "log.ndjson", "log.index", ERROR_FILE, "wandb", "ray"}
+)
 """Names in a job's directory that the service itself uses."""
 
 
@@ -107,8 +111,15 @@ class Plan(_Frozen):
     def workers(self) -> int:
         return self.nnodes * self.nproc_per_node
 
+    @property
+    def pairs(self) -> bool:
+        """Whether it trains on preferences: each row of data is a pair of dialogs."""
+        return self.loss.component == DPO_LOSS
+
 
 _DEFAULT_LR = {"full": 2e-5, "lora": 3e-4}
+_DEFAULT_DPO_LR = {"full": 1e-6, "lora": 1e-5}
+"""TRL's DPOConfig has 1e-6, and its examples take ten times as much for adapters."""
 _LORA_FIELDS = {
     "lora_attn_modules": "attn_modules",
     "apply_lora_to_mlp": "mlp",
@@ -136,12 +147,16 @@ def make_plan(config: Config) -> Plan:
     values, components = merged.values(), merged.components()
     problems += merged.problems
     lora = {field: values.pop(key) for key, field in _LORA_FIELDS.items() if key in values}
+    pairs = (components["loss"] or ("",))[0] == DPO_LOSS
     problems += _contradictions(values, lora, merged, has_validation_data=config.validation_data is not None)
     problems += _method_contradictions(kind, values, components, merged)
+    if pairs and values.get("packed"):
+        message = "can't be used with DPO: the rows of a pair are never packed. Leave one of the two out."
+        problems.append(Problem(merged.param("packed"), message))
     problems += _logger_problems(config)
     if problems:
         raise ConfigProblems(problems)
-    values.setdefault("lr", _DEFAULT_LR[kind])
+    values.setdefault("lr", (_DEFAULT_DPO_LR if pairs else _DEFAULT_LR)[kind])
     dora, quantized = (values.pop(key, False) for key in ("use_dora", "quantize_base"))
     method: MethodName = "qat" if components["quantizer"] else "dora" if dora else "qlora" if quantized else kind
     merged_values: dict[str, Any] = values | {name: _component(part) for name, part in components.items()}

@@ -53,13 +53,15 @@ class ProgressLog:
             "tokens": outcome.tokens,
             "tokens_per_second": speed,
             "peak_memory_bytes": _peak_memory(self._ranks.device),
+            **outcome.measures,
         }
         self._latest.update({name: value for name, value in measured.items() if value is not None})
         if progress.step % self._plan.log_every_n_steps == 0 or progress.step == self._total_steps:
             _log.info(
-                "step %d/%d | epoch %d/%d | loss %.4f | lr %.1e | %s tok/s",
+                "step %d/%d | epoch %d/%d | loss %.4f | lr %.1e | %s tok/s%s",
                 *(progress.step, self._total_steps, epoch + 1, self._plan.n_epochs, outcome.loss, outcome.lr),
                 f"{speed:,.0f}",
+                _rewards(outcome.measures),
             )
         self._reporter.metrics(
             StepMetrics.model_validate({"step": progress.step, "epoch": epoch + 1, "time": _now(), **measured})
@@ -108,6 +110,10 @@ def log_summary(
     )
     for line in _no_effect(plan, arch, ranks):
         _log.info("%s", line)
+
+
+def _rewards(measures: dict[str, float]) -> str:
+    return "".join(f" | {name.removeprefix('rewards_')} {value:.3f}" for name, value in measures.items())
 
 
 def _no_effect(plan: Plan, arch: Architecture, ranks: Ranks) -> list[str]:

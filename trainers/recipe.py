@@ -1,4 +1,4 @@
-"""The recipe: supervised fine-tuning, by any of `trainers.methods`, on one worker or many, on CPU or CUDA.
+"""The recipe: fine-tuning on answers or preferences, by any of `trainers.methods`, on workers with CPUs or GPUs.
 
 It knows neither Ray nor HTTP. It is one rank of torch.distributed's group where that is initialised, else a process of
 its own. Everything it does follows from the plan, the data and the checkpoint it resumes from, so the losses of a run
@@ -29,6 +29,7 @@ from trainers.models.architecture import inspect_model_dir
 from trainers.optimization import build_optimizer, build_scheduler
 from trainers.plan import Plan
 from trainers.progress_log import ProgressLog, log_summary
+from trainers.reference import reference_of
 from trainers.reporting import Reporter, Stopped
 from trainers.training_model import TrainingModel, build_training_model, choose_dtype
 
@@ -72,16 +73,21 @@ def train(
         scheduler = build_scheduler(plan, optimizer, total_steps=total_steps, steps_done=progress.step)
         log_summary(plan, arch, model, dtype, ranks, progress, total_steps)
         reporter.started(total_steps, ranks.device_name())
+        sets = {"training": data} | ({"validation": valid} if valid else {})
+        resumed = resume_from is not None
+        reference = reference_of(model, sets, plan.batch_size, ranks, output_dir, trained=resumed) if plan.pairs else {}
         log = ProgressLog(plan, total_steps, reporter, ranks)
         checkpoints = stack.enter_context(CheckpointWriter(output_dir, method, arch, model_dir, ranks, reporter))
 
         # ---- loop
         if valid and progress.step == 0:
-            log.evaluated(progress, evaluate(model, valid, plan.batch_size, ranks))
+            log.evaluated(progress, evaluate(model, valid, plan.batch_size, ranks, reference.get("validation")))
         under_way: deque[Step] = deque()
         stop = False
         for items in schedule.steps(progress):
-            micro_batches = [collate(data, share, pack_size(plan)) for share in items.micro_batches]
+            micro_batches = [
+                collate(data, share, pack_size(plan), reference.get("training")) for share in items.micro_batches
+            ]
             seed_step(plan.seed, progress.step, ranks.rank)
             tensors = training_step(
                 model,
@@ -101,13 +107,13 @@ def train(
             while len(under_way) > (0 if at_checkpoint or stop else steps_ahead(ranks)):
                 step = under_way.popleft()
                 outcome = step.tensors.read()
-                _check_finite(outcome, step.items, ranks)
+                _check_finite(outcome, step.items, plan, ranks)
                 log.stepped(step.items.after, step.items.epoch, outcome)
                 stop = stop or outcome.stop
 
             # ---- save
             if valid and progress.between_epochs:
-                loss = evaluate(model, valid, plan.batch_size, ranks)
+                loss = evaluate(model, valid, plan.batch_size, ranks, reference.get("validation"))
                 log.evaluated(progress, loss)
                 validation = validation.after(progress.step, loss)
             if at_checkpoint or stop:
@@ -122,9 +128,9 @@ def train(
 
 
 class StepOutcome(NamedTuple):
-    """Of one step, over all its micro-batches and all ranks. `loss` is the mean over the trained tokens; `lr` is the
-    rate the step was taken with; `grad_norm`, before clipping, is None unless it is asked for. `losses` [ranks,
-    micro-batches] are the sums that `loss` is made of."""
+    """Of one step, over all its micro-batches and all ranks. `loss` and the objective's `measures` are means over the
+    trained tokens or pairs; `lr` is the rate the step was taken with; `grad_norm`, before clipping, is None unless it is
+    asked for. `losses` [ranks, micro-batches] are the sums that `loss` is made of."""
 
     loss: float
     lr: float
@@ -132,6 +138,7 @@ class StepOutcome(NamedTuple):
     tokens: int
     stop: bool
     losses: list[list[float]]
+    measures: dict[str, float]
 
 
 class StepTensors(NamedTuple):
@@ -142,6 +149,8 @@ class StepTensors(NamedTuple):
     grad_norm: Tensor | None  # []
     lr: float
     trained: int
+    measures: Tensor  # [k], summed
+    names: tuple[str, ...]  # of the measures
 
     def read(self) -> StepOutcome:
         """Waits for the step."""
@@ -149,7 +158,8 @@ class StepTensors(NamedTuple):
         norm = None if self.grad_norm is None else self.grad_norm.item()
         losses = self.losses.tolist()
         loss = sum(itertools.chain.from_iterable(losses)) / self.trained
-        return StepOutcome(loss, self.lr, norm, int(tokens), bool(stop), losses)
+        measures = {name: total / self.trained for name, total in zip(self.names, self.measures.tolist(), strict=True)}
+        return StepOutcome(loss, self.lr, norm, int(tokens), bool(stop), losses, measures)
 
 
 class Step(NamedTuple):
@@ -167,20 +177,22 @@ def training_step(
     clip_grad_norm: float | None,
     stop: bool,
 ) -> StepTensors:
-    """The training step: one update from the mean loss over all `trained` tokens of all micro-batches and ranks.
+    """The training step: one update from the mean loss over all `trained` tokens (or pairs) of all ranks.
 
     Nothing in it waits for the device. `stop`: whether this rank wishes to stop after it.
     """
     losses = torch.zeros(ranks.world, len(micro_batches), dtype=torch.float64, device=ranks.device)
+    measures = torch.zeros(len(model.objective.measures), dtype=torch.float64, device=ranks.device)
     for number, batch in enumerate(micro_batches):
         model.reduce_gradients_in_backward(number == len(micro_batches) - 1)
-        loss = model(batch.to(ranks.device))  # summed over the micro-batch's trained tokens, shape []
-        loss.backward()
-        losses[ranks.rank, number] = loss.detach()
+        measured = model(batch.to(ranks.device))  # summed over the micro-batch
+        measured.loss.backward()
+        losses[ranks.rank, number] = measured.loss.detach()
+        measures += measured.measures
 
     counts = torch.tensor([sum(batch.n_tokens for batch in micro_batches), stop], dtype=torch.float64)
     counts = counts.to(ranks.device, non_blocking=True)
-    ranks.sum_all_([losses, counts])
+    ranks.sum_all_([losses, counts, measures])
     gradients = model.gradients()
     if not model.sharded:
         ranks.sum_all_(gradients)
@@ -196,7 +208,7 @@ def training_step(
     optimizer.zero_grad()
     if scheduler:
         scheduler.step()
-    return StepTensors(losses, counts, grad_norm, lr, trained)
+    return StepTensors(losses, counts, grad_norm, lr, trained, measures, model.objective.measures)
 
 
 def _norm(gradients: list[Tensor], ranks: Ranks, *, summed: bool) -> Tensor:
@@ -212,13 +224,15 @@ def steps_ahead(ranks: Ranks) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: TrainingModel, data: TokenisedDataset, batch_size: int, ranks: Ranks) -> float:
-    """Mean loss over all trained tokens of `data`. Every rank has to call it."""
+def evaluate(
+    model: TrainingModel, data: TokenisedDataset, batch_size: int, ranks: Ranks, reference: Tensor | None = None
+) -> float:
+    """Mean loss over all trained tokens of `data`, or with a `reference` over its pairs. Every rank has to call it."""
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # summed loss, trained tokens
-    for share in evaluation_batches(data.lengths, batch_size, ranks.rank, ranks.world):
-        batch = collate(data, share)
-        total[0] += model(batch.to(ranks.device))
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # summed loss, trained tokens or pairs
+    for share in evaluation_batches(data.lengths, batch_size, ranks.rank, ranks.world, pairs=reference is not None):
+        batch = collate(data, share, reference=reference)
+        total[0] += model(batch.to(ranks.device)).loss
         total[1] += batch.n_trained
     model.train()
     loss, trained = ranks.sum_(total).tolist()
@@ -237,6 +251,7 @@ def build_schedule(plan: Plan, data: TokenisedDataset, ranks: Ranks) -> Schedule
         shuffle_seed=plan.seed if plan.shuffle else None,
         pack_to=pack_size(plan),
         group_by_length=plan.group_by_length and plan.shuffle and not plan.packed,
+        pairs=plan.pairs,
         rank=ranks.rank,
         world=ranks.world,
     )
@@ -256,7 +271,7 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _check_finite(outcome: StepOutcome, items: StepItems, ranks: Ranks) -> None:
+def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ranks) -> None:
     """Raises UserError `loss_not_finite` with the micro-batch that did it; its rank logs the rows."""
     if math.isfinite(outcome.loss):
         return
@@ -267,7 +282,9 @@ def _check_finite(outcome: StepOutcome, items: StepItems, ranks: Ranks) -> None:
         if not math.isfinite(loss)
     )
     if rank == ranks.rank:
-        rows = ", ".join(str(row + 1) for item in items.micro_batches[number] for row in item)
+        width = 2 if plan.pairs else 1
+        numbers = dict.fromkeys(row // width + 1 for item in items.micro_batches[number] for row in item)
+        rows = ", ".join(map(str, numbers))
         _log.error("the loss of step %d is %s; it comes from the valid rows %s", items.after.step, outcome.loss, rows)
     raise UserError(
         "loss_not_finite",

@@ -109,15 +109,17 @@ def _make_data_ready(
             check_data_uri(uri, settings),
             tokenizer,
             max_seq_len=max_seq_len,
+            pairs=plan.pairs,
             out_dir=out_dir,
             cache=DataCache(settings.data_cache, settings.data_cache_bytes),
             max_invalid_fraction=plan.max_invalid_fraction,
             progress=logger.info,
         )
         logger.info(
-            "%s: %s rows, %s tokens, %s of them trained, %s rows truncated to %s tokens, %s invalid rows skipped",
+            "%s: %s %s, %s tokens, %s of them trained, %s rows truncated to %s tokens, %s invalid rows skipped",
             uri,
             f"{report.rows:,}",
+            "pairs" if plan.pairs else "rows",
             f"{report.tokens:,}",
             f"{report.trained_tokens:,}",
             f"{report.truncated_rows:,}",

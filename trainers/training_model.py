@@ -25,6 +25,7 @@ from trainers.loss import HeadLoss
 from trainers.methods import Method
 from trainers.models.architecture import Architecture
 from trainers.models.decoder import build_decoder, causal, init_rope
+from trainers.objectives import Measured, objective_of
 from trainers.plan import Plan
 
 FITS = 0.5
@@ -32,7 +33,7 @@ FITS = 0.5
 
 
 class TrainingModel(nn.Module):
-    """Batch in, summed loss out. The parameters are the decoder's, under `decoder.`."""
+    """Batch in, summed loss out, as the plan's objective has it. The parameters are the decoder's, under `decoder.`."""
 
     sharded = False
     """Whether FSDP splits the parameters over the ranks; otherwise each rank holds all of them."""
@@ -40,18 +41,19 @@ class TrainingModel(nn.Module):
     def __init__(self, decoder: TransformerDecoder, arch: Architecture, plan: Plan) -> None:
         super().__init__()
         self.decoder = decoder
-        self.loss = HeadLoss(
+        self.objective = objective_of(plan)
+        self.head = HeadLoss(
             decoder.output,
             arch.vocab_size,
             softcap=arch.final_softcap,
-            label_smoothing=plan.loss.kwargs.get("label_smoothing", 0.0),
+            label_smoothing=self.objective.label_smoothing,
             chunks=plan.loss.kwargs.get("num_output_chunks"),
             compiled=partial(torch.compile, backend=_compile_backend()) if plan.compile else None,
         )
         self.recompute = plan.enable_activation_checkpointing
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss summed over the batch's trained positions, float32, shape []. 0, with zero gradients, for none."""
+    def forward(self, batch: Batch) -> Measured:
+        """The loss summed over what the batch counts (`Batch.n_trained`). 0, with zero gradients, for nothing."""
         hidden = self.decoder.tok_embeddings(batch.tokens)  # [b, s, d]
         seen = causal(self.decoder, batch.tokens, batch.documents)
         for layer in self.decoder.layers:
@@ -60,8 +62,7 @@ class TrainingModel(nn.Module):
             else:
                 hidden = layer(hidden, mask=seen, input_pos=batch.positions)
         hidden = self.decoder.norm(hidden.flatten(0, 1)[batch.trained])  # [n, d]
-        loss: Tensor = self.loss(hidden, batch.labels.flatten()[batch.trained])
-        return loss
+        return self.objective(self.head, hidden, batch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer trains, by the decoder's names, in the order of the model."""

@@ -8,7 +8,7 @@ from hypothesis import given
 
 from events import codec
 from events.codec import CorruptEventError, UnknownEvent, decode, encode
-from events.facts import Event, JobError, RunStarted
+from events.facts import Event, JobError, MetricsRecorded, RunStarted
 from tests.events.any_event import events
 from tests.events.facts_of_a_job import SUCCEEDED, started
 
@@ -41,6 +41,13 @@ def test_what_this_version_can_not_understand_is_kept_to_the_letter(body: str) -
     event = decode(body)
     assert isinstance(event, UnknownEvent)
     assert encode(event) == body
+
+
+def test_metrics_of_a_version_without_rewards_read_back() -> None:
+    step = '{"step":1,"epoch":1,"time":"2026-11-22T20:00:00Z","loss":0.5}'
+    event = decode(f'{{"v":1,"type":"MetricsRecorded","attempt":1,"steps":[{step}]}}')
+    assert isinstance(event, MetricsRecorded)
+    assert (event.steps[0].loss, event.steps[0].rewards_margin) == (0.5, None)
 
 
 def test_a_field_that_a_newer_version_added_is_left_out() -> None:

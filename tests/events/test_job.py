@@ -98,6 +98,16 @@ def test_the_first_validation_loss_is_kept_to_show_before_and_after() -> None:
     assert (job.metrics.first_valid_loss, job.metrics.valid_loss, job.metrics.loss) == (3.0, 2.0, 1.0)
 
 
+def test_rewards_are_among_the_metrics_where_a_step_has_them() -> None:
+    rewards = {"rewards_chosen": 0.5, "rewards_rejected": -0.25, "rewards_accuracy": 1.0, "rewards_margin": 0.75}
+    job = given(*RUNNING, measured(1, step(1), step(2).model_copy(update=rewards)))
+    assert job.metrics is not None
+    assert rewards.items() <= job.metrics.model_dump().items()
+    plain = given(*RUNNING, measured(1, step(1))).metrics
+    assert plain is not None
+    assert not [name for name in plain.model_dump(exclude_none=True) if name.startswith("rewards")]
+
+
 def test_an_interruption_falls_back_to_the_last_checkpoint() -> None:
     job = given(
         *RUNNING,

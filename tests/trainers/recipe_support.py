@@ -47,6 +47,16 @@ def random_rows(count: int, seed: int = 0, longest: int = 24) -> list[tuple[list
     return rows
 
 
+def random_pairs(count: int, seed: int = 0) -> list[tuple[list[int], list[bool]]]:
+    """Chosen rows that count upwards, rejected ones that count downwards from the same prompt; in turn."""
+    rows = []
+    for tokens, mask in random_rows(count, seed):
+        prompt = mask.count(False)
+        down = [tokens[prompt - 1] - j - 1 for j in range(1 + len(tokens[prompt:]) // 2)]
+        rows += [(tokens, mask), (tokens[:prompt] + [100 + t for t in down], mask[: prompt + len(down)])]
+    return rows
+
+
 def make_plan_for(method: str = "lora", **changes: Any) -> Plan:
     """A plan in fp32, batches of two rows, two epochs, constant order unless changed."""
     adapters = method in ("lora", "dora", "qlora")

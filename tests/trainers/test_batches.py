@@ -254,3 +254,36 @@ def test_an_evaluation_covers_every_row_once_with_as_many_batches_on_each_rank(w
     ranks = [evaluation_batches(lengths, 2, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     assert sorted(int(item[0]) for batches in ranks for batch in batches for item in batch) == list(range(7))
+
+
+def test_a_pair_is_an_item_as_long_as_its_longer_row_and_never_torn() -> None:
+    lengths = np.random.default_rng(0).integers(2, 99, 2 * 130)
+    options: dict[str, Any] = {"n_epochs": 2, "batch_size": 2, "shuffle_seed": 1, "group_by_length": True}
+    plan = Schedule(lengths, lengths, pairs=True, **options)
+    steps = list(plan.steps(Progress()))
+    items = [item.tolist() for step in steps for batch in step.micro_batches for item in batch]
+    assert sorted(items[:130]) == sorted(items[130:]) == [[2 * pair, 2 * pair + 1] for pair in range(130)]
+    assert {step.trained for step in steps} == {2}
+    longer = lengths.reshape(-1, 2).max(axis=1)
+    alone = Schedule(longer, longer, **options)
+    same = [int(item[0]) for step in alone.steps(Progress()) for batch in step.micro_batches for item in batch]
+    assert [first // 2 for first, _ in items] == same
+
+
+def test_a_batch_of_pairs_has_a_line_for_each_row_and_its_reference(tmp_path: Path) -> None:
+    rows = [([5, 6, i], [False, True, True]) for i in range(6)]
+    data = TokenisedDataset(write_rows(tmp_path, rows))
+    reference = torch.arange(6.0)
+    batch = collate(data, [np.array([4, 5]), np.array([0, 1])], reference=reference)
+    assert batch.tokens[:, 2].tolist() == [4, 5, 0, 1]
+    assert batch.reference is not None
+    assert batch.reference.tolist() == [4, 5, 0, 1]
+    assert (batch.n_trained, batch.n_tokens) == (2, 12)
+    nothing = collate(data, [], reference=reference)
+    assert nothing.reference is not None
+    assert (nothing.n_trained, nothing.n_tokens, len(nothing.reference)) == (0, 0, 0)
+
+
+def test_an_evaluation_covers_every_pair_once() -> None:
+    batches = evaluation_batches(np.array([5, 1, 4, 2, 9, 9]), 2, 0, 1, pairs=True)
+    assert [[item.tolist() for item in batch] for batch in batches] == [[[2, 3], [0, 1]], [[4, 5]]]

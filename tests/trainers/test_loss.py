@@ -80,3 +80,34 @@ def test_without_gradients_nothing_but_the_loss_is_computed() -> None:
     with torch.no_grad():
         assert not head(hidden, labels).requires_grad
     assert asked == [False]
+
+
+@pytest.mark.parametrize("chunks", [None, 3, 50])
+@pytest.mark.parametrize(("kind", "softcap"), [("head", None), ("tied", None), ("tied", 0.5), ("module", None)])
+def test_log_probabilities_and_their_weighted_gradients_are_those_of_plain_autograd(
+    kind: str, softcap: float | None, chunks: int | None
+) -> None:
+    hidden, labels = inputs()
+    matrix = nn.Embedding(VOCABULARY, WIDTH) if kind == "tied" else Head(WIDTH, VOCABULARY, bias=False)
+    output = {"head": lambda: matrix, "tied": lambda: TiedLinear(matrix), "module": lambda: nn.Sequential(matrix)}[
+        kind
+    ]()
+    weights = torch.linspace(-1, 1, ROWS)
+    logits = functional.linear(hidden, matrix.weight)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    plain = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    expected = torch.autograd.grad((weights * plain).sum(), [hidden, matrix.weight])
+    logps = HeadLoss(output, VOCABULARY, softcap=softcap, chunks=chunks).log_probabilities(hidden, labels)
+    torch.testing.assert_close(logps, plain)
+    torch.testing.assert_close(torch.autograd.grad((weights * logps).sum(), [hidden, matrix.weight]), expected)
+
+
+def test_no_trained_position_has_no_log_probability_and_zero_gradients() -> None:
+    hidden, labels = inputs()
+    matrix = Head(WIDTH, VOCABULARY, bias=False)
+    logps = HeadLoss(matrix, VOCABULARY).log_probabilities(hidden[:0], labels[:0])
+    logps.sum().backward()
+    assert logps.shape == (0,)
+    assert matrix.weight.grad is not None
+    assert not matrix.weight.grad.any()

@@ -266,3 +266,34 @@ def test_rows_are_grouped_by_length_unless_their_order_is_kept_or_they_are_packe
     assert ordered.message == "has no effect here: without shuffle the rows keep their order"
     packed = only_problem({"group_by_length": True, "packed": True, "max_seq_len": 8})
     assert packed.message == "has no effect here: packs are of one length"
+
+
+def dpo(method: str, **extras: Any) -> dict[str, Any]:
+    loss = {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1, "label_smoothing": 0.0}
+    return {"custom_training_options": {"finetuning_type": method}, "extras": {"loss": loss} | extras}
+
+
+@pytest.mark.parametrize(("method", "lr"), [("full", 1e-6), ("lora", 1e-5)])
+def test_dpo_is_a_loss_with_pairs_for_rows_and_a_learning_rate_of_its_own(method: str, lr: float) -> None:
+    plan = make_plan(config(dpo(method)))
+    assert (plan.pairs, plan.method, plan.lr) == (True, method, lr)
+    assert plan.loss.kwargs == {"beta": 0.1, "label_smoothing": 0.0}
+    assert make_plan(config(dpo(method, lr=0.5))).lr == 0.5
+    assert not make_plan(config()).pairs
+
+
+@pytest.mark.parametrize(
+    ("extras", "path", "message"),
+    [
+        ({"packed": True, "max_seq_len": 8}, "packed", "can't be used with DPO"),
+        ({"loss.num_output_chunks": 8}, "loss.num_output_chunks", "takes beta, label_smoothing"),
+        ({"loss.beta": 0}, "loss.beta", "greater than 0"),
+        ({"loss.label_smoothing": 0.6}, "loss.label_smoothing", "at most 0.5"),
+        ({"ref_checkpointer": {}}, "ref_checkpointer", "the model that the job starts from"),
+    ],
+)
+def test_what_does_not_go_with_dpo_is_refused_by_name(extras: dict[str, Any], path: str, message: str) -> None:
+    loss = {"loss._component_": "torchtune.rlhf.loss.DPOLoss"}
+    (problem,) = problems_of({"extras": loss | extras})
+    assert problem.param == f"fine_tuning_options.extras.{path}"
+    assert message in problem.message

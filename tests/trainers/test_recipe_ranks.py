@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from tests.tiny_models import make_tiny_model
-from tests.trainers.recipe_support import Case, TwoRanks, make_plan_for, random_rows, saved_weights, write_rows
+from tests.trainers.recipe_support import (
+    Case,
+    TwoRanks,
+    make_plan_for,
+    random_pairs,
+    random_rows,
+    saved_weights,
+    write_rows,
+)
+from trainers.components import DPO_LOSS
 from trainers.plan import ComponentSpec, LoraSpec
 
 
@@ -91,6 +100,33 @@ def test_two_workers_resume_exactly_in_mid_epoch(two_ranks: TwoRanks, case: Case
     expected = saved_weights(whole.checkpoints[-1].path)
     for name, tensor in saved_weights(rest.checkpoints[-1].path).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(("method", "family"), [("lora", "llama"), ("full", "mistral")])
+def test_two_workers_prefer_as_one_does_and_resume_exactly(
+    two_ranks: TwoRanks, case: Case, tmp_path: Path, method: str, family: str
+) -> None:
+    changes: dict[str, Any] = SHARDED_APART if method == "full" else {}
+    loss = ComponentSpec(component=DPO_LOSS, kwargs={"beta": 0.2})
+    case = replace(
+        case,
+        plan=make_plan_for(method, batch_size=4, loss=loss, **changes),
+        model_dir=make_tiny_model(tmp_path / family, family),
+        train_data=write_rows(tmp_path / "pairs", random_pairs(13)),  # the last step leaves one rank without a pair
+        valid_data=write_rows(tmp_path / "valid_pairs", random_pairs(3, seed=1)),
+    )
+    one = case.run()
+    together, _ = two_ranks.run(Case.run, split(case))
+    assert both(together.losses) == pytest.approx(both(one.losses), abs=5e-5)
+    assert [m.rewards_margin for m in together.steps] == pytest.approx([m.rewards_margin for m in one.steps], abs=2e-3)
+    assert [m.rewards_accuracy for m in together.steps][-1] == [m.rewards_accuracy for m in one.steps][-1]
+    assert [m.valid_loss for m in together.evaluations] == pytest.approx(
+        [m.valid_loss for m in one.evaluations], abs=5e-5
+    )
+    part = replace(split(case), output_dir=case.output_dir.with_name("part"))
+    stopped, _ = two_ranks.run(Case.run, replace(part, stop_at=2))
+    rest, _ = two_ranks.run(Case.run, replace(part, resume_from=stopped.checkpoints[-1].path))
+    assert stopped.losses | rest.losses == together.losses
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -2,11 +2,14 @@
 
 `TrainingDataItem` is the row as the API documents it. `parse_row` reads one line of a data file in that format, or in
 OpenAI's (`{"messages": [... "weight": 0 or 1]}`), into a `Dialog`: messages as chat templates take them, and which of
-them are trained on. A row that can't be trained on is a `RowError` that says why in one sentence.
+them are trained on. `PreferenceDataItem` is the row of a job that trains on preferences; `parse_pair` reads one into
+two dialogs. A row that can't be trained on is a `RowError` that says why in one sentence.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from itertools import takewhile
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -140,7 +143,7 @@ class TrainingDataItem(_Wire):
     def _can_be_trained_on(self) -> Self:
         if not self.dialog:
             raise PydanticCustomError("bad_dialog", "the dialog is empty")
-        self._check_order()
+        _check_order(self.dialog)
         if self.keep_loss is not None and len(self.keep_loss) != len(self.dialog):
             raise PydanticCustomError(
                 "bad_mask",
@@ -153,31 +156,61 @@ class TrainingDataItem(_Wire):
             raise PydanticCustomError("bad_mask", "nothing to train on: {reason}", {"reason": reason})
         return self
 
-    def _check_order(self) -> None:
-        called = False
-        ids: set[str] = set()
-        for i, message in enumerate(self.dialog):
-            if message.role == "system" and i > 0:
-                raise PydanticCustomError("bad_order", "the system message at {i} is not the first message", {"i": i})
-            if message.tool_calls:
-                called = True
-                ids.update(call.id for call in message.tool_calls if call.id is not None)
-            elif message.role in ("tool", "ipython"):
-                if not called:
-                    raise PydanticCustomError(
-                        "bad_order", "the tool result at {i} has no tool call before it", {"i": i}
-                    )
-                if ids and message.tool_call_id is not None and message.tool_call_id not in ids:
-                    raise PydanticCustomError(
-                        "bad_order", "the tool_call_id of the tool result at {i} names no call before it", {"i": i}
-                    )
-
     @property
     def mask(self) -> tuple[bool, ...]:
         """Which messages are trained on, the default filled in."""
         if self.keep_loss is not None:
             return tuple(self.keep_loss)
         return tuple(message.role == "assistant" for message in self.dialog)
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    called = False
+    ids: set[str] = set()
+    for i, message in enumerate(messages):
+        if message.role == "system" and i > 0:
+            raise PydanticCustomError("bad_order", "the system message at {i} is not the first message", {"i": i})
+        if message.tool_calls:
+            called = True
+            ids.update(call.id for call in message.tool_calls if call.id is not None)
+        elif message.role in ("tool", "ipython"):
+            if not called:
+                raise PydanticCustomError("bad_order", "the tool result at {i} has no tool call before it", {"i": i})
+            if ids and message.tool_call_id is not None and message.tool_call_id not in ids:
+                raise PydanticCustomError(
+                    "bad_order", "the tool_call_id of the tool result at {i} names no call before it", {"i": i}
+                )
+
+
+def _listed(value: object) -> object:
+    """A single message stands for a list of one."""
+    return [value] if isinstance(value, dict) else value
+
+
+class PreferenceDataItem(_Wire):
+    """One row of a data file for DPO: two ways a dialog may go on, and which is the better one.
+
+    With `dialog`, `chosen` and `rejected` are what follows it; without, each is a whole dialog, and they begin alike.
+    Trained on are the assistant messages behind what they share.
+    """
+
+    dialog: list[Message] | SkipJsonSchema[None] = Field(default=None, description="What both continue, in order.")
+    chosen: Annotated[list[Message], BeforeValidator(_listed)] = Field(description="The better answer.")
+    rejected: Annotated[list[Message], BeforeValidator(_listed)] = Field(description="The worse answer.")
+    tools: list[Tool] | SkipJsonSchema[None] = Field(
+        default=None, description="Functions shown to the model, in OpenAI's format."
+    )
+
+    @property
+    def dialogs(self) -> tuple[list[Message], list[Message]]:
+        """The whole dialogs, chosen and rejected."""
+        context = self.dialog or []
+        return [*context, *self.chosen], [*context, *self.rejected]
+
+    @property
+    def shared(self) -> int:
+        """How many messages the two have in common at their beginning."""
+        return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(*self.dialogs, strict=False)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,24 +226,134 @@ class Dialog:
     tools: tuple[dict[str, Any], ...] = ()
 
 
+class Pair(NamedTuple):
+    """A row of preferences, normalised. Both sides train their assistant messages behind the beginning they share."""
+
+    chosen: Dialog
+    rejected: Dialog
+
+
 def parse_row(raw: bytes) -> Dialog:
     """Reads one line. Raises RowError for anything that can't be trained on."""
-    if len(raw) > MAX_ROW_BYTES:
-        raise RowError(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB")
     row = _read_object(raw)
+    if preferences := [key for key in _PREFERENCE_KEYS if key in row]:
+        raise RowError(
+            f"the row has '{preferences[0]}': it is one of preferences, which only DPO trains on (set extras.loss to "
+            "torchtune.rlhf.loss.DPOLoss)"
+        )
     field = "dialog"
     if "messages" in row:
         field, row = "messages", _from_openai(row)
     try:
         item = TrainingDataItem.model_validate(row)
     except ValidationError as error:
-        raise RowError(_sentence(error.errors(include_url=False)[0], field)) from None
-    messages = tuple(_for_template(message, f"{field}[{i}]") for i, message in enumerate(item.dialog))
-    tools = tuple(tool.model_dump(exclude_unset=True) | {"type": "function"} for tool in item.tools or ())
-    return Dialog(messages, item.mask, tools)
+        raise RowError(_sentence(error.errors(include_url=False)[0], {"dialog": field})) from None
+    return _normalised(item.dialog, item.mask, item.tools, lambda i: f"{field}[{i}]")
+
+
+_PREFERENCE_KEYS = ("chosen", "rejected", "preferred_output", "non_preferred_output")
+
+
+def parse_pair(raw: bytes) -> Pair:
+    """Reads one line of preferences: as `PreferenceDataItem` has it (`messages` is another name of `dialog`), or as
+    OpenAI has it: `{"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}`. Raises RowError for
+    anything that can't be trained on."""
+    row, names = _with_our_names(_read_object(raw))
+    try:
+        item = PreferenceDataItem.model_validate(row)
+    except ValidationError as error:
+        raise RowError(_sentence(error.errors(include_url=False)[0], names)) from None
+    _check_pair(item, names)
+    return Pair(*(_side(item, side, names) for side in ("chosen", "rejected")))
+
+
+def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The row with the keys of PreferenceDataItem, and what the row itself calls each of them."""
+    if "keep_loss" in row:
+        raise RowError("keep_loss has no place in a row of preferences: what the two dialogs don't share is trained on")
+    names = {name: name for name in PreferenceDataItem.model_fields}
+    if row.keys() & {"input", "preferred_output", "non_preferred_output"}:
+        names |= {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+        names |= {"dialog": "input.messages", "tools": "input.tools"}
+        given = row.get("input")
+        if not isinstance(given, dict):
+            raise RowError("input must be an object with messages" if "input" in row else "input is missing")
+        if "messages" not in given:
+            raise RowError("input.messages is missing")
+        row = {key: value for key, value in row.items() if key != "input"} | {
+            f"input.{key}": value
+            for key, value in given.items()
+            if key != "parallel_tool_calls"  # says how answers are to be sampled
+        }
+    elif "messages" in row:
+        names["dialog"] = "messages"
+    if not row.keys() & {names["chosen"], names["rejected"]}:
+        raise RowError(
+            "the row has no 'chosen' and 'rejected', which DPO trains on: for rows of one dialog leave extras.loss out"
+        )
+    for ours, theirs in names.items():
+        if ours != theirs and ours in row:
+            raise RowError(f"the row has both '{theirs}' and '{ours}': use one of the two formats")
+    ours_of = {theirs: ours for ours, theirs in names.items()}
+    return {ours_of.get(key, key): value for key, value in row.items()}, names
+
+
+def _check_pair(item: PreferenceDataItem, names: Mapping[str, str]) -> None:
+    chosen, rejected = names["chosen"], names["rejected"]
+    for name, messages in ((chosen, item.chosen), (rejected, item.rejected)):
+        if not messages:
+            raise RowError(f"{name} is empty")
+        if item.dialog is not None and messages[0].role != "assistant":
+            raise RowError(
+                f"{name} must begin with an assistant message: what it answers stands in {names['dialog']} already"
+            )
+    if item.dialog is not None and not item.dialog:
+        raise RowError(f"{names['dialog']} is empty")
+    if item.chosen == item.rejected:
+        raise RowError(f"{chosen} and {rejected} are the same: there is nothing to prefer")
+    if not item.shared:
+        raise RowError(f"{chosen} and {rejected} don't begin with the same message: they must answer the same prompt")
+    for name, messages in zip((chosen, rejected), item.dialogs, strict=True):
+        rest = messages[item.shared :]
+        if not rest or rest[0].role != "assistant":
+            what = f"is {_article(rest[0].role)} message" if rest else "is missing"
+            raise RowError(
+                f"{chosen} and {rejected} must part with an assistant message: the first message of {name} that they "
+                f"don't share {what}"
+            )
+        try:
+            _check_order(messages)
+        except PydanticCustomError as error:
+            raise RowError(f"in the whole dialog of {name}, {error.message()}") from None
+
+
+def _side(item: PreferenceDataItem, side: Literal["chosen", "rejected"], names: Mapping[str, str]) -> Dialog:
+    messages = item.dialogs[0 if side == "chosen" else 1]
+    before, shared = len(item.dialog or ()), item.shared
+    keep = tuple(i >= shared and message.role == "assistant" for i, message in enumerate(messages))
+
+    def where(i: int) -> str:
+        return f"{names['dialog']}[{i}]" if i < before else f"{names[side]}[{i - before}]"
+
+    return _normalised(messages, keep, item.tools, where)
+
+
+def _article(role: str) -> str:
+    return f"an {role}" if role == "ipython" else f"a {role}"
+
+
+def _normalised(
+    messages: Sequence[Message], keep: tuple[bool, ...], tools: Sequence[Tool] | None, where: Callable[[int], str]
+) -> Dialog:
+    turns = tuple(_for_template(message, where(i)) for i, message in enumerate(messages))
+    return Dialog(
+        turns, keep, tuple(tool.model_dump(exclude_unset=True) | {"type": "function"} for tool in tools or ())
+    )
 
 
 def _read_object(raw: bytes) -> dict[str, Any]:
+    if len(raw) > MAX_ROW_BYTES:
+        raise RowError(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB")
     try:
         row = from_json(raw, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
@@ -286,12 +429,12 @@ _EXPECTED = {
 }
 
 
-def _sentence(error: ErrorDetails, field: str) -> str:
-    """pydantic's first complaint in our words; `field` is what the row calls its list of messages."""
-    path = _path(error["loc"], field)
+def _sentence(error: ErrorDetails, names: Mapping[str, str]) -> str:
+    """pydantic's first complaint in our words; `names` is what the row calls our fields."""
+    path = _path(error["loc"], names)
     kind = error["type"]
     if kind == "extra_forbidden":
-        parent, key = _path(error["loc"][:-1], field), _short(error["loc"][-1])
+        parent, key = _path(error["loc"][:-1], names), _short(error["loc"][-1])
         return f"unknown key {key} in {parent}" if parent else f"unknown key {key}"
     if kind == "missing":
         return f"{path} is missing"
@@ -304,11 +447,16 @@ def _sentence(error: ErrorDetails, field: str) -> str:
     return f"{path}: {error['msg'][:1].lower()}{error['msg'][1:]}"
 
 
-def _path(loc: tuple[int | str, ...], field: str) -> str:
+def _path(loc: tuple[int | str, ...], names: Mapping[str, str]) -> str:
     """`('dialog', 2, 'role')` -> `dialog[2].role`."""
     path = ""
-    for step in (field if step == "dialog" and i == 0 else step for i, step in enumerate(loc)):
-        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+    for i, step in enumerate(loc):
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif i == 0:
+            path = names.get(step, step)
+        else:
+            path += f".{step}"
     return path
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from events.facts import LineError
 from trainers.data.chat import ChatTokenizer, Rendered
 from trainers.data.dataset import MASK_TYPE, TOKEN_TYPE
-from trainers.data.dialog import RowError, parse_row
+from trainers.data.dialog import RowError, parse_pair, parse_row
 from trainers.data.words import Encoded
 
 ERRORS_KEPT = 20
@@ -23,13 +23,16 @@ Line = tuple[int, bytes]
 class Chunk:
     """What became of some lines: the rows that can be trained on, behind one another, and what is to be said of all.
 
-    `tokens` and `mask` are bytes as in the files of `trainers.data.dataset`; `lengths` their tokens by row. `histogram`
-    counts rows by the next power of two of their length before truncation. `errors` are the first of the `invalid`.
+    `tokens` and `mask` are bytes as in the files of `trainers.data.dataset`; `lengths` their tokens by row. A line
+    gives one row, or two behind one another, chosen and rejected. `valid`, `truncated` and `invalid` count lines;
+    `histogram` counts them by the next power of two of their (longer) row before truncation. `errors` are the first of
+    the `invalid`.
     """
 
     tokens: bytes = b""
     mask: bytes = b""
     lengths: list[int] = field(default_factory=list)
+    valid: int = 0
     trained: int = 0
     truncated: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
@@ -37,51 +40,53 @@ class Chunk:
     errors: list[LineError] = field(default_factory=list)
 
 
-def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Line]) -> Chunk:
-    """Reads, renders and tokenises `lines`. A row longer than `max_seq_len` tokens loses its end."""
+def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Line], pairs: bool = False) -> Chunk:
+    """Reads, renders and tokenises `lines`, each a dialog or (`pairs`) a row of preferences. A row longer than
+    `max_seq_len` tokens loses its end."""
     chunk = Chunk()
-    rows = [_read(raw, tokenizer) for _, raw in lines]
-    encoded = iter(tokenizer.encode_rendered([row for row in rows if isinstance(row, Rendered)]))
+    read = [_read(raw, tokenizer, pairs) for _, raw in lines]
+    encoded = iter(tokenizer.encode_rendered([row for rows in read if not isinstance(rows, RowError) for row in rows]))
     tokens: list[NDArray[np.int32]] = []
     masks: list[NDArray[np.bool_]] = []
-    for (line, _), row in zip(lines, rows, strict=True):
+    for (line, _), rows in zip(lines, read, strict=True):
         try:
-            ids, mask = _admitted(next(encoded) if isinstance(row, Rendered) else row, max_seq_len, chunk)
+            kept = _admitted(rows if isinstance(rows, RowError) else [next(encoded) for _ in rows], max_seq_len, chunk)
         except RowError as error:
             chunk.invalid += 1
             if len(chunk.errors) < ERRORS_KEPT:
                 chunk.errors.append(LineError(line=line, message=str(error)))
             continue
-        tokens.append(ids)
-        masks.append(mask)
-        chunk.lengths.append(len(ids))
+        for ids, mask in kept:
+            tokens.append(ids)
+            masks.append(mask)
+            chunk.lengths.append(len(ids))
     if tokens:
         chunk.tokens = np.concatenate(tokens).astype(TOKEN_TYPE, copy=False).tobytes()
         chunk.mask = np.concatenate(masks).astype(MASK_TYPE, copy=False).tobytes()
     return chunk
 
 
-def _read(raw: bytes, tokenizer: ChatTokenizer) -> Rendered | RowError:
+def _read(raw: bytes, tokenizer: ChatTokenizer, pairs: bool) -> list[Rendered] | RowError:
     try:
-        return tokenizer.locate(parse_row(raw))
+        return [tokenizer.locate(dialog) for dialog in (parse_pair(raw) if pairs else [parse_row(raw)])]
     except RowError as error:
         return error
 
 
-def _admitted(row: Encoded | RowError, max_seq_len: int, chunk: Chunk) -> Encoded:
-    """The row as it will be trained on, counted in `chunk`. Raises RowError for one that can't be."""
-    if isinstance(row, RowError):
-        raise row
-    tokens, mask = row
-    mask[:1] = False  # nothing predicts the first token
-    length = len(tokens)
-    kept = int(np.count_nonzero(mask[:max_seq_len]))
-    if kept == 0:
-        raise RowError(_nothing_left(mask, max_seq_len))
-    chunk.trained += kept
-    chunk.truncated += length > max_seq_len
-    chunk.histogram[1 << (length - 1).bit_length()] += 1
-    return tokens[:max_seq_len], mask[:max_seq_len]
+def _admitted(rows: list[Encoded] | RowError, max_seq_len: int, chunk: Chunk) -> list[Encoded]:
+    """A line's rows as they will be trained on, counted in `chunk`. Raises RowError where one of them can't be."""
+    if isinstance(rows, RowError):
+        raise rows
+    for (_, mask), side in zip(rows, ("chosen", "rejected"), strict=False):
+        mask[:1] = False  # nothing predicts the first token
+        if not mask[:max_seq_len].any():
+            raise RowError(_nothing_left(mask, max_seq_len) + (f" (in {side})" if len(rows) > 1 else ""))
+    longest = max(len(tokens) for tokens, _ in rows)
+    chunk.valid += 1
+    chunk.trained += sum(int(np.count_nonzero(mask[:max_seq_len])) for _, mask in rows)
+    chunk.truncated += longest > max_seq_len
+    chunk.histogram[1 << (longest - 1).bit_length()] += 1
+    return [(tokens[:max_seq_len], mask[:max_seq_len]) for tokens, mask in rows]
 
 
 def _nothing_left(mask: NDArray[np.bool_], max_seq_len: int) -> str:

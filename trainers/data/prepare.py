@@ -62,6 +62,7 @@ def prepare(
     tokenizer: ChatTokenizer,
     *,
     max_seq_len: int,
+    pairs: bool = False,
     out_dir: Path,
     cache: DataCache,
     max_invalid_fraction: float = 0.0,
@@ -69,7 +70,8 @@ def prepare(
 ) -> DataReport:
     """Reads every row of the checked `uri` and writes the valid ones to `out_dir` for `TokenisedDataset`.
 
-    A row longer than `max_seq_len` tokens loses its end. `progress` gets a line for people every few seconds, called on
+    `pairs`: the rows are preferences; each becomes two, chosen and rejected, and the report counts it as one. A row
+    longer than `max_seq_len` tokens loses its end. `progress` gets a line for people every few seconds, called on
     this thread. `out_dir` appears, or is replaced, only when it is complete. Where `cache` has the same data, tokenised
     in the same way, that is used; else it has it afterwards. Raises DataInvalid when more than `max_invalid_fraction`
     of the rows (or all of them) are invalid, UserError `data_changed` when the file changed meanwhile, UserError and
@@ -80,8 +82,8 @@ def prepare(
     scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
         cache.fetch(
-            _key(digest, tokenizer, max_seq_len),
-            partial(_tokenise, uri, digest, tokenizer, max_seq_len, progress),
+            _key(digest, tokenizer, max_seq_len, pairs),
+            partial(_tokenise, uri, digest, tokenizer, max_seq_len, pairs, progress),
             scratch,
             lambda _: progress("another job is tokenising the same data right now: waiting for it"),
         )
@@ -100,10 +102,11 @@ def prepare(
     return report
 
 
-def _key(digest: str, tokenizer: ChatTokenizer, max_seq_len: int) -> str:
-    """Names all that tokenised data depends on: the file, the tokenizer with its template, the longest row, and the
-    code that reads, renders and tokenises."""
-    return hashlib.sha256(f"{digest} {tokenizer.fingerprint} {max_seq_len} {_code()}".encode()).hexdigest()[:40]
+def _key(digest: str, tokenizer: ChatTokenizer, max_seq_len: int, pairs: bool) -> str:
+    """Names all that tokenised data depends on: the file, the tokenizer with its template, the longest row, whether
+    rows are pairs, and the code that reads, renders and tokenises."""
+    depends_on = f"{digest} {tokenizer.fingerprint} {max_seq_len} {pairs} {_code()}"
+    return hashlib.sha256(depends_on.encode()).hexdigest()[:40]
 
 
 @cache
@@ -116,7 +119,13 @@ def _code() -> str:
 
 
 def _tokenise(
-    uri: str, digest: str, tokenizer: ChatTokenizer, max_seq_len: int, progress: Progress, directory: Path
+    uri: str,
+    digest: str,
+    tokenizer: ChatTokenizer,
+    max_seq_len: int,
+    pairs: bool,
+    progress: Progress,
+    directory: Path,
 ) -> None:
     """Writes the valid rows of `uri` to `directory`, with a report. Raises where there is none, or the content isn't
     that of `digest` any more."""
@@ -126,9 +135,9 @@ def _tokenise(
     tally = _Tally()
     with _Writer(directory) as writer:
         if usable_cores() > 1 and (size is None or size >= _WORTH_PROCESSES):
-            encoded = encode_in_parallel(chunks, tokenizer, max_seq_len)
+            encoded = encode_in_parallel(chunks, tokenizer, max_seq_len, pairs)
         else:
-            encoded = (encode_lines(tokenizer, max_seq_len, lines) for lines in chunks)
+            encoded = (encode_lines(tokenizer, max_seq_len, lines, pairs) for lines in chunks)
         for chunk in encoded:
             tally.add(chunk)
             writer.append(chunk)
@@ -201,7 +210,7 @@ class _Tally:
     errors: list[LineError] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
-        self.rows += len(chunk.lengths)
+        self.rows += chunk.valid
         self.invalid += chunk.invalid
         self.tokens += sum(chunk.lengths)
         self.trained += chunk.trained

@@ -31,19 +31,21 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode_in_parallel(chunks: Iterable[Sequence[Line]], tokenizer: ChatTokenizer, max_seq_len: int) -> Iterator[Chunk]:
+def encode_in_parallel(
+    chunks: Iterable[Sequence[Line]], tokenizer: ChatTokenizer, max_seq_len: int, pairs: bool = False
+) -> Iterator[Chunk]:
     """`encode_lines` of every chunk, in order. Takes only so many chunks ahead as keep the processes busy.
 
     Raises InfrastructureError `tokenising_failed` where one of them dies.
     """
     count = min(usable_cores(), _MAX_PROCESSES)
-    pool = _Pool(count, tokenizer, max_seq_len)
+    pool = _Pool(count, tokenizer, max_seq_len, pairs)
     ahead: deque[Future[Chunk]] = deque()
     try:
         for lines in chunks:
             if sum(len(raw) for _, raw in lines) > _LONG_BYTES:
                 done: Future[Chunk] = Future()
-                done.set_result(encode_lines(tokenizer, max_seq_len, lines))
+                done.set_result(encode_lines(tokenizer, max_seq_len, lines, pairs))
                 ahead.append(done)
             else:
                 ahead.append(pool.submit(lines))
@@ -56,8 +58,8 @@ def encode_in_parallel(chunks: Iterable[Sequence[Line]], tokenizer: ChatTokenize
 
 
 class _Pool:
-    def __init__(self, count: int, tokenizer: ChatTokenizer, max_seq_len: int) -> None:
-        self._setup = pickle.dumps((tokenizer, max_seq_len))
+    def __init__(self, count: int, tokenizer: ChatTokenizer, max_seq_len: int, pairs: bool) -> None:
+        self._setup = pickle.dumps((tokenizer, max_seq_len, pairs))
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenise")
         self._started: list[_Worker] = []
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -124,9 +126,9 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not get between the answers
     with suppress(EOFError, BrokenPipeError):
-        tokenizer, max_seq_len = pickle.load(requests)  # noqa: S301  -- from `_Pool`
+        tokenizer, max_seq_len, pairs = pickle.load(requests)  # noqa: S301  -- from `_Pool`
         while True:
-            chunk = encode_lines(tokenizer, max_seq_len, pickle.load(requests))  # noqa: S301  -- from `_Pool`
+            chunk = encode_lines(tokenizer, max_seq_len, pickle.load(requests), pairs)  # noqa: S301  -- from `_Pool`
             answers.write(pickle.dumps(chunk))
             answers.flush()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from tests.trainers.data.support import assistant, call, system, tool_result, user
-from trainers.data.dialog import MAX_ROW_BYTES, Dialog, RowError, TrainingDataItem, parse_row
+from trainers.data.dialog import MAX_ROW_BYTES, Dialog, Pair, RowError, TrainingDataItem, parse_pair, parse_row
 
 ASK, ANSWER = user("How many?"), assistant("Seven.")
 CALL = assistant(None, tool_calls=[call("count", {"what": "birds"}, id="c1")])
@@ -242,3 +242,137 @@ def test_the_schema_for_openapi_names_every_field_and_role() -> None:
         "tool",
         "ipython",
     ]
+
+
+WORSE = assistant("Eight.")
+
+
+def pair(value: object) -> Pair:
+    return parse_pair(json.dumps(value).encode())
+
+
+PREFERENCES: dict[str, Any] = {
+    "whole dialogs": {"chosen": [system("Count."), ASK, ANSWER], "rejected": [system("Count."), ASK, WORSE]},
+    "a dialog and answers": {"dialog": [system("Count."), ASK], "chosen": [ANSWER], "rejected": [WORSE]},
+    "messages and an answer each": {"messages": [system("Count."), ASK], "chosen": ANSWER, "rejected": WORSE},
+    "openai": {
+        "input": {"messages": [system("Count."), ASK], "parallel_tool_calls": True},
+        "preferred_output": [ANSWER],
+        "non_preferred_output": [WORSE],
+    },
+}
+
+
+@pytest.mark.parametrize("value", PREFERENCES.values(), ids=PREFERENCES)
+def test_every_format_of_preferences_means_the_same_two_dialogs(value: dict[str, Any]) -> None:
+    chosen, rejected = pair(value)
+    assert chosen == row({"dialog": [system("Count."), ASK, ANSWER]})
+    assert rejected == row({"dialog": [system("Count."), ASK, WORSE]})
+
+
+def test_answers_that_both_dialogs_share_are_not_trained_on_and_later_ones_are() -> None:
+    begin = [ASK, ANSWER, ASK]
+    chosen, rejected = pair({"chosen": [*begin, ANSWER, ASK, ANSWER], "rejected": [*begin, WORSE]})
+    assert chosen.keep_loss == (False, False, False, True, False, True)
+    assert rejected.keep_loss == (False, False, False, True)
+
+
+def test_tools_of_preferences_reach_both_dialogs() -> None:
+    tool = {"type": "function", "function": {"name": "count"}}
+    both = pair(
+        {"input": {"messages": [ASK], "tools": [tool]}, "preferred_output": [CALL], "non_preferred_output": [WORSE]}
+    )
+    assert [side.tools for side in both] == [(tool,), (tool,)]
+    assert both.chosen.messages[1]["tool_calls"]
+
+
+BAD_PREFERENCES: dict[str, tuple[Any, str]] = {
+    "a supervised row": (
+        {"dialog": [ASK, ANSWER]},
+        "the row has no 'chosen' and 'rejected', which DPO trains on: for rows of one dialog leave extras.loss out",
+    ),
+    "one side": ({"chosen": [ASK, ANSWER]}, "rejected is missing"),
+    "the same twice": (
+        {"dialog": [ASK], "chosen": ANSWER, "rejected": ANSWER},
+        "chosen and rejected are the same: there is nothing to prefer",
+    ),
+    "different prompts": (
+        {"chosen": [ASK, ANSWER], "rejected": [user("Why?"), WORSE]},
+        "chosen and rejected don't begin with the same message: they must answer the same prompt",
+    ),
+    "prompts that part later": (
+        {"chosen": [system("x"), ASK, ANSWER], "rejected": [system("x"), user("Why?"), WORSE]},
+        "chosen and rejected must part with an assistant message: the first message of chosen that they don't share is "
+        "a user message",
+    ),
+    "one that stops": (
+        {"chosen": [ASK, ANSWER, ASK, ANSWER], "rejected": [ASK, ANSWER]},
+        "chosen and rejected must part with an assistant message: the first message of chosen that they don't share is "
+        "a user message",
+    ),
+    "no prompt": ({"dialog": [], "chosen": ANSWER, "rejected": WORSE}, "dialog is empty"),
+    "no answer": ({"dialog": [ASK], "chosen": [], "rejected": WORSE}, "chosen is empty"),
+    "the prompt twice": (
+        {"dialog": [ASK], "chosen": [ASK, ANSWER], "rejected": [ASK, WORSE]},
+        "chosen must begin with an assistant message: what it answers stands in dialog already",
+    ),
+    "a string": ({"dialog": [ASK], "chosen": "yes", "rejected": WORSE}, "chosen must be a list"),
+    "a bad role": (
+        {
+            "input": {"messages": [ASK]},
+            "preferred_output": [{"role": 5, "content": ""}],
+            "non_preferred_output": [WORSE],
+        },
+        "preferred_output[0].role must be 'system', 'user', 'assistant', 'tool' or 'ipython', not 5",
+    ),
+    "no input": ({"preferred_output": [ANSWER], "non_preferred_output": [WORSE]}, "input is missing"),
+    "no messages": (
+        {"input": {}, "preferred_output": ANSWER, "non_preferred_output": WORSE},
+        "input.messages is missing",
+    ),
+    "an input of text": ({"input": "x", "preferred_output": ANSWER}, "input must be an object with messages"),
+    "two formats": (
+        {"input": {"messages": [ASK]}, "preferred_output": ANSWER, "non_preferred_output": WORSE, "chosen": ANSWER},
+        "the row has both 'preferred_output' and 'chosen': use one of the two formats",
+    ),
+    "keep_loss": (
+        {"dialog": [ASK], "chosen": ANSWER, "rejected": WORSE, "keep_loss": [True, False]},
+        "keep_loss has no place in a row of preferences: what the two dialogs don't share is trained on",
+    ),
+    "an unknown key": ({"prompt": "x", "chosen": [ASK, ANSWER], "rejected": [ASK, WORSE]}, "unknown key 'prompt'"),
+    "a late system message": (
+        {"dialog": [ASK], "chosen": [ANSWER, system("x"), ANSWER], "rejected": WORSE},
+        "in the whole dialog of chosen, the system message at 2 is not the first message",
+    ),
+}
+
+
+@pytest.mark.parametrize(("value", "sentence"), BAD_PREFERENCES.values(), ids=BAD_PREFERENCES)
+def test_preferences_that_can_not_be_trained_on_say_why(value: object, sentence: str) -> None:
+    with pytest.raises(RowError) as caught:
+        pair(value)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("value", PREFERENCES.values(), ids=PREFERENCES)
+def test_preferences_in_a_supervised_job_are_told_of_dpo(value: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match=r"preferences, which only DPO trains on \(set extras.loss"):
+        row(value)
+
+
+PREFERENCE_KEYS = ["dialog", "messages", "input", "chosen", "rejected", "preferred_output", "role", "content"]
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.sampled_from(["assistant", "user"]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(PREFERENCE_KEYS), inner),
+        max_leaves=12,
+    )
+)
+def test_no_json_makes_anything_but_a_pair_or_a_row_error(value: object) -> None:
+    try:
+        parsed = pair(value)
+    except RowError:
+        return
+    assert all(any(side.keep_loss) for side in parsed)

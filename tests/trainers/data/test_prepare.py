@@ -179,9 +179,9 @@ def tokenising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of rows that were tokenised, chunk by chunk."""
     seen: list[int] = []
 
-    def noted(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Line]) -> Chunk:
+    def noted(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Line], pairs: bool) -> Chunk:
         seen.append(len(lines))
-        return encode_lines(tokenizer, max_seq_len, lines)
+        return encode_lines(tokenizer, max_seq_len, lines, pairs)
 
     monkeypatch.setattr(prepare_module, "encode_lines", noted)
     return seen
@@ -352,3 +352,43 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         peaks_mb.append((peak_kb / 1024, int(child_kb) / 1024))
     assert max(map(max, peaks_mb)) < 500
     assert all(after - before < 20 for before, after in zip(*peaks_mb, strict=True)), peaks_mb
+
+
+def preference(ask: str, chosen: str = "yes", rejected: str = "no") -> str:
+    sides = {"chosen": chosen, "rejected": rejected}
+    answers = {side: {"role": "assistant", "content": text} for side, text in sides.items()}
+    return json.dumps({"dialog": [{"role": "user", "content": ask}], **answers})
+
+
+def test_a_row_of_preferences_becomes_two_chosen_and_rejected(
+    run: Prepare, tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    report = run([preference("a"), preference("b", "no", PIECE)], pairs=True)
+    dataset = TokenisedDataset(tmp_path / "out")
+    dialogs = [line("a", "yes"), line("a", "no"), line("b", "no"), line("b", PIECE)]
+    expected = tokenizer.encode([parse_row(text.encode()) for text in dialogs])
+    assert (report.rows, len(dataset)) == (2, 4)
+    assert sum(report.length_histogram.values()) == 2
+    for i, (ids, mask) in enumerate(expected):
+        assert dataset[i][0].tolist() == ids.tolist()
+        assert dataset[i][1].tolist() == mask.tolist()
+    assert report.trained_tokens == sum(mask.sum() for _, mask in expected)
+
+
+def test_bad_preferences_keep_their_line_numbers(run: Prepare) -> None:
+    rows = [preference("a"), preference("a", "same", "same"), line("a"), preference("a", "", "no")]
+    with pytest.raises(DataInvalid) as caught:
+        run([*rows, preference(PIECE * 20)], pairs=True, max_seq_len=60)
+    errors = {error.line: error.message for error in caught.value.report.errors}
+    assert errors[2] == "chosen and rejected are the same: there is nothing to prefer"
+    assert "leave extras.loss out" in errors[3]
+    assert errors[5].startswith("truncation leaves nothing to train on")
+    assert errors[5].endswith("(in chosen)")
+    assert (caught.value.report.rows, caught.value.report.invalid_rows) == (5 - len(errors), len(errors))
+
+
+def test_supervised_and_preference_jobs_on_one_file_share_no_tokens(run: Prepare) -> None:
+    text = preference("a")
+    assert run([text], pairs=True).rows == 1
+    with pytest.raises(DataInvalid, match="line 1: the row has 'chosen'"):
+        run([text])
