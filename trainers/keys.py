@@ -214,7 +214,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "fsdp_sharding_strategy": "parameters are always fully sharded",
         "optimizer_in_bwd": "it can't be combined with gradient accumulation and clipping, so it isn't offered",
         "enable_activation_offloading": "use enable_activation_checkpointing",
-        "enable_async_checkpointing": "a checkpoint is listed only once it is complete on disk",
+        "enable_async_checkpointing": "checkpoints are written beside training wherever memory allows",
         "log_peak_memory_stats": "peak memory is always among the metrics",
         "log_level": "the job's log has one level",
         "profiler": "profiling isn't offered",

@@ -4,6 +4,7 @@ import logging
 import resource
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -130,9 +131,15 @@ def _no_effect(plan: Plan, arch: Architecture, ranks: Ranks) -> list[str]:
 
 
 def _peak_memory(device: torch.device) -> int:
+    """Bytes. On the CPU the kernel's own high-water mark of this process: getrusage's also knows that of the process
+    that started it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    status = Path("/proc/self/status")
+    if status.exists():
+        marks = (line.split() for line in status.read_text().splitlines())
+        return next(int(mark[1]) for mark in marks if mark[0] == "VmHWM:") * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _now() -> str:
