@@ -129,8 +129,8 @@ def train(
 
 class StepOutcome(NamedTuple):
     """Of one step, over all its micro-batches and all ranks. `loss` and the objective's `measures` are means over the
-    trained tokens or pairs; `lr` is the rate the step was taken with; `grad_norm`, before clipping, is None unless it is
-    asked for. `losses` [ranks, micro-batches] are the sums that `loss` is made of."""
+    trained tokens or pairs; `lr` is the rate the step was taken with; `grad_norm`, before clipping, is None unless it
+    is asked for. `losses` [ranks, micro-batches] are the sums that `loss` is made of."""
 
     loss: float
     lr: float
