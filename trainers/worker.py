@@ -78,8 +78,10 @@ def train_worker(config: dict[str, Any]) -> str:
         traceback.print_exc()
         raise
     finally:
-        reporter.close()
-        capture.close()
+        try:
+            reporter.close()
+        finally:
+            capture.close()  # the lines that say what went wrong must get out
     return FINISHED
 
 

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from trainers.methods import method_of
+from trainers.methods.lora import initial_adapter
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import build_decoder, initial_adapter
+from trainers.models.decoder import build_decoder
 from trainers.plan import Plan
 from trainers.training_model import choose_dtype
 
@@ -94,7 +96,7 @@ def _save_adapter(plan: Plan, model_dir: Path, directory: Path) -> None:
     arch = inspect_model_dir(model_dir)
     dtype = choose_dtype(plan, torch.device("cpu"))
     with torch.device("meta"):
-        decoder = build_decoder(arch, lora=plan.lora)
+        decoder = build_decoder(arch, linear=method_of(plan).linear)
     torch.save(initial_adapter(decoder, plan.seed, dtype), directory / "adapter.pt")
     state = {"seed": plan.seed, "epochs_run": 0, "total_epochs": plan.n_epochs, "max_steps_per_epoch": None}
     torch.save(state | {"optimizer": {}, "dataloader": {}}, directory / "recipe_state.pt")
