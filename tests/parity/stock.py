@@ -104,7 +104,9 @@ def _save_adapter(plan: Plan, model_dir: Path, directory: Path) -> None:
 
 def _config(plan: Plan, model_dir: Path, data: Path, directory: Path) -> dict[str, Any]:
     resumed = {"adapter_checkpoint": "adapter.pt", "recipe_checkpoint": "recipe_state.pt"} if plan.lora else {}
-    optimizer = {"_component_": plan.optimizer.component, "lr": plan.lr} | plan.optimizer.kwargs
+    # Fused where ours is by default; torchtune's own configs say so, too.
+    fused = {"fused": True} if "Adam" in plan.optimizer.component else {}
+    optimizer = {"_component_": plan.optimizer.component, "lr": plan.lr} | fused | plan.optimizer.kwargs
     return {
         "output_dir": str(directory),
         "model": _model(plan, json.loads((model_dir / "config.json").read_text())),

@@ -44,6 +44,7 @@ from tests.parity.stock import StockProcess, StockRun, StockStep, prepare_stock_
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, TwoRanks, make_plan_for, write_rows
 from trainers.batches import pack
+from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.prepare import prepare
 from trainers.plan import ComponentSpec, LoraSpec, Plan
@@ -90,7 +91,9 @@ ONE_WORKER = {
     "full, cosine, clipped, weight decay": plan("full", 4, lr_scheduler=COSINE, clip_grad_norm=0.5, optimizer=DECAY),
     "lora, cosine, clipped, weight decay": plan("lora", 2, 2, lr_scheduler=COSINE, clip_grad_norm=0.1, optimizer=DECAY),
     "full, SGD, clipped": plan("full", 2, lr=0.05, optimizer=SGD, clip_grad_norm=2.0),
-    "full, plain cross-entropy, shuffled": plan("full", 2, loss=CROSS_ENTROPY, shuffle=True, seed=0),
+    "full, plain cross-entropy, shuffled": plan(
+        "full", 2, loss=CROSS_ENTROPY, shuffle=True, seed=0, group_by_length=False
+    ),
     "full, packed": plan("full", 2, packed=True, max_seq_len=PACK),
     "lora, packed": plan("lora", 1, 2, packed=True, max_seq_len=PACK),
     "full, activation checkpointing": plan("full", 2, model="untied", enable_activation_checkpointing=True),
@@ -132,7 +135,8 @@ def prepare_tickets(directory: Path, model: Path) -> None:
     file = directory.with_suffix(".jsonl")
     file.write_text("".join(TICKETS.read_text(encoding="utf-8").splitlines(keepends=True)[:6]), encoding="utf-8")
     tokenizer = ChatTokenizer.from_dir(model)
-    prepare(file.as_uri(), tokenizer, max_seq_len=2048, out_dir=directory, progress=lambda _: None)
+    cache = DataCache(directory.with_suffix(".cache"), 1 << 20)
+    prepare(file.as_uri(), tokenizer, max_seq_len=2048, out_dir=directory, cache=cache, progress=lambda _: None)
 
 
 class Stage:
