@@ -52,6 +52,9 @@ from trainers.plan import ComponentSpec, LoraSpec, Plan
 STEPS, EPOCHS = 50, 2
 PACK = 64  # tokens
 FP32, BF16 = 1e-5, 1e-2
+LARGE_VOCABULARY = 3e-5
+"""torch's cross-entropy itself is 1.3e-5 off with SmolLM2's 49,152 words: on the first batch here it says 4.5424697,
+ours says 4.5424830, and in float64 both say 4.5424826. tests/trainers/test_loss.py holds ours to a millionth."""
 
 TICKETS = Path(__file__).parents[2] / "examples" / "tickets" / "train.jsonl"
 
@@ -222,7 +225,7 @@ def test_a_setting_that_is_slightly_off_would_be_seen(stage: Stage, tmp_path: Pa
 
 def assert_alike(ours: list[StepMetrics], stock: list[StockStep], plan: Plan) -> None:
     assert len(ours) == len(stock) == (3 if plan.model == "smollm2" else STEPS)
-    bound = BF16 if plan.dtype == "bf16" else FP32
+    bound = BF16 if plan.dtype == "bf16" else LARGE_VOCABULARY if plan.model == "smollm2" else FP32
     assert all(gap <= bound for gap in gaps(ours, stock)), table(ours, stock, bound)  # a NaN isn't
     assert [step.lr for step in ours[1:]] == pytest.approx([step.next_lr for step in stock[:-1]], rel=1e-6)
     if plan.clip_grad_norm:

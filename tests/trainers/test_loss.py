@@ -111,3 +111,15 @@ def test_no_trained_position_has_no_log_probability_and_zero_gradients() -> None
     assert logps.shape == (0,)
     assert matrix.weight.grad is not None
     assert not matrix.weight.grad.any()
+
+
+def test_with_a_vocabulary_of_real_size_the_loss_is_exact_to_a_millionth() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(60, 64, generator=generator)
+    labels = torch.randint(0, 49_152, (60,), generator=generator)
+    matrix = Head(64, 49_152, bias=False)
+    with torch.no_grad():
+        matrix.weight.normal_(std=0.3, generator=generator)
+        logits = functional.linear(hidden.double(), matrix.weight.double())
+        exact = functional.cross_entropy(logits, labels, reduction="sum")
+        assert HeadLoss(matrix, 49_152)(hidden, labels).item() == pytest.approx(exact.item(), rel=1e-6)
