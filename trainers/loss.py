@@ -22,6 +22,8 @@ from trainers.models.decoder import Head
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits in a chunk: small enough to be no matter of memory (64 and 512 MB in float32), large enough for the matrix
 products to run at full speed."""
+MODULE_CHUNKS = 8
+"""Chunks for a head that autograd goes through, unless the plan says otherwise."""
 
 
 class HeadLoss:
@@ -84,8 +86,9 @@ class HeadLoss:
         return self._each_through_module(hidden, labels).sum()
 
     def _each_through_module(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        rows = self._rows(hidden)
-        parts = [(hidden[i : i + rows], labels[i : i + rows]) for i in range(0, max(len(hidden), 1), rows)]
+        # As many chunks on every rank, whatever its share of a batch: a sharded head is gathered once for each.
+        chunks = self.chunks or MODULE_CHUNKS
+        parts = zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True)
         return torch.cat([checkpoint(self._chunk, *part, use_reentrant=False) for part in parts])
 
     def _chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -64,7 +64,6 @@ SHARDED_APART = {"memory_efficient_fsdp_wrap": True, "enable_activation_checkpoi
         ("lora", "mistral", SHARDED_APART | {"lora": LoraSpec(mlp=True, output=True)}),
         ("dora", "mistral", SHARDED_APART | {"lora": LoraSpec(mlp=True, output=True)}),
         ("qlora", "blocks", {"gradient_accumulation_steps": 2}),
-        ("qat", "mistral", SHARDED_APART),
     ],
 )
 def test_two_workers_give_the_numbers_of_one(
