@@ -51,6 +51,7 @@ from trainers.plan import ComponentSpec, LoraSpec, Plan
 
 STEPS, EPOCHS = 50, 2
 PACK = 64  # tokens
+pytestmark = pytest.mark.timeout(900)  # the first test waits for a dozen stock runs
 FP32, BF16 = 1e-5, 1e-2
 LARGE_VOCABULARY = 3e-5
 """torch's cross-entropy itself is 1.3e-5 off with SmolLM2's 49,152 words: on the first batch here it says 4.5424697,
