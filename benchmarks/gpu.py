@@ -315,7 +315,8 @@ class _Documents:
 
 def _ours(spec: Spec, meter: Meter) -> int:
     """Trains, and returns how many parameters are trained. The one place that knows how the recipe's parts fit."""
-    from trainers.batches import collate, pack
+    from trainers.batches import pack
+    from trainers.collate import collate
     from trainers.distributed import Ranks
     from trainers.methods import method_of
     from trainers.models.architecture import Architecture, read_architecture
@@ -357,7 +358,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
     packs = pack(data.lengths, spec.seq_len)
     for step in range(spec.steps + spec.warmup):
         share = packs[step * spec.batch_size : (step + 1) * spec.batch_size]
-        batch = collate(data, share, spec.seq_len)
+        batch = collate(data, share, pad_to=spec.seq_len)
         training_step(model, optimizer, None, [batch], batch.n_trained, ranks, None, stop=False)
         meter.step(batch.n_tokens)
     return sum(parameter.numel() for parameter in model.trainable().values())

@@ -4,6 +4,11 @@ It starts the service (or uses the one at $TUNEWRIGHT_URL), submits examples/tic
 job, and compares the model before and after. Ctrl-C cancels the job and stops what was started.
 """
 
+# ruff: noqa: E402
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are imported there is nothing to stop: end without a word
+
 import json
 import os
 import subprocess
@@ -12,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,6 +46,7 @@ class DemoFailed(Exception):
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory(prefix="tunewright-demo-") as scratch:
             # The model before training is scored while the service starts: both take about as long.
@@ -223,11 +230,12 @@ def report(client: Client, job: Job, before: dict[str, Any], after: dict[str, An
         samples.add_row(*(escape(text) for text in (old["prompt"], old["answer"], new["answer"], new["expected"])))
     console.print(samples)
 
-    console.print(f"\nCheckpoint  {model_of(job)}")
-    console.print("            (loads as it is in transformers and vLLM; the adapter alone lies next to it, for peft)")
-    console.print(f"The job     curl '{client.url}/fine_tuning/jobs/status?job_id={job['job_id']}'")
+    line = partial(console.print, soft_wrap=True)  # what is to be copied must not be broken
+    line(f"\nCheckpoint  {model_of(job)}")
+    line("            (loads as it is in transformers and vLLM; the adapter alone lies next to it, for peft)")
+    line(f"The job     curl '{client.url}/fine_tuning/jobs/status?job_id={job['job_id']}'")
     if "TUNEWRIGHT_URL" not in os.environ:
-        console.print("            The service ends with the demo, its log stays: after `make serve`, ask port 8000.")
+        line("            The service ends with the demo, its log stays: after `make serve`, ask port 8000.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which rows make up each step, and how rows become tensors.
+"""Which rows make up each step.
 
 The order of an epoch depends on seed, epoch and the size of a step. A step takes the next `world * batch_size *
 accumulation` items; ranks take turns, so the same global batch trains the same on any number of workers. The last step
@@ -6,107 +6,12 @@ of an epoch takes what is left: no row is dropped, none leaks into the next epoc
 pack of rows, and of preference data a pair of rows: 2i (chosen) and 2i + 1 (rejected).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-
-IGNORED = -100
-"""Label of a position that is not trained."""
-
-
-class Rows(Protocol):
-    """What `TokenisedDataset` offers."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
-    @property
-    def lengths(self) -> np.ndarray: ...
-
-
-class Batch(NamedTuple):
-    """One micro-batch. `tokens` and `labels` have shape [b, s]; labels are shifted: labels[:, j] follows tokens[:, j].
-    `trained` [n] holds the trained positions, as indices of the flattened batch.
-
-    For packs, `documents` [b, s] numbers the rows of each, 0, 1, 2, ..., with -1 for padding, and `positions` [b, s]
-    counts within a row. Both are None for rows that aren't packed, where padding only follows. `n_tokens` leaves
-    padding out.
-
-    `n_trained` is what the loss is a mean over: trained tokens, or pairs. Of pairs, `reference` [b] has the
-    log-probability of each line's trained tokens under the reference model, chosen and rejected in turn.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    trained: Tensor
-    documents: Tensor | None
-    positions: Tensor | None
-    n_tokens: int
-    n_trained: int
-    reference: Tensor | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        """On `device`, without waiting for the copy."""
-        if device.type == "cpu":
-            return self
-        return self._replace(
-            tokens=_sent(self.tokens, device),
-            labels=_sent(self.labels, device),
-            trained=_sent(self.trained, device),
-            documents=None if self.documents is None else _sent(self.documents, device),
-            positions=None if self.positions is None else _sent(self.positions, device),
-            reference=None if self.reference is None else _sent(self.reference, device),
-        )
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def collate(
-    dataset: Rows, items: Sequence[np.ndarray], pad_to: int | None = None, reference: Tensor | None = None
-) -> Batch:
-    """The micro-batch of `items`, each an array of row indices; `pad_to` is given for packs, `reference` [rows] for
-    pairs. Without items: a batch of one untrained token, so that a rank that has run out of rows still takes part in
-    the step."""
-    if reference is not None:  # a pair's rows become lines of their own
-        rows = np.concatenate([*items, np.empty(0, dtype=np.int64)]).astype(np.int64)
-        batch = collate(dataset, [row[None] for row in rows])
-        return batch._replace(n_trained=len(items), reference=reference[torch.from_numpy(rows)])
-    documents = [[_document(dataset, int(row)) for row in item] for item in items] or [[_EMPTY]]
-    width = pad_to or max(sum(len(tokens) for tokens, _ in item) for item in documents)
-    tokens = np.zeros((len(documents), width), dtype=np.int64)
-    labels = np.full((len(documents), width), IGNORED, dtype=np.int64)
-    positions = np.zeros((len(documents), width), dtype=np.int64)
-    numbers = np.full((len(documents), width), -1, dtype=np.int64)
-    for line, item in enumerate(documents):
-        start = 0
-        for number, (ids, targets) in enumerate(item):
-            end = start + len(ids)
-            tokens[line, start:end], labels[line, start:end] = ids, targets
-            positions[line, start:end] = np.arange(len(ids))
-            numbers[line, start:end] = number
-            start = end
-    trained = torch.from_numpy(np.flatnonzero(labels != IGNORED))
-    n_tokens = int((numbers >= 0).sum()) if items else 0
-    batch = Batch(torch.from_numpy(tokens), torch.from_numpy(labels), trained, None, None, n_tokens, len(trained))
-    if pad_to is None:
-        return batch
-    return batch._replace(documents=torch.from_numpy(numbers), positions=torch.from_numpy(positions))
-
-
-_EMPTY = (np.zeros(1, dtype=np.int64), np.full(1, IGNORED, dtype=np.int64))
-
-
-def _document(dataset: Rows, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and shifted labels of a row; the last position has nothing to predict."""
-    tokens, trained = dataset[row]
-    labels = np.full(len(tokens), IGNORED, dtype=np.int64)
-    labels[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
-    return tokens, labels
 
 
 def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
@@ -159,8 +64,8 @@ class Schedule:
     """Every step of a run over rows of `lengths` [rows] tokens, `trained` [rows] of which are trained.
 
     `batch_size` is per worker and micro-batch. `shuffle_seed` None keeps the rows in order. `pack_to`: tokens of a
-    pack; None: an item is one row. `group_by_length` makes steps of rows of similar length, for less padding and less
-    waiting between ranks; rows are never moved across epochs by it, and the tail of an epoch stays a random sample.
+    pack; None: an item is one row. `group_by_length` makes steps of rows of similar length, so that ranks
+    wait less for each other; rows are never moved across epochs by it, and the tail of an epoch stays a random sample.
     `pairs`: rows 2i and 2i + 1 are one item, as long as the longer of the two.
     """
 

@@ -53,8 +53,9 @@ KEYS: tuple[Key, ...] = (
     Key(
         "group_by_length",
         boolean,
-        "true",
-        "Make steps of rows of similar length: less padding. Only with `shuffle` and without `packed`.",
+        "false",
+        "Make steps of rows of similar length: workers wait less for each other. Only with `shuffle` and without "
+        "`packed`.",
     ),
     Key(
         "lora_attn_modules",
@@ -221,7 +222,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "fake_quant_after_n_steps": "the quantizer's rounding is there from the first step",
         "cudnn_deterministic_mode": "set seed: the data order and the adapters follow from it",
         "num_workers": "rows are tokenised before training starts: there is no data loader to widen",
-        "collate_fn": "rows are padded, or packed if packed is true",
+        "collate_fn": "rows lie behind one another, without padding",
         "seed_offset": "set seed",
     }
 )

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainers.batches import Batch
+from trainers.collate import Batch
 from trainers.loss import HeadLoss
 from trainers.plan import Plan
 
 
 class Measured(NamedTuple):
     """Of a batch: the summed `loss` [], float32; sums of what the objective calls its `measures` [k]; and with pairs
-    the log-probability `logps` of each line's trained tokens [b]. Only the loss has a gradient."""
+    the log-probability `logps` of each row's trained tokens [rows]. Only the loss has a gradient."""
 
     loss: Tensor
     measures: Tensor
@@ -43,7 +43,7 @@ class Supervised(Objective):
 
     def __call__(self, head: HeadLoss, hidden: Tensor, batch: Batch) -> Measured:
         nothing = hidden.new_empty(0, dtype=torch.float64)
-        return Measured(head(hidden, batch.labels.flatten()[batch.trained]), nothing, nothing)
+        return Measured(head(hidden, batch.labels), nothing, nothing)
 
 
 class Preference(Objective):
@@ -56,11 +56,12 @@ class Preference(Objective):
         self.flipped = plan.loss.kwargs.get("label_smoothing", 0.0)
 
     def __call__(self, head: HeadLoss, hidden: Tensor, batch: Batch) -> Measured:
-        assert batch.reference is not None  # noqa: S101  -- as every batch of pairs has it
-        of_tokens = head.log_probabilities(hidden, batch.labels.flatten()[batch.trained])  # [n]
-        # Spread over the batch and summed line by line: the same order of summands, so the same bits, on any device.
-        spread = of_tokens.new_zeros(batch.tokens.numel()).scatter(0, batch.trained, of_tokens)
-        logps = spread.view_as(batch.tokens).sum(dim=1)[: len(batch.reference)]  # [b], chosen and rejected in turn
+        assert batch.reference is not None and batch.places is not None  # noqa: S101, PT018  -- all pairs have them
+        of_tokens = head.log_probabilities(hidden, batch.labels)  # [n]
+        # Spread over a matrix and summed line by line: the same order of summands, so the same bits, on any device.
+        rows = len(batch.reference)
+        spread = of_tokens.new_zeros(rows * batch.longest).scatter(0, batch.places, of_tokens)
+        logps = spread.view(rows, batch.longest).sum(dim=1)  # chosen and rejected in turn
         rewards = self.beta * (logps - batch.reference)
         chosen, rejected = rewards[0::2], rewards[1::2]  # [pairs]
         margin = chosen - rejected

@@ -79,7 +79,7 @@ class Plan(_Frozen):
     gradient_accumulation_steps: int = 1
     seed: int = 42
     shuffle: bool = True
-    group_by_length: bool = True
+    group_by_length: bool = False
     max_steps_per_epoch: int | None = None
     clip_grad_norm: float | None = None
     optimizer: ComponentSpec = ComponentSpec(component=DEFAULTS["optimizer"])

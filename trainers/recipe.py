@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainers.batches import Batch, Progress, Schedule, StepItems, collate, evaluation_batches
+from trainers.batches import Progress, Schedule, StepItems, evaluation_batches
 from trainers.checkpoint import CheckpointWriter, Validation, load_optimizer, load_progress
+from trainers.collate import Batch, collate
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
 from trainers.errors import UserError
 from trainers.methods import method_of
-from trainers.models.architecture import inspect_model_dir
+from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.optimization import build_optimizer, build_scheduler
 from trainers.plan import Plan
 from trainers.progress_log import ProgressLog, log_summary
@@ -82,11 +83,13 @@ def train(
         # ---- loop
         if valid and progress.step == 0:
             log.evaluated(progress, evaluate(model, valid, plan.batch_size, ranks, reference.get("validation")))
+        width = pack_size(plan) if ranks.device.type == "cuda" else None  # compiled code is for one width
         under_way: deque[Step] = deque()
         stop = False
         for items in schedule.steps(progress):
             micro_batches = [
-                collate(data, share, pack_size(plan), reference.get("training")) for share in items.micro_batches
+                collate(data, rows, share=not drops(plan, arch), pad_to=width, reference=reference.get("training"))
+                for rows in items.micro_batches
             ]
             seed_step(plan.seed, progress.step, ranks.rank)
             tensors = training_step(
@@ -260,6 +263,11 @@ def build_schedule(plan: Plan, data: TokenisedDataset, ranks: Ranks) -> Schedule
 def pack_size(plan: Plan) -> int | None:
     """Tokens in a pack; None where rows aren't packed."""
     return plan.max_seq_len if plan.packed else None
+
+
+def drops(plan: Plan, arch: Architecture) -> bool:
+    """Whether dropout is at work: then a position comes out differently in each row, and rows can't share it."""
+    return arch.attention_dropout > 0 or (plan.lora is not None and plan.lora.dropout > 0)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

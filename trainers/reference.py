@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainers.batches import collate, evaluation_batches
+from trainers.batches import evaluation_batches
+from trainers.collate import collate
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
 from trainers.errors import InfrastructureError

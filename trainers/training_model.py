@@ -1,7 +1,7 @@
 """The model as the recipe trains it: a decoder that computes its own loss, placed on one device or sharded over ranks.
 
 The final norm and the output head see trained positions only. That is exact, and it saves the largest matrix product of
-a step for every prompt and padding token.
+a step for every token of a prompt.
 """
 
 import os
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder
 from torchtune.training import get_shard_conditions, set_default_dtype, shard_model
 
-from trainers.batches import Batch
+from trainers.collate import Batch
 from trainers.distributed import Ranks, like
 from trainers.loss import HeadLoss
 from trainers.methods import Method
@@ -54,13 +54,13 @@ class TrainingModel(nn.Module):
 
     def forward(self, batch: Batch) -> Measured:
         """The loss summed over what the batch counts (`Batch.n_trained`). 0, with zero gradients, for nothing."""
-        hidden = self.decoder.tok_embeddings(batch.tokens)  # [b, s, d]
-        seen = causal(self.decoder, batch.tokens, batch.documents)
+        hidden = self.decoder.tok_embeddings(batch.tokens)  # [1, s, d]
+        seen, positions = causal(self.decoder, batch.tokens, batch.layout), batch.layout.positions
         for layer in self.decoder.layers:
             if self.recompute and self.training:
-                hidden = checkpoint(layer, hidden, mask=seen, input_pos=batch.positions, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, mask=seen, input_pos=positions, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask=seen, input_pos=batch.positions)
+                hidden = layer(hidden, mask=seen, input_pos=positions)
         hidden = self.decoder.norm(hidden.flatten(0, 1)[batch.trained])  # [n, d]
         return self.objective(self.head, hidden, batch)
 

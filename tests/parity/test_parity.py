@@ -95,9 +95,7 @@ ONE_WORKER = {
     "full, cosine, clipped, weight decay": plan("full", 4, lr_scheduler=COSINE, clip_grad_norm=0.5, optimizer=DECAY),
     "lora, cosine, clipped, weight decay": plan("lora", 2, 2, lr_scheduler=COSINE, clip_grad_norm=0.1, optimizer=DECAY),
     "full, SGD, clipped": plan("full", 2, lr=0.05, optimizer=SGD, clip_grad_norm=2.0),
-    "full, plain cross-entropy, shuffled": plan(
-        "full", 2, loss=CROSS_ENTROPY, shuffle=True, seed=0, group_by_length=False
-    ),
+    "full, plain cross-entropy, shuffled": plan("full", 2, loss=CROSS_ENTROPY, shuffle=True, seed=0),
     "full, packed": plan("full", 2, packed=True, max_seq_len=PACK),
     "lora, packed": plan("lora", 1, 2, packed=True, max_seq_len=PACK),
     "full, activation checkpointing": plan("full", 2, model="untied", enable_activation_checkpointing=True),

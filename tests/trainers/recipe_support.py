@@ -36,6 +36,23 @@ def write_rows(directory: Path, rows: Iterable[tuple[list[int], list[bool]]]) ->
     return directory
 
 
+class ListedRows:
+    """`trainers.collate.Rows` in memory. `trained` has for each token whether it is trained."""
+
+    def __init__(self, found: list[list[int]], trained: list[list[bool]]) -> None:
+        self._found = [(np.array(row), np.array(mask)) for row, mask in zip(found, trained, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]:
+        return self._found[index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(tokens) for tokens, _ in self._found])
+
+
 def random_rows(count: int, seed: int = 0, longest: int = 24) -> list[tuple[list[int], list[bool]]]:
     """Rows with a pattern that can be learnt: each counts upwards from its first token. The first third is prompt."""
     rng = np.random.default_rng(seed)

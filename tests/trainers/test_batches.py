@@ -1,7 +1,6 @@
 """Which rows a step takes, and what tensors they become."""
 
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from tests.trainers.recipe_support import write_rows
-from trainers.batches import IGNORED, Progress, Schedule, collate, evaluation_batches, pack
-from trainers.data.dataset import TokenisedDataset
+from trainers.batches import Progress, Schedule, evaluation_batches, pack
 
 
 def schedule(count: int, **options: Any) -> Schedule:
@@ -207,22 +204,6 @@ def test_packs_are_of_shuffled_rows_and_hold_every_row_once() -> None:
     assert shuffled == packs(shuffle_seed=1) != packs(shuffle_seed=2)
 
 
-def test_labels_are_the_next_tokens_where_the_mask_says_so(tmp_path: Path) -> None:
-    data = TokenisedDataset(write_rows(tmp_path, [([5, 6, 7], [False, True, True]), ([8, 9], [True, False])]))
-    batch = collate(data, [np.array([0]), np.array([1])])
-    assert batch.tokens.tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch.labels.tolist() == [[6, 7, IGNORED], [IGNORED] * 3]
-    assert (batch.n_tokens, batch.n_trained, batch.documents, batch.positions) == (5, 2, None, None)
-
-
-def test_a_rank_without_rows_gets_one_untrained_token(tmp_path: Path) -> None:
-    data = TokenisedDataset(write_rows(tmp_path, [([5, 6], [True, True])]))
-    for pad_to in (None, 4):
-        batch = collate(data, [], pad_to)
-        assert (batch.n_tokens, batch.n_trained) == (0, 0)
-        assert batch.labels.eq(IGNORED).all()
-
-
 def test_packing_is_next_fit_and_keeps_every_row() -> None:
     assert [p.tolist() for p in pack(np.array([3, 3, 4, 10, 1]), 10)] == [[0, 1, 2], [3], [4]]
     lengths = np.random.default_rng(0).integers(1, 33, 1000)
@@ -235,17 +216,6 @@ def test_packing_is_next_fit_and_keeps_every_row() -> None:
 def test_a_row_longer_than_a_pack_is_an_error() -> None:
     with pytest.raises(ValueError, match="row 1 has 11 tokens"):
         pack(np.array([3, 11]), 10)
-
-
-def test_rows_of_a_pack_are_numbered_and_count_from_zero(tmp_path: Path) -> None:
-    data = TokenisedDataset(write_rows(tmp_path, [([5, 6], [False, True]), ([7, 8, 9], [True, True, True])]))
-    batch = collate(data, [np.array([0, 1])], pad_to=6)
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 0]]
-    assert batch.labels.tolist() == [[6, IGNORED, 8, 9, IGNORED, IGNORED]]
-    assert batch.positions is not None
-    assert batch.documents is not None
-    assert batch.positions.tolist() == [[0, 1, 0, 1, 2, 0]]
-    assert batch.documents.tolist() == [[0, 0, 1, 1, 1, -1]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -268,20 +238,6 @@ def test_a_pair_is_an_item_as_long_as_its_longer_row_and_never_torn() -> None:
     alone = Schedule(longer, longer, **options)
     same = [int(item[0]) for step in alone.steps(Progress()) for batch in step.micro_batches for item in batch]
     assert [first // 2 for first, _ in items] == same
-
-
-def test_a_batch_of_pairs_has_a_line_for_each_row_and_its_reference(tmp_path: Path) -> None:
-    rows = [([5, 6, i], [False, True, True]) for i in range(6)]
-    data = TokenisedDataset(write_rows(tmp_path, rows))
-    reference = torch.arange(6.0)
-    batch = collate(data, [np.array([4, 5]), np.array([0, 1])], reference=reference)
-    assert batch.tokens[:, 2].tolist() == [4, 5, 0, 1]
-    assert batch.reference is not None
-    assert batch.reference.tolist() == [4, 5, 0, 1]
-    assert (batch.n_trained, batch.n_tokens) == (2, 12)
-    nothing = collate(data, [], reference=reference)
-    assert nothing.reference is not None
-    assert (nothing.n_trained, nothing.n_tokens, len(nothing.reference)) == (0, 0, 0)
 
 
 def test_an_evaluation_covers_every_pair_once() -> None:

@@ -209,4 +209,8 @@ def test_compiling_and_recomputing_change_nothing_but_the_last_digits(
     other = case(method, n_epochs=1, compile=True, enable_activation_checkpointing=True)
     expected: Recorder = plain.run()
     got = replace(other, output_dir=tmp_path / "compiled").run()
-    assert list(got.losses.values()) == pytest.approx(list(expected.losses.values()), abs=1e-4)
+    first, *later = got.losses.values()
+    expected_first, *expected_later = expected.losses.values()
+    assert first == pytest.approx(expected_first, abs=1e-5)
+    # With QAT a last digit may decide to which of 16 values a weight is rounded in the next step.
+    assert later == pytest.approx(expected_later, abs=0.05 if method == "qat" else 1e-4)

@@ -263,8 +263,8 @@ def test_planning_imports_no_torch() -> None:
 
 
 def test_rows_are_grouped_by_length_unless_their_order_is_kept_or_they_are_packed() -> None:
-    assert make_plan(config()).group_by_length
-    assert not make_plan(config({"extras": {"group_by_length": False}})).group_by_length
+    assert not make_plan(config()).group_by_length
+    assert make_plan(config({"extras": {"group_by_length": True}})).group_by_length
     make_plan(config({"extras": {"shuffle": False}}))
     make_plan(config({"extras": {"packed": True, "max_seq_len": 8}}))
     ordered = only_problem({"group_by_length": True, "shuffle": False})

@@ -14,7 +14,8 @@ from torchtune.rlhf.loss import DPOLoss
 
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, make_plan_for, random_pairs, saved_weights, write_rows
-from trainers.batches import collate, rows_of_pair
+from trainers.batches import rows_of_pair
+from trainers.collate import collate
 from trainers.components import DPO_LOSS
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks

@@ -1,15 +1,15 @@
 """Attention: every position sees itself and what precedes it in its document, exactly, in what each family makes of it.
 
-A pack holds several documents in a row; what a position sees is worked out once per batch, in `Causal`, and shared by
-all layers. On CUDA, FlexAttention skips the blocks of scores that nobody sees; elsewhere (and where FlexAttention can't
-be used) each document is attended to by itself.
+A line holds several documents, which may share what they begin with; what a position sees is worked out once per
+batch, in `Causal`, for all layers. On CUDA, FlexAttention skips the blocks of scores that nobody sees; elsewhere (and
+where FlexAttention can't be used) each segment is attended to by itself.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Collection
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
+from trainers.collate import Layout, Segment
 from trainers.models.rope import RotaryEmbedding
 
 BLOCK = 128
@@ -98,34 +99,37 @@ class Causal:
     """What the positions of one batch see, for every layer of a model; an `Attend`."""
 
     def __init__(
-        self, width: int, rules: Collection[Rules], device: torch.device, documents: Tensor | None = None
+        self, width: int, rules: Collection[Rules], device: torch.device, layout: Layout | None = None
     ) -> None:
-        """For rows of `width` positions and layers of `rules`.
+        """For lines of `width` positions and layers of `rules`.
 
-        `documents` [b, s] numbers the documents of packed rows, 0, 1, 2, ... from the left, and has -1 for padding,
-        whose outputs are finite and otherwise undefined. None: each row is one document.
+        `layout` says how the documents of one line lie and what they share; the outputs of padding are finite and
+        otherwise undefined. None: each line is one document.
         """
-        self._packed = documents is not None
+        self._segments = None if layout is None else layout.segments
         self._narrow = frozenset(rule.window for rule in rules if rule.window is not None and rule.window < width)
         windows = {self._window(rule) for rule in rules}
         capped = any(rule.softcap is not None for rule in rules)
         self._blocks: dict[int | None, BlockMask] = {}
+        # Explicit matrices, where SDPA can't make do with its own causal one: of a line, or of each segment.
         self._visible: dict[int | None, Tensor] = {}
+        self._parts: dict[int | None, list[Tensor | None]] = {}
         if _flex_works(device) and not any(rule.dropout for rule in rules):
-            needed = windows if self._packed or capped else windows - {None}
-            self._blocks = {window: block_mask(width, window, device, documents) for window in needed}
-            return
-        # An explicit matrix [s, s] is needed only where SDPA can't make do with its own causal one.
-        self._visible = {window: _band(width, window, device) for window in windows if capped or window is not None}
-        if documents is not None:
-            self._runs, self._is_document = _runs(documents)
+            needed = windows if layout is not None or capped else windows - {None}
+            self._blocks = {window: block_mask(width, window, device, layout) for window in needed}
+        elif layout is None:
+            self._visible = {w: _band(width, w, device) for w in windows if capped or w is not None}
+        else:
+            self._parts = {
+                w: [_part(segment, w, device, always=capped) for segment in layout.segments] for w in windows
+            }
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
         window = self._window(rules)
         if window in self._blocks:
             return flex_attend(q, k, v, self._blocks[window], rules)
-        if self._packed:
-            outputs: Tensor = self._by_document(q, k, v, rules)
+        if self._segments is not None:
+            outputs: Tensor = self._by_segment(q, k, v, rules)
             return outputs
         return attend(q, k, v, self._visible.get(window), rules)
 
@@ -134,21 +138,18 @@ class Causal:
         return rules.window if rules.window in self._narrow else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled anew for the documents of each batch
-    def _by_document(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
+    def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
         """Padding gets zeros."""
-        window = self._window(rules)
-        visible = self._visible.get(window)
+        assert self._segments is not None  # noqa: S101  -- nobody else calls it
         outputs = []
-        parts = zip(*(torch.split(x.flatten(0, 1), self._runs) for x in (q, k, v)), self._is_document, strict=True)
-        for q_run, k_run, v_run, is_document in parts:
-            if not is_document:
-                outputs.append(torch.zeros_like(q_run))
-                continue
-            n = len(q_run)
-            plain = rules.softcap is None and (window is None or n <= window)
-            part = None if plain or visible is None else visible[:n, :n]
-            outputs.append(attend(q_run[None], k_run[None], v_run[None], part, rules)[0])
-        return torch.cat(outputs).view(q.shape)
+        for segment, part in zip(self._segments, self._parts[self._window(rules)], strict=True):
+            path = [*segment.before, (segment.start, segment.end)]
+            keys, values = (
+                torch.cat([x[:, a:b] for a, b in path], 1) if segment.before else x[:, slice(*path[0])] for x in (k, v)
+            )
+            outputs.append(attend(q[:, segment.start : segment.end], keys, values, part, rules))
+        padding = q.shape[1] - self._segments[-1].end
+        return torch.cat([*outputs, torch.zeros_like(q[:, :padding])] if padding else outputs, 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, rules: Rules) -> Tensor:
@@ -205,37 +206,45 @@ def flex_attend(
     return output.transpose(1, 2)
 
 
-def block_mask(width: int, window: int | None, device: torch.device, documents: Tensor | None = None) -> BlockMask:
-    """The blocks that FlexAttention has to compute, for documents as `Causal` takes them.
+def block_mask(width: int, window: int | None, device: torch.device, layout: Layout | None = None) -> BlockMask:
+    """The blocks that FlexAttention has to compute, for lines as `Causal` takes them.
 
-    Worked out from the ends of the blocks, as documents lie one behind the other: creating it from single positions
-    (torch's create_block_mask) takes a matrix [b, s, s] or a compilation. Waits for nothing on the device.
+    Worked out from what holds of whole blocks: creating it from single positions (torch's create_block_mask) takes a
+    matrix [s, s] or a compilation. A block in which nothing is seen may be among them where rows share what they begin
+    with, never one too few. Waits for nothing on the device.
     """
+    shared = layout is not None and any(segment.before for segment in layout.segments)
+    # Distances can be told by places in the line where nothing stands between a document's positions.
+    positions = layout.positions if layout is not None and shared else torch.arange(width, device=device)[None]
+    until = torch.full_like(positions, width) if layout is None else layout.until
 
-    def sees(b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def sees(_b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = query >= key
+        if layout is not None:
+            allowed = allowed & (query < until[0, key])
         if window is not None:
-            allowed = allowed & (query - key < window)
-        if documents is not None:
-            allowed = allowed & (documents[b, query] == documents[b, key])
+            allowed = allowed & (positions[0, query] - positions[0, key] < window)
         return allowed
 
     starts = torch.arange(0, width, BLOCK, device=device)
     ends = (starts + BLOCK - 1).clamp(max=width - 1)
     query, key = (torch.arange(len(starts), device=device).view(shape) for shape in ((1, 1, -1, 1), (1, 1, 1, -1)))
-    some = key <= query
-    whole = (key < query) & (ends - starts == BLOCK - 1).view(query.shape)
+    some = (key <= query) & (starts[query] < _of_blocks(until, max)[key])
+    whole = (key < query) & (ends - starts == BLOCK - 1)[query] & (ends[query] < _of_blocks(until, min)[key])
     if window is not None:
-        some = some & ((query - key - 1) * BLOCK + 1 < window)  # the nearest pair of the two blocks; in one block, <= 0
-        whole = whole & ((query - key) * BLOCK + BLOCK - 1 < window)  # the farthest pair
-    if documents is not None:
-        rising = torch.where(documents < 0, width, documents)  # padding comes last
-        first, last = rising[:, starts], rising[:, ends]  # [b, blocks]
-        some = some & (first[:, None, :, None] <= last[:, None, None, :])
-        whole = whole & (last[:, None, :, None] == first[:, None, None, :])
+        lowest, highest = _of_blocks(positions, min), _of_blocks(positions, max)
+        some = some & ((key == query) | (lowest[query] - highest[key] < window))
+        whole = whole & (highest[query] - lowest[key] < window)
     return BlockMask.from_kv_blocks(
         *_listed(some & ~whole), *_listed(some & whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(width, width)
     )
+
+
+def _of_blocks(values: Tensor, which: Callable[..., Any]) -> Tensor:
+    """The least or the greatest of `values` [1, s] in each block of positions [blocks]."""
+    beyond = values[:, -1:].expand(-1, -values.shape[1] % BLOCK)  # the last block is filled up with what is in it
+    blocks = torch.cat([values, beyond], 1).view(-1, BLOCK)
+    return blocks.amin(1) if which is min else blocks.amax(1)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,16 +269,16 @@ def _flex_works(device: torch.device) -> bool:
     return bool(has_triton()) and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
-def _band(width: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [width, width]: what the positions (rows) of one document see."""
-    visible = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    return visible if window is None else visible.triu(1 - window)
+def _band(width: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
+    """Bool [width, before + width]: what the positions (rows) of a document see that `before` others precede."""
+    visible = torch.ones(width, before + width, dtype=torch.bool, device=device).tril(before)
+    return visible if window is None else visible.triu(before + 1 - window)
 
 
-def _runs(documents: Tensor) -> tuple[list[int], list[bool]]:
-    """Lengths of the documents and of the paddings of all rows, one behind the other; whether each is a document."""
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    starts = begins.flatten().nonzero().flatten()
-    lengths = starts.diff(append=starts.new_tensor([documents.numel()]))
-    return lengths.tolist(), (documents.flatten()[starts] >= 0).tolist()
+def _part(segment: Segment, window: int | None, device: torch.device, *, always: bool) -> Tensor | None:
+    """What a segment sees of those before it and of itself; None where SDPA's causal matrix will do."""
+    before = sum(end - start for start, end in segment.before)
+    width = segment.end - segment.start
+    if not always and not before and (window is None or width <= window):
+        return None
+    return _band(width, window, device, before)

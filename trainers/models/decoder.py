@@ -20,6 +20,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
+from trainers.collate import Layout
 from trainers.models.architecture import Architecture
 from trainers.models.attention import Attention, Causal
 from trainers.models.rope import RotaryEmbedding
@@ -105,12 +106,12 @@ def build_decoder(
     )
 
 
-def causal(model: TransformerDecoder, tokens: Tensor, documents: Tensor | None = None) -> Causal:
+def causal(model: TransformerDecoder, tokens: Tensor, layout: Layout | None = None) -> Causal:
     """What the positions of `tokens` [b, s] see: the `mask` of every layer of `model`, or of `model` itself.
 
-    `documents` [b, s] numbers the documents of packed rows, see `Causal`; None: each row is one document.
+    `layout` says how the documents of one line lie; None: each line is one document.
     """
-    return Causal(tokens.shape[1], {layer.attn.rules for layer in model.layers}, tokens.device, documents)
+    return Causal(tokens.shape[1], {layer.attn.rules for layer in model.layers}, tokens.device, layout)
 
 
 def init_rope(model: nn.Module, device: torch.device | str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 
+from trainers.collate import Layout, Segment
 from trainers.models.attention import BLOCK, Causal, Rules, block_mask, flex_attend
 
 CPU = torch.device("cpu")
@@ -15,13 +16,31 @@ RULES = [Rules(window, 0.3, softcap, 0.0) for window, softcap in product((None, 
 PLAIN = Rules(None, 0.25, None, 0.0)
 
 
-def numbers(*rows: list[int], width: int) -> Tensor:
-    """Documents of the given lengths in each row, then padding: [b, width]."""
-    documents = torch.full((len(rows), width), -1)
-    for line, lengths in enumerate(rows):
-        filled = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        documents[line, : len(filled)] = filled
-    return documents
+Tree = tuple[int, list["Tree"]]
+"""Tokens of a segment, and what goes on after it."""
+
+
+def line(*trees: int | Tree, width: int) -> Layout:
+    """The segments of `trees` one behind the other, then padding."""
+    segments: list[Segment] = []
+    positions, until = torch.zeros(1, width, dtype=torch.int64), torch.arange(1, width + 1)[None]
+
+    def grow(tree: int | Tree, before: tuple[tuple[int, int], ...]) -> int:
+        length, children = (tree, []) if isinstance(tree, int) else tree
+        start = segments[-1].end if segments else 0
+        end = start + length
+        segments.append(Segment(start, end, before))
+        depth = sum(b - a for a, b in before)
+        positions[0, start:end] = torch.arange(depth, depth + length)
+        last = end
+        for child in children:
+            last = grow(child, (*before, (start, end)))
+        until[0, start:end] = last
+        return last
+
+    for tree in trees:
+        grow(tree, ())
+    return Layout(tuple(segments), positions, until)
 
 
 def random_qkv(b: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,81 +50,109 @@ def random_qkv(b: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def seen_by_definition(documents: Tensor, window: int | None) -> Tensor:
-    """Bool [b, s, s], position by position."""
-    at = torch.arange(documents.shape[1])
-    distance = at[:, None] - at
-    same = documents[:, :, None] == documents[:, None, :]
-    return same & (distance >= 0) & (distance < (window or len(at)))
+def seen_by_definition(layout: Layout | None, width: int, window: int | None) -> Tensor:
+    """Bool [s, s], segment by segment. Padding sees itself."""
+    seen = torch.eye(width, dtype=torch.bool)
+    for start, end, before in [Segment(0, width)] if layout is None else layout.segments:
+        seen[start:end, start:end] = torch.ones(end - start, end - start).tril()
+        for first, last in before:
+            seen[start:end, first:last] = True
+    at = torch.arange(width) if layout is None else layout.positions[0]
+    return seen & (at[:, None] - at < (window or width))
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, rules: Rules) -> Tensor:
+def by_definition(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, rules: Rules) -> Tensor:
     k, v = k.repeat_interleave(3, dim=2), v.repeat_interleave(3, dim=2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * rules.scale
     if rules.softcap:
         scores = rules.softcap * (scores / rules.softcap).tanh()
-    weights = scores.masked_fill(~seen_by_definition(documents, rules.window)[:, None], -torch.inf).softmax(-1)
+    seen = seen_by_definition(layout, q.shape[1], rules.window)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
-PACKS = numbers([130, 1, 170, 40], [64, 200], [341], width=341)
+LINES = [
+    line(130, 1, 170, 40, width=341),
+    line((100, [50, (20, [30, 41]), 60]), 9, width=341),
+    line((3, [(290, [1, 2]), 20]), width=341),
+    line(341, width=341),
+]
 
 
+def real(layout: Layout) -> Tensor:
+    """Bool [1, s]: what is no padding."""
+    return torch.arange(layout.until.shape[1])[None] < layout.segments[-1].end
+
+
+@pytest.mark.parametrize("layout", LINES)
 @pytest.mark.parametrize("rules", RULES)
-def test_documents_of_a_pack_are_attended_to_as_the_definition_says(rules: Rules) -> None:
-    qkv = random_qkv(3, 341)
-    outputs = Causal(341, {rules}, CPU, PACKS)(*qkv, rules)
-    real = PACKS >= 0
-    expected = by_definition(*qkv, PACKS, rules)
-    torch.testing.assert_close(outputs[real], expected[real])
-    gradients = [torch.autograd.grad(out[real].square().sum(), qkv) for out in (outputs, expected)]
+def test_documents_of_a_line_are_attended_to_as_the_definition_says(rules: Rules, layout: Layout) -> None:
+    qkv = random_qkv(1, 341)
+    outputs = Causal(341, {rules}, CPU, layout)(*qkv, rules)
+    expected = by_definition(*qkv, layout, rules)
+    torch.testing.assert_close(outputs[real(layout)], expected[real(layout)])
+    gradients = [torch.autograd.grad(out[real(layout)].square().sum(), qkv) for out in (outputs, expected)]
     torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_rows_that_are_not_packed_are_one_document_each(rules: Rules) -> None:
+def test_lines_without_a_layout_are_one_document_each(rules: Rules) -> None:
     qkv = random_qkv(2, 341)
     outputs = Causal(341, {rules}, CPU)(*qkv, rules)
-    torch.testing.assert_close(outputs, by_definition(*qkv, torch.zeros(2, 341), rules))
+    torch.testing.assert_close(outputs, by_definition(*qkv, None, rules))
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("layout", [None, *LINES])
 @pytest.mark.parametrize("rules", RULES)
-def test_flex_attention_computes_the_same(rules: Rules, packed: bool) -> None:
+def test_flex_attention_computes_the_same(rules: Rules, layout: Layout | None) -> None:
     """Uncompiled, which runs anywhere: it weighs each pair as compiled, but looks at no block."""
-    qkv = [x.detach() for x in random_qkv(3, 341)]  # there is no backward on the CPU
-    documents = PACKS if packed else None
-    outputs = flex_attend(*qkv, block_mask(341, rules.window, CPU, documents), rules, flex=flex_attention)
-    real = PACKS >= 0
-    torch.testing.assert_close(outputs[real], by_definition(*qkv, PACKS * packed, rules)[real])
+    qkv = [x.detach() for x in random_qkv(1, 341)]  # there is no backward on the CPU
+    outputs = flex_attend(*qkv, block_mask(341, rules.window, CPU, layout), rules, flex=flex_attention)
+    of = slice(None) if layout is None else real(layout)
+    torch.testing.assert_close(outputs[of], by_definition(*qkv, layout, rules)[of])
+    assert outputs.isfinite().all()
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, BLOCK, BLOCK + 1, 300, 3 * BLOCK])
-@pytest.mark.parametrize("lengths", [None, [700], [BLOCK, 2 * BLOCK, 100], [1] * 50 + [300, 5, 200], [255, 2, 300]])
+@pytest.mark.parametrize(
+    "trees",
+    [
+        None,
+        [700],
+        [BLOCK, 2 * BLOCK, 100],
+        [*[1] * 50, 300, 5, 200],
+        [255, 2, 300],
+        [(200, [*[20] * 5, 130, 140]), 60],
+        [(10, [(150, [(100, [50, 60]), 200]), 30]), 40],
+    ],
+)
 def test_flex_attention_visits_every_block_in_which_something_is_seen(
-    lengths: list[int] | None, window: int | None
+    trees: list[int | Tree] | None, window: int | None
 ) -> None:
     width = 700
-    documents = None if lengths is None else numbers(lengths, [width], width=width)
-    mask = block_mask(width, window, CPU, documents)
-    seen = seen_by_definition(torch.zeros(1, width) if documents is None else documents, window)
+    layout = None if trees is None else line(*trees, width=width)
+    mask = block_mask(width, window, CPU, layout)
+    seen = seen_by_definition(layout, width, window)
     beyond = -width % BLOCK
-    blocks = torch.nn.functional.pad(seen, (0, beyond, 0, beyond)).unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
-    some, whole = blocks.any(4).any(2), blocks.all(4).all(2)
-    partial = mask.to_dense()[:, 0].bool()  # those looked at pair by pair
-    entire = torch.zeros_like(partial)
-    for b, row in product(range(len(partial)), range(partial.shape[1])):
-        entire[b, row, mask.full_kv_indices[b, 0, row, : mask.full_kv_num_blocks[b, 0, row]].long()] = True
-    partial &= ~entire
-    assert not (some & ~partial & ~entire).any()
-    assert not (entire & ~whole).any()
-    assert not (whole & ~entire).any()
+    blocks = torch.nn.functional.pad(seen, (0, beyond, 0, beyond)).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    some, whole = blocks.any(3).any(1), blocks.all(3).all(1)
+    listed = mask.to_dense()[0, 0].bool()  # with those that are looked at pair by pair
+    entire = torch.zeros_like(listed)
+    for row in range(len(listed)):
+        entire[row, mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].long()] = True
+    listed |= entire
+    assert not (some & ~listed).any()
+    assert torch.equal(entire, whole)
+    if trees is None or all(isinstance(tree, int) for tree in trees):
+        assert torch.equal(listed, some)  # none too many
+    else:
+        assert listed.sum() < (len(listed) ** 2 + len(listed)) / 2 + (window is None)
 
 
 def test_padding_gives_finite_outputs_and_gradients() -> None:
     qkv = random_qkv(1, 64)
     rules = Rules(4, 0.25, 2.0, 0.0)
-    outputs = Causal(64, {rules}, CPU, numbers([10], width=64))(*qkv, rules)
+    outputs = Causal(64, {rules}, CPU, line(10, width=64))(*qkv, rules)
     assert outputs.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(outputs[:, :10].sum(), qkv))
 
@@ -131,11 +178,11 @@ def test_compiled_code_serves_packs_of_any_documents() -> None:
         return mask(q * 2, k, v, PLAIN) + 1
 
     counts = []
-    for lengths in ([10, 20], [5, 5, 30], [64], [1, 2, 3, 4]):
-        documents = numbers(lengths, width=64)
-        outputs = layer(*qkv, mask=Causal(64, {PLAIN}, CPU, documents))
-        expected = by_definition(qkv[0] * 2, *qkv[1:], documents, PLAIN) + 1
-        real = documents >= 0
-        torch.testing.assert_close(outputs[real], expected[real])
+    trees: list[list[int | Tree]] = [[10, 20], [5, (5, [30])], [64], [1, 2, (3, [4, 5])]]
+    for lengths in trees:
+        layout = line(*lengths, width=64)
+        outputs = layer(*qkv, mask=Causal(64, {PLAIN}, CPU, layout))
+        expected = by_definition(qkv[0] * 2, *qkv[1:], layout, PLAIN) + 1
+        torch.testing.assert_close(outputs[real(layout)], expected[real(layout)])
         counts.append(counter.frame_count)
     assert counts == counts[:1] * 4

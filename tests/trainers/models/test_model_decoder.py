@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torchtune.training import get_shard_conditions, set_activation_checkpointin
 
 from tests.tiny_models import FAMILIES, make_tiny_model
 from tests.trainers.models.conftest import BuildModel
+from tests.trainers.recipe_support import ListedRows
+from trainers.collate import collate
 from trainers.methods.lora import adapter_parameters, initial_adapter, lora_linear
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import FusedRMSNorm, GemmaNorm, build_decoder, causal, init_rope
@@ -97,24 +100,23 @@ def test_our_norm_for_gemma_computes_what_torchtunes_does() -> None:
 @pytest.mark.parametrize(
     ("family", "config"), [(family, {}) for family in FAMILIES] + [("mistral", {"sliding_window": 16})]
 )
-def test_packed_rows_see_nothing_of_each_other(
+def test_rows_of_a_line_compute_what_each_computes_alone(
     family: str, config: dict[str, Any], tmp_path: Path, build_model: BuildModel
 ) -> None:
-    """Documents in packs give the outputs and the gradients that each gives alone; some are longer than a window."""
+    """Outputs and gradients, though rows share what they begin with; some are longer than a window."""
     model = build_model(make_tiny_model(tmp_path, family, **config))
-    lengths = ([25, 15], [20, 8])
-    documents = torch.tensor([[0] * 25 + [1] * 15, [0] * 20 + [1] * 8 + [-1] * 12])
-    positions = torch.tensor([[*range(25), *range(15)], [*range(20), *range(8), *[0] * 12]])
-    tokens = torch.cat((TOKENS, TOKENS.flip(1)))
-    packed = model(tokens, mask=causal(model, tokens, documents), input_pos=positions)[documents >= 0]
-    alone = [
-        model(part[None])[0]
-        for row, sizes in zip(tokens, lengths, strict=True)
-        for part in row[: sum(sizes)].split(sizes)
-    ]
-    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-5)
+    a, b = list(range(3, 43)), list(range(43, 3, -1))
+    found = [a, a[:21] + b[:15], a[:21] + b[:9] + a[:8], b[:28], a[:12] + b[:20], b[:3]]
+    rows = ListedRows(found, trained=[[False] * (len(row) - 1) + [True] for row in found])
+    batch = collate(rows, [np.arange(len(rows))], reference=torch.zeros(len(rows)))
+    assert len(batch.layout.segments) > len(rows)
+    assert batch.tokens.numel() < rows.lengths.sum() - 40
+    seen, positions = causal(model, batch.tokens, batch.layout), batch.layout.positions
+    line = model(batch.tokens, mask=seen, input_pos=positions)[0, batch.trained]
+    alone = torch.stack([model(torch.tensor(row)[None, :-1])[0, -1] for row in found])[batch.places]
+    torch.testing.assert_close(line, alone, rtol=0, atol=1e-5)
     parameters = list(model.parameters())
-    gradients = [torch.autograd.grad(out.logsumexp(-1).sum(), parameters) for out in (packed, torch.cat(alone))]
+    gradients = [torch.autograd.grad(out.logsumexp(-1).sum(), parameters) for out in (line, alone)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
