@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from torchtune.datasets import PackedDataset
 
-from trainers.batches import IGNORED
+from trainers.collate import IGNORED
 from trainers.data.dataset import TokenisedDataset
 
 

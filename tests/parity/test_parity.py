@@ -25,7 +25,7 @@ Where we differ on purpose, the stock recipe being wrong, the tests step around 
 - The distributed recipes need three patches on a CPU: stock_launcher.py makes them and says why.
 
 What is left are sums in another order. The largest difference seen in fp32 is 2.7e-6; in bf16, where a weight has 8
-bits of precision, 2.5e-3. Adam turns rounding into whole steps of the learning rate where a gradient is nearly zero: at
+bits of precision, 2.9e-3. Adam turns rounding into whole steps of the learning rate where a gradient is nearly zero: at
 rates as high as 2e-3 (full) or 1e-2 (SmolLM2's adapter) a lone step of the tiny model differed by 1.1e-5 and the third
 one of SmolLM2 by 6e-5, so the rates here are lower. The last test shows that the bound is tight all the same.
 """
@@ -104,7 +104,7 @@ ONE_WORKER = {
         "lora", 2, model="untied", lr=2e-3, lora=LoraSpec(mlp=True, output=True, rank=4, alpha=32)
     ),
     "full, bf16": plan("full", 4, dtype="bf16"),
-    "lora, bf16": plan("lora", 4, dtype="bf16"),
+    "lora, bf16": plan("lora", 4, lr=3e-3, dtype="bf16"),
     "lora, SmolLM2": plan("lora", 2, model="smollm2", n_epochs=1, lr=3e-4),
 }
 TWO_WORKERS = {

@@ -141,15 +141,19 @@ class Causal:
     def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
         """Padding gets zeros."""
         assert self._segments is not None  # noqa: S101  -- nobody else calls it
-        outputs = []
-        for segment, part in zip(self._segments, self._parts[self._window(rules)], strict=True):
-            path = [*segment.before, (segment.start, segment.end)]
-            keys, values = (
-                torch.cat([x[:, a:b] for a, b in path], 1) if segment.before else x[:, slice(*path[0])] for x in (k, v)
-            )
-            outputs.append(attend(q[:, segment.start : segment.end], keys, values, part, rules))
+        widths = [end - start for start, end, _ in self._segments]
         padding = q.shape[1] - self._segments[-1].end
-        return torch.cat([*outputs, torch.zeros_like(q[:, :padding])] if padding else outputs, 1)
+        # Split at once: the gradient of a split is one concatenation, that of every slice a tensor of the whole line.
+        queries, keys, values = (x.split([*widths, padding], dim=1) for x in (q, k, v))
+        number = {segment.start: i for i, segment in enumerate(self._segments)}
+        outputs = []
+        for i, part in enumerate(self._parts[self._window(rules)]):
+            path = [*(number[start] for start, _ in self._segments[i].before), i]
+            seen_keys, seen_values = (
+                torch.cat([x[j] for j in path], 1) if len(path) > 1 else x[i] for x in (keys, values)
+            )
+            outputs.append(attend(queries[i], seen_keys, seen_values, part, rules))
+        return torch.cat([*outputs, torch.zeros_like(queries[-1])], 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, rules: Rules) -> Tensor:
