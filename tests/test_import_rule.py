@@ -19,6 +19,7 @@ HEAVY = ("torch", "torchtune", "ray.train")
 TRAINING_MODULES = (
     "trainers.batches",
     "trainers.checkpoint",
+    "trainers.collate",
     "trainers.distributed",
     "trainers.export",
     "trainers.fit",

@@ -1,57 +1,13 @@
 """The parts behind the door, as the API and the command line see them: event log, log lines, dispatcher."""
 
-import asyncio
-import time
-from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
-
-from ray.exceptions import RayError
-
 from events.actors import connect
 from events.facts import Resources
-from events.log import LogUnavailable
 from trainers.admission import Capacity, for_workers, infeasible
 from trainers.dispatcher import start_dispatcher
 from trainers.errors import ConfigProblems, Problem
 from trainers.plan import Plan
+from trainers.recent import Recent
 from trainers.settings import Settings
-
-T = TypeVar("T")
-
-FIRST_ANSWER_S = 10.0
-"""A dispatcher that is starting, or starting again, answers within seconds."""
-NEXT_ANSWER_S = 0.5
-"""Once there is an answer to fall back on, nobody waits longer than this."""
-
-
-class _Recent(Generic[T]):
-    """The last answer of `ask`, asked again when it is older than `max_age_s`: one question serves many requests.
-
-    While the other side can't be reached, the last answer stands; without one, LogUnavailable is raised.
-    """
-
-    def __init__(self, ask: Callable[[], Awaitable[T]], max_age_s: float) -> None:
-        self._ask = ask
-        self._max_age_s = max_age_s
-        self._answer: T | None = None
-        self._asked = float("-inf")
-        self._asking = asyncio.Lock()
-
-    async def get(self) -> T:
-        async with self._asking:
-            if self._answer is None or time.monotonic() - self._asked > self._max_age_s:
-                await self._renew()
-        assert self._answer is not None  # noqa: S101  -- _renew has raised otherwise
-        return self._answer
-
-    async def _renew(self) -> None:
-        try:
-            async with asyncio.timeout(FIRST_ANSWER_S if self._answer is None else NEXT_ANSWER_S):
-                self._answer = await self._ask()
-        except (RayError, TimeoutError) as error:
-            if self._answer is None:
-                raise LogUnavailable(f"the dispatcher does not answer: {error}") from error
-        self._asked = time.monotonic()
 
 
 class Service:
@@ -63,8 +19,8 @@ class Service:
         self.log = handles.log
         self.logs = handles.lines
         dispatcher = start_dispatcher(settings)
-        self._whys = _Recent[dict[str, str]](lambda: dispatcher.whys.remote(), max_age_s=0.5)
-        self._capacity = _Recent[Capacity](lambda: dispatcher.capacity.remote(), max_age_s=5)
+        self._whys = Recent[dict[str, str]](lambda: dispatcher.whys.remote(), fresh_s=0.5, stale_s=2)
+        self._capacity = Recent[Capacity](lambda: dispatcher.capacity.remote(), fresh_s=5, stale_s=15)
 
     async def whys(self) -> dict[str, str]:
         """For each job that waits, why."""

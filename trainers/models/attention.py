@@ -144,7 +144,7 @@ class Causal:
         widths = [end - start for start, end, _ in self._segments]
         padding = q.shape[1] - self._segments[-1].end
         # Split at once: the gradient of a split is one concatenation, that of every slice a tensor of the whole line.
-        queries, keys, values = (x.split([*widths, padding], dim=1) for x in (q, k, v))
+        queries, keys, values = (torch.split(x, [*widths, padding], dim=1) for x in (q, k, v))
         number = {segment.start: i for i, segment in enumerate(self._segments)}
         outputs = []
         for i, part in enumerate(self._parts[self._window(rules)]):
