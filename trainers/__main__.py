@@ -13,12 +13,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from trainers.priority import give_way
 from trainers.settings import settings
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["run"]:
+        give_way()
         from trainers.runner import run
 
         return run(_runner_arguments(arguments[1:]), settings())

@@ -23,6 +23,7 @@ from trainers.job_output import LineWriter, log_to_stdout
 from trainers.loggers import Logger, open_logger
 from trainers.output import OutputCapture
 from trainers.plan import COMPILED, Plan
+from trainers.priority import give_way
 from trainers.reporting import SavedCheckpoint
 from trainers.retrying import retrying
 
@@ -51,6 +52,7 @@ class Assignment:
 
 def train_worker(config: dict[str, Any]) -> str:
     """One rank of one attempt. Raises what the recipe raises, after printing it to the job's log."""
+    give_way()
     assignment = Assignment(**config)
     handles = connect(Path(assignment.storage))
     context = ray.train.get_context()

@@ -1,0 +1,22 @@
+"""Who goes first where a job shares processors with the service: the service."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+NICENESS = 10
+AUTOGROUP = Path("/proc/self/autogroup")
+
+
+def give_way() -> None:
+    """Lets other processes of this node go first: requests are answered, and Ray's health checks met, while a job
+    imports, tokenises or trains on the same cores. Nobody waits for a job's process who wouldn't wait for the job.
+
+    On Linux with autogroups niceness counts only within a session, and each session as a whole counts like any other.
+    Ray gives a job's driver a session of its own, so that it would weigh as much as all of the service: it lowers that
+    session as well. (A session that others share is left alone.)
+    """
+    os.nice(NICENESS - os.nice(0))
+    if os.getsid(0) in (os.getpid(), os.getppid()):
+        with suppress(OSError):  # not Linux, or no autogroups
+            AUTOGROUP.write_text(str(NICENESS))
