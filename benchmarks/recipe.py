@@ -163,7 +163,8 @@ def contests(chosen: Sequence[Comparison], material: Material) -> tuple[str, boo
         standings = contest(
             comparison.contenders, task, workers=comparison.workers, rounds=comparison.rounds, warmup=comparison.warmup
         )
-        rows += _rows(comparison, standings)
+        rows += (found := _rows(comparison, standings))
+        print(table(HEADER, found), flush=True)
         for name, standing in standings.items():
             if isinstance(standing, str):
                 failures.append(f"**{comparison.title}, {name}** failed:\n\n```text\n{standing[-1500:].strip()}\n```\n")

@@ -48,17 +48,7 @@ def main() -> None:
     if world > 1:
         dist.init_process_group("gloo")
     plan = plan_of(task, world)
-    shown = (
-        "batch_size",
-        "gradient_accumulation_steps",
-        "dtype",
-        "enable_activation_checkpointing",
-        "packed",
-        "compile",
-    )
-    settings = {name: getattr(plan, name) for name in shown} | {"optimizer": plan.optimizer.component}
-    if plan.lora:
-        settings |= {"rank": plan.lora.rank, "on": [*plan.lora.attn_modules, *(["mlp"] if plan.lora.mlp else [])]}
+    recording.settings = _settings(plan)
     train(
         plan,
         model_dir=Path(task.model_dir),
@@ -71,7 +61,14 @@ def main() -> None:
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
-    shown = ("batch_size", "gradient_accumulation_steps", "dtype", "enable_activation_checkpointing", "compile")
+    shown = (
+        "batch_size",
+        "gradient_accumulation_steps",
+        "dtype",
+        "enable_activation_checkpointing",
+        "packed",
+        "compile",
+    )
     settings = {name: getattr(plan, name) for name in shown} | {"optimizer": plan.optimizer.component}
     if plan.lora:
         settings |= {"rank": plan.lora.rank, "on": [*plan.lora.attn_modules, *(["mlp"] if plan.lora.mlp else [])]}
