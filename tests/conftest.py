@@ -26,6 +26,25 @@ hypothesis.settings.load_profile("tunewright")
 _START_S = 150  # it takes five seconds on an idle machine
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `pytest -n 2 --dist loadgroup` one process runs all tests that need Ray, from the start and one after the
+    other; the rest is done beside them, file by file."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a live service have time limits: those beside them stand back."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not item.get_closest_marker("ray"):
+        os.nice(max(0, 10 - os.nice(0)))
+
+
 class RayCluster(NamedTuple):
     """A running cluster, for drivers (`ray.init(address)`), Ray Jobs (`dashboard_url`) and child processes (`env`)."""
 
