@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from events.actors import Handles
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("tunewright", derandomize=True, database=None, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("tunewright")
 
+ON_A_LIVE_CLUSTER = ("tests/events/test_actors.py", "tests/service/", "tests/test_local_service.py")
+"""Two clusters at a time are too much for two cores."""
 _START_S = 150  # it takes five seconds on an idle machine
 
 
@@ -31,18 +34,29 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
 
 
+def needs_ray(node_id: str) -> bool:
+    return node_id.startswith(ON_A_LIVE_CLUSTER)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `pytest -n 2 --dist loadgroup` one process runs all tests that need Ray, from the start and one after the
-    other; the rest is done beside them, file by file."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    items.sort(key=lambda item: not needs_ray(item.nodeid))  # they take longest, so they begin
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests of a live service have time limits: those beside them stand back."""
-    if "PYTEST_XDIST_WORKER" in os.environ and not item.get_closest_marker("ray"):
+    if "PYTEST_XDIST_WORKER" in os.environ and not needs_ray(item.nodeid):
         os.nice(max(0, 10 - os.nice(0)))
+
+
+class FilesBesideRay(LoadScopeScheduling):  # type: ignore[misc]  # xdist ships no types
+    """One process runs all tests on live clusters, one after the other; the rest is done beside them, file by file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "on a live cluster" if needs_ray(nodeid) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FilesBesideRay:
+    return FilesBesideRay(config, log)
 
 
 class RayCluster(NamedTuple):

@@ -12,8 +12,6 @@ import pytest
 
 from serve_app.local import LocalService, ServiceError, ray_env, serve_config
 
-pytestmark = pytest.mark.ray
-
 
 def listening_beyond_loopback(processes: list[psutil.Process]) -> set[int]:
     """Ports of these processes that other machines can reach."""

@@ -14,8 +14,6 @@ from events.facts import CheckpointSaved
 from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, started
 from tests.events.test_log_queue import numbered
 
-pytestmark = pytest.mark.ray
-
 
 async def running_job(handles: Handles, job_id: str) -> None:
     await handles.log.submit(job_id, SUBMITTED, new_event_id(), 100)

@@ -17,8 +17,6 @@ import pytest
 from tests.serve_app.client_journey import generate_client, journey
 from tests.service.conftest import CPUS, WAIT_S, Api, eventually, local_service
 
-pytestmark = pytest.mark.ray
-
 ROOT = Path(__file__).parents[2]
 
 
