@@ -15,6 +15,8 @@ from torch import Tensor
 
 IGNORED = -100
 """Label of a position that is not trained."""
+ROUND = 128
+"""Positions; FlexAttention's blocks have as many."""
 LEAST_SHARED = 8
 """Tokens that rows must have in common to share them: fewer don't pay for a segment of their own."""
 
@@ -67,19 +69,32 @@ class Batch(NamedTuple):
     longest: int = 0
 
     def to(self, device: torch.device) -> "Batch":
-        """On `device`, without waiting for the copy."""
+        """On `device`, without waiting for the copy. Kernels of CUDA are made for each width, and like round ones."""
         if device.type == "cpu":
             return self
-        return self._replace(
-            tokens=_sent(self.tokens, device),
-            labels=_sent(self.labels, device),
-            trained=_sent(self.trained, device),
-            layout=self.layout._replace(
-                positions=_sent(self.layout.positions, device), until=_sent(self.layout.until, device)
+        batch = self.padded(-(-self.tokens.shape[1] // ROUND) * ROUND)
+        return batch._replace(
+            tokens=_sent(batch.tokens, device),
+            labels=_sent(batch.labels, device),
+            trained=_sent(batch.trained, device),
+            layout=batch.layout._replace(
+                positions=_sent(batch.layout.positions, device), until=_sent(batch.layout.until, device)
             ),
-            reference=None if self.reference is None else _sent(self.reference, device),
-            places=None if self.places is None else _sent(self.places, device),
+            reference=None if batch.reference is None else _sent(batch.reference, device),
+            places=None if batch.places is None else _sent(batch.places, device),
         )
+
+    def padded(self, width: int) -> "Batch":
+        """With padding up to `width` positions, if there are fewer."""
+        now = self.tokens.shape[1]
+        if now >= width:
+            return self
+        nothing = torch.zeros(1, width - now, dtype=torch.int64)
+        itself = torch.arange(now + 1, width + 1)[None]
+        layout = self.layout._replace(
+            positions=torch.cat([self.layout.positions, nothing], 1), until=torch.cat([self.layout.until, itself], 1)
+        )
+        return self._replace(tokens=torch.cat([self.tokens, nothing], 1), layout=layout)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -103,8 +118,7 @@ def collate(
     indices = [int(row) for item in items for row in item]
     line = _Line()
     line.add([_document(dataset, row, number) for number, row in enumerate(indices)], share=share)
-    line.pad(max(len(items), 1) * (pad_to or 1))
-    batch = line.batch(sum(len(dataset[row][0]) for row in indices))
+    batch = line.batch(sum(len(dataset[row][0]) for row in indices)).padded(max(len(items), 1) * (pad_to or 1))
     if reference is None:
         return batch
     longest = max((count for _, count in line.owners), default=0)
@@ -185,14 +199,6 @@ class _Line:
         self._until.append((end - start, self.width))
         self.owners.append((document.number, int(np.count_nonzero(labels != IGNORED))))
         return at
-
-    def pad(self, width: int) -> None:
-        missing = max(0, width - self.width)
-        self._until += [(1, end) for end in range(self.width + 1, self.width + missing + 1)]
-        self.width += missing
-        self._tokens.append(np.zeros(missing, dtype=np.int64))
-        self._labels.append(np.full(missing, IGNORED))
-        self._positions.append(np.zeros(missing, dtype=np.int64))
 
     def batch(self, n_tokens: int) -> Batch:
         tokens, labels, positions = (
