@@ -150,9 +150,6 @@ def make_plan(config: Config) -> Plan:
     pairs = (components["loss"] or ("",))[0] == DPO_LOSS
     problems += _contradictions(values, lora, merged, has_validation_data=config.validation_data is not None)
     problems += _method_contradictions(kind, values, components, merged)
-    if components["quantizer"] and overrides.nnodes * overrides.nproc_per_node > 1:
-        message = "quantisation-aware training runs on one worker: its rounding layers don't work sharded"
-        problems.append(Problem("overrides", message))
     if pairs and values.get("packed"):
         message = "can't be used with DPO: the rows of a pair are never packed. Leave one of the two out."
         problems.append(Problem(merged.param("packed"), message))

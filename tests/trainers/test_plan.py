@@ -169,12 +169,6 @@ def test_torchtunes_keys_choose_the_method(extras: dict[str, Any], kind: str, me
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
-def test_quantisation_aware_training_on_more_than_one_worker_is_refused() -> None:
-    full = {"custom_training_options": {"finetuning_type": "full"}, "extras": {"quantizer": {"_component_": QAT}}}
-    with pytest.raises(ConfigProblems, match="runs on one worker"):
-        make_plan(config(full, overrides="--nproc_per_node 2"))
-
-
 def test_a_quantizer_on_the_command_line_keeps_what_extras_do_not_set() -> None:
     full = {"custom_training_options": {"finetuning_type": "full"}, "extras": {"quantizer": {"groupsize": 64}}}
     plan = make_plan(config(full, overrides=f"quantizer={QAT}"))
