@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from events.config import Config, LoraFineTuneOptions, WandBLogger
-from trainers.components import DEFAULTS, DPO_LOSS
+from trainers.components import DEFAULTS, DPO_LOSS, shardable
 from trainers.errors import ConfigProblems, Problem
 from trainers.merge import Merged
 from trainers.overrides import parse_overrides
@@ -150,6 +150,8 @@ def make_plan(config: Config) -> Plan:
     pairs = (components["loss"] or ("",))[0] == DPO_LOSS
     problems += _contradictions(values, lora, merged, has_validation_data=config.validation_data is not None)
     problems += _method_contradictions(kind, values, components, merged)
+    if overrides.nnodes * overrides.nproc_per_node > 1:
+        problems += _sharding_contradictions(kind, values, components, merged)
     if pairs and values.get("packed"):
         message = "can't be used with DPO: the rows of a pair are never packed. Leave one of the two out."
         problems.append(Problem(merged.param("packed"), message))
@@ -219,6 +221,21 @@ def _method_contradictions(
             message = "can't be combined with quantize_base: a 4-bit model isn't sharded, each worker holds all of it"
             problems.append(Problem(merged.param(key), message))
     return problems
+
+
+def _sharding_contradictions(
+    kind: str, values: dict[str, Any], components: dict[str, Any], merged: Merged
+) -> list[Problem]:
+    """What can't be split over the workers, of which there are several."""
+    name, _ = components["optimizer"] or (DEFAULTS["optimizer"], {})
+    if shardable(name):
+        return []
+    if kind == "full":
+        message = f"{name} keeps a state that isn't sharded: full fine-tuning with it runs on one worker"
+        return [Problem(merged.param("optimizer"), message)]
+    message = f"can't be combined with {name}, whose state isn't sharded"
+    keys = ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload")
+    return [Problem(merged.param(key), message) for key in keys if values.get(key)]
 
 
 def _logger_problems(config: Config) -> list[Problem]:

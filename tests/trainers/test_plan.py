@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -106,6 +107,27 @@ def test_a_component_off_the_list_is_refused_with_the_list() -> None:
     assert problem.param == "fine_tuning_options.extras.optimizer._component_"
     assert problem.code == "component_not_allowed"
     assert "torch.optim.AdamW" in problem.message
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.parametrize("kind", ["PagedAdamW8bit", "AdamW8bit", "PagedAdamW"])
+def test_an_optimizer_whose_package_is_missing_is_refused_naming_it(kind: str) -> None:
+    problem = only_problem({"optimizer": {"_component_": f"bitsandbytes.optim.{kind}", "lr": 1e-5}})
+    assert problem.param == "fine_tuning_options.extras.optimizer._component_"
+    assert problem.code == "component_not_installed"
+    assert "needs the package bitsandbytes" in problem.message
+
+
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_an_optimizer_with_a_compressed_state_trains_where_nothing_is_sharded(kind: str) -> None:
+    optimizer = f"optimizer=torchao.optim.{kind}"
+    full = {"custom_training_options": {"finetuning_type": "full"}}
+    assert make_plan(config(full, overrides=optimizer)).optimizer.component == f"torchao.optim.{kind}"
+    assert make_plan(config(overrides=f"--nproc_per_node 2 {optimizer}")).workers == 2
+    with pytest.raises(ConfigProblems, match="full fine-tuning with it runs on one worker"):
+        make_plan(config(full, overrides=f"--nproc_per_node 2 {optimizer}"))
+    with pytest.raises(ConfigProblems, match="whose state isn't sharded"):
+        make_plan(config({"extras": {"fsdp_cpu_offload": True}}, overrides=f"--nproc_per_node 2 {optimizer}"))
 
 
 @pytest.mark.parametrize("value", [7, None, True, ["torch.optim.SGD"], {"a": {"b": 1}}, "torch.nn.CrossEntropyLoss"])

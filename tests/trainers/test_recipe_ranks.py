@@ -160,6 +160,33 @@ def test_what_two_workers_saved_one_resumes(two_ranks: TwoRanks, case: Case, met
     assert both(part.losses | rest.losses) == pytest.approx(both(one.losses), abs=5e-5)
 
 
+def test_adapters_on_two_workers_train_with_a_compressed_state_as_on_one_and_resume_exactly(
+    two_ranks: TwoRanks, case: Case
+) -> None:
+    optimizer = ComponentSpec(component="torchao.optim.AdamW8bit")
+    case.plan = make_plan_for(batch_size=4, lora=LoraSpec(rank=64), optimizer=optimizer)  # large enough to be held so
+    one = _run_eager(case)
+    together, _ = two_ranks.run(_run_eager, split(case))
+    assert both(together.losses) == pytest.approx(both(one.losses), abs=2e-3)
+    part = replace(split(case), output_dir=case.output_dir.with_name("part"))
+    stopped, _ = two_ranks.run(_run_eager, replace(part, stop_at=4))
+    rest, _ = two_ranks.run(_run_eager, replace(part, resume_from=stopped.checkpoints[-1].path))
+    assert stopped.losses | rest.losses == together.losses
+
+
+def _run_eager(case: Case) -> Any:
+    """torchao would compile its update, which takes long."""
+    with torch.compiler.set_stance("force_eager"):
+        return case.run()
+
+
+def test_a_compressed_state_on_sharded_parameters_is_refused(two_ranks: TwoRanks, case: Case) -> None:
+    """As happens to adapters beside a model that is too large for each worker to hold."""
+    case.plan = make_plan_for(optimizer=ComponentSpec(component="torchao.optim.AdamW8bit"), fsdp_cpu_offload=True)
+    with pytest.raises(AssertionError, match="isn't sharded"):
+        two_ranks.run(Case.run, split(case))
+
+
 def test_one_ranks_wish_to_stop_stops_both_after_the_same_step(two_ranks: TwoRanks, case: Case) -> None:
     first, second = two_ranks.run(_run_stopping_rank_1, split(case))
     assert list(first.losses) == [1, 2, 3]
