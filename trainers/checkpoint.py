@@ -44,7 +44,7 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 @dataclass(frozen=True)
 class Validation:
-    """What the evaluations after each epoch have shown: the lowest loss, the step it was seen after (0: none yet), and
+    """What the evaluations have shown: the lowest loss, the step it was seen after (0: none yet), and
     how many evaluations there have been since."""
 
     best_loss: float = math.inf

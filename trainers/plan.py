@@ -100,6 +100,7 @@ class Plan(_Frozen):
     log_every_n_steps: int = 1
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int | None = None
+    run_val_every_n_steps: int | None = None
     early_stopping_patience: int | None = None
     logger: Annotated[DiskLog | WandBLog, Field(discriminator="kind")] = DiskLog(filename="metrics.jsonl")
 
@@ -190,9 +191,12 @@ def _contradictions(
     if values.get("group_by_length") and (values.get("packed") or values.get("shuffle") is False):
         reason = "packs are of one length" if values.get("packed") else "without shuffle the rows keep their order"
         problems.append(Problem(merged.param("group_by_length"), f"has no effect here: {reason}"))
-    if values.get("early_stopping_patience") and not has_validation_data:
-        message = "needs validation_data: without it nothing tells when to stop"
-        problems.append(Problem(merged.param("early_stopping_patience"), message))
+    for key, reason in (
+        ("run_val_every_n_steps", "there is nothing to evaluate"),
+        ("early_stopping_patience", "nothing tells when to stop"),
+    ):
+        if values.get(key) and not has_validation_data:
+            problems.append(Problem(merged.param(key), f"needs validation_data: without it {reason}"))
     if {"attn_modules", "mlp", "output"} <= lora.keys() and not (lora["attn_modules"] or lora["mlp"] or lora["output"]):
         problems.append(
             Problem(merged.param("lora_attn_modules"), "no layer gets an adapter: there is nothing to train")

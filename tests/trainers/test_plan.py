@@ -153,6 +153,7 @@ def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> Non
         ({"compile": 1}, "compile", "must be true or false"),
         ({"dtype": "fp16"}, "dtype", "'fp32' or 'bf16'"),
         ({"packed": True}, "packed", "needs max_seq_len"),
+        ({"run_val_every_n_steps": 2}, "run_val_every_n_steps", "needs validation_data"),
         ({"early_stopping_patience": 2}, "early_stopping_patience", "needs validation_data"),
         ({"keep_last_n": 0}, "keep_last_n", "a whole number from 1"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas", "a list of two numbers"),
