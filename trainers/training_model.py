@@ -139,7 +139,8 @@ def _compile_backend() -> str:
 def _shard(model: TrainingModel, plan: Plan, arch: Architecture, ranks: Ranks) -> None:
     """FSDP2 as torchtune does it: a unit for each layer and one for the rest. With memory_efficient_fsdp_wrap embedding
     and head are units of their own; they can't be where they are one matrix."""
-    from torchtune.training import get_shard_conditions, shard_model  # seconds, of which one worker has no use
+    # From the module itself: torchtune.training would bring the whole of torchtune along.
+    from torchtune.training._distributed import get_shard_conditions, shard_model
 
     separate = ["decoder.tok_embeddings", "decoder.output"] if plan.memory_efficient_fsdp_wrap and not arch.tied else []
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 
 def run(code: str) -> str:
@@ -12,23 +13,22 @@ def run(code: str) -> str:
 
 
 def test_the_recipe_imports_nothing_that_it_has_no_use_for() -> None:
-    needless = {
-        "pandas",
-        "pyarrow",
-        "datasets",
-        "torchao.quantization",
-        "torchtune.datasets",
-        "torchtune.models.llama3",
-    }
+    needless = {"pandas", "datasets", "torchao.quantization", "torchtune.datasets", "torchtune.models.llama3"}
     assert run(f"import sys, trainers.recipe; print(sorted({needless!r} & sys.modules.keys()))") == "[]"
 
 
 def test_a_deferred_package_is_whole_when_something_of_it_is_asked_for() -> None:
-    names = (
-        "torchtune.__version__[:5], torchtune.datasets.__name__, torchtune.training.get_lr.__name__, quantize_.__name__"
-    )
-    code = f"import trainers.recipe, torchtune, torchtune.training; from torchao import quantize_; print({names})"
+    code = """
+import trainers.recipe, torchtune, torchtune.training
+from torchao import quantize_
+print(torchtune.__version__[:5], torchtune.datasets.__name__, torchtune.training.get_lr.__name__, quantize_.__name__)
+"""
     assert run(code) == "0.6.1 torchtune.datasets get_lr quantize_"
+
+
+def test_packages_that_import_each_other_in_a_circle_come_in_their_own_order() -> None:
+    code = "import trainers.recipe; from torchao.dtypes import AffineQuantizedTensor as it; print(it.__name__)"
+    assert run(code) == "AffineQuantizedTensor"
 
 
 def test_a_deferred_package_has_no_names_but_its_own() -> None:
@@ -36,7 +36,7 @@ def test_a_deferred_package_has_no_names_but_its_own() -> None:
     assert run(code) == "False False"
 
 
-def test_a_package_whose_init_fails_fails_again_with_its_own_error(tmp_path: object) -> None:
+def test_a_package_whose_init_fails_fails_again_with_its_own_error(tmp_path: Path) -> None:
     code = f"""
 import sys, trainers.deferred as deferred
 from pathlib import Path
