@@ -1,0 +1,3 @@
+from trainers.deferred import defer
+
+defer()

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainers.batches import Progress
-from trainers.distributed import Ranks, like, whole
+from trainers.distributed import Ranks, whole
 from trainers.errors import InfrastructureError
 from trainers.methods import Method
 from trainers.models.architecture import Architecture
+from trainers.optimization import optimizer_state, restore_optimizer_state
 from trainers.reporting import Reporter, SavedCheckpoint
 
 STATE = "training_state"
@@ -43,7 +44,7 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 @dataclass(frozen=True)
 class Validation:
-    """What the evaluations after each epoch have shown: the lowest loss, the step it was seen after (0: none yet), and
+    """What the evaluations have shown: the lowest loss, the step it was seen after (0: none yet), and
     how many evaluations there have been since."""
 
     best_loss: float = math.inf
@@ -162,16 +163,14 @@ def load_progress(checkpoint: Path) -> tuple[Progress, Validation]:
 
 def load_optimizer(checkpoint: Path, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
     """Gives the optimizer the state it had. Every rank has to call it; any number of ranks may have saved it."""
-    fused = bool(optimizer.param_groups[0].get("fused"))
     with safe_open(checkpoint / STATE / "optimizer.safetensors", framework="pt") as file:
+        keys: dict[str, list[str]] = {}
         for key in file.keys():  # noqa: SIM118  -- not a dict
             attribute, _, name = key.partition("/")
-            value, parameter = file.get_tensor(key), parameters[name]
-            if value.shape == parameter.shape:
-                value = like(value.clone(), parameter)
-            elif fused:
-                value = value.to(parameter.device)
-            optimizer.state[parameter][attribute] = value
+            keys.setdefault(name, []).append(attribute)
+        for name, attributes in keys.items():
+            saved = {attribute: file.get_tensor(f"{attribute}/{name}") for attribute in attributes}
+            restore_optimizer_state(optimizer, parameters[name], saved)
 
 
 def drop_older_states(output_dir: Path, step: int) -> None:
@@ -196,9 +195,8 @@ def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool) -> dic
 
 def _optimizer_tensors(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in parameters.items():
-        for attribute, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                yield f"{attribute}/{name}", value
+        for attribute, value in optimizer_state(optimizer, parameter).items():
+            yield f"{attribute}/{name}", value
 
 
 def _save_state(state_dir: Path, moments: dict[str, Tensor], progress: Progress, validation: Validation) -> None:

@@ -6,6 +6,7 @@ name stands in `COMPONENTS`, with arguments whose names and types stand beside i
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +33,7 @@ _ADAM: dict[str, Check] = {
     "foreach": nullable(boolean),
     "fused": nullable(boolean),
 }
+_COMPRESSED_ADAM: dict[str, Check] = {name: _ADAM[name] for name in ("betas", "eps", "weight_decay")}
 _SGD: dict[str, Check] = {
     "momentum": number(0, 1, below=True),
     "dampening": number(0, 1),
@@ -56,6 +58,12 @@ COMPONENTS: Mapping[str, Component] = MappingProxyType(
         "torch.optim.AdamW": Component("optimizer", _ADAM),
         "torch.optim.Adam": Component("optimizer", _ADAM),
         "torch.optim.SGD": Component("optimizer", _SGD),
+        "torchao.optim.AdamW8bit": Component("optimizer", _COMPRESSED_ADAM | {"amsgrad": boolean}),
+        "torchao.optim.AdamW4bit": Component("optimizer", _COMPRESSED_ADAM | {"amsgrad": boolean}),
+        "torchao.optim.AdamWFp8": Component("optimizer", _COMPRESSED_ADAM | {"amsgrad": boolean}),
+        "bitsandbytes.optim.AdamW8bit": Component("optimizer", _COMPRESSED_ADAM),
+        "bitsandbytes.optim.PagedAdamW8bit": Component("optimizer", _COMPRESSED_ADAM),
+        "bitsandbytes.optim.PagedAdamW": Component("optimizer", _COMPRESSED_ADAM),
         "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup": Component(
             "lr_scheduler",
             {"num_warmup_steps": integer(0, 10**9), "num_cycles": number(0, 1000, above=True)},
@@ -104,6 +112,17 @@ OPTIONAL = frozenset({"lr_scheduler", "quantizer"})
 def allowed(section: str) -> list[str]:
     """The components that may stand in `section`."""
     return [name for name, component in COMPONENTS.items() if component.section == section]
+
+
+def missing_package(component: str) -> str | None:
+    """The package that a component comes from, where it isn't installed."""
+    package = component.partition(".")[0]
+    return None if find_spec(package) else package
+
+
+def shardable(optimizer: str) -> bool:
+    """Whether an optimizer's state can be split over workers along with the parameters."""
+    return optimizer.startswith("torch.")
 
 
 def conflicts(component: str, kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:

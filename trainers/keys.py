@@ -175,10 +175,17 @@ KEYS: tuple[Key, ...] = (
         ("keep_last_n",),
     ),
     Key(
+        "run_val_every_n_steps",
+        nullable(_STEPS),
+        "null",
+        "An evaluation on `validation_data` every so many steps, besides the one after each epoch; the best so far is "
+        "saved. null: only those.",
+    ),
+    Key(
         "early_stopping_patience",
         nullable(integer(1, 10_000)),
         "null",
-        "Stop after so many epochs without a lower loss on `validation_data`. null: train every epoch.",
+        "Stop after so many evaluations without a lower loss on `validation_data`. null: train every epoch.",
     ),
     Key(
         "max_invalid_fraction",

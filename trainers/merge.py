@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from trainers.components import COMPONENTS, DEFAULTS, OPTIONAL, SECTIONS, allowed, conflicts
+from trainers.components import COMPONENTS, DEFAULTS, OPTIONAL, SECTIONS, allowed, conflicts, missing_package
 from trainers.errors import MOST_PROBLEMS, Problem
 from trainers.keys import BY_NAME, REFUSED, unknown_key
 from trainers.values import shown
@@ -105,6 +105,9 @@ class Merged:
         elif setting.value is None and section in OPTIONAL:
             part.remove()
         elif isinstance(setting.value, str) and setting.value in allowed(section):
+            if package := missing_package(setting.value):
+                message = f"{setting.value} needs the package {package}, which isn't installed on the cluster"
+                self._problem(setting, message, "component_not_installed")
             part.choose(setting)
         else:
             part.refused = True  # its arguments were meant for a component we don't know

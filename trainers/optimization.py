@@ -1,29 +1,83 @@
 """Optimizer and learning rate of a plan. The components were checked against the allow-list when the plan was made."""
 
-from collections.abc import Callable, Iterable
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
-from trainers.plan import Plan
+from trainers.components import missing_package, shardable
+from trainers.distributed import like
+from trainers.errors import UserError
+from trainers.plan import EXTRAS, Plan
 
 WARMUP_SHARE = 0.03
 
-_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "torch.optim.AdamW": torch.optim.AdamW,
-    "torch.optim.Adam": torch.optim.Adam,
-    "torch.optim.SGD": torch.optim.SGD,
-}
-
 
 def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam and AdamW update in one fused pass over memory unless the plan says otherwise."""
-    kwargs = dict(plan.optimizer.kwargs)
-    if "Adam" in plan.optimizer.component and not kwargs.keys() & {"fused", "foreach"}:
+    """torch's Adam and AdamW update in one fused pass over memory unless the plan says otherwise.
+
+    Raises UserError for an optimizer whose package this node lacks, or whose state can't be sharded as `parameters`
+    are.
+    """
+    name, kwargs, parameters = plan.optimizer.component, dict(plan.optimizer.kwargs), list(parameters)
+    if package := missing_package(name):
+        message = f"{name} needs the package {package}, which isn't installed on this node: install it on every node"
+        raise UserError("component_not_installed", message, param=f"{EXTRAS}.optimizer")
+    if not shardable(name) and any(isinstance(parameter, DTensor) for parameter in parameters):
+        message = (
+            f"the model takes too much of a worker's memory for each to hold all of it, and the state of {name} isn't "
+            "sharded: use torch.optim.AdamW, or quantize_base."
+        )
+        raise UserError("optimizer_not_sharded", message, param=f"{EXTRAS}.optimizer")
+    module, _, kind = name.rpartition(".")
+    if kind in ("Adam", "AdamW") and not kwargs.keys() & {"fused", "foreach"}:
         kwargs["fused"] = True
-    return _OPTIMIZERS[plan.optimizer.component](list(parameters), lr=plan.lr, **kwargs)
+    optimizer: torch.optim.Optimizer = getattr(importlib.import_module(module), kind)(parameters, lr=plan.lr, **kwargs)
+    return optimizer
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """All that `optimizer` has to be given again to go on exactly; nothing before its first step.
+
+    A tensor that torchao holds compressed comes as its parts, `exp_avg.codes` and `exp_avg.scale`. The tables of values
+    (qmap) that its codes and those of bitsandbytes look up never change, and are left out.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in optimizer.state.get(parameter, {}).items():
+        if hasattr(value, "codes"):
+            found |= {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
+        elif not name.startswith("qmap"):
+            found[name] = value if isinstance(value, Tensor) else torch.tensor(value)  # bitsandbytes counts in an int
+    return found
+
+
+def restore_optimizer_state(optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, Tensor]) -> None:  # noqa: ANN401
+    """Gives `optimizer` what `optimizer_state` had of `parameter`. Every rank has to call it."""
+    state = optimizer.state[parameter]
+    if hasattr(optimizer, "init_state"):  # bitsandbytes: its tables, and memory that is paged where it wants that
+        group = optimizer.param_groups[0]
+        optimizer.init_state(group, parameter, 0, [p is parameter for p in group["params"]].index(True))
+        for name, value in saved.items():
+            if isinstance(state[name], Tensor):
+                state[name].copy_(value)
+            else:
+                state[name] = value.item()
+        return
+    for name, value in saved.items():
+        whole, _, part = name.partition(".")
+        if part:
+            if whole not in state:
+                state[whole] = optimizer._new_buffer(parameter, signed=whole == "exp_avg")
+            getattr(state[whole], part).copy_(value)
+        elif value.shape == parameter.shape:
+            state[name] = like(value.clone(), parameter)
+        else:
+            state[name] = value.to(parameter.device) if optimizer.param_groups[0].get("fused") else value
 
 
 def warmup_steps(plan: Plan, total_steps: int) -> int:

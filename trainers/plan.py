@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from events.config import Config, LoraFineTuneOptions, WandBLogger
-from trainers.components import DEFAULTS, DPO_LOSS
+from trainers.components import DEFAULTS, DPO_LOSS, shardable
 from trainers.errors import ConfigProblems, Problem
 from trainers.merge import Merged
 from trainers.overrides import parse_overrides
@@ -100,6 +100,7 @@ class Plan(_Frozen):
     log_every_n_steps: int = 1
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int | None = None
+    run_val_every_n_steps: int | None = None
     early_stopping_patience: int | None = None
     logger: Annotated[DiskLog | WandBLog, Field(discriminator="kind")] = DiskLog(filename="metrics.jsonl")
 
@@ -150,9 +151,8 @@ def make_plan(config: Config) -> Plan:
     pairs = (components["loss"] or ("",))[0] == DPO_LOSS
     problems += _contradictions(values, lora, merged, has_validation_data=config.validation_data is not None)
     problems += _method_contradictions(kind, values, components, merged)
-    if components["quantizer"] and overrides.nnodes * overrides.nproc_per_node > 1:
-        message = "quantisation-aware training runs on one worker: its rounding layers don't work sharded"
-        problems.append(Problem("overrides", message))
+    if overrides.nnodes * overrides.nproc_per_node > 1:
+        problems += _sharding_contradictions(kind, values, components, merged)
     if pairs and values.get("packed"):
         message = "can't be used with DPO: the rows of a pair are never packed. Leave one of the two out."
         problems.append(Problem(merged.param("packed"), message))
@@ -191,9 +191,12 @@ def _contradictions(
     if values.get("group_by_length") and (values.get("packed") or values.get("shuffle") is False):
         reason = "packs are of one length" if values.get("packed") else "without shuffle the rows keep their order"
         problems.append(Problem(merged.param("group_by_length"), f"has no effect here: {reason}"))
-    if values.get("early_stopping_patience") and not has_validation_data:
-        message = "needs validation_data: without it nothing tells when to stop"
-        problems.append(Problem(merged.param("early_stopping_patience"), message))
+    for key, reason in (
+        ("run_val_every_n_steps", "there is nothing to evaluate"),
+        ("early_stopping_patience", "nothing tells when to stop"),
+    ):
+        if values.get(key) and not has_validation_data:
+            problems.append(Problem(merged.param(key), f"needs validation_data: without it {reason}"))
     if {"attn_modules", "mlp", "output"} <= lora.keys() and not (lora["attn_modules"] or lora["mlp"] or lora["output"]):
         problems.append(
             Problem(merged.param("lora_attn_modules"), "no layer gets an adapter: there is nothing to train")
@@ -222,6 +225,21 @@ def _method_contradictions(
             message = "can't be combined with quantize_base: a 4-bit model isn't sharded, each worker holds all of it"
             problems.append(Problem(merged.param(key), message))
     return problems
+
+
+def _sharding_contradictions(
+    kind: str, values: dict[str, Any], components: dict[str, Any], merged: Merged
+) -> list[Problem]:
+    """What can't be split over the workers, of which there are several."""
+    name, _ = components["optimizer"] or (DEFAULTS["optimizer"], {})
+    if shardable(name):
+        return []
+    if kind == "full":
+        message = f"{name} keeps a state that isn't sharded: full fine-tuning with it runs on one worker"
+        return [Problem(merged.param("optimizer"), message)]
+    message = f"can't be combined with {name}, whose state isn't sharded"
+    keys = ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload")
+    return [Problem(merged.param(key), message) for key in keys if values.get(key)]
 
 
 def _logger_problems(config: Config) -> list[Problem]:

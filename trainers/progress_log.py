@@ -73,12 +73,13 @@ class ProgressLog:
         self._latest["valid_loss"] = loss
         if self._ranks.first:
             _log.info("validation after step %d/%d | loss %.4f", progress.step, self._total_steps, loss)
-            self._reporter.metrics(StepMetrics(step=progress.step, epoch=progress.epoch, time=_now(), valid_loss=loss))
+            epoch = progress.epoch if progress.between_epochs else progress.epoch + 1  # the one under way
+            self._reporter.metrics(StepMetrics(step=progress.step, epoch=epoch, time=_now(), valid_loss=loss))
 
     def stopped_early(self, validation: Validation) -> None:
         if self._ranks.first:
             _log.info(
-                "stopped early: no lower validation loss in %d epoch(s); the best, %.4f, was after step %d",
+                "stopped early: no lower validation loss in %d evaluation(s); the best, %.4f, was after step %d",
                 *(validation.without_gain, validation.best_loss, validation.best_step),
             )
 

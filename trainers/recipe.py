@@ -50,7 +50,8 @@ def train(
     """Trains `plan`, going on from the checkpoint directory `resume_from` if one is given.
 
     `train_data` and `valid_data` are directories of prepared data; `output_dir` is shared by all ranks. Each epoch ends
-    with an evaluation (where there is `valid_data`) and a checkpoint. Raises Stopped, after a checkpoint, when the
+    with an evaluation (where there is `valid_data`) and a checkpoint, and so does every evaluation that is the best so
+    far. Raises Stopped, after a checkpoint, when the
     reporter says so, and UserError for what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that
     can't be built.
     """
@@ -87,6 +88,9 @@ def train(
         under_way: deque[Step] = deque()
         stop = False
         for items in schedule.steps(progress):
+            if _enough(plan, validation):
+                log.stopped_early(validation)
+                break
             micro_batches = [
                 collate(data, rows, share=not drops(plan, arch), pad_to=width, reference=reference.get("training"))
                 for rows in items.micro_batches
@@ -107,7 +111,8 @@ def train(
 
             # ---- look
             at_checkpoint = progress.between_epochs or _due(progress.step, plan.save_every_n_steps)
-            while len(under_way) > (0 if at_checkpoint or stop else steps_ahead(ranks)):
+            at_evaluation = progress.between_epochs or _due(progress.step, plan.run_val_every_n_steps)
+            while len(under_way) > (0 if at_checkpoint or at_evaluation or stop else steps_ahead(ranks)):
                 step = under_way.popleft()
                 outcome = step.tensors.read()
                 _check_finite(outcome, step.items, plan, ranks)
@@ -115,19 +120,16 @@ def train(
                 stop = stop or outcome.stop
 
             # ---- save
-            if valid and progress.between_epochs:
+            if valid and at_evaluation:
                 loss = evaluate(model, valid, plan.batch_size, ranks, reference.get("validation"))
                 log.evaluated(progress, loss)
                 validation = validation.after(progress.step, loss)
-            if at_checkpoint or stop:
+            if at_checkpoint or stop or progress.step == validation.best_step or _enough(plan, validation):
                 checkpoints.save(progress, validation, log.latest(), model.trainable(), optimizer)
                 log.interrupted()
             if stop:
                 checkpoints.wait()
                 raise Stopped(progress.step)
-            if plan.early_stopping_patience and validation.without_gain >= plan.early_stopping_patience:
-                log.stopped_early(validation)
-                break
 
 
 class StepOutcome(NamedTuple):
@@ -277,6 +279,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _enough(plan: Plan, validation: Validation) -> bool:
+    """Whether the evaluations say that training has stopped to help."""
+    return plan.early_stopping_patience is not None and validation.without_gain >= plan.early_stopping_patience
 
 
 def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ranks) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder
-from torchtune.training import get_shard_conditions, set_default_dtype, shard_model
+from torchtune.training.precision import set_default_dtype
 
 from trainers.collate import Batch
 from trainers.distributed import Ranks, like
@@ -139,6 +139,9 @@ def _compile_backend() -> str:
 def _shard(model: TrainingModel, plan: Plan, arch: Architecture, ranks: Ranks) -> None:
     """FSDP2 as torchtune does it: a unit for each layer and one for the rest. With memory_efficient_fsdp_wrap embedding
     and head are units of their own; they can't be where they are one matrix."""
+    # From the module itself: torchtune.training would bring the whole of torchtune along.
+    from torchtune.training._distributed import get_shard_conditions, shard_model
+
     separate = ["decoder.tok_embeddings", "decoder.output"] if plan.memory_efficient_fsdp_wrap and not arch.tied else []
 
     def is_unit(name: str, module: nn.Module) -> bool:

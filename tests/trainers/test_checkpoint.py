@@ -122,6 +122,41 @@ def test_early_stopping_ends_the_run_when_validation_gets_no_better(case: Case) 
     part = replace(case, output_dir=case.output_dir / "part", stop_at=25).run()
     rest = replace(case, output_dir=case.output_dir / "part", resume_from=part.checkpoints[-1].path).run()
     assert [c.epoch for c in rest.checkpoints] == [3]
+    # One that was interrupted after it had stopped trains no further.
+    again = replace(case, output_dir=case.output_dir / "again", resume_from=run.checkpoints[-1].path).run()
+    assert (again.steps, again.checkpoints) == ([], [])
+
+
+def test_evaluations_within_an_epoch_find_the_best_checkpoint_and_it_stays(case: Case) -> None:
+    rising = {"lr": 1.0, "lr_scheduler": None}  # far too high
+    case.plan = make_plan_for(n_epochs=2, run_val_every_n_steps=2, keep_last_n_checkpoints=1, **rising)
+    run = case.run()
+    losses = {m.step: m.valid_loss for m in run.evaluations}
+    assert list(losses) == [0, 2, 4, 6, 8, 10, 11, 12, 14, 16, 18, 20, 22]
+    assert [m.epoch for m in run.evaluations] == [0, *[1] * 6, *[2] * 6]
+    del losses[0]
+    best = [step for step in losses if losses[step] == min(losses[s] or 0 for s in losses if s <= step)]
+    assert best[-1] % 11, "the best is at the end of an epoch, so this tests nothing"
+    assert [c.step for c in run.checkpoints if c.best] == best
+    assert [c.step for c in run.checkpoints] == sorted({*best, 11, 22})
+    assert all(c.metrics["valid_loss"] == losses[c.step] for c in run.checkpoints)
+    left = sorted(path.name for path in (case.output_dir / "checkpoints").iterdir())
+    assert left == [checkpoint_path(case.output_dir, step).name for step in (best[-1], 22)]
+
+
+def test_early_stopping_within_an_epoch_counts_evaluations_across_an_interruption(case: Case) -> None:
+    still = {"lr": 1e-30, "early_stopping_patience": 3, "run_val_every_n_steps": 2}  # nothing is learnt
+    case.plan = make_plan_for(n_epochs=6, **still)
+    run = case.run()
+    assert [(c.step, c.best) for c in run.checkpoints] == [(2, True), (8, False)]
+    assert list(run.losses) == list(range(1, 9))
+    for stop_at in (2, 3, 6):
+        part_case = replace(case, output_dir=case.output_dir / f"part{stop_at}")
+        part = replace(part_case, stop_at=stop_at).run()
+        rest = replace(part_case, resume_from=part.checkpoints[-1].path).run()
+        assert part.losses | rest.losses == run.losses
+        assert [m.step for m in part.evaluations + rest.evaluations] == [0, 2, 4, 6, 8]
+        assert rest.checkpoints[-1].step == 8
 
 
 def test_only_the_newest_checkpoint_keeps_its_training_state(case: Case) -> None:

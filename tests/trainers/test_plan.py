@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -108,6 +109,27 @@ def test_a_component_off_the_list_is_refused_with_the_list() -> None:
     assert "torch.optim.AdamW" in problem.message
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.parametrize("kind", ["PagedAdamW8bit", "AdamW8bit", "PagedAdamW"])
+def test_an_optimizer_whose_package_is_missing_is_refused_naming_it(kind: str) -> None:
+    problem = only_problem({"optimizer": {"_component_": f"bitsandbytes.optim.{kind}", "lr": 1e-5}})
+    assert problem.param == "fine_tuning_options.extras.optimizer._component_"
+    assert problem.code == "component_not_installed"
+    assert "needs the package bitsandbytes" in problem.message
+
+
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_an_optimizer_with_a_compressed_state_trains_where_nothing_is_sharded(kind: str) -> None:
+    optimizer = f"optimizer=torchao.optim.{kind}"
+    full = {"custom_training_options": {"finetuning_type": "full"}}
+    assert make_plan(config(full, overrides=optimizer)).optimizer.component == f"torchao.optim.{kind}"
+    assert make_plan(config(overrides=f"--nproc_per_node 2 {optimizer}")).workers == 2
+    with pytest.raises(ConfigProblems, match="full fine-tuning with it runs on one worker"):
+        make_plan(config(full, overrides=f"--nproc_per_node 2 {optimizer}"))
+    with pytest.raises(ConfigProblems, match="whose state isn't sharded"):
+        make_plan(config({"extras": {"fsdp_cpu_offload": True}}, overrides=f"--nproc_per_node 2 {optimizer}"))
+
+
 @pytest.mark.parametrize("value", [7, None, True, ["torch.optim.SGD"], {"a": {"b": 1}}, "torch.nn.CrossEntropyLoss"])
 def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> None:
     assert only_problem({"optimizer._component_": value}).code == "component_not_allowed"
@@ -131,6 +153,7 @@ def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> Non
         ({"compile": 1}, "compile", "must be true or false"),
         ({"dtype": "fp16"}, "dtype", "'fp32' or 'bf16'"),
         ({"packed": True}, "packed", "needs max_seq_len"),
+        ({"run_val_every_n_steps": 2}, "run_val_every_n_steps", "needs validation_data"),
         ({"early_stopping_patience": 2}, "early_stopping_patience", "needs validation_data"),
         ({"keep_last_n": 0}, "keep_last_n", "a whole number from 1"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas", "a list of two numbers"),
@@ -167,12 +190,6 @@ def test_torchtunes_keys_choose_the_method(extras: dict[str, Any], kind: str, me
     assert plan.lr == (3e-4 if kind == "lora" else 2e-5)
     assert (plan.quantizer is not None) == (method == "qat")
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
-
-
-def test_quantisation_aware_training_on_more_than_one_worker_is_refused() -> None:
-    full = {"custom_training_options": {"finetuning_type": "full"}, "extras": {"quantizer": {"_component_": QAT}}}
-    with pytest.raises(ConfigProblems, match="runs on one worker"):
-        make_plan(config(full, overrides="--nproc_per_node 2"))
 
 
 def test_a_quantizer_on_the_command_line_keeps_what_extras_do_not_set() -> None:

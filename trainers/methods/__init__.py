@@ -1,24 +1,24 @@
 """The ways a model can be fine-tuned. A new one is a file beside this one and a line in `METHODS`."""
 
-from trainers.methods.dora import Dora
-from trainers.methods.full import Full
-from trainers.methods.lora import Lora
-from trainers.methods.method import Method
-from trainers.methods.qat import Qat
-from trainers.methods.qlora import Qlora
-from trainers.plan import Plan
+from importlib import import_module
 
-METHODS: dict[str, type[Method]] = {
-    "full": Full,
-    "lora": Lora,
-    "dora": Dora,
-    "qlora": Qlora,
-    "qat": Qat,
+from trainers.methods.method import Method
+from trainers.plan import MethodName, Plan
+
+METHODS: dict[MethodName, str] = {
+    "full": "trainers.methods.full.Full",
+    "lora": "trainers.methods.lora.Lora",
+    "dora": "trainers.methods.dora.Dora",
+    "qlora": "trainers.methods.qlora.Qlora",
+    "qat": "trainers.methods.qat.Qat",
 }
+"""By name, as what one of them needs takes long to import."""
 
 
 def method_of(plan: Plan) -> Method:
-    return METHODS[plan.method](plan)
+    module, _, name = METHODS[plan.method].rpartition(".")
+    method: Method = getattr(import_module(module), name)(plan)
+    return method
 
 
 __all__ = ["METHODS", "Method", "method_of"]

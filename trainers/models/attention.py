@@ -189,8 +189,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, rules: Rules
 
 # Compiled once for each combination of window, soft-cap, packed or not, with gradients or without, and twice while the
 # width is new. Past the limit it would silently run uncompiled, with a matrix of scores: `fullgraph` raises then.
-torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-_compiled_flex_attention = torch.compile(flex_attention, fullgraph=True)
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, fullgraph=True)
+    return compiled
 
 
 def flex_attend(
@@ -198,7 +201,7 @@ def flex_attend(
 ) -> Tensor:
     """An `Attend` by FlexAttention, which has no dropout. `flex` stands in for the compiled one."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    output: Tensor = (flex or _compiled_flex_attention)(
+    output: Tensor = (flex or _compiled_flex_attention())(
         q,
         k,
         v,
