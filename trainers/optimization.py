@@ -51,8 +51,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -
     for name, value in optimizer.state.get(parameter, {}).items():
         if hasattr(value, "codes"):
             found |= {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
-        elif not name.startswith("qmap"):
-            found[name] = value if isinstance(value, Tensor) else torch.tensor(value)  # bitsandbytes counts in an int
+        elif isinstance(value, int):  # in which bitsandbytes counts its steps
+            found[name] = torch.tensor(value)
+        elif isinstance(value, Tensor) and not name.startswith("qmap"):
+            found[name] = value
     return found
 
 

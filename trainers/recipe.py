@@ -50,10 +50,9 @@ def train(
     """Trains `plan`, going on from the checkpoint directory `resume_from` if one is given.
 
     `train_data` and `valid_data` are directories of prepared data; `output_dir` is shared by all ranks. Each epoch ends
-    with an evaluation (where there is `valid_data`) and a checkpoint, and so does every evaluation that is the best so
-    far. Raises Stopped, after a checkpoint, when the
-    reporter says so, and UserError for what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that
-    can't be built.
+    with an evaluation (where there is `valid_data`) and a checkpoint; an evaluation within one that is the best so far
+    is followed by a checkpoint too. Raises Stopped, after a checkpoint, when the reporter says so, and UserError for
+    what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that can't be built.
     """
     with _advice_when_out_of_memory(plan), ExitStack() as stack:
         # ---- configure
