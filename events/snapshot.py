@@ -3,8 +3,8 @@
 A snapshot is only ever a short cut. One that is damaged, that other code has folded, or that belongs to another log (an
 older backup was restored) is not used: then everything is folded from the first event.
 
-The first line is a CRC-32 of the rest. The second names the code and the event that was folded last; each further line is
-one job, oldest first.
+The first line is a CRC-32 of the rest. The second names the code and the event that was folded last; each further line
+is one job, oldest first.
 """
 
 import logging

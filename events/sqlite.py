@@ -278,8 +278,8 @@ class SqliteStore:
         self._last = self._read_head(db)
         if self._last < self._acknowledged:
             raise StoreFailedError(
-                f"{self._path}: events up to position {self._acknowledged} were acknowledged, it ends at {self._last}. Restore "
-                f"a backup, or move {self._path.name}.lock away to go on without them (also after restoring one)"
+                f"{self._path}: events up to position {self._acknowledged} were acknowledged, it ends at {self._last}. "
+                f"Restore a backup, or move {self._path.name}.lock away to go on without (also after restoring one)"
             )
 
     def _migrate(self, db: sqlite3.Connection, version: int) -> None:

@@ -2,9 +2,9 @@
 
 SQLite takes a WAL up to the first frame whose checksum is wrong and forgets the rest without a word. That is right for
 a transaction that was being written when the power went. It is wrong after a flipped bit, when transactions behind it
-were acknowledged. The two can be told apart: our WAL is emptied as a whole, so all its frames are of one generation, and a
-transaction is begun only once the one before it is on disk. So there may be one transaction behind the readable ones,
-the unfinished one, and never a second.
+were acknowledged. The two can be told apart: our WAL is emptied as a whole, so all its frames are of one generation,
+and a transaction is begun only once the one before it is on disk. So there may be one transaction behind the readable
+ones, the unfinished one, and never a second.
 
 What can't be told from here is a flipped bit in the last transaction: that looks like one that was never acknowledged.
 Where the process was killed and the machine went on, `events.db.lock` knows (see `events.sqlite`).
