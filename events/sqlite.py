@@ -32,7 +32,7 @@ from events.store import (
     StreamAppend,
     place,
 )
-from events.wal import read_frames
+from events.wal import lost_frames
 
 _SCHEMA_VERSION = 2
 _EVENTS = """CREATE TABLE events (
@@ -259,7 +259,6 @@ class SqliteStore:
         return db
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        frames = read_frames(self._wal)
         db.execute("PRAGMA locking_mode=EXCLUSIVE")  # before the first access: then no shared memory is ever used
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
@@ -268,7 +267,7 @@ class SqliteStore:
         if version > _SCHEMA_VERSION:
             raise StoreFailedError(f"{self._path} was written by a newer version of Tunewright (schema {version})")
         _, recovered, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        if lost := frames.lost_after(max(recovered, 0)):
+        if lost := lost_frames(self._wal, max(recovered, 0)):
             raise StoreFailedError(
                 f"{self._wal}: {lost}. Acknowledged events are in it and can't be read. Restore a backup, or "
                 f"move that file and {self._path.name}.lock away to go on without them"

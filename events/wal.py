@@ -13,7 +13,6 @@ The format: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
 """
 
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 _HEADER = struct.Struct(">8I")  # magic, version, page size, sequence, salts, checksum
@@ -21,54 +20,45 @@ _FRAME = struct.Struct(">6I")  # page number, pages in the database if it ends a
 _MAGIC = 0x377F0682
 _BIG_ENDIAN = 1  # the bit of the magic number that says how words are summed
 
-
-@dataclass(frozen=True, slots=True)
-class Frames:
-    """What is in the file, by its frame headers alone. `ends`: which frames, from 1, end a transaction."""
-
-    readable_header: bool
-    count: int
-    ends: tuple[int, ...]
-
-    def lost_after(self, recovered: int) -> str | None:
-        """What is wrong when SQLite found only the first `recovered` frames good; None when that may be right."""
-        if self.count and not self.readable_header:
-            return f"the header of the write-ahead log is damaged, and with it {self.count} pages"
-        behind = [end for end in self.ends if end > recovered]
-        if behind and self.count > behind[0]:
-            return f"page {recovered + 1} of {self.count} in the write-ahead log is damaged, or one soon after it"
-        return None
+Sum = tuple[int, int]
 
 
-def read_frames(wal: Path) -> Frames:
-    """Of a file that may not exist."""
+def lost_frames(wal: Path, recovered: int) -> str | None:
+    """What is wrong with a file of which SQLite found the first `recovered` frames good. None: that may be right.
+
+    Frames are summed up one after the other, so each can be checked with the sum that the one before it carries.
+    """
     try:
-        file = wal.open("rb")
+        content = wal.read_bytes()
     except FileNotFoundError:
-        return Frames(True, 0, ())
-    with file:
-        header = file.read(_HEADER.size)
-        size = file.seek(0, 2)
-        if len(header) < _HEADER.size:
-            return Frames(True, 0, ())
-        magic, _, page_size, _, *salts, sum_1, sum_2 = _HEADER.unpack(header)
-        if magic | _BIG_ENDIAN != _MAGIC | _BIG_ENDIAN or _checksum(header[:24], magic) != (sum_1, sum_2):
-            return Frames(False, (size - _HEADER.size) // (_FRAME.size + 512), ())
-        count, ends = 0, []
-        for number in range(1, (size - _HEADER.size) // (_FRAME.size + page_size) + 1):
-            file.seek(_HEADER.size + (number - 1) * (_FRAME.size + page_size))
-            _, pages, *frame_salts, _, _ = _FRAME.unpack(file.read(_FRAME.size))
-            if frame_salts == salts:
-                count = number
-                if pages:
-                    ends.append(number)
-        return Frames(True, count, tuple(ends))
+        return None
+    if len(content) <= _HEADER.size:
+        return None  # frames are written once the header is on disk
+    magic, _, page_size, _, *salts, first, second = _HEADER.unpack_from(content)
+    words = ">" if magic & _BIG_ENDIAN else "<"
+    if magic | _BIG_ENDIAN != _MAGIC | _BIG_ENDIAN or _sum(content[:24], words, (0, 0)) != (first, second):
+        return "its header is damaged"
+    size = _FRAME.size + page_size
+    before: Sum | None = None
+    ended = False
+    for start in range(_HEADER.size + recovered * size, len(content) - size + 1, size):
+        _, pages, *frame_salts, first, second = _FRAME.unpack_from(content, start)
+        known, before = before, (first, second)
+        if known is None or frame_salts != salts:
+            continue
+        summed = _sum(content[start : start + 8], words, known)
+        if _sum(content[start + _FRAME.size : start + size], words, summed) != before:
+            continue
+        if ended:
+            return f"frame {recovered + 1} is damaged, or one soon after it, and transactions behind it are not"
+        ended = pages > 0
+    return None
 
 
-def _checksum(data: bytes, magic: int) -> tuple[int, int]:
-    words = struct.unpack(f"{'>' if magic & _BIG_ENDIAN else '<'}{len(data) // 4}I", data)
-    first = second = 0
-    for even, odd in zip(words[::2], words[1::2], strict=True):
+def _sum(data: bytes, words: str, start: Sum) -> Sum:
+    first, second = start
+    values = struct.unpack(f"{words}{len(data) // 4}I", data)
+    for even, odd in zip(values[::2], values[1::2], strict=True):
         first = (first + even + second) & 0xFFFFFFFF
         second = (second + odd + first) & 0xFFFFFFFF
     return first, second
