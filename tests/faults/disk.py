@@ -1,9 +1,9 @@
 """What a real process does to its disk, recorded by strace, and what a power cut at any moment of it may leave behind.
 
 The model of the disk: what was written before a sync of the file is there after it; of what was written since, each
-sector of 512 bytes may be there, be missing, or be garbage, whatever the order. Only a change of a file's size keeps its
-place among the writes to that file, as journals of file systems see to. A new file may be missing, and a removed one be
-there again, until their directory was synced.
+sector of 512 bytes may be there, be missing, or be garbage, whatever the order. Only a change of a file's size keeps
+its place among the writes to that file, as journals of file systems see to. A new file may be missing, and one that was
+removed be there again, until their directory was synced.
 """
 
 import random
@@ -21,6 +21,7 @@ _CALL = re.compile(rb"(?:\[pid +\d+\] )?(?:\d+ +)?(\w+)\((.*)\) += (-?\d+)")
 _FD = re.compile(rb"^(\d+)<(.*?)>")
 _HEX = re.compile(rb'"((?:\\x[0-9a-f]{2})*)"(?:, (\d+))?(?:, (\d+))?$')
 
+STRACE = shutil.which("strace") or "strace"
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed (Debian: strace)")
 
 

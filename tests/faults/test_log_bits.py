@@ -61,14 +61,14 @@ def chosen(bits: int, sample: int | None, seed: int) -> list[int]:
 
 
 def test_a_flipped_bit_of_the_file_is_found_or_means_nothing(memory: Path, seed: int, long: bool) -> None:
-    """What means nothing is room on a page that holds no event: there the file may differ, and what is read does not."""
+    """What means nothing is room on a page that holds no event: the file may differ there, what is read does not."""
     with closing(SqliteStore(memory / "events.db")) as store:
         write(store)
         written, problems = read(store)
     assert (len(written), problems) == (100, [])
     whole = (memory / "events.db").read_bytes()
     seen = dict.fromkeys(["reported", "the log does not open", "no effect"], 0)
-    for bit in chosen(len(whole) * 8, None if long else 400, seed):
+    for bit in chosen(len(whole) * 8, None if long else 250, seed):
         (memory / "events.db").write_bytes(flipped(whole, bit))
         seen[outcome(memory, written)] += 1
     print(seen)  # noqa: T201
