@@ -3,7 +3,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench bench-recipe clean
+.PHONY: help setup demo serve test check faults bench bench-recipe clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,6 +24,9 @@ check: setup  ## lint, formatting, types, import rule
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+faults: setup  ## the fault tests in full: hours; ARGS='--faults-seed 7'
+	$(BIN)/python -m pytest -s tests/faults --long --timeout=0 $(ARGS)
 
 bench: setup  ## measure the service; writes benchmarks/README.md
 	$(BIN)/python -m benchmarks.service $(ARGS)

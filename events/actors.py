@@ -36,6 +36,7 @@ LOG_QUEUE = "tunewright-log-queue"
 CALL_TIMEOUT_S = 30.0
 """How long a call waits for an answer (beyond its own `wait_s`): longer than an actor takes to start again."""
 _LOCK_WAIT_S = 20.0
+_BACKUP_S = 3600.0  # a copy of a large log onto a slow disk
 
 T = TypeVar("T")
 
@@ -173,6 +174,10 @@ class EventLogClient(_Client):
     async def wait(self, job_id: str, after_version: int, wait_s: float) -> FineTuningJob:
         job: FineTuningJob = await self._call("wait", job_id, after_version, wait_s, wait_s=wait_s)
         return job
+
+    async def backup(self, file: str) -> None:
+        """`file` is a path on the head node."""
+        await self._call("backup", file, wait_s=_BACKUP_S)
 
 
 class LogQueueClient(_Client):

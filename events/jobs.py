@@ -21,6 +21,36 @@ class Jobs:
         self._order: list[str] = []
         self._live: dict[str, None] = {}
         self._by_key: dict[str, str] = {}
+        self._damaged: dict[str, str] = {}  # why; set by the store's thread at any time, and never unset
+
+    @classmethod
+    def of(cls, position: int, time: datetime | None, jobs: Iterable[FineTuningJob]) -> "Jobs":
+        """`jobs` in the order they were submitted, as of `position`."""
+        restored = cls()
+        draft = Draft(restored)
+        for job in jobs:
+            draft.put(job)
+        draft.position, draft.time = position, time
+        restored.adopt(draft)
+        return restored
+
+    def all(self) -> list[FineTuningJob]:
+        """Oldest first."""
+        return [self._jobs[job_id] for job_id in self._order]
+
+    def damage(self, job_id: str, why: str) -> None:
+        """From now on the job is not served: what is known of it may be wrong."""
+        self._damaged.setdefault(job_id, why)
+
+    def check(self, job_id: str) -> None:
+        """Raises Refused `job_damaged`."""
+        if (why := self._damaged.get(job_id)) is not None:
+            raise Refused(
+                "job_damaged", f"the history of job {job_id} is damaged: {why}; its operator has to restore it"
+            )
+
+    def any_damaged(self) -> bool:
+        return bool(self._damaged)
 
     def get(self, job_id: str) -> FineTuningJob | None:
         return self._jobs.get(job_id)
@@ -29,20 +59,25 @@ class Jobs:
         return self._by_key.get(idempotency_key)
 
     def live(self) -> list[FineTuningJob]:
-        """Jobs without an outcome, oldest first."""
-        return [self._jobs[job_id] for job_id in self._live]
+        """Jobs without an outcome, oldest first. Damaged ones are left out."""
+        return [self._jobs[job_id] for job_id in self._live if job_id not in self._damaged]
 
     def live_count(self) -> int:
-        return len(self._live)
+        return len(self._live) - sum(job_id in self._live for job_id in tuple(self._damaged))
 
     def page(self, limit: int, after: str | None) -> tuple[list[FineTuningJob], bool]:
-        """Up to `limit` jobs, newest first, those older than `after`; and whether there are more.
+        """Up to `limit` jobs, newest first, those older than `after`; and whether there are more. Damaged ones are left
+        out.
 
         Raises KeyError when there is no job `after`.
         """
-        end = len(self._order) if after is None else self._numbers[after]
-        start = max(end - limit, 0)
-        return [self._jobs[job_id] for job_id in reversed(self._order[start:end])], start > 0
+        start = len(self._order) if after is None else self._numbers[after]
+        page: list[FineTuningJob] = []
+        while start and len(page) < limit:
+            start -= 1
+            if (job_id := self._order[start]) not in self._damaged:
+                page.append(self._jobs[job_id])
+        return page, start > 0
 
     def adopt(self, draft: "Draft") -> None:
         for job_id, job in draft.changed.items():
@@ -97,6 +132,7 @@ class Draft:
         self, job_id: str, events: Sequence[NewEvent], expected_version: int | None, time: datetime
     ) -> FineTuningJob:
         """Raises Refused or ExpectedVersionError, and then drafts nothing of it."""
+        self._jobs.check(job_id)
         job = self._get(job_id)
         fresh = [new for new in events if new.event_id not in self._known]
         actual = NO_STREAM if job is None else job.version
@@ -120,12 +156,16 @@ class Draft:
             self._known.update(new.event_id for new, _, _ in accepted)
         return job
 
-    def _put(self, recorded: Recorded, job: FineTuningJob) -> None:
+    def put(self, job: FineTuningJob) -> None:
+        """The job as it now is."""
         before = self._get(job.job_id)
         self._live_change += (not job.over) - (before is not None and not before.over)
         self.changed[job.job_id] = job
-        if isinstance(recorded.event, JobSubmitted) and recorded.event.idempotency_key is not None:
-            self.keys[recorded.event.idempotency_key] = job.job_id
+        if before is None and job.idempotency_key is not None:
+            self.keys[job.idempotency_key] = job.job_id
+
+    def _put(self, recorded: Recorded, job: FineTuningJob) -> None:
+        self.put(job)
         self.position = recorded.position
         self.time = recorded.time
 
@@ -134,7 +174,10 @@ class Draft:
 
     def _with_key(self, key: str) -> FineTuningJob | None:
         job_id = self.keys.get(key) or self._jobs.with_key(key)
-        return None if job_id is None else self._get(job_id)
+        if job_id is None:
+            return None
+        self._jobs.check(job_id)
+        return self._get(job_id)
 
 
 def _same_config(job: FineTuningJob, event: JobSubmitted) -> FineTuningJob:

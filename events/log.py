@@ -2,14 +2,20 @@
 
 Appends that arrive while a commit is in flight go into the next one together (group commit), so their number per
 second is not bound by the number of fsyncs. What is returned or read is on disk.
+
+A job whose events can't be read as they were written is refused with `job_damaged`; the others are served. Damage is
+found where events are read: at the start in what the snapshot doesn't cover, and everywhere else by a thread that goes
+through the whole store after each start.
 """
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from events.bell import Bell
@@ -17,12 +23,23 @@ from events.decide import Refused
 from events.facts import Event, JobSubmitted
 from events.job import FineTuningJob
 from events.jobs import Draft, Jobs
-from events.store import EventStore, ExpectedVersionError, NewEvent, Recorded, StoreFailedError
+from events.snapshot import restored, take
+from events.store import (
+    EventStore,
+    ExpectedVersionError,
+    JobDamagedError,
+    NewEvent,
+    Recorded,
+    StoreFailedError,
+)
 
 _PAGE = 1000
 _CACHED_JSON = 4096
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ANY = object()  # the bell's key for "anything was appended"
+_SNAPSHOT_EVENTS = 20_000
+"""A snapshot is due when this many events were written since the last: so many are folded again at the next start."""
+_CHECK_PAUSE_S = 0.02  # between two steps of the check, which appends wait for
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -59,13 +76,20 @@ class EventLog:
     def __init__(self, store: EventStore) -> None:
         self._store = store
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="event-log")  # all store calls, one at a time
-        self._jobs = Jobs()
+        self._in_background = ThreadPoolExecutor(1, thread_name_prefix="event-log-snapshot")
+        self._heeded = 0
+        self._jobs = restored(store) or Jobs()
+        self._snapshot_position = self._jobs.position
         self._jobs.adopt(self._replayed())
         self._json: dict[str, tuple[int, bytes]] = {}
         self._bell = Bell()
         self._proposals: list[_Proposal] = []
         self._committing: asyncio.Task[None] | None = None
         self._in_doubt = False
+        self._closing = threading.Event()
+        self._checking = threading.Thread(target=self._check, name="event-log-check", daemon=True)
+        self._checking.start()
+        self._snapshot_if_due()
 
     async def submit(self, job_id: str, event: JobSubmitted, event_id: str, max_live_jobs: int) -> FineTuningJob:
         """Begins a job. With an idempotency key that was used before: returns that job.
@@ -87,7 +111,7 @@ class EventLog:
         return await self._propose(event_ids, lambda draft, time: draft.append(job_id, new, expected_version, time))
 
     async def job(self, job_id: str) -> FineTuningJob:
-        """Raises Refused `unknown_job`."""
+        """Raises Refused (`unknown_job`, `job_damaged`), as all that asks for one job."""
         return self._job(job_id)
 
     async def job_json(self, job_id: str) -> bytes:
@@ -117,7 +141,14 @@ class EventLog:
 
     async def read(self, job_id: str, after_version: int = -1, limit: int = _PAGE) -> list[Recorded]:
         """A job's history in order, at most a thousand events a call. Empty for an unknown job."""
-        return await self._read(lambda: self._store.read_stream(job_id, after_version, min(limit, _PAGE)))
+        self._jobs.check(job_id)
+        try:
+            return await self._read(lambda: self._store.read_stream(job_id, after_version, min(limit, _PAGE)))
+        except JobDamagedError as error:
+            logger.error("%s", error)  # noqa: TRY400  -- where it was raised tells nothing
+            self._jobs.damage(job_id, str(error))
+            self._jobs.check(job_id)
+            raise
 
     async def subscribe(self, after_position: int, limit: int = _PAGE, wait_s: float = 0) -> list[Recorded]:
         """Events of all jobs after `after_position`, at most a thousand a call; waits up to `wait_s` for the first.
@@ -139,14 +170,28 @@ class EventLog:
             await self._bell.heard(job_id, wait_s)
         return self._job(job_id)
 
+    async def backup(self, file: str) -> None:
+        """Copies the log, as it is when this returns or a moment before, into a new file. Appends go on meanwhile.
+
+        Raises FileExistsError, OSError or LogUnavailable.
+        """
+        try:
+            await asyncio.to_thread(self._store.backup, Path(file))
+        except StoreFailedError as error:
+            raise LogUnavailable(f"the event log can't be copied: {error}") from error
+
     async def close(self) -> None:
         """Finishes what was proposed, then closes the store."""
+        self._closing.set()
         if self._committing is not None:
             await self._committing
+        await asyncio.to_thread(self._checking.join)
+        await asyncio.to_thread(self._in_background.shutdown)
         await self._in_thread(self._store.close)
         self._thread.shutdown()
 
     def _job(self, job_id: str) -> FineTuningJob:
+        self._jobs.check(job_id)
         job = self._jobs.get(job_id)
         if job is None:
             raise Refused("unknown_job", f"no job {job_id}")
@@ -156,8 +201,13 @@ class EventLog:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def _read(self, read: Callable[[], list[Recorded]]) -> list[Recorded]:
+        def heeding() -> list[Recorded]:
+            history = read()
+            self._heed(self._jobs)
+            return history
+
         try:
-            return await self._in_thread(read)
+            return await self._in_thread(heeding)
         except StoreFailedError as error:
             raise LogUnavailable(f"the event log can't be read: {error}") from error
 
@@ -188,6 +238,7 @@ class EventLog:
         """In the store's thread. Until it returns, the event loop does not touch `_jobs` but to read."""
         draft = self._recovered() if self._in_doubt else Draft(self._jobs)
         draft.know(self._store.find([event_id for proposal in batch for event_id in proposal.event_ids]))
+        self._heed(self._jobs)
         time = max(datetime.now(UTC), draft.time or _EPOCH)  # never backwards, whatever the clock does
         outcomes = [_try(proposal, draft, time) for proposal in batch]
         if draft.appends:
@@ -205,7 +256,56 @@ class EventLog:
         draft = Draft(self._jobs)
         while page := self._store.read_all(draft.position, _PAGE):
             draft.replay(page)
+        draft.position = max(draft.position, self._store.last_position())  # beyond damaged ones at the end
+        self._heed(self._jobs)
+        if lost := [damage for damage in self._store.damage.values() if damage.position and not damage.job_ids]:
+            raise StoreFailedError(
+                f"the event at position {lost[0].position} (of {len(lost)}) is damaged and nothing tells whose it is, "
+                "so any job could be wrong. Restore a backup of the event log"
+            )
         return draft
+
+    def _heed(self, jobs: Jobs) -> None:
+        """In the store's thread, after it has read."""
+        found = list(self._store.damage.values())[self._heeded :]
+        self._heeded += len(found)
+        for damage in found:
+            of = f"of job {' or '.join(damage.job_ids)}" if damage.job_ids else "of an unknown job"
+            logger.error("the event at position %d, %s, is damaged: %s", damage.position, of, damage.why)
+            for job_id in damage.job_ids:
+                jobs.damage(job_id, f"event at position {damage.position}: {damage.why}")
+
+    def _check(self) -> None:
+        """Reads the store from beginning to end, in steps between the commits, and heeds what it finds."""
+
+        def step(position: int) -> int:
+            position = self._store.check(position)
+            self._heed(self._jobs)
+            return position
+
+        position, before = 0, -1
+        while position > before and not self._closing.wait(_CHECK_PAUSE_S):
+            try:
+                position, before = self._thread.submit(step, position).result(), position
+            except StoreFailedError as error:  # the next start checks again
+                logger.error("the event log could not be checked beyond position %d: %s", position, error)  # noqa: TRY400
+                return
+
+    def _snapshot_if_due(self) -> None:
+        """Of all jobs as they are now. While any is damaged none is written: the start is to come across it again."""
+        if self._jobs.position - self._snapshot_position < _SNAPSHOT_EVENTS or self._jobs.any_damaged():
+            return
+        self._snapshot_position = position = self._jobs.position
+        jobs = self._jobs.all()
+
+        def write() -> None:
+            try:
+                [last] = self._thread.submit(self._store.read_all, position - 1, 1).result()
+                self._store.keep_snapshot(take(jobs, last))
+            except (OSError, StoreFailedError, ValueError) as error:  # the next start takes longer, that is all
+                logger.warning("no snapshot of the event log was written: %s", error)
+
+        self._in_background.submit(write)
 
     def _adopt(self, draft: Draft) -> None:
         self._jobs.adopt(draft)
@@ -213,6 +313,7 @@ class EventLog:
             self._bell.ring(job_id)
         if draft.changed:
             self._bell.ring(_ANY)
+        self._snapshot_if_due()
 
 
 def _new(event: Event, event_id: str) -> NewEvent:

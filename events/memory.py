@@ -3,8 +3,9 @@
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from pathlib import Path
 
-from events.store import Recorded, StreamAppend, place
+from events.store import Damage, Recorded, StreamAppend, place
 
 
 class MemoryStore:
@@ -14,6 +15,11 @@ class MemoryStore:
         self._all: list[Recorded] = []
         self._streams: defaultdict[str, list[Recorded]] = defaultdict(list)
         self._by_id: dict[str, Recorded] = {}
+        self._snapshot: bytes | None = None
+        self.damage: dict[int, Damage] = {}
+
+    def last_position(self) -> int:
+        return len(self._all)
 
     def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
         known = self.find([event.event_id for stream in batch for event in stream.events])
@@ -35,6 +41,18 @@ class MemoryStore:
     def read_all(self, after_position: int = 0, limit: int = 1000) -> list[Recorded]:
         first = max(after_position, 0)
         return self._all[first : first + limit]
+
+    def check(self, after_position: int, limit: int = 500) -> int:
+        return len(self._all)
+
+    def snapshot(self) -> bytes | None:
+        return self._snapshot
+
+    def keep_snapshot(self, snapshot: bytes) -> None:
+        self._snapshot = snapshot
+
+    def backup(self, file: Path) -> None:
+        raise OSError("a store in memory has no file to copy")
 
     def reopen(self) -> None:
         pass

@@ -3,52 +3,97 @@
 It keeps the index of the write-ahead log in its own memory instead of in a file that processes map (`events.db-shm`):
 that is what makes WAL work on network file systems. So nobody can read the file meanwhile; `sqlite3 events.db` answers
 "database is locked".
+
+Every event carries a CRC-32 of its columns, which any one flipped bit changes. Positions and versions have no gaps, and
+the last position is kept apart from the events, so that one that vanished is missed. What SQLite forgets of a damaged
+write-ahead log is noticed by `events.wal`, and by what `events.db.lock` says: the last position that was acknowledged.
+That is written without a sync, so after a power cut it may say less than is true, never more.
 """
 
 import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
+import threading
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 
-from events.codec import decode
-from events.store import NO_STREAM, Recorded, StoreFailedError, StoreLockedError, StreamAppend, place
+from events.codec import CorruptEventError, decode
+from events.store import (
+    NO_STREAM,
+    Damage,
+    JobDamagedError,
+    Recorded,
+    StoreFailedError,
+    StoreLockedError,
+    StreamAppend,
+    place,
+)
+from events.wal import lost_frames
 
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS events (
+_SCHEMA_VERSION = 2
+_EVENTS = """CREATE TABLE events (
     position INTEGER PRIMARY KEY,
     job_id   TEXT NOT NULL,
     version  INTEGER NOT NULL,
     event_id TEXT NOT NULL UNIQUE,
     time     TEXT NOT NULL,
     event    TEXT NOT NULL,
+    checksum INTEGER NOT NULL,
     UNIQUE (job_id, version)
-) STRICT
-"""
-_COLUMNS = "position, job_id, version, event_id, time, event"
+) STRICT"""
+_HEAD = """CREATE TABLE head (
+    id       INTEGER PRIMARY KEY CHECK (id = 1),
+    position INTEGER NOT NULL,
+    checksum INTEGER NOT NULL
+) STRICT"""
+_BY_EVENT_ID, _BY_JOB = "sqlite_autoindex_events_1", "sqlite_autoindex_events_2"
+_COLUMNS = "position, job_id, version, event_id, time, event, checksum"
+_INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  -- constants of this module
+# An event that an index does not lead to could be written again, or be missing from its job.
+_UNREACHABLE = f"""
+SELECT position, job_id FROM events AS e WHERE position > ? AND position <= ? AND (
+    (SELECT position FROM events INDEXED BY {_BY_EVENT_ID} WHERE event_id = e.event_id) IS NOT e.position
+    OR (SELECT position FROM events INDEXED BY {_BY_JOB} WHERE job_id = e.job_id AND version = e.version)
+       IS NOT e.position
+    OR e.version > 0
+       AND NOT EXISTS (SELECT 1 FROM events INDEXED BY {_BY_JOB} WHERE job_id = e.job_id AND version = e.version - 1)
+)"""  # noqa: S608  -- constants of this module
+_WAL_BYTES = 4 << 20
+"""The write-ahead log goes into the database file when it has grown beyond this."""
+_BACKUP_PAGES = 64  # copied at a time: an append waits for as long as that takes
+
+Row = tuple[int, str, int, str, str, str, int]
 
 
 class SqliteStore:
     """See `events.store.EventStore`. An append that has returned survives SIGKILL and loss of power.
 
-    Raises StoreLockedError when another process has it open: two writers would each trust their own memory.
+    Raises StoreLockedError when another process has it open: two writers would each trust their own memory. Raises
+    StoreFailedError when the file can't be read, or acknowledged events are missing and nothing tells whose.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        self._wal = path.with_name(path.name + "-wal")
+        self.damage: dict[int, Damage] = {}
+        self._copying = threading.Lock()
+        self._failed = False
         self._lock = _lock(path.with_name(path.name + ".lock"))
         try:
+            self._acknowledged = _read_mark(self._lock)
             self._db = self._open()
         except BaseException as error:
             os.close(self._lock)
             if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
                 raise StoreLockedError(f"another process, the sqlite3 shell perhaps, has {path} open") from error
+            if isinstance(error, sqlite3.Error):
+                raise StoreFailedError(f"{path} can't be opened: {error}") from error
             raise
-        self._failed = False
 
     def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
         if self._failed:
@@ -56,73 +101,286 @@ class SqliteStore:
         try:
             known = self.find([event.event_id for stream in batch for event in stream.events])
             versions = self._versions({stream.job_id for stream in batch})
-            placed, new = place(batch, known, versions, self._last_position(), time)
-            self._write(_row(recorded, body) for recorded, body in new)
+            placed, new = place(batch, known, versions, self._last, time)
+            if new:
+                self._write([_row(recorded, body) for recorded, body in new])
         except sqlite3.Error as error:
             self._failed = True
             raise StoreFailedError(f"{self._path}: {error}") from error
         return placed
 
-    def _write(self, rows: Iterable[tuple[int, str, int, str, str, str]]) -> None:
+    def _write(self, rows: list[Row]) -> None:
+        last = rows[-1][0]
         with self._db:  # one transaction: BEGIN, COMMIT (which fsyncs), ROLLBACK on an error
-            self._db.executemany(f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", rows)  # noqa: S608  -- a constant
+            self._db.executemany(_INSERT, rows)
+            self._db.execute("UPDATE head SET position = ?, checksum = ?", (last, _checksum(last)))
+        self._last = last
+        self._mark(last)
+        if self._wal.stat().st_size > _WAL_BYTES:
+            self._empty_wal()
 
     def find(self, event_ids: Collection[str]) -> dict[str, Recorded]:
-        found = self._select("event_id IN (SELECT value FROM json_each(?))", json.dumps(list(event_ids)))
-        return {recorded.event_id: recorded for recorded in found}
+        query = f"SELECT {_COLUMNS} FROM events WHERE event_id IN (SELECT value FROM json_each(?))"  # noqa: S608  -- constants
+        found: dict[str, Recorded] = {}
+        for row in self._select(query, json.dumps(list(event_ids))):
+            recorded = _recorded(row)
+            if recorded is None:
+                self._note({row[0]: "its checksum is wrong"})
+            else:
+                found[recorded.event_id] = recorded
+        return found
 
     def read_stream(self, job_id: str, after_version: int = -1, limit: int = 1000) -> list[Recorded]:
-        return self._select("job_id = ? AND version > ? ORDER BY version LIMIT ?", job_id, after_version, limit)
+        query = f"SELECT {_COLUMNS} FROM events WHERE job_id = ? AND version > ? ORDER BY version LIMIT ?"  # noqa: S608  -- constants
+        try:
+            rows = self._db.execute(query, (job_id, after_version, limit)).fetchall()
+        except sqlite3.Error as error:
+            if not _is_damage(error):
+                raise StoreFailedError(f"{self._path}: {error}") from error
+            raise JobDamagedError(f"events of job {job_id} can't be read: {error}") from error
+        history: list[Recorded] = []
+        for version, row in enumerate(rows, max(after_version, NO_STREAM) + 1):
+            recorded = _recorded(row)
+            if recorded is None or (recorded.job_id, recorded.version) != (job_id, version):
+                raise JobDamagedError(f"event {version} of job {job_id} is damaged or missing (position {row[0]})")
+            history.append(recorded)
+        return history
 
     def read_all(self, after_position: int = 0, limit: int = 1000) -> list[Recorded]:
-        return self._select("position > ? ORDER BY position LIMIT ?", after_position, limit)
+        after = max(after_position, 0)
+        while after < self._last:
+            through = min(after + limit, self._last)
+            if history := self._range(after, through):
+                return history
+            after = through
+        return []
+
+    def last_position(self) -> int:
+        return self._last
+
+    def check(self, after_position: int, limit: int = 500) -> int:
+        through = min(after_position + limit, self._last)
+        self._range(after_position, through)
+        unreachable = "an index does not lead to it, or to the one before it in its job"
+        try:
+            rows = self._db.execute(_UNREACHABLE, (after_position, through)).fetchall()
+            found: dict[int, tuple[str, ...]] = {position: (job_id,) for position, job_id in rows}
+        except sqlite3.Error as error:
+            if not _is_damage(error):
+                raise StoreFailedError(f"{self._path}: {error}") from error
+            found = dict(self._unreachable_one_by_one(after_position, through))
+        for position, job_ids in found.items():
+            self.damage.setdefault(position, Damage(position, job_ids, unreachable))
+        return through
+
+    def integrity(self) -> list[str]:
+        """What SQLite itself finds wrong with the whole file. Takes as long as reading it a few times."""
+        try:
+            found = [str(line) for (line,) in self._db.execute("PRAGMA integrity_check")]
+        except sqlite3.Error as error:
+            return [str(error)]
+        return [] if found == ["ok"] else found
+
+    def snapshot(self) -> bytes | None:
+        try:
+            return self._snapshot_file.read_bytes()
+        except OSError:
+            return None
+
+    def keep_snapshot(self, snapshot: bytes) -> None:
+        partial = self._snapshot_file.with_name(self._snapshot_file.name + ".partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(snapshot)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._snapshot_file)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+    @property
+    def _snapshot_file(self) -> Path:
+        return self._path.with_name(self._path.name + ".snapshot")
+
+    def backup(self, file: Path) -> None:
+        """SQLite carries over what this connection writes while it copies, and copies nothing amid a transaction."""
+        if file.exists():
+            raise FileExistsError(f"{file} exists")
+        partial = file.with_name(file.name + ".partial")
+        partial.unlink(missing_ok=True)
+        try:
+            with self._copying, closing(sqlite3.connect(partial)) as copy:
+                copy.execute("PRAGMA synchronous=OFF")  # it is synced once, below
+                self._db.backup(copy, pages=_BACKUP_PAGES, progress=self._go_on, sleep=0.002)
+            _sync(partial)
+            partial.rename(file)
+            _sync(file.parent)
+        except sqlite3.Error as error:
+            raise StoreFailedError(f"{file} could not be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _go_on(self, _status: int, _remaining: int, _total: int) -> None:
+        if self._failed:
+            raise StoreFailedError(f"{self._path} has stopped, and the backup with it")
 
     def reopen(self) -> None:
         """After a failed fsync the kernel may hold pages that it takes for clean and the disk never got, and a reader
         sees them. So the whole WAL is copied into the database file, which writes and fsyncs its pages anew: what can
         be read after that is on disk."""
+        self._failed = True
         try:
-            self._db.close()
-            self._db = self._open()
-            busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            with self._copying:
+                self._db.close()
+                self._db = self._open()
         except sqlite3.Error as error:
             raise StoreFailedError(f"{self._path}: {error}") from error
-        if busy:
-            raise StoreFailedError(f"{self._path}: the write-ahead log could not be checkpointed")
         self._failed = False
 
     def close(self) -> None:
-        self._db.close()
+        self._failed = True  # ends a backup that is under way
+        with self._copying:
+            self._db.close()
         os.close(self._lock)
 
     def _open(self) -> sqlite3.Connection:
-        # Calls come from one thread at a time, but not always from the thread that opened the file.
+        is_new = not self._path.exists()
+        # Calls come from one thread at a time, but not always from the thread that opened the file; and see `backup`.
         db = sqlite3.connect(self._path, timeout=0, check_same_thread=False)  # who opens it may try again
         try:
             self._prepare(db)
         except BaseException:
             db.close()
             raise
+        if is_new:
+            _sync(self._path.parent)
         return db
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         db.execute("PRAGMA locking_mode=EXCLUSIVE")  # before the first access: then no shared memory is ever used
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
+        db.execute("PRAGMA wal_autocheckpoint=0")  # `events.wal` wants it emptied as a whole: `_empty_wal`
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > _SCHEMA_VERSION:
             raise StoreFailedError(f"{self._path} was written by a newer version of Tunewright (schema {version})")
+        _, recovered, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if lost := lost_frames(self._wal, max(recovered, 0)):
+            raise StoreFailedError(
+                f"{self._wal}: {lost}. Acknowledged events are in it and can't be read. Restore a backup, or "
+                f"move that file and {self._path.name}.lock away to go on without them"
+            )
+        self._empty_wal(db)
+        self._migrate(db, version)
+        self._last = self._read_head(db)
+        if self._last < self._acknowledged:
+            raise StoreFailedError(
+                f"{self._path}: events up to position {self._acknowledged} were acknowledged, it ends at {self._last}. "
+                f"Restore a backup, or move {self._path.name}.lock away to go on without (also after restoring one)"
+            )
+
+    def _migrate(self, db: sqlite3.Connection, version: int) -> None:
+        tables = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
+        if tables == {"events": _EVENTS, "head": _HEAD}:
+            return
+        if tables and version != 1:
+            raise StoreFailedError(f"{self._path} is damaged, or no event log: its tables are not those of schema 2")
+        db.create_function("checksum", -1, _checksum, deterministic=True)
         with db:
-            db.execute(_SCHEMA)
+            db.execute("BEGIN IMMEDIATE")
+            if tables:
+                db.execute("ALTER TABLE events RENAME TO events_1")
+            db.execute(_EVENTS)
+            db.execute(_HEAD)
+            if tables:
+                of_1 = "position, job_id, version, event_id, time, event"
+                db.execute(f"INSERT INTO events SELECT {of_1}, checksum({of_1}) FROM events_1 ORDER BY position")  # noqa: S608  -- a constant
+                db.execute("DROP TABLE events_1")
+            db.execute(
+                "INSERT INTO head SELECT 1, ifnull(max(position), 0), checksum(ifnull(max(position), 0)) FROM events"
+            )
             db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
 
-    def _select(self, where: str, *values: str | int) -> list[Recorded]:
-        query = f"SELECT {_COLUMNS} FROM events WHERE {where}"  # noqa: S608  -- constants of this module
+    def _read_head(self, db: sqlite3.Connection) -> int:
+        """The last position. When its record is damaged, that of the last event there is."""
+        head = db.execute("SELECT position, checksum FROM head").fetchone()
+        if head is not None and _checksum(head[0]) == head[1]:
+            return int(head[0])
+        (last,) = db.execute("SELECT ifnull(max(position), 0) FROM events").fetchone()
+        self.damage[0] = Damage(0, (), f"the record of the last position is; events may be missing behind {last}")
+        return int(last)
+
+    def _empty_wal(self, db: sqlite3.Connection | None = None) -> None:
+        busy, *_ = (db or self._db).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy and db is not None:
+            raise StoreFailedError(f"{self._path}: the write-ahead log could not be checkpointed")
+
+    def _mark(self, position: int) -> None:
+        self._acknowledged = position
+        with suppress(OSError):  # it is there to find damage, and none of what it guards depends on it
+            os.pwrite(self._lock, b"%020d %010d\n" % (position, _checksum(position)), 0)
+
+    def _range(self, after: int, through: int) -> list[Recorded]:
+        """The events of these positions that are whole. The others are noted as damaged."""
+        query = f"SELECT {_COLUMNS} FROM events WHERE position > ? AND position <= ? ORDER BY position"  # noqa: S608  -- constants
         try:
-            rows = self._db.execute(query, values).fetchall()
+            rows = self._db.execute(query, (after, through)).fetchall()
+        except sqlite3.Error as error:
+            if not _is_damage(error):
+                raise StoreFailedError(f"{self._path}: {error}") from error
+            rows = []
+        history = [recorded for row in rows if (recorded := _recorded(row)) is not None]
+        if [recorded.position for recorded in history] == list(range(after + 1, through + 1)):
+            return history
+        return self._one_by_one(after, through)
+
+    def _one_by_one(self, after: int, through: int) -> list[Recorded]:
+        history: list[Recorded] = []
+        damaged: dict[int, str] = {}
+        for position in range(after + 1, through + 1):
+            try:
+                row = self._db.execute(f"SELECT {_COLUMNS} FROM events WHERE position = ?", (position,)).fetchone()  # noqa: S608  -- constants
+            except sqlite3.Error as error:
+                if not _is_damage(error):
+                    raise StoreFailedError(f"{self._path}: {error}") from error
+                damaged[position] = str(error)
+                continue
+            recorded = None if row is None else _recorded(row)
+            if recorded is None or recorded.position != position:
+                damaged[position] = "it is missing" if row is None else "its checksum is wrong"
+            else:
+                history.append(recorded)
+        self._note(damaged)
+        return history
+
+    def _note(self, damaged: dict[int, str]) -> None:
+        """Whose they were, the index of the jobs knows: it keeps job and position apart from the event."""
+        of = "position IN (SELECT value FROM json_each(?))"
+        query = f"SELECT position, job_id FROM events INDEXED BY {_BY_JOB} WHERE {of}"  # noqa: S608  -- constants
+        owners: dict[int, tuple[str, ...]] = {}
+        with suppress(sqlite3.Error):
+            for position, job_id in self._db.execute(query, [json.dumps(list(damaged))]):
+                owners[position] = (*owners.get(position, ()), str(job_id))
+        for position, why in damaged.items():
+            self.damage.setdefault(position, Damage(position, owners.get(position, ()), why))
+
+    def _unreachable_one_by_one(self, after: int, through: int) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """With an index that can't be read in places: which events it does not lead to, and their jobs."""
+        for recorded in self._range(after, through):
+            try:
+                rows = self._db.execute(_UNREACHABLE, (recorded.position - 1, recorded.position)).fetchall()
+            except sqlite3.Error:
+                rows = [()]
+            if rows:
+                yield recorded.position, (recorded.job_id,)
+
+    def _select(self, query: str, *values: str | int) -> list[Row]:
+        try:
+            return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise StoreFailedError(f"{self._path}: {error}") from error
-        return [_recorded(*row) for row in rows]
 
     def _versions(self, job_ids: Collection[str]) -> dict[str, int]:
         last = (
@@ -130,10 +388,6 @@ class SqliteStore:
         )
         rows = self._db.execute(last, [json.dumps(list(job_ids))])
         return dict.fromkeys(job_ids, NO_STREAM) | dict(rows.fetchall())
-
-    def _last_position(self) -> int:
-        (last,) = self._db.execute("SELECT ifnull(max(position), 0) FROM events").fetchone()
-        return int(last)
 
 
 def _lock(path: Path) -> int:
@@ -147,10 +401,47 @@ def _lock(path: Path) -> int:
     return lock
 
 
-def _row(recorded: Recorded, body: str) -> tuple[int, str, int, str, str, str]:
-    time = recorded.time.isoformat()
-    return recorded.position, recorded.job_id, recorded.version, recorded.event_id, time, body
+def _read_mark(lock: int) -> int:
+    """The last position that was acknowledged, as far as the lock file knows."""
+    try:
+        position, checksum = map(int, os.pread(lock, 64, 0).split())
+    except ValueError:
+        return 0
+    return position if _checksum(position) == checksum else 0
 
 
-def _recorded(position: int, job_id: str, version: int, event_id: str, time: str, body: str) -> Recorded:
-    return Recorded(position, job_id, version, event_id, datetime.fromisoformat(time), decode(body))
+def _sync(path: Path) -> None:
+    """A file, or a directory's entries, on disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _checksum(*columns: object) -> int:
+    """CRC-32. A value of another type than it was written with counts as another value."""
+    return zlib.crc32("\0".join(map(str, columns)).encode(errors="surrogatepass"))
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Whether what is in the file is to blame, and not reading it."""
+    if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
+        return True
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _row(recorded: Recorded, body: str) -> Row:
+    columns = recorded.position, recorded.job_id, recorded.version, recorded.event_id, recorded.time.isoformat(), body
+    return *columns, _checksum(*columns)
+
+
+def _recorded(row: Row) -> Recorded | None:
+    """None: this is not what was written."""
+    position, job_id, version, event_id, time, body, checksum = row
+    if _checksum(position, job_id, version, event_id, time, body) != checksum:
+        return None
+    try:
+        return Recorded(position, job_id, version, event_id, datetime.fromisoformat(time), decode(body))
+    except (CorruptEventError, ValueError):  # of an older schema, damaged before there were checksums
+        return None

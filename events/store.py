@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Protocol
 
 from events.codec import AnyEvent, encode
@@ -70,8 +71,31 @@ class StoreFailedError(Exception):
     there after the last position that was acknowledged, and only then go on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """An event that can't be read as it was written: a flipped bit, a lost page, a row that is gone."""
+
+    position: int
+    """0: no event, but the store's own record of how many there are."""
+    job_ids: tuple[str, ...]
+    """Whose event it is. Empty: nothing tells any more."""
+    why: str
+
+
+class JobDamagedError(Exception):
+    """Events of the job can't be read as they were written."""
+
+
 class EventStore(Protocol):
-    """Synchronous; calls must not overlap (`EventLog` makes them from one thread). Any may raise StoreFailedError."""
+    """Synchronous; calls must not overlap (`EventLog` makes them from one thread), but `backup`, `snapshot` and
+    `keep_snapshot` may run beside the others. Any may raise StoreFailedError."""
+
+    damage: dict[int, Damage]
+    """By position: what reading has come across since the store was opened."""
+
+    def last_position(self) -> int:
+        """Of the last event; 0 when there is none."""
+        ...
 
     def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
         """Writes all of the batch or nothing, durably, and returns where each event stands.
@@ -85,15 +109,39 @@ class EventStore(Protocol):
         ...
 
     def find(self, event_ids: Collection[str]) -> dict[str, Recorded]:
-        """Those of the events that were written."""
+        """Those of the events that were written. Leaves out what is damaged, and notes it in `damage`."""
         ...
 
     def read_stream(self, job_id: str, after_version: int = -1, limit: int = 1000) -> list[Recorded]:
-        """Events of one job in order, those after `after_version`. Empty for an unknown job."""
+        """Events of one job in order, those after `after_version`. Empty for an unknown job.
+
+        Raises JobDamagedError.
+        """
         ...
 
     def read_all(self, after_position: int = 0, limit: int = 1000) -> list[Recorded]:
-        """Events of all jobs in order, those after `after_position`."""
+        """Events of all jobs in order, those after `after_position`. Leaves out what is damaged, and notes it in
+        `damage`; empty at the end of the log only."""
+        ...
+
+    def check(self, after_position: int, limit: int = 500) -> int:
+        """Reads the next `limit` events and all that leads to them, notes in `damage` what is wrong, and returns the
+        position it has come to: the last one when that was all."""
+        ...
+
+    def snapshot(self) -> bytes | None:
+        """What `keep_snapshot` was given last, if it is still there. Nobody has checked it."""
+        ...
+
+    def keep_snapshot(self, snapshot: bytes) -> None:
+        """Keeps it in place of the one before. Raises OSError; then that one is still there."""
+        ...
+
+    def backup(self, file: Path) -> None:
+        """Writes a copy of the store, as of one moment before it returns, without holding up the other calls.
+
+        Raises FileExistsError, OSError or StoreFailedError; then there is no `file`.
+        """
         ...
 
     def reopen(self) -> None:

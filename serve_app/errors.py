@@ -12,7 +12,8 @@
     429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs; Retry-After says when to try again
     500     server_error               a bug; the operator's log has the traceback under the request's id
     503     service_unavailable_error  the event log or the cluster can't be reached; nothing was recorded, or a retry
-                                       with the same Idempotency-Key finds it
+                                       with the same Idempotency-Key finds it; or the job's history is damaged
+                                       (`job_damaged`): only its operator can help
 
 Messages never repeat what the request held, except names of fields and jobs, shortened and escaped.
 """
@@ -96,6 +97,7 @@ _REFUSALS: dict[str, tuple[int, ErrorType, str | None]] = {
     "job_is_over": (409, "conflict_error", "job_id"),
     "too_many_jobs": (429, "rate_limit_error", None),
     "idempotency_key_reused": (422, "invalid_request_error", "Idempotency-Key"),
+    "job_damaged": (503, "service_unavailable_error", "job_id"),
 }
 
 

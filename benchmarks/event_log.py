@@ -1,0 +1,193 @@
+"""`python -m benchmarks.event_log`: durable appends a second, and how long a log of a million events takes to open.
+
+Writers are coroutines of one process, each with a job of its own, each waiting for its acknowledgement before it appends
+again; an event is one step's metrics, as a training worker sends it. Beside them, in the same run: the same events written
+to the same table without group commit, one transaction and one fsync each; and the disk alone, one 4 KiB write and fdatasync after
+the other. It says what no log can do better than: with one event in flight a writer, 64 writers can't have more than
+64 acknowledgements an fsync.
+
+`--rows N` opens a log of N events (default a million). Writes its section of benchmarks/README.md.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.report import table, write_section
+from benchmarks.service import machine
+from events import EventLog, SqliteStore, new_event_id
+from events.facts import (
+    DataReport,
+    DataValidated,
+    Event,
+    JobAdmitted,
+    JobSubmitted,
+    MetricsRecorded,
+    Resources,
+    RunStarted,
+    StepMetrics,
+)
+from events.store import NewEvent, StreamAppend
+
+README = Path(__file__).parent / "README.md"
+JOBS = 1000
+RESOURCES = Resources(workers=1, nodes=1, cpus_per_worker=1, gpus_per_worker=0)
+SUBMITTED = JobSubmitted(
+    config={"model": "smollm2-135m-instruct", "data": "file:///data/train.jsonl"},
+    resources=RESOURCES,
+    max_restarts=3,
+    submission_id="ftjob-1",
+)
+REPORT = DataReport(
+    uri="file:///data/train.jsonl", rows=1000, invalid_rows=0, tokens=100_000, trained_tokens=40_000, truncated_rows=0,
+    max_seq_len=2048, length_histogram={"128": 1000}, errors=[],
+)  # fmt: skip
+RUNNING: list[Event] = [
+    DataValidated(data=REPORT),
+    JobAdmitted(),
+    RunStarted(attempt=1, workers=1, nodes=1, device="cpu", total_steps=1000, n_epochs=1, logs="file:///m.jsonl"),
+]
+
+
+class Speed(NamedTuple):
+    per_second: float
+    p50_ms: float
+    p99_ms: float
+
+
+def speed(latencies_s: Sequence[float], events: int, elapsed_s: float) -> Speed:
+    ordered = sorted(latencies_s)
+    return Speed(events / elapsed_s, ordered[len(ordered) // 2] * 1e3, ordered[int(len(ordered) * 0.99)] * 1e3)
+
+
+def measured(step: int) -> MetricsRecorded:
+    metrics = StepMetrics(
+        step=step, epoch=1, time="2026-11-24T12:00:00.000000Z", loss=1.2345678, lr=2e-5, grad_norm=0.98765, tokens=2048,
+        tokens_per_second=12345.6, peak_memory_bytes=123_456_789,
+    )  # fmt: skip
+    return MetricsRecorded(attempt=1, steps=[metrics])
+
+
+async def appends(file: Path, writers: int, at_once: int, seconds: float) -> Speed:
+    """`at_once`: events in each append."""
+    log = EventLog(SqliteStore(file))
+    for number in range(writers):
+        await log.submit(f"ftjob-{number}", SUBMITTED, new_event_id(), writers)
+        await log.append(f"ftjob-{number}", RUNNING, [new_event_id() for _ in RUNNING])
+    latencies: list[float] = []
+    end = time.perf_counter() + seconds
+
+    async def write(job_id: str) -> None:
+        step = 0
+        while (began := time.perf_counter()) < end:
+            events: list[Event] = [measured(step + number) for number in range(at_once)]
+            await log.append(job_id, events, [new_event_id() for _ in events])
+            step += at_once
+            latencies.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(write(f"ftjob-{number}") for number in range(writers)))
+    elapsed = time.perf_counter() - began
+    await log.close()
+    return speed(latencies, len(latencies) * at_once, elapsed)
+
+
+def single_appends(file: Path, seconds: float) -> Speed:
+    """The store alone, a transaction for each event."""
+    latencies: list[float] = []
+    with closing(SqliteStore(file)) as store:
+        began = time.perf_counter()
+        while time.perf_counter() < began + seconds:
+            start = time.perf_counter()
+            new = NewEvent.of(new_event_id(), measured(len(latencies)))
+            store.append([StreamAppend("ftjob-1", [new])], datetime.now(UTC))
+            latencies.append(time.perf_counter() - start)
+        return speed(latencies, len(latencies), time.perf_counter() - began)
+
+
+def syncs(file: Path, seconds: float) -> Speed:
+    latencies: list[float] = []
+    with file.open("wb", buffering=0) as opened:
+        began = time.perf_counter()
+        while time.perf_counter() < began + seconds:
+            start = time.perf_counter()
+            os.pwrite(opened.fileno(), bytes(4096), len(latencies) % 256 * 4096)
+            os.fdatasync(opened.fileno())
+            latencies.append(time.perf_counter() - start)
+        return speed(latencies, len(latencies), time.perf_counter() - began)
+
+
+def opening(file: Path, events: int) -> tuple[float, float, float]:
+    """Seconds to open a log of so many events, of JOBS jobs, without a snapshot and with one; and its size in MiB."""
+    with closing(SqliteStore(file)) as store:
+        first: list[Event] = [SUBMITTED, *RUNNING]
+        history = [(f"ftjob-{number % JOBS}", number // JOBS) for number in range(events)]
+        for start in range(0, events, 5000):
+            batch = [
+                StreamAppend(job, [NewEvent.of(f"{job}:{n}", first[n] if n < len(first) else measured(n))])
+                for job, n in history[start : start + 5000]
+            ]
+            store.append(batch, datetime.now(UTC))
+    without = asyncio.run(open_and_close(file, wait_for_snapshot=True))
+    return without, asyncio.run(open_and_close(file)), file.stat().st_size / 2**20
+
+
+async def open_and_close(file: Path, *, wait_for_snapshot: bool = False) -> float:
+    """Until it answers."""
+    began = time.perf_counter()
+    log = EventLog(SqliteStore(file))
+    jobs, _ = await log.jobs(1)
+    elapsed = time.perf_counter() - began
+    assert jobs
+    if wait_for_snapshot:
+        snapshot = file.with_name(file.name + ".snapshot")
+        while not snapshot.exists():  # noqa: ASYNC110  -- another thread writes it
+            await asyncio.sleep(0.1)
+    await log.close()
+    return elapsed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.event_log")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="events of the log that is opened")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of appends")
+    arguments = parser.parse_args(argv)
+    header = [f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, `python -m benchmarks.event_log`."]
+    rows: list[tuple[str, Speed]] = []
+    with tempfile.TemporaryDirectory(prefix="tunewright-bench-", dir=Path.cwd()) as folder:
+        scratch = Path(folder)
+        rows.append(("the disk alone: 4 KiB and fdatasync", syncs(scratch / "sync", arguments.seconds)))
+        rows.append(("SQLite, a transaction for each event", single_appends(scratch / "one.db", arguments.seconds)))
+        for at_once in (1, 10):
+            for writers in (1, 64, 256):
+                file = scratch / f"{writers}-{at_once}.db"
+                what = f"{writers} writer{'s' * (writers > 1)}, {at_once} event{'s' * (at_once > 1)} an append"
+                rows.append((what, asyncio.run(appends(file, writers, at_once, arguments.seconds))))
+                print(what, rows[-1][1], flush=True)
+        rows.append(("the disk alone, again", syncs(scratch / "sync", arguments.seconds)))
+        without, with_snapshot, size = opening(scratch / "many.db", arguments.rows)
+    cells = [[what, f"{one.per_second:,.0f}", f"{one.p50_ms:.1f} ms", f"{one.p99_ms:.1f} ms"] for what, one in rows]
+    text = "\n".join(
+        [
+            *header,
+            "",
+            table(["", "durable events/s", "p50", "p99"], cells),
+            f"Opening a log of {arguments.rows:,} events of {JOBS:,} jobs ({size:,.0f} MiB), until it answers: "
+            f"{with_snapshot:.1f} s with a snapshot (goal: under 5 s), {without:.1f} s without one.",
+        ]
+    )
+    print(text)
+    write_section("the event log", text, README)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

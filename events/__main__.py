@@ -1,0 +1,189 @@
+"""The command line: `python -m events` looks into the event log, checks it, and copies it.
+
+    python -m events backup FILE            a copy of the log, also while the service runs
+    python -m events export [--log FILE]    every event as a line of JSON, in order
+    python -m events inspect JOB_ID [--log FILE]
+    python -m events verify FILE            is every event as it was written? exit code 1: no
+
+Without `--log` it is the service's log, `events.db` in TUNEWRIGHT_STORAGE. While the service runs nobody else may
+open that file, so it is asked through Ray: the cluster is the one at RAY_ADDRESS, or the one this machine has started.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from events.codec import encode
+from events.job import fold
+from events.log import LogUnavailable
+from events.sqlite import SqliteStore
+from events.store import Damage, JobDamagedError, Recorded, StoreFailedError, StoreLockedError
+
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """A log to read from. Pages of events after a position, or after a version of one job; the last page is empty."""
+
+    def read_all(self, after_position: int) -> list[Recorded]: ...
+    def read_stream(self, job_id: str, after_version: int) -> list[Recorded]: ...
+    def backup(self, file: Path) -> None: ...
+
+
+class _Service:
+    """The log of a service that runs. Raises LogUnavailable."""
+
+    def __init__(self, storage: Path) -> None:
+        import ray
+
+        from events.actors import EVENT_LOG, NAMESPACE, blocking, connect
+
+        try:
+            if not ray.is_initialized():
+                ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+            ray.get_actor(EVENT_LOG, NAMESPACE)
+        except (ConnectionError, ValueError) as error:
+            raise LogUnavailable(
+                f"{storage}/events.db is in use, but not by the Ray cluster found: set RAY_ADDRESS ({error})"
+            ) from error
+        self._log = connect(storage).log
+        self._wait = blocking
+
+    def read_all(self, after_position: int) -> list[Recorded]:
+        return self._wait(self._log.subscribe(after_position))
+
+    def read_stream(self, job_id: str, after_version: int) -> list[Recorded]:
+        return self._wait(self._log.read(job_id, after_version))
+
+    def backup(self, file: Path) -> None:
+        self._wait(self._log.backup(str(file)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except (StoreFailedError, StoreLockedError, JobDamagedError, LogUnavailable, OSError) as error:
+        _say(str(error))
+        return 1
+    return code
+
+
+def backup(arguments: argparse.Namespace) -> int:
+    file: Path = arguments.file.absolute()
+    _with_log(None, lambda log: log.backup(file))
+    _say(f"{file} is a copy of the event log")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    def write(log: Source) -> int:
+        position = 0
+        while page := log.read_all(position):
+            sys.stdout.writelines(map(_line, page))
+            position = page[-1].position
+        return _report(log.damage) if isinstance(log, SqliteStore) else 0
+
+    return _with_log(arguments.log, write)
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    history = list(_with_log(arguments.log, lambda log: list(_history(log, arguments.job_id))))
+    job = fold(history)
+    if job is None:
+        _say(f"no job {arguments.job_id}")
+        return 1
+    sys.stdout.write(json.dumps(job.wire(), indent=2) + "\n")
+    sys.stdout.writelines(map(_line, history))
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Reads every event and every way that leads to one. Needs the file to itself."""
+    with closing(_opened(arguments.file)) as store:
+        position = 0
+        while (reached := store.check(position)) > position:
+            position = reached
+        found = store.integrity()
+        for problem in found:
+            _say(f"SQLite: {problem}")
+        if _report(store.damage) or found:
+            return 1
+        _say(f"{arguments.file}: {position} events, each as it was written")
+    return 0
+
+
+def _history(log: Source, job_id: str) -> Iterator[Recorded]:
+    version = -1
+    while page := log.read_stream(job_id, version):
+        yield from page
+        version = page[-1].version
+
+
+def _with_log(file: Path | None, use: Callable[[Source], T]) -> T:
+    storage = Path(os.environ.get("TUNEWRIGHT_STORAGE", "~/.tunewright")).expanduser()
+    try:
+        with closing(_opened(file or storage / "events.db")) as store:
+            return use(store)
+    except StoreLockedError:
+        if file is not None:
+            raise
+    return use(_Service(storage))
+
+
+def _opened(file: Path) -> SqliteStore:
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}")
+    return SqliteStore(file)
+
+
+def _report(damage: Mapping[int, Damage]) -> int:
+    for one in damage.values():
+        whose = f" of {' or '.join(one.job_ids)}" if one.job_ids else ""
+        _say(f"position {one.position}{whose}: {one.why}")
+    return 1 if damage else 0
+
+
+def _line(recorded: Recorded) -> str:
+    line = {
+        "position": recorded.position,
+        "job_id": recorded.job_id,
+        "version": recorded.version,
+        "event_id": recorded.event_id,
+        "time": recorded.time.isoformat(),
+        "event": json.loads(encode(recorded.event)),
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m events", description="Look into the event log, check it, copy it.")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("backup", help="copy the service's log, also while it runs")
+    one.add_argument("file", type=Path, help="the copy; on the head node, and not there yet")
+    one.set_defaults(run=backup)
+    one = commands.add_parser("export", help="every event as a line of JSON")
+    one.add_argument("--log", type=Path, help="a log that no service uses, a backup for instance")
+    one.set_defaults(run=export)
+    one = commands.add_parser("inspect", help="one job and its history")
+    one.add_argument("job_id")
+    one.add_argument("--log", type=Path, help="a log that no service uses, a backup for instance")
+    one.set_defaults(run=inspect)
+    one = commands.add_parser("verify", help="is every event as it was written?")
+    one.add_argument("file", type=Path, help="a log that no service uses, a backup for instance")
+    one.set_defaults(run=verify)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

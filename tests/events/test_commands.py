@@ -1,0 +1,133 @@
+"""`python -m events`: looking into a log, checking it, copying it."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from events import LogUnavailable, SqliteStore, new_event_id
+from events.__main__ import main
+from events.actors import Handles, blocking
+from events.store import NewEvent, StreamAppend
+from tests.events.facts_of_a_job import CANCEL, SUBMITTED, VALIDATED
+from tests.events.test_damage import START, change, write
+from tests.events.test_log import append, opened, submit
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The log of a service that does not run."""
+    monkeypatch.setenv("TUNEWRIGHT_STORAGE", str(tmp_path))
+    write(tmp_path / "events.db")
+    return tmp_path / "events.db"
+
+
+def test_export_writes_every_event_as_a_line(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["position"], line["job_id"], line["version"]) for line in lines[:4]] == [
+        (1, "a", 0),
+        (2, "b", 0),
+        (3, "c", 0),
+        (4, "a", 1),
+    ]
+    assert len(lines) == 15
+    assert lines[0]["event"] == json.loads(SUBMITTED.model_dump_json())
+    assert lines[0]["time"] == START.isoformat()
+
+
+def test_export_says_what_it_had_to_leave_out(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(file, "UPDATE events SET checksum = 0 WHERE position = 5")
+    assert main(["export", "--log", str(file)]) == 1
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 14
+    assert "position 5 of b: its checksum is wrong" in output.err
+
+
+def test_inspect_shows_a_job_and_its_history(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "b"]) == 0
+    shown, _, history = capsys.readouterr().out.partition("\n}\n")
+    assert json.loads(shown + "}")["status"] == "running"
+    assert [json.loads(line)["event"]["type"] for line in history.splitlines()][-1] == "MetricsRecorded"
+    assert main(["inspect", "z"]) == 1
+    assert capsys.readouterr().err == "no job z\n"
+
+
+def test_verify_says_that_all_is_well_or_what_is_not(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(file)]) == 0
+    assert "15 events, each as it was written" in capsys.readouterr().err
+    change(file, "UPDATE events SET checksum = 0 WHERE position = 5")
+    assert main(["verify", str(file)]) == 1
+    assert "position 5 of b: its checksum is wrong" in capsys.readouterr().err
+    assert main(["verify", str(file.with_name("none.db"))]) == 1
+    assert "there is no" in capsys.readouterr().err
+    assert not file.with_name("none.db").exists()
+
+
+def test_a_backup_is_a_log_and_overwrites_nothing(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = file.with_name("copy.db")
+    assert main(["backup", str(copy)]) == 0
+    assert main(["verify", str(copy)]) == 0
+    assert main(["backup", str(copy)]) == 1
+    assert f"{copy} exists" in capsys.readouterr().err
+
+
+def test_a_backup_is_made_while_the_log_is_written_and_holds_every_event_up_to_some_moment(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path / "events.db") as log:
+            await log.submit("a", SUBMITTED.model_copy(update={"config": {"model": "x" * 4_000_000}}), "a", 5000)
+            copying = asyncio.create_task(log.backup(str(tmp_path / "copy.db")))
+            meanwhile = 0
+            while not copying.done():
+                await submit(log, f"b{meanwhile}", limit=5000)
+                meanwhile += 1
+            await copying
+            assert meanwhile > 3
+            await submit(log, "last", limit=5000)
+            with closing(SqliteStore(tmp_path / "copy.db")) as copy:
+                copied = copy.last_position()
+                assert 1 < copied <= meanwhile + 1
+                assert copy.read_all() == await log.subscribe(0, limit=copied)
+                assert copy.integrity() == []
+
+    asyncio.run(scenario())
+
+
+def test_a_backup_that_can_not_be_written_leaves_nothing_and_the_log_goes_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path / "events.db") as log:
+            await submit(log, "a")
+            with pytest.raises(LogUnavailable, match="unable to open"):
+                await log.backup(str(tmp_path / "nowhere" / "copy.db"))
+            await append(log, "a", VALIDATED)
+
+    asyncio.run(scenario())
+
+
+def test_the_log_of_a_running_service_is_asked_through_ray(handles: Handles, tmp_path: Path) -> None:
+    blocking(handles.log.submit("a", SUBMITTED, new_event_id(), 100))
+    blocking(handles.log.append("a", [CANCEL], [new_event_id()]))
+
+    def events(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "events", *arguments],
+            env={**os.environ, "TUNEWRIGHT_STORAGE": str(tmp_path)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    done = events("backup", str(tmp_path / "copy.db"))
+    assert done.returncode == 0, done.stderr
+    with closing(SqliteStore(tmp_path / "copy.db")) as copy:
+        assert [one.job_id for one in copy.read_all()] == ["a", "a"]
+        copy.append([StreamAppend("b", [NewEvent.of("b", SUBMITTED)])], START)
+    exported = events("export")
+    assert [json.loads(line)["event"]["type"] for line in exported.stdout.splitlines()] == [
+        "JobSubmitted",
+        "CancelRequested",
+    ], exported.stderr
+    assert '"cancel_requested": true' in events("inspect", "a").stdout
+    assert "is locked" in events("verify", str(tmp_path / "events.db")).stderr

@@ -1,0 +1,198 @@
+"""A log whose file was damaged: nothing is served that is not as it was written, and what is whole is served."""
+
+import asyncio
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from events import EventLog, Refused, SqliteStore
+from events.facts import Event
+from events.snapshot import take
+from events.store import JobDamagedError, NewEvent, StoreFailedError, StreamAppend
+from tests.events.facts_of_a_job import ADMITTED, CANCEL, START, SUBMITTED, VALIDATED, measured, started, step
+from tests.events.test_log import append, opened
+
+
+def write(file: Path, jobs: str = "abc") -> None:
+    """Five events of each job, in turns: those of `b` are at positions 2, 5, 8, ..."""
+    facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1), measured(1, step(1))]
+    with closing(SqliteStore(file)) as store:
+        for number, fact in enumerate(facts):
+            store.append([StreamAppend(job, [NewEvent.of(f"{job}{number}", fact)]) for job in jobs], START)
+
+
+def change(file: Path, sql: str) -> None:
+    with closing(sqlite3.connect(file)) as db, db:
+        db.execute(sql)
+
+
+def checked(file: Path) -> dict[int, tuple[str, ...]]:
+    """What a check of the whole store finds: position and jobs."""
+    with closing(SqliteStore(file)) as store:
+        position = 0
+        while (reached := store.check(position, 4)) > position:
+            position = reached
+        return {position: damage.job_ids for position, damage in store.damage.items()}
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE events SET event = replace(event, '10', '11') WHERE position = 5",
+        "UPDATE events SET time = '2026-11-22T12:00:01+00:00' WHERE position = 5",
+        "UPDATE events SET event_id = 'b9' WHERE position = 5",
+        "UPDATE events SET checksum = checksum + 1 WHERE position = 5",
+    ],
+)
+def test_a_job_with_an_event_that_is_not_as_it_was_written_is_refused_and_the_others_are_served(
+    tmp_path: Path, sql: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "events.db"
+    write(file)
+    change(file, sql)
+
+    async def scenario() -> None:
+        async with opened(file) as log:
+            for call in (
+                log.job("b"),
+                log.job_json("b"),
+                log.read("b"),
+                log.wait("b", -1, 0),
+                append(log, "b", CANCEL),
+            ):
+                with pytest.raises(Refused, match="the history of job b is damaged") as refused:
+                    await call
+                assert refused.value.code == "job_damaged"
+            assert [job.job_id for job in (await log.jobs(2))[0]] == ["c", "a"]
+            assert [job.job_id for job in (await log.live_jobs()).jobs] == ["a", "c"]
+            await append(log, "a", CANCEL)
+            assert (await log.job("a")).cancel_requested
+            assert await log.subscribe(15) != []
+
+    asyncio.run(scenario())
+    assert "position 5, of job b, is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("position", [5, 15], ids=["in the middle", "the last one"])
+def test_events_that_are_gone_with_every_trace_of_whose_they_were_stop_the_log(tmp_path: Path, position: int) -> None:
+    file = tmp_path / "events.db"
+    write(file)
+    change(file, f"DELETE FROM events WHERE position = {position}")  # noqa: S608  -- a number
+    assert checked(file)[position] == ()
+    with closing(SqliteStore(file)) as store, pytest.raises(StoreFailedError, match=f"at position {position} "):
+        EventLog(store)
+
+
+def test_a_lost_page_takes_the_jobs_with_events_on_it_and_no_others(tmp_path: Path) -> None:
+    file = tmp_path / "events.db"
+    write(file)
+    with closing(SqliteStore(file)) as store:
+        late = [NewEvent.of(f"z{number}", fact) for number, fact in enumerate([SUBMITTED, *[CANCEL] * 100])]
+        store.append([StreamAppend("z", late)], START)  # they fill pages of their own
+    at = file.read_bytes().rindex(b"z90")
+    page = at - at % 4096
+    with file.open("r+b") as raw:
+        raw.seek(page)
+        raw.write(bytes(4096))
+    assert {owner for owners in checked(file).values() for owner in owners} == {"z"}
+
+
+def test_an_event_that_an_index_does_not_lead_to_is_found(tmp_path: Path) -> None:
+    """Or its retry would be written a second time."""
+    file = tmp_path / "events.db"
+    write(file)
+    content = file.read_bytes()
+    entry = content.rindex(b"b2")  # in the index of the event ids, which stands behind the events
+    file.write_bytes(content[:entry] + b"b?" + content[entry + 2 :])
+    found = checked(file)
+    assert 8 in found  # those after it are no longer in order
+    assert set(found.values()) == {("b",)}
+
+
+def test_damage_that_a_snapshot_hides_at_the_start_is_found_soon_after(tmp_path: Path) -> None:
+    file = tmp_path / "events.db"
+    write(file)
+
+    async def scenario() -> None:
+        async with opened(file) as log:
+            log._store.keep_snapshot(take(log._jobs.all(), (await log.subscribe(14))[0]))
+        change(file, "UPDATE events SET checksum = 0 WHERE position = 5")
+        async with opened(file) as log:
+            deadline = time.monotonic() + 30
+            with pytest.raises(Refused, match="position 5: its checksum is wrong"):  # noqa: PT012  -- until it is
+                while time.monotonic() < deadline:
+                    assert (await log.job("b")).status == "running"
+                    await asyncio.sleep(0.01)
+            assert (await log.job("a")).status == "running"
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    write(tmp_path / "events.db")
+    change(tmp_path / "events.db", "UPDATE events SET version = 9 WHERE position = 5")
+    with closing(SqliteStore(tmp_path / "events.db")) as store:
+        with pytest.raises(JobDamagedError, match="of job b is damaged or missing"):
+            store.read_stream("b")
+        assert len(store.read_stream("a")) == 5
+
+
+def test_a_damaged_record_of_the_last_position_is_reported_and_the_log_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "events.db"
+    write(file)
+    change(file, "UPDATE head SET position = 14")
+    assert list(checked(file)) == [0]
+    with closing(SqliteStore(file)) as store:
+        store.append([StreamAppend("a", [NewEvent.of("a9", CANCEL)])], START)
+        assert store.last_position() == 16
+    assert checked(file) == {}
+
+
+def test_a_log_that_ends_before_what_was_acknowledged_is_not_opened(tmp_path: Path) -> None:
+    file = tmp_path / "events.db"
+    write(file, "a")
+    older = file.read_bytes()
+    write(file, "b")
+    file.write_bytes(older)
+    with pytest.raises(StoreFailedError, match="up to position 10 were acknowledged, it ends at 5"):
+        SqliteStore(file)
+    (tmp_path / "events.db.lock").unlink()
+    with closing(SqliteStore(file)) as store:
+        assert store.last_position() == 5
+
+
+def test_a_file_that_is_no_event_log_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "noise.db").write_bytes(b"noise" * 2000)
+    with pytest.raises(StoreFailedError, match="can't be opened: file is not a database"):
+        SqliteStore(tmp_path / "noise.db")
+    change(tmp_path / "other.db", "CREATE TABLE events (position INTEGER PRIMARY KEY)")
+    with pytest.raises(StoreFailedError, match="no event log"):
+        SqliteStore(tmp_path / "other.db")
+
+
+_SCHEMA_1 = """
+CREATE TABLE events (
+    position INTEGER PRIMARY KEY, job_id TEXT NOT NULL, version INTEGER NOT NULL, event_id TEXT NOT NULL UNIQUE,
+    time TEXT NOT NULL, event TEXT NOT NULL, UNIQUE (job_id, version)
+) STRICT
+"""
+
+
+def test_a_log_from_before_there_were_checksums_gets_them(tmp_path: Path) -> None:
+    write(tmp_path / "new.db")
+    with closing(sqlite3.connect(tmp_path / "old.db")) as db, db:
+        db.execute(_SCHEMA_1)
+        db.execute("ATTACH ? AS new", [str(tmp_path / "new.db")])
+        columns = "position, job_id, version, event_id, time, event"
+        db.execute(f"INSERT INTO main.events SELECT {columns} FROM new.events")  # noqa: S608  -- a constant
+        db.execute("PRAGMA main.user_version=1")
+    with closing(SqliteStore(tmp_path / "old.db")) as old, closing(SqliteStore(tmp_path / "new.db")) as new:
+        assert old.read_all() == new.read_all()
+        assert old.last_position() == 15
+        old.append([StreamAppend("a", [NewEvent.of("a9", CANCEL)])], START)
+    assert checked(tmp_path / "old.db") == {}
+    change(tmp_path / "old.db", "UPDATE events SET event_id = 'x' WHERE position = 2")
+    assert checked(tmp_path / "old.db") == {2: ("b",)}

@@ -1,0 +1,123 @@
+"""An event log in a process of its own, behind a Unix socket, that may be killed at any moment and is back at once.
+
+    python -m tests.faults.log_server DIRECTORY
+
+serves DIRECTORY/events.db on DIRECTORY/socket and is itself only the parent that forks the next server whenever one
+dies: importing takes longer than forking. It ends, with its server, when its standard input does.
+
+Each message, both ways, is a length (4 bytes, big-endian) and a pickle. To: (method, arguments) of EventLog. Back: the
+result, or the exception. The first message of a connection, from the server, is its process id.
+"""
+
+import asyncio
+import os
+import pickle
+import select
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from events import EventLog, LogUnavailable, SqliteStore
+
+_LENGTH = struct.Struct(">I")
+
+
+def serve(directory: Path) -> None:
+    while True:
+        if (child := os.fork()) == 0:
+            asyncio.run(_serve(directory))
+            os._exit(0)
+        ended = os.pidfd_open(child)
+        ready, _, _ = select.select([ended, sys.stdin], [], [])
+        if sys.stdin in ready:
+            os.kill(child, signal.SIGKILL)
+            return
+        os.waitpid(child, 0)
+        os.close(ended)
+
+
+async def _serve(directory: Path) -> None:
+    log = EventLog(SqliteStore(directory / "events.db"))
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        send(writer, os.getpid())
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                method, arguments = await receive(reader)
+                try:
+                    result = await getattr(log, method)(*arguments)
+                except Exception as error:  # noqa: BLE001  -- the client raises it
+                    result = error
+                send(writer, result)
+                await writer.drain()
+
+    (directory / "socket").unlink(missing_ok=True)
+    async with await asyncio.start_unix_server(answer, directory / "socket"):
+        await asyncio.Future()
+
+
+def send(writer: asyncio.StreamWriter, message: object) -> None:
+    data = pickle.dumps(message)
+    writer.write(_LENGTH.pack(len(data)) + data)
+
+
+async def receive(reader: asyncio.StreamReader) -> Any:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    return pickle.loads(await reader.readexactly(length))  # noqa: S301  -- from our own process
+
+
+class Client:
+    """One connection. A call that loses it is made again, with the same arguments, until it is answered."""
+
+    def __init__(self, directory: Path) -> None:
+        self._socket = directory / "socket"
+        self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.retries = 0
+        self.pid = 0
+
+    async def call(self, method: str, *arguments: object) -> Any:
+        while True:
+            try:
+                reader, writer = self._connection or await self._connect()
+                send(writer, (method, arguments))
+                result = await receive(reader)
+            except (asyncio.IncompleteReadError, OSError):
+                self._connection = None
+                self.retries += 1
+                await asyncio.sleep(0.005)
+                continue
+            if isinstance(result, LogUnavailable):
+                self.retries += 1
+                continue
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, _ = self._connection = await asyncio.open_unix_connection(self._socket)
+        self.pid = await receive(reader)
+        return self._connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection[1].close()
+
+
+@contextmanager
+def serving(directory: Path) -> Iterator[None]:
+    """The server runs, or is about to."""
+    command = [sys.executable, "-m", "tests.faults.log_server", str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as parent:
+        yield
+        assert parent.stdin is not None
+        parent.stdin.close()
+        assert parent.wait(60) == 0
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))

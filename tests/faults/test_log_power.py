@@ -1,0 +1,100 @@
+"""Loss of power at any moment: what was acknowledged is there, and of a batch that was not, all or nothing."""
+
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from events import MemoryStore, Recorded, SqliteStore
+from events.facts import Event
+from events.store import EventStore, NewEvent, StreamAppend
+from tests.events.facts_of_a_job import ADMITTED, CANCEL, START, SUBMITTED, VALIDATED, measured, started, step
+from tests.faults.disk import Disk, Said, Step, needs_strace, record
+
+BATCHES = 24
+SHORT_LOG = 64 << 10  # The write-ahead log is emptied every few batches, so that many crashes fall into that.
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory: here nothing but the simulated disk loses anything, and nobody waits for a real one."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="tw-", dir=shared if shared.is_dir() else None) as directory:
+        yield Path(directory)
+
+
+def batch(number: int) -> list[StreamAppend]:
+    """One to twenty events, of three jobs; some of many sectors."""
+    chance = random.Random(number)  # noqa: S311  -- no secret
+    if number == 0:
+        facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1)]
+        return [StreamAppend(job, [NewEvent.of(f"{job}{n}", fact) for n, fact in enumerate(facts)]) for job in "abc"]
+    many = chance.choice([1, 1, 5, 20])
+    steps = [step(n) for n in range(chance.choice([1, 1, 40]))]
+    return [
+        StreamAppend(chance.choice("abc"), [NewEvent.of(f"{number}:{n}", measured(1, *steps))]) for n in range(many)
+    ]
+
+
+def write(store: EventStore) -> Iterator[int]:
+    """The last position after each batch."""
+    for number in range(BATCHES):
+        yield store.append(batch(number), START)[-1][-1].position
+
+
+@needs_strace
+def test_power_cuts_lose_nothing_that_was_acknowledged(memory: Path, seed: int, long: bool) -> None:
+    crashes = 10_000 if long else 150
+    steps = recorded(memory)
+    expected = MemoryStore()
+    boundaries = [0, *write(expected)]
+    history = expected.read_all(limit=100_000)
+    chance = random.Random(seed)  # noqa: S311  -- no secret
+    moments = sorted(chance.choices(range(len(steps) + 1), k=crashes))
+    disk, played, acknowledged = Disk(), 0, 0
+    for number, moment in enumerate(moments):
+        while played < moment:
+            disk.play(steps[played])
+            if isinstance(said := steps[played], Said):
+                acknowledged = int(said.text)
+            played += 1
+        left = memory / "left"
+        left.mkdir()
+        disk.crash(left, random.Random(seed + number))  # noqa: S311  -- no secret
+        survives(left, acknowledged, boundaries, history)
+        shutil.rmtree(left)
+    assert acknowledged > 0
+
+
+def recorded(memory: Path) -> list[Step]:
+    (memory / "disk").mkdir()
+    command = [sys.executable, "-m", "tests.faults.test_log_power", str(memory / "disk" / "events.db")]
+    steps = record(command, memory / "disk", memory / "trace")
+    assert sum(isinstance(one, Said) for one in steps) == BATCHES
+    return steps
+
+
+def survives(left: Path, acknowledged: int, boundaries: list[int], history: list[Recorded]) -> None:
+    with closing(SqliteStore(left / "events.db")) as store:
+        last = store.last_position()
+        assert last >= acknowledged
+        assert last in boundaries
+        assert store.read_all(limit=100_000) == history[:last]
+        assert store.damage == {}
+        assert store.integrity() == []
+        store.append([StreamAppend("a", [NewEvent.of("after", CANCEL)])], START)
+        assert store.last_position() == last + 1
+
+
+if __name__ == "__main__":
+    from events import sqlite
+
+    sqlite._WAL_BYTES = SHORT_LOG
+    for position in write(SqliteStore(Path(sys.argv[1]))):
+        sys.stdout.write(f"{position}\n")
+        sys.stdout.flush()

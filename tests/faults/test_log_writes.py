@@ -1,0 +1,109 @@
+"""Writes and syncs that fail: no acknowledgement, nothing acknowledged is lost, and it goes on once they work again."""
+
+import asyncio
+import random
+import resource
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from events import EventLog, LogUnavailable, SqliteStore
+from tests.events.facts_of_a_job import SUBMITTED
+from tests.events.test_log import opened, submit
+from tests.events.test_sqlite import full_disk
+from tests.faults.disk import STRACE, needs_strace
+from tests.faults.test_log_kills import history_of
+
+FAILURES = [
+    ("fsync,fdatasync", "EIO"),
+    ("fsync,fdatasync", "ENOSPC"),
+    ("pwrite64", "ENOSPC"),
+    ("pwrite64", "EIO"),
+    ("ftruncate", "EIO"),
+]
+
+
+@needs_strace
+@pytest.mark.parametrize(("call", "error"), FAILURES)
+def test_a_call_that_fails_is_not_acknowledged_and_loses_nothing(
+    tmp_path: Path, call: str, error: str, seed: int, long: bool
+) -> None:
+    """The kernel's answers are replaced, some in a row, wherever in the log's life that falls."""
+    chance = random.Random(f"{seed} {call} {error}")  # noqa: S311  -- no secret
+    for number in range(100 if long else 1):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        first, failures = chance.randint(12, 40), chance.choice([1, 1, 2, 7])
+        inject = f"inject={call}:error={error}:when={first}..{first + failures - 1}"
+        strace = [STRACE, "-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject]
+        program = [sys.executable, "-m", "tests.faults.test_log_writes", str(directory / "events.db")]
+        done = subprocess.run([*strace, *program], capture_output=True, text=True, check=False, timeout=250)
+        assert done.returncode == 0, f"{inject}: {done.stderr}"
+        said = [line.split() for line in done.stdout.splitlines()]
+        assert any(what == "failed" for what, _ in said), f"{inject} hit nothing"
+        acknowledged = [event_id for what, event_id in said if what == "acknowledged"]
+        assert {one.event_id for one in history_of(directory)} == set(acknowledged)
+
+
+def test_a_full_disk_refuses_appends_and_takes_them_once_there_is_room(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path / "events.db") as log:
+            await submit(log, "before")
+            with full_disk(tmp_path / "events.db.lock"):  # of 32 bytes: nothing can be written behind them
+                for number in range(5):
+                    with pytest.raises(LogUnavailable):
+                        await submit(log, f"during-{number}")
+                    assert (await log.job("before")).status == "validation"  # reading goes on
+            for number in range(5):
+                await submit(log, f"during-{number}")
+            await submit(log, "after")
+
+    asyncio.run(scenario())
+    assert [one.job_id for one in history_of(tmp_path)] == ["before", *(f"during-{n}" for n in range(5)), "after"]
+
+
+def test_too_many_open_files_refuse_appends_and_take_them_later(tmp_path: Path) -> None:
+    """Files are opened anew after a failed write only."""
+
+    async def scenario() -> None:
+        async with opened(tmp_path / "events.db") as log:
+            await submit(log, "before")
+            await asyncio.to_thread(int)  # its thread, and what it needs, are there before nothing can be opened
+            with full_disk(tmp_path / "events.db-wal"), pytest.raises(LogUnavailable):
+                await submit(log, "during")
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # those that are open stay open
+            try:
+                for _ in range(3):
+                    with pytest.raises(LogUnavailable, match="unable to open"):
+                        await submit(log, "during")
+                    assert (await log.job("before")).status == "validation"
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            await submit(log, "during")
+
+    asyncio.run(scenario())
+    assert [one.job_id for one in history_of(tmp_path)] == ["before", "during"]
+
+
+async def _submit_sixty(file: Path) -> None:
+    """Says what became of each try. Each is made until it is acknowledged."""
+    log = EventLog(SqliteStore(file))
+    for number in range(60):
+        for _ in range(100):
+            with suppress(LogUnavailable):
+                await log.submit(f"job-{number}", SUBMITTED, f"e{number}", 1000)
+                sys.stdout.write(f"acknowledged e{number}\n")
+                break
+            sys.stdout.write(f"failed e{number}\n")
+    await log.close()
+
+
+if __name__ == "__main__":
+    from events import sqlite
+
+    sqlite._WAL_BYTES = 64 << 10  # or it would never be emptied
+    asyncio.run(_submit_sixty(Path(sys.argv[1])))
