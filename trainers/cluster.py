@@ -52,9 +52,11 @@ class Cluster:
         return JobSubmissionClient(f"http://{_untyped(ray._private.worker).get_dashboard_url()}")
 
     def capacity(self) -> Capacity:
-        """Totals and free resources of the alive nodes, and what the autoscaler may add."""
+        """Totals and free resources of the alive nodes, and what the autoscaler may add. A node that is being drained
+        has nothing free."""
         alive = [node for node in _untyped(ray).nodes() if node["Alive"]]
         free = _untyped(ray_state).available_resources_per_node()
+        draining = ray_state.state.get_draining_nodes()
         config = ray_state.state.get_cluster_config()
         groups = tuple(
             NodeGroup(_node(dict(group.resources)), group.max_count if group.max_count >= 0 else sys.maxsize)
@@ -62,7 +64,7 @@ class Cluster:
         )
         return Capacity(
             nodes=tuple(_node(node["Resources"]) for node in alive),
-            free=tuple(_node(free.get(node["NodeID"], {})) for node in alive),
+            free=tuple(_node(free.get(node["NodeID"], {})) for node in alive if node["NodeID"] not in draining),
             groups=groups,
         )
 
@@ -115,6 +117,18 @@ class Cluster:
             if group["state"] != "REMOVED":
                 found.setdefault(group["name"], []).append((group_id, group["state"]))
         return found
+
+    def on_draining_nodes(self) -> frozenset[str]:
+        """The jobs, by the names of their placement groups, that hold something on a node that is about to go: one a
+        cloud takes back, one the autoscaler removes, or `ray drain-node`."""
+        draining = ray_state.state.get_draining_nodes()
+        if not draining:
+            return frozenset()
+        return frozenset(
+            group["name"]
+            for group in placement_group_table().values()
+            if group["state"] == "CREATED" and not draining.keys().isdisjoint(group["bundles_to_node_id"].values())
+        )
 
     def remove_placement_group(self, group_id: str) -> None:
         """Free a group whose runner is gone; Ray kills whatever still runs in it."""

@@ -50,7 +50,7 @@ def train(
 
     `train_data` and `valid_data` are directories of prepared data; `output_dir` is shared by all ranks. Each epoch ends
     with an evaluation (where there is `valid_data`) and a checkpoint. Raises Stopped, after a checkpoint, when the
-    reporter says so, and UserError for what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that
+    reporter says so and steps are left, and UserError for what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that
     can't be built.
     """
     with _advice_when_out_of_memory(plan), ExitStack() as stack:
@@ -119,12 +119,12 @@ def train(
             if at_checkpoint or stop:
                 checkpoints.save(progress, validation, log.latest(), model.trainable(), optimizer)
                 log.interrupted()
-            if stop:
-                checkpoints.wait()
-                raise Stopped(progress.step)
             if plan.early_stopping_patience and validation.without_gain >= plan.early_stopping_patience:
                 log.stopped_early(validation)
                 break
+            if stop and progress.step < total_steps:
+                checkpoints.wait()
+                raise Stopped(progress.step)
 
 
 class StepOutcome(NamedTuple):
