@@ -9,12 +9,13 @@ from starlette.middleware import Middleware
 
 from serve_app import errors, openapi, reference
 from serve_app.backend import Backend
+from serve_app.delivery import Deliveries
 from serve_app.middleware import RequestContext
 from serve_app.routes import router
 
 
 def build_api(backend: Backend, *, sends_request_id: bool = True) -> FastAPI:
-    """The HTTP API in front of `backend`. Holds no state of its own.
+    """The HTTP API in front of `backend`. Holds no state of its own, but for the answers that are on their way.
 
     `sends_request_id`: whether responses get their x-request-id here; False where the server in front adds it.
     """
@@ -24,6 +25,7 @@ def build_api(backend: Backend, *, sends_request_id: bool = True) -> FastAPI:
         exception_handlers=dict.fromkeys(errors.TABLE, errors.handle),
     )
     app.state.backend = backend
+    app.state.deliveries = Deliveries()
     app.include_router(router)
 
     @cache

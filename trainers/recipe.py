@@ -50,8 +50,8 @@ def train(
 
     `train_data` and `valid_data` are directories of prepared data; `output_dir` is shared by all ranks. Each epoch ends
     with an evaluation (where there is `valid_data`) and a checkpoint. Raises Stopped, after a checkpoint, when the
-    reporter says so and steps are left, and UserError for what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that
-    can't be built.
+    reporter says so before the last step, and UserError for what the job's author can mend: `loss_not_finite`,
+    `out_of_memory`, a model that can't be built.
     """
     with _advice_when_out_of_memory(plan), ExitStack() as stack:
         # ---- configure

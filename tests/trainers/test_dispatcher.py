@@ -425,8 +425,9 @@ async def test_a_drain_lets_running_jobs_reach_a_checkpoint_and_starts_none(worl
     running, waiting = await world.running(), await world.validated()
     passes = asyncio.create_task(passing(world))
     drain = asyncio.create_task(world.dispatcher.drain(timeout_s=60))
-    while not (await world.job(running)).pausing:
-        await asyncio.sleep(0.01)
+    asked = await world.job(running)
+    while not asked.pausing:
+        asked = await world.log.wait(running, asked.version, 5)
     assert not drain.done()
     world.cluster.runners[running] = "ended"
     world.cluster.free(running)
