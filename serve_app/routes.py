@@ -183,6 +183,7 @@ async def resubmit(request: Request, backend: TheBackend, idempotency_key: Idemp
     responses=documented_stream(TailLine, "Streaming logs in real-time.", 404, 422),
 )
 async def tail_logs(
+    request: Request,
     backend: TheBackend,
     job_id: Annotated[JobId, Query(description="The ID of the job to tail logs for.")],
     after: Annotated[
@@ -195,10 +196,12 @@ async def tail_logs(
     """Stream the logs of a particular job in real-time. This endpoint supports streaming responses.
 
     Works before the job starts and after it has ended. An idle stream gets an empty line (`"logs": []`) at least every
-    TUNEWRIGHT_HEARTBEAT_S seconds (15). The last line of a job that has ended carries `status`.
+    TUNEWRIGHT_HEARTBEAT_S seconds (15). The last line of a job that has ended carries `status`. A stream that ends
+    without one ends because the service is being restarted: go on from its last `next`.
     """
     job = await backend.log.job(job_id)
-    lines = tail(backend, job, after=after, follow=follow, heartbeat_s=backend.settings.heartbeat_s)
+    closing: asyncio.Event = request.app.state.closing
+    lines = tail(backend, job, after=after, follow=follow, heartbeat_s=backend.settings.heartbeat_s, closing=closing)
     return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
