@@ -336,9 +336,7 @@ def main() -> int:
         console.print("Ctrl-C stops it. Jobs that still run then go on at the next start.")
         service.wait()
     except KeyboardInterrupt:
-        console.print(
-            f"Running jobs write a checkpoint, in {DRAIN_TIMEOUT_S:.0f} s at most (Ctrl-C: not even that) ..."
-        )
+        console.print(f"Stopping running jobs at a checkpoint, for up to {DRAIN_TIMEOUT_S:.0f} s (Ctrl-C: at once) ...")
         with contextlib.suppress(KeyboardInterrupt):
             service.drain()
     except ServiceError as error:

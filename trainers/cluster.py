@@ -5,6 +5,7 @@ The only module that asks Ray's control plane. Every function blocks on network 
 
 import contextlib
 import sys
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from trainers.admission import Capacity, Node, NodeGroup
+
+WATCHED_S = 4.0
+"""Ray's job manager looks at every job once a second."""
 
 RunnerState = Literal["absent", "alive", "stopped", "ended"]
 
@@ -100,12 +104,15 @@ class Cluster:
     def forget_runner(self, job_id: str) -> bool:
         """Remove an ended Ray Job, so that the job can be started again under the same id. False: it is too early.
 
-        Ray's job manager still watches an ended job for a moment, and then removes its supervisor actor: a new Ray Job
-        of the same id would fail on that actor's name, or be declared dead with it.
+        Ray's job manager looks at the supervisor actor of an ended job once more, a second or two after the actor has
+        gone: a new Ray Job of the same id would fail on that actor's name, or be declared dead with it.
         """
         name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=job_id)
         with contextlib.suppress(ValueError):  # no such actor any more
             ray.get_actor(name, SUPERVISOR_ACTOR_RAY_NAMESPACE)
+            return False
+        ended_ms = self._jobs.get_job_info(job_id).end_time
+        if ended_ms is not None and time.time() - ended_ms / 1000 < WATCHED_S:
             return False
         self._jobs.delete_job(job_id)
         return True

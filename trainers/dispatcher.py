@@ -92,6 +92,7 @@ class Dispatcher:
         self._position: int | None = None  # as of which `_live` holds; None: the log was not asked yet
         self._settling = False
         self._draining_until = float("-inf")
+        self._at_work: list[str] | None = None  # jobs that train, as of the last pass; None: there was none yet
         # Jobs that are known to have no runner: only this dispatcher starts one, so Ray need not be asked again. With
         # a thousand jobs in line, that is a thousand requests less in each pass.
         self._without_runner: set[str] = set()
@@ -111,12 +112,9 @@ class Dispatcher:
         """
         self._draining_until = time.monotonic() + DRAIN_LASTS_S
         deadline = time.monotonic() + timeout_s
-        running = None
-        while running != [] and time.monotonic() < deadline:
+        while self._at_work != [] and time.monotonic() < deadline:
             await asyncio.sleep(SETTLING_TICK_S)
-            if self._position is not None:
-                running = [job.job_id for job in self._live.values() if job.status == "running"]
-        return running or []
+        return self._at_work or []
 
     @property
     def _draining(self) -> bool:
@@ -145,6 +143,7 @@ class Dispatcher:
         self._without_runner &= {job.job_id for job in live}
         groups = await asyncio.to_thread(self._cluster.placement_groups) if live else {}
         sights = await asyncio.gather(*(self._look(job, groups) for job in live))
+        self._at_work = [s.job.job_id for s in sights if s.job.status == "running" and s.runner.state == "alive"]
         unsettled = [sight for sight in sights if sight.unsettled]
         await asyncio.gather(*(self._settle(sight) for sight in unsettled))
         rest = [sight for sight in sights if not sight.unsettled]

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -19,7 +20,7 @@ def drain(timeout_s: float) -> int:
     """
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     try:
-        dispatcher = ray.get_actor(NAME, NAMESPACE)
+        dispatcher: Any = ray.get_actor(NAME, NAMESPACE)
         running: list[str] = ray.get(dispatcher.drain.remote(timeout_s), timeout=timeout_s + ANSWER_S)
     except ValueError:
         return _say("there is no dispatcher on this cluster: nothing runs", 0)
