@@ -112,8 +112,11 @@ class Dispatcher:
         """
         self._draining_until = time.monotonic() + DRAIN_LASTS_S
         deadline = time.monotonic() + timeout_s
-        while self._at_work != [] and time.monotonic() < deadline:
+        self._at_work = None
+        while time.monotonic() < deadline:
             await asyncio.sleep(SETTLING_TICK_S)
+            if self._at_work == []:
+                break
         return self._at_work or []
 
     @property

@@ -16,7 +16,7 @@ from serve_app.local import LocalService
 from tests.service.conftest import CPUS, WAIT_S, Api, eventually, local_service
 from tests.service.test_service import ROOT, free_cpus, path_of, workers_of
 
-FP32 = {"n_epochs": 10_000, "extras": {"dtype": "fp32"}}
+FP32 = {"n_epochs": 10_000, "lr": 0.01, "extras": {"dtype": "fp32"}}
 
 
 def losses(job: dict[str, Any]) -> dict[int, float]:
@@ -72,7 +72,7 @@ def test_a_paused_job_holds_nothing_and_goes_on_as_if_it_had_not_been_paused(api
     job = api.until_status(again["job_id"], "success")
     assert job["resubmitted_from"] == {"job_id": job_id, "checkpoint": api.job(job_id)["checkpoints"][-1]}
     assert job["progress"]["step"] == 2
-    assert losses(job)[1] < 0.7 * ours[1]  # it starts from what the first job has learnt
+    assert losses(job)[1] < ours[1] - 0.5  # of the same rows: it starts from what the first job has learnt
 
 
 class Tail:
