@@ -155,3 +155,48 @@ def is_up(service: LocalService) -> bool:
         return httpx.get(f"{service.url}/healthz", timeout=5, trust_env=False).is_success
     except httpx.HTTPError:
         return False
+
+
+def add_node(service: LocalService) -> str:
+    """One CPU more for the cluster; its id. It ends with the service."""
+    before = {node["node_id"] for node in nodes(service)}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={service.ray_address}"]
+    command += ["--num-cpus=1", "--node-ip-address=127.0.0.1", f"--object-store-memory={100 << 20}"]
+    subprocess.run(command, env=service.env, check=True, capture_output=True, timeout=WAIT_S)
+    eventually(lambda: len(nodes(service)) > len(before), WAIT_S, lambda: "the node does not join")
+    (new,) = {node["node_id"] for node in nodes(service)} - before
+    return new
+
+
+def nodes(service: LocalService) -> list[dict[str, Any]]:
+    answer = httpx.get(service.dashboard_url + "/api/v0/nodes?detail=1", timeout=30, trust_env=False).json()
+    found: list[dict[str, Any]] = answer["data"]["result"]["result"]
+    return [node for node in found if node["state"] == "ALIVE"]
+
+
+def test_a_job_moves_at_a_checkpoint_from_a_node_that_is_drained(tmp_path: Path, inputs: Path) -> None:
+    env = {"TUNEWRIGHT_DATA_ROOTS": str(inputs), "TUNEWRIGHT_MODEL_ROOTS": str(inputs), "OMP_NUM_THREADS": "1"}
+    with LocalService(tmp_path / "storage", num_cpus=0, env=env) as service:
+        api = Api(service, inputs / "tiny", inputs / "rows.jsonl")
+        leaving = add_node(service)
+        config = api.config(fine_tuning_options=FP32, overrides="--max-restarts 0")
+        eventually(  # what the cluster can hold is asked every few seconds
+            lambda: api.http.post("/fine_tuning/jobs/submit", json=config).is_success, WAIT_S, lambda: "refused"
+        )
+        job_id = api.http.get("/fine_tuning/jobs").json()["data"][0]["job_id"]
+        api.until(job_id, lambda job: step_of(job) > 0)
+        staying = add_node(service)
+        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={service.ray_address}"]
+        drain += [f"--node-id={leaving}", "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"]
+        drain += ["--deadline-remaining-seconds=600"]
+        subprocess.run(drain, env=service.env, check=True, capture_output=True, timeout=WAIT_S)
+        job = api.until(job_id, lambda job: job["attempt"] == 2 and job["status"] == "running")
+        assert job["interruptions"] == 0
+        stopped_at = int(job["checkpoints"][-1].rpartition("-")[2])
+        job = api.until(job_id, lambda job: step_of(job) > stopped_at)
+        assert sorted(losses(job)) == list(range(1, max(losses(job)) + 1))
+        groups = httpx.get(service.dashboard_url + "/api/v0/placement_groups?detail=1", trust_env=False).json()
+        held = [group for group in groups["data"]["result"]["result"] if group["state"] == "CREATED"]
+        assert [bundle["node_id"] for group in held for bundle in group["bundles"]] == [staying]
+        api.cancel(job_id)
+        api.until_status(job_id, "cancelled")
