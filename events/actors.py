@@ -117,11 +117,11 @@ class _Client:
         about: About = await self._call("about")
         return about
 
-    async def _call(self, method: str, *arguments: object, wait_s: float = 0) -> Any:  # noqa: ANN401  -- as the method
+    async def _call(self, method: str, *arguments: object, wait_s: float = 0, **options: object) -> Any:  # noqa: ANN401  -- as the method
         """The method's result or its own exception. LogUnavailable: no answer, or the actor is gone for good."""
         try:
             async with asyncio.timeout(wait_s + CALL_TIMEOUT_S):
-                return await getattr(self._handle, method).remote(*arguments)
+                return await getattr(self._handle, method).remote(*arguments, **options)
         except RayTaskError as error:
             raise error.cause from error
         except RayActorError as error:
@@ -137,9 +137,14 @@ class EventLogClient(_Client):
     def __init__(self, storage: Path) -> None:
         super().__init__(_EventLogActor, EVENT_LOG, storage)
 
-    async def submit(self, job_id: str, event: JobSubmitted, event_id: str, max_live_jobs: int) -> FineTuningJob:
-        job: FineTuningJob = await self._call("submit", job_id, event, event_id, max_live_jobs)
+    async def submit(
+        self, job_id: str, event: JobSubmitted, event_id: str, max_live_jobs: int, *, retried: bool = False
+    ) -> FineTuningJob:
+        job: FineTuningJob = await self._call("submit", job_id, event, event_id, max_live_jobs, retried=retried)
         return job
+
+    async def answered(self, job_id: str) -> None:
+        await self._call("answered", job_id)
 
     async def append(
         self, job_id: str, events: list[Event], event_ids: list[str], expected_version: int | None = None

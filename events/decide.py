@@ -10,9 +10,12 @@ from events.facts import (
     JobAdmitted,
     JobCancelled,
     JobFailed,
+    JobPaused,
+    JobResumed,
     JobSubmitted,
     JobSucceeded,
     MetricsRecorded,
+    PauseRequested,
     RunInterrupted,
     RunStarted,
 )
@@ -58,6 +61,8 @@ def decide(job: FineTuningJob | None, event: Event) -> list[Event]:
         return _after_the_end(job, event)
     if job.cancel_requested:
         return _while_cancelling(job, event)
+    if job.paused:
+        return _while_paused(job, event)
     return _while_alive(job, event)
 
 
@@ -88,6 +93,19 @@ def _while_cancelling(job: FineTuningJob, event: Event) -> list[Event]:
             raise Refused("cancelling", f"job {job.job_id} is being cancelled: {event.type} is refused")
 
 
+def _while_paused(job: FineTuningJob, event: Event) -> list[Event]:
+    """Nothing of it runs, so nothing else can happen to it."""
+    match event:
+        case PauseRequested() | JobPaused():
+            return []
+        case JobResumed() | CancelRequested():
+            return [event]
+        case JobCancelled():
+            return _while_alive(job, event)
+        case _:
+            raise Refused("out_of_order", f"job {job.job_id}: {event.type} while it is paused")
+
+
 def _while_alive(job: FineTuningJob, event: Event) -> list[Event]:
     match event:
         case DataValidated():
@@ -95,7 +113,7 @@ def _while_alive(job: FineTuningJob, event: Event) -> list[Event]:
         case DataRejected():
             return _require(job, event, job.status == "validation")
         case JobAdmitted():
-            return [] if job.admitted else _require(job, event, job.status == "queued")
+            return [] if job.admitted else _require(job, event, job.status == "queued" and not job.pausing)
         case RunStarted():
             return _run_started(job, event)
         case MetricsRecorded() | CheckpointSaved() | CheckpointsDeleted():
@@ -104,6 +122,13 @@ def _while_alive(job: FineTuningJob, event: Event) -> list[Event]:
             return [] if isinstance(event, CheckpointSaved) and event.uri in job.checkpoints else [event]
         case RunInterrupted():
             return _run_interrupted(job, event)
+        case PauseRequested():
+            known = job.pause_requested if event.by == "user" else job.pausing
+            return [] if known else [event]
+        case JobPaused():
+            return _job_paused(job, event)
+        case JobResumed():
+            return [event] if job.pause_requested else []
         case JobSucceeded() | JobFailed():
             if event.attempt is not None:
                 _check_attempt(job, event, event.attempt)
@@ -140,6 +165,13 @@ def _run_interrupted(job: FineTuningJob, event: RunInterrupted) -> list[Event]:
         return [event]
     _check_attempt(job, event, event.attempt)
     return [event] if job.status == "running" or job.admitted else []
+
+
+def _job_paused(job: FineTuningJob, event: JobPaused) -> list[Event]:
+    """Also of a job that runs: its runner may have been lost before it reached a checkpoint."""
+    if event.attempt != job.attempt:
+        raise Refused("stale_attempt", f"job {job.job_id}: attempt {job.attempt} has started, not {event.attempt}")
+    return [event] if job.pausing else []
 
 
 def _check_attempt(job: FineTuningJob, event: Event, attempt: int) -> None:

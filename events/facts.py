@@ -100,6 +100,13 @@ class StepMetrics(_Value):
     rewards_margin: float | None = Field(default=None, description="DPO: rewards_chosen - rewards_rejected.")
 
 
+class Origin(_Value):
+    """The checkpoint of an earlier job that a job starts from."""
+
+    job_id: str = Field(description="The job that made the checkpoint.")
+    checkpoint: str = Field(description="Its URI.", json_schema_extra={"format": "uri"})
+
+
 class JobSubmitted(Fact):
     type: Literal["JobSubmitted"] = "JobSubmitted"
     config: dict[str, Any] = Field(description="The Config exactly as the user sent it.")
@@ -109,6 +116,10 @@ class JobSubmitted(Fact):
         description="Id of the Ray Job that runs it: the job id, unless the user made the Ray Job."
     )
     idempotency_key: str | None = None
+    request_digest: str | None = Field(
+        default=None, description="Of the config and who sent it: what an identical request is recognised by."
+    )
+    resubmitted_from: Origin | None = None
 
 
 class DataValidated(Fact):
@@ -180,6 +191,30 @@ class RunInterrupted(Fact):
     reason: Text
 
 
+class PauseRequested(Fact):
+    """The job is to stop at a checkpoint and to free what it holds; a run stops after the step it is in."""
+
+    type: Literal["PauseRequested"] = "PauseRequested"
+    by: Literal["user", "shutdown", "node_drain"] = Field(
+        default="user",
+        description="A `user`'s pause lasts until JobResumed. Otherwise the job goes on by itself: once the service is "
+        "there again after its `shutdown`, or on another node than the one that is drained.",
+    )
+
+
+class JobPaused(Fact):
+    """The job's runner has ended and its resources are free again."""
+
+    type: Literal["JobPaused"] = "JobPaused"
+    attempt: int = Field(ge=0, description="The last run until then; 0: there was none.")
+
+
+class JobResumed(Fact):
+    """The user's pause is over: the job stands in line again."""
+
+    type: Literal["JobResumed"] = "JobResumed"
+
+
 class CancelRequested(Fact):
     type: Literal["CancelRequested"] = "CancelRequested"
 
@@ -212,6 +247,9 @@ Event = Annotated[
     | CheckpointSaved
     | CheckpointsDeleted
     | RunInterrupted
+    | PauseRequested
+    | JobPaused
+    | JobResumed
     | CancelRequested
     | JobSucceeded
     | JobFailed

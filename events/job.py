@@ -25,9 +25,13 @@ from events.facts import (
     JobCancelled,
     JobError,
     JobFailed,
+    JobPaused,
+    JobResumed,
     JobSubmitted,
     JobSucceeded,
     MetricsRecorded,
+    Origin,
+    PauseRequested,
     Resources,
     RunInterrupted,
     RunStarted,
@@ -36,6 +40,8 @@ from events.facts import (
 from events.store import Recorded
 
 Status = Literal["validation", "queued", "running", "failed", "success", "cancelled"]
+PAUSED = "paused, until it is resumed"
+"""`why` of a job that a user has paused."""
 TERMINAL: frozenset[Status] = frozenset({"failed", "success", "cancelled"})
 
 
@@ -119,7 +125,9 @@ class FineTuningJob(BaseModel):
     attempt: int = Field(default=0, description="Runs of the training function so far.")
     interruptions: int = Field(default=0, description="Runs that ended without an outcome.")
     max_restarts: int = Field(default=0, description="How many interruptions the job survives.")
+    pause_requested: bool = Field(default=False, description="The job stops at a checkpoint until it is resumed.")
     cancel_requested: bool = Field(default=False, description="A cancelled job never succeeds.")
+    resubmitted_from: Origin | None = optional("The checkpoint of an earlier job that this one starts from.")
     data: DataReport | None = optional("What validation found in the training data.")
     validation_data: DataReport | None = optional("What validation found in the validation data.")
     resources: Resources | None = optional("What the job holds while it trains.")
@@ -127,10 +135,18 @@ class FineTuningJob(BaseModel):
 
     validated: SkipJsonSchema[bool] = Field(default=False, exclude=True)
     admitted: SkipJsonSchema[bool] = Field(default=False, exclude=True)
+    pausing: SkipJsonSchema[bool] = Field(default=False, exclude=True)
+    """Whoever asked: the job is to have no runner. True until it has none."""
     idempotency_key: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
+    request_digest: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     saved: SkipJsonSchema[_Saved] = Field(default=_Saved(), exclude=True)
     version: SkipJsonSchema[int] = Field(default=-1, exclude=True)
     """Version of the last event in the job's stream."""
+
+    @property
+    def paused(self) -> bool:
+        """True while a user's pause holds and nothing of the job runs any more."""
+        return self.pause_requested and not self.pausing and not self.over
 
     @property
     def over(self) -> bool:
@@ -177,6 +193,8 @@ def _begin(recorded: Recorded) -> FineTuningJob:
         max_restarts=event.max_restarts,
         submission_id=event.submission_id,
         idempotency_key=event.idempotency_key,
+        request_digest=event.request_digest,
+        resubmitted_from=event.resubmitted_from,
     )
 
 
@@ -197,6 +215,12 @@ def _changes(job: FineTuningJob, event: AnyEvent, time: datetime) -> dict[str, A
             return {"checkpoints": [uri for uri in job.checkpoints if uri not in event.uris]}
         case RunInterrupted():
             return _interrupted(job, event)
+        case PauseRequested():
+            return _pausing(job, event)
+        case JobPaused():
+            return _paused(job)
+        case JobResumed():
+            return _resumed(job)
         case CancelRequested():
             return {"cancel_requested": True, "why": "cancelling"}
         case JobSucceeded():
@@ -213,7 +237,8 @@ def _changes(job: FineTuningJob, event: AnyEvent, time: datetime) -> dict[str, A
 
 
 def _over(status: Status, time: datetime) -> dict[str, Any]:
-    return {"status": status, "finished_at": time, "why": None, "admitted": False}
+    ended = dict.fromkeys(("admitted", "pausing", "pause_requested"), False)
+    return {"status": status, "finished_at": time, "why": None, **ended}
 
 
 def _started(job: FineTuningJob, event: RunStarted) -> dict[str, Any]:
@@ -231,23 +256,56 @@ def _started(job: FineTuningJob, event: RunStarted) -> dict[str, Any]:
         "logs": event.logs,
         "progress": progress,
         "metrics": job.saved.metrics,
-        "why": "cancelling" if job.cancel_requested else None,
+        "why": _ending(job),
     }
 
 
 def _interrupted(job: FineTuningJob, event: RunInterrupted) -> dict[str, Any]:
     """The job falls back to its last checkpoint; the next attempt records the lost steps again."""
-    why = "cancelling" if job.cancel_requested else f"interrupted: {event.reason}, waiting to resume"
-    changes: dict[str, Any] = {
+    return {
+        **_at_last_checkpoint(job),
         "status": "queued" if job.validated else "validation",
-        "admitted": False,
         "interruptions": job.interruptions + 1,
-        "metrics": job.saved.metrics,
-        "why": why,
+        "why": _ending(job) or f"interrupted: {event.reason}, waiting to resume",
     }
+
+
+def _at_last_checkpoint(job: FineTuningJob) -> dict[str, Any]:
+    changes: dict[str, Any] = {"admitted": False, "metrics": job.saved.metrics}
     if job.progress is not None:
         changes["progress"] = job.progress.model_copy(update={"step": job.saved.step, "epoch": job.saved.epoch})
     return changes
+
+
+def _pausing(job: FineTuningJob, event: PauseRequested) -> dict[str, Any]:
+    changes: dict[str, Any] = {"pausing": True, "pause_requested": job.pause_requested or event.by == "user"}
+    if job.status != "running":
+        changes["admitted"] = False  # whoever is next in line may have its place
+    return {**changes, "why": "cancelling" if job.cancel_requested else "pausing"}
+
+
+def _paused(job: FineTuningJob) -> dict[str, Any]:
+    """Like an interruption that nobody counts. A paused job reads `queued`, however far it is."""
+    changes = {**_at_last_checkpoint(job), "pausing": False}
+    if job.pause_requested:
+        return {**changes, "status": "queued", "why": "cancelling" if job.cancel_requested else PAUSED}
+    return {**changes, **_in_line(job)}
+
+
+def _resumed(job: FineTuningJob) -> dict[str, Any]:
+    """A job that has not stopped yet stops all the same, and then goes on."""
+    changes: dict[str, Any] = {"pause_requested": False}
+    return changes if job.pausing else {**changes, **_in_line(job)}
+
+
+def _in_line(job: FineTuningJob) -> dict[str, Any]:
+    why = "cancelling" if job.cancel_requested else "waiting to resume" if job.attempt else None
+    return {"status": "queued" if job.validated else "validation", "why": why}
+
+
+def _ending(job: FineTuningJob) -> str | None:
+    """Why a job that was asked to stop is still there."""
+    return "cancelling" if job.cancel_requested else "pausing" if job.pausing else None
 
 
 def _measured(job: FineTuningJob, steps: list[StepMetrics]) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from events.decide import Refused, decide
 from events.facts import JobSubmitted
 from events.job import FineTuningJob, evolve
 from events.store import NO_STREAM, ExpectedVersionError, NewEvent, Recorded, StreamAppend
+
+REPETITION = timedelta(seconds=60)
+"""How long after a submit an identical one may be the same one, sent again."""
 
 
 class Jobs:
@@ -22,6 +25,9 @@ class Jobs:
         self._live: dict[str, None] = {}
         self._by_key: dict[str, str] = {}
         self._damaged: dict[str, str] = {}  # why; set by the store's thread at any time, and never unset
+        self._by_digest: dict[str, str] = {}
+        self.answered: set[str] = set()
+        """Jobs whose submitter has been told of them, as far as this process knows."""
 
     @classmethod
     def of(cls, position: int, time: datetime | None, jobs: Iterable[FineTuningJob]) -> "Jobs":
@@ -58,6 +64,9 @@ class Jobs:
     def with_key(self, idempotency_key: str) -> str | None:
         return self._by_key.get(idempotency_key)
 
+    def with_digest(self, request_digest: str) -> str | None:
+        return self._by_digest.get(request_digest)
+
     def live(self) -> list[FineTuningJob]:
         """Jobs without an outcome, oldest first. Damaged ones are left out."""
         return [self._jobs[job_id] for job_id in self._live if job_id not in self._damaged]
@@ -90,6 +99,7 @@ class Jobs:
             else:
                 self._live[job_id] = None
         self._by_key.update(draft.keys)
+        self._by_digest.update(draft.digests)
         self.position = draft.position
         self.time = draft.time
 
@@ -101,6 +111,7 @@ class Draft:
     def __init__(self, jobs: Jobs) -> None:
         self.changed: dict[str, FineTuningJob] = {}
         self.keys: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         self.appends: list[StreamAppend] = []
         self.position = jobs.position
         self.time = jobs.time
@@ -117,12 +128,16 @@ class Draft:
         """These were written before: proposing them again changes nothing."""
         self._known.update(event_ids)
 
-    def submit(self, job_id: str, new: NewEvent, max_live_jobs: int, time: datetime) -> FineTuningJob:
+    def submit(
+        self, job_id: str, new: NewEvent, max_live_jobs: int, time: datetime, *, retried: bool = False
+    ) -> FineTuningJob:
         event = new.event
         assert isinstance(event, JobSubmitted)  # noqa: S101  -- EventLog.submit takes nothing else
         if new.event_id not in self._known:
             if event.idempotency_key is not None and (earlier := self._with_key(event.idempotency_key)) is not None:
                 return _same_config(earlier, event)
+            if event.request_digest is not None and (same := self._unanswered(event.request_digest, time, retried)):
+                return same
             live = self._jobs.live_count() + self._live_change
             if live >= max_live_jobs:
                 raise Refused("too_many_jobs", f"{live} jobs are unfinished, the limit is {max_live_jobs}")
@@ -163,6 +178,8 @@ class Draft:
         self.changed[job.job_id] = job
         if before is None and job.idempotency_key is not None:
             self.keys[job.idempotency_key] = job.job_id
+        if before is None and job.request_digest is not None:
+            self.digests[job.request_digest] = job.job_id
 
     def _put(self, recorded: Recorded, job: FineTuningJob) -> None:
         self.put(job)
@@ -178,6 +195,16 @@ class Draft:
             return None
         self._jobs.check(job_id)
         return self._get(job_id)
+
+    def _unanswered(self, digest: str, time: datetime, retried: bool) -> FineTuningJob | None:
+        """The job that an identical request made a moment ago, when this one must be its repetition: the sender says
+        so, or can't have had the answer."""
+        job_id = self.digests.get(digest) or self._jobs.with_digest(digest)
+        job = None if job_id is None else self._get(job_id)
+        if job is None or time - job.created > REPETITION:
+            return None
+        self._jobs.check(job.job_id)
+        return job if retried or job.job_id not in self._jobs.answered else None
 
 
 def _same_config(job: FineTuningJob, event: JobSubmitted) -> FineTuningJob:

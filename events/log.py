@@ -91,14 +91,26 @@ class EventLog:
         self._checking.start()
         self._snapshot_if_due()
 
-    async def submit(self, job_id: str, event: JobSubmitted, event_id: str, max_live_jobs: int) -> FineTuningJob:
-        """Begins a job. With an idempotency key that was used before: returns that job.
+    async def submit(
+        self, job_id: str, event: JobSubmitted, event_id: str, max_live_jobs: int, *, retried: bool = False
+    ) -> FineTuningJob:
+        """Begins a job. With an idempotency key that was used before: returns that job. So does a request digest of
+        the last minute, when the sender says that it has `retried`, or that job was not `answered`.
 
         Raises Refused (`idempotency_key_reused` when that job's config differs, `too_many_jobs` when `max_live_jobs`
         are unfinished, `job_exists`) or LogUnavailable.
         """
         new = _new(event, event_id)
-        return await self._propose([event_id], lambda draft, time: draft.submit(job_id, new, max_live_jobs, time))
+        return await self._propose(
+            [event_id], lambda draft, time: draft.submit(job_id, new, max_live_jobs, time, retried=retried)
+        )
+
+    async def answered(self, job_id: str) -> None:
+        """The answer to the job's submit has been delivered: an identical request is another job from now on.
+
+        In memory only. After a restart nobody knows, so within the minute the same job is returned.
+        """
+        self._jobs.answered.add(job_id)
 
     async def append(
         self, job_id: str, events: list[Event], event_ids: list[str], expected_version: int | None = None

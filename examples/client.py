@@ -1,4 +1,4 @@
-"""A client of the fine-tuning API in one page: submit, status, tail, cancel. Plain HTTP; copy what you need.
+"""A client of the fine-tuning API in one page: submit, status, tail, pause, cancel. Plain HTTP; copy what you need.
 
 python -m examples.client http://127.0.0.1:8000 examples/tickets/job.json      submit, follow the log, print the job
 """
@@ -49,6 +49,17 @@ class Client:
     def cancel(self, job_id: str) -> Job:
         return self._answer(self._http.post("/fine_tuning/jobs/cancel", json={"job_id": job_id}))
 
+    def pause(self, job_id: str) -> Job:
+        return self._answer(self._http.post("/fine_tuning/jobs/pause", json={"job_id": job_id}))
+
+    def resume(self, job_id: str) -> Job:
+        return self._answer(self._http.post("/fine_tuning/jobs/resume", json={"job_id": job_id}))
+
+    def resubmit(self, job_id: str, checkpoint: str | int | None = None, config: dict[str, Any] | None = None) -> Job:
+        """A new job from a checkpoint of an earlier one (a URI or a step; the last one), with `config` changed."""
+        body = {"job_id": job_id, "checkpoint": checkpoint, "config": config}
+        return self._answer(self._http.post("/fine_tuning/jobs/resubmit", json=body))
+
     def tail(self, job_id: str) -> Iterator[dict[str, Any]]:
         """The job's log from its first line to its last, each `{"message", "timestamp"}`. Ends when the job has ended.
 
@@ -62,6 +73,7 @@ class Client:
                     offset = line["next"]
                     if "status" in line:
                         return
+                time.sleep(RECONNECT_S)  # the service is being restarted, and said so
             except httpx.TransportError:
                 time.sleep(RECONNECT_S)
             except ApiError as error:

@@ -1,5 +1,6 @@
 """The ASGI application: routes + middleware + exception handlers, each from a module of its own."""
 
+import asyncio
 from functools import cache
 from typing import Any
 
@@ -9,14 +10,16 @@ from starlette.middleware import Middleware
 
 from serve_app import errors, openapi, reference
 from serve_app.backend import Backend
+from serve_app.delivery import Deliveries
 from serve_app.middleware import RequestContext
 from serve_app.routes import router
 
 
-def build_api(backend: Backend, *, sends_request_id: bool = True) -> FastAPI:
-    """The HTTP API in front of `backend`. Holds no state of its own.
+def build_api(backend: Backend, *, sends_request_id: bool = True, closing: asyncio.Event | None = None) -> FastAPI:
+    """The HTTP API in front of `backend`. Holds no state of its own, but for the answers that are on their way.
 
     `sends_request_id`: whether responses get their x-request-id here; False where the server in front adds it.
+    `closing`: set when this server is about to end, for the streams that would hold it up.
     """
     app = FastAPI(
         openapi_url=None,  # The document is served by a route of ours, and FastAPI's pages load scripts from a CDN.
@@ -24,6 +27,8 @@ def build_api(backend: Backend, *, sends_request_id: bool = True) -> FastAPI:
         exception_handlers=dict.fromkeys(errors.TABLE, errors.handle),
     )
     app.state.backend = backend
+    app.state.closing = closing or asyncio.Event()
+    app.state.deliveries = Deliveries()
     app.include_router(router)
 
     @cache

@@ -1,6 +1,7 @@
 """The door on Ray Serve: `serve run serve_app:app`, or `serve deploy serve_app/serve.yaml`."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -22,12 +23,15 @@ class Api:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         listen_on_node_address_only()
+        loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        before_draining(lambda: loop.call_soon_threadsafe(self._closing.set))
         # Connecting blocks, and this runs on the replica's event loop.
         self._service = await asyncio.to_thread(service.start, settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the replica is connected."""
-        return build_api(self._service, sends_request_id=False)  # Serve puts x-request-id on every response.
+        # Serve puts x-request-id on every response.
+        return build_api(self._service, sends_request_id=False, closing=self._closing)
 
 
 def listen_on_node_address_only() -> None:
@@ -44,11 +48,25 @@ def listen_on_node_address_only() -> None:
     ray_s.add_port_to_grpc_server = listen_there
 
 
+def before_draining(call: Callable[[], object]) -> None:
+    """To be called in a replica's constructor: `call` is called, on whatever thread, when Serve begins to shut the
+    replica down, while its open streams can still be written to. Serve tells the application only when they have ended.
+    """
+    ray_s: Any = replica.Replica
+    drain = ray_s._perform_graceful_shutdown
+
+    async def call_and_drain(self: object) -> None:
+        call()
+        await drain(self)
+
+    ray_s._perform_graceful_shutdown = call_and_drain
+
+
 deployment = serve.deployment(
     name="api",
     num_replicas=1,
     max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    graceful_shutdown_timeout_s=5,  # Open tails would hold a redeploy up for longer; they resume by offset.
+    graceful_shutdown_timeout_s=5,  # Longer than an answer takes; open tails end by themselves, see before_draining.
     # No CPU, because those are for training. Next to the event log and the proxy, so the door can stay on loopback.
     ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
     logging_config={"enable_access_log": False},  # A line for each request costs more than most of the answers.

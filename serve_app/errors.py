@@ -5,7 +5,8 @@
     status  type                       when
     404     not_found_error            unknown job, unknown route
     405     invalid_request_error      the route exists, the method doesn't
-    409     conflict_error             cancelling a job that has succeeded or failed
+    409     conflict_error             cancelling a job that has succeeded or failed; pausing or resuming one that is
+                                       over or being cancelled
     413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES
     415     invalid_request_error      the body is not application/json
     422     invalid_request_error      anything wrong with the request; `errors` lists it, up to a hundred of a kind
@@ -95,6 +96,7 @@ def _parameters(exc: RequestValidationError) -> Answer:
 _REFUSALS: dict[str, tuple[int, ErrorType, str | None]] = {
     "unknown_job": (404, "not_found_error", "job_id"),
     "job_is_over": (409, "conflict_error", "job_id"),
+    "cancelling": (409, "conflict_error", "job_id"),
     "too_many_jobs": (429, "rate_limit_error", None),
     "idempotency_key_reused": (422, "invalid_request_error", "Idempotency-Key"),
     "job_damaged": (503, "service_unavailable_error", "job_id"),

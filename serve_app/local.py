@@ -11,6 +11,7 @@ recognised by RAY_TMPDIR, which every one of them inherits.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import secrets
@@ -36,6 +37,7 @@ from trainers.settings import settings
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 180.0
+DRAIN_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0  # nothing is lost by a kill; this only lets Ray tidy up
 OBJECT_STORE_BYTES = 256 << 20  # Serve and Train put next to nothing into it
 REPLICA_PORTS = 50
@@ -103,6 +105,17 @@ class LocalService:
             self.stop()
             raise
         return self
+
+    def drain(self, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
+        """Before `stop`, so that nothing is done twice: running jobs stop at a checkpoint, within `timeout_s` or not at
+        all, and open tails get a last line. What can't be reached any more is left as it is."""
+        if self._head is None or self._head.poll() is not None:
+            return
+        command = [sys.executable, "-m", "trainers", "drain", f"--timeout={timeout_s}"]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, env=self.env, stdin=subprocess.DEVNULL, timeout=timeout_s + 60, check=False)
+        with contextlib.suppress(httpx.HTTPError):
+            self._dashboard("DELETE", "/api/serve/applications/")
 
     def stop(self) -> None:
         """Ends every process of the service, the jobs' included, within about ten seconds. Idempotent.
@@ -323,7 +336,9 @@ def main() -> int:
         console.print("Ctrl-C stops it. Jobs that still run then go on at the next start.")
         service.wait()
     except KeyboardInterrupt:
-        console.print("Stopping ...")
+        console.print(f"Stopping running jobs at a checkpoint, for up to {DRAIN_TIMEOUT_S:.0f} s (Ctrl-C: at once) ...")
+        with contextlib.suppress(KeyboardInterrupt):
+            service.drain()
     except ServiceError as error:
         console.print(f"[red]The service failed:[/red] {error}")
         return 1

@@ -14,13 +14,23 @@ from starlette.routing import BaseRoute
 
 from events.config import Config
 from events.job import FineTuningJob
-from serve_app.wire import CancelRequest, ErrorEnvelope, FineTuningJobList, Health, TailLine
+from serve_app.wire import (
+    CancelRequest,
+    ErrorEnvelope,
+    FineTuningJobList,
+    Health,
+    PauseRequest,
+    ResubmitRequest,
+    ResumeRequest,
+    TailLine,
+)
 from trainers.data.dialog import PreferenceDataItem, TrainingDataItem
 
 TITLE = "Fine Tuning API"
 DESCRIPTION = """API for managing fine tuning jobs for machine learning models.
 
-Submit a job, read its status, tail its log, cancel it. Every error, of every route, has one form: `ErrorEnvelope`; its
+Submit a job, read its status, tail its log, pause and resume it, cancel it, submit it again from one of its
+checkpoints. Every error, of every route, has one form: `ErrorEnvelope`; its
 `type` goes with the status code, and a 422 names everything that is wrong with the request. Every response carries an
 `x-request-id`."""
 
@@ -28,7 +38,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 _MODELS = (
     *(CancelRequest, Config, ErrorEnvelope, FineTuningJob, FineTuningJobList, Health, TailLine),
-    *(PreferenceDataItem, TrainingDataItem),
+    *(PauseRequest, PreferenceDataItem, ResubmitRequest, ResumeRequest, TrainingDataItem),
 )
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "Config": {
@@ -38,6 +48,9 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
         "fine_tuning_options": {"n_epochs": 2, "custom_training_options": {"finetuning_type": "lora"}},
     },
     "CancelRequest": {"job_id": "ftjob-01..."},
+    "PauseRequest": {"job_id": "ftjob-01..."},
+    "ResumeRequest": {"job_id": "ftjob-01..."},
+    "ResubmitRequest": {"job_id": "ftjob-01...", "checkpoint": 40, "config": {"fine_tuning_options": {"lr": 1e-5}}},
     "TrainingDataItem": {
         "dialog": [
             {"role": "system", "content": "Answer with a ticket."},
@@ -50,7 +63,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 _REF = "#/components/schemas/{model}"
 _WHEN = {
     404: "`not_found_error`: there is no such job.",
-    409: "`conflict_error`: the job has already succeeded or failed.",
+    409: "`conflict_error`: the job is over, or being cancelled.",
     413: "`invalid_request_error`: the body is larger than TUNEWRIGHT_MAX_BODY_BYTES (1 MiB).",
     415: "`invalid_request_error`: the body is not `application/json` in UTF-8.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",

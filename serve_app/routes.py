@@ -2,27 +2,38 @@
 
 import asyncio
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import SkipJsonSchema
-from ulid import ULID
 
 from events.config import Config
-from events.facts import CancelRequested, JobSubmitted
+from events.facts import CancelRequested, JobResumed, JobSubmitted, PauseRequested
+from events.ids import new_event_id, new_job_id
 from events.job import FineTuningJob
 from events.log import LogUnavailable
 from serve_app.backend import Backend
 from serve_app.body import read_object
+from serve_app.delivery import Deliveries, digest_of, says_it_is_a_retry
 from serve_app.openapi import documented, documented_stream, json_body
 from serve_app.tail import tail
-from serve_app.wire import CancelRequest, FineTuningJobList, Health, TailLine
-from trainers.errors import ConfigProblems
+from serve_app.wire import (
+    CancelRequest,
+    FineTuningJobList,
+    Health,
+    PauseRequest,
+    ResubmitRequest,
+    ResumeRequest,
+    TailLine,
+)
+from trainers.errors import ConfigProblems, Problem
 from trainers.preflight import examine, problems_of
+from trainers.resubmit import problem_of_resubmission, resubmission
 
 router = APIRouter(default_response_class=Response)  # whose type and schema the routes document themselves
+Body = TypeVar("Body", bound=BaseModel)
 JOBS = "/fine_tuning/jobs"
 HEALTH_S = 5.0  # A log that takes longer than this to answer is as good as gone.
 
@@ -46,7 +57,8 @@ IdempotencyKey = Annotated[
         max_length=255,
         pattern=r"^[ -~]+$",
         description="Any printable ASCII text of yours. A retry with the same key and the same body returns the job "
-        "that the first request made.",
+        "that the first request made. Without a key, an identical request within 60 s does so as long as the first "
+        "answer was not delivered, or when `x-stainless-retry-count` says that it is a retry.",
     ),
 ]
 
@@ -63,27 +75,11 @@ async def submit(request: Request, backend: TheBackend, idempotency_key: Idempot
     Answers as soon as the job is on disk, with status `validation`. What can be known to be wrong with the request is
     reported now, all of it at once; the rows of the data are validated by the job itself.
     """
-    settings = backend.settings
-    document = await read_object(request, settings.max_body_bytes)
-    examined = await asyncio.to_thread(examine, document, settings)
-    problems = list(examined.problems)
-    if examined.plan is not None:
-        try:
-            resources = await backend.resources(examined.plan)
-        except ConfigProblems as infeasible:
-            problems += infeasible.problems
-    if examined.plan is None or problems:
+    document = await read_object(request, backend.settings.max_body_bytes)
+    submitted, problems = await _examined(backend, document)
+    if submitted is None or problems:
         raise ConfigProblems(problems)
-    job_id = f"ftjob-{ULID()}"
-    submitted = JobSubmitted(
-        config=examined.document,
-        resources=resources,
-        max_restarts=examined.plan.max_restarts,
-        submission_id=job_id,
-        idempotency_key=idempotency_key,
-    )
-    job = await backend.log.submit(job_id, submitted, f"{job_id}:submitted", settings.max_live_jobs)
-    return JSONResponse(job.wire())
+    return await _begun(request, backend, submitted.model_copy(update={"idempotency_key": idempotency_key}))
 
 
 @router.get(
@@ -114,13 +110,71 @@ async def cancel(request: Request, backend: TheBackend) -> Response:
     Answers as soon as the wish is on disk. The job reads `cancelled` once its workers are gone and what they held is
     free, within seconds. Cancelling it again returns it.
     """
-    document = await read_object(request, backend.settings.max_body_bytes)
-    try:
-        job_id = CancelRequest.model_validate(document).job_id
-    except ValidationError as error:
-        raise ConfigProblems(problems_of(error.errors(include_input=False))) from None
+    job_id = _parsed(CancelRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
     job = await backend.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"])
     return JSONResponse(job.wire())
+
+
+@router.post(
+    f"{JOBS}/pause",
+    summary="Pause a job",
+    openapi_extra=json_body(PauseRequest),
+    responses=documented(FineTuningJob, "The job will pause, or is paused.", 404, 409, 413, 415, 422),
+)
+async def pause(request: Request, backend: TheBackend) -> Response:
+    """Stop the job at a checkpoint until it is resumed.
+
+    Answers as soon as the wish is on disk. A running job takes the step it is in to its end, writes a checkpoint and
+    frees what it holds; it then reads `queued`, with the pause as its `why`. Pausing it again returns it. A pause is
+    no interruption: it doesn't count against --max-restarts.
+    """
+    job_id = _parsed(PauseRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
+    job = await backend.log.append(job_id, [PauseRequested()], [new_event_id()])
+    return JSONResponse(job.wire())
+
+
+@router.post(
+    f"{JOBS}/resume",
+    summary="Resume a paused job",
+    openapi_extra=json_body(ResumeRequest),
+    responses=documented(FineTuningJob, "The job goes on.", 404, 409, 413, 415, 422),
+)
+async def resume(request: Request, backend: TheBackend) -> Response:
+    """Put a paused job back in line, in the order in which jobs were submitted.
+
+    It goes on from the checkpoint it paused at, and its losses are those of a job that was never paused. Resuming a
+    job that isn't paused returns it.
+    """
+    job_id = _parsed(ResumeRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
+    job = await backend.log.append(job_id, [JobResumed()], [new_event_id()])
+    return JSONResponse(job.wire())
+
+
+@router.post(
+    f"{JOBS}/resubmit",
+    summary="Submit a job again from one of its checkpoints",
+    openapi_extra=json_body(ResubmitRequest),
+    responses=documented(FineTuningJob, "The new job.", 404, 413, 415, 422, 429),
+)
+async def resubmit(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
+    """Start a new job from a checkpoint of an earlier one, with changed options.
+
+    The new job has the earlier one's config with `config` laid over it, and the checkpoint as its model (of an adapter:
+    the merged model). Weights are all it takes over: optimizer, learning rate schedule and data start anew. It is
+    checked like any submit, and `resubmitted_from` says where it came from.
+    """
+    document = await read_object(request, backend.settings.max_body_bytes)
+    asked = _parsed(ResubmitRequest, {key: value for key, value in document.items() if value is not None})
+    earlier = await backend.log.job(asked.job_id)
+    again = await asyncio.to_thread(resubmission, earlier, asked.checkpoint, asked.config)
+    submitted, problems = await _examined(backend, again.document)
+    if again.origin is None:  # then the model is the earlier job's, and nobody asked for it
+        problems = [problem for problem in problems if problem.param != "model"]
+    problems = [*again.problems, *map(problem_of_resubmission, problems)]
+    if submitted is None or problems:
+        raise ConfigProblems(problems)
+    origin = {"resubmitted_from": again.origin, "idempotency_key": idempotency_key}
+    return await _begun(request, backend, submitted.model_copy(update=origin))
 
 
 @router.get(
@@ -129,6 +183,7 @@ async def cancel(request: Request, backend: TheBackend) -> Response:
     responses=documented_stream(TailLine, "Streaming logs in real-time.", 404, 422),
 )
 async def tail_logs(
+    request: Request,
     backend: TheBackend,
     job_id: Annotated[JobId, Query(description="The ID of the job to tail logs for.")],
     after: Annotated[
@@ -141,10 +196,12 @@ async def tail_logs(
     """Stream the logs of a particular job in real-time. This endpoint supports streaming responses.
 
     Works before the job starts and after it has ended. An idle stream gets an empty line (`"logs": []`) at least every
-    TUNEWRIGHT_HEARTBEAT_S seconds (15). The last line of a job that has ended carries `status`.
+    TUNEWRIGHT_HEARTBEAT_S seconds (15). The last line of a job that has ended carries `status`. A stream that ends
+    without one ends because the service is being restarted: go on from its last `next`.
     """
     job = await backend.log.job(job_id)
-    lines = tail(backend, job, after=after, follow=follow, heartbeat_s=backend.settings.heartbeat_s)
+    closing: asyncio.Event = request.app.state.closing
+    lines = tail(backend, job, after=after, follow=follow, heartbeat_s=backend.settings.heartbeat_s, closing=closing)
     return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
@@ -183,6 +240,48 @@ async def healthz(backend: TheBackend) -> Response:
 @router.get("/", include_in_schema=False)
 async def root(request: Request) -> Response:
     return RedirectResponse(request.app.url_path_for("docs"))
+
+
+async def _examined(backend: Backend, document: dict[str, Any]) -> tuple[JobSubmitted | None, list[Problem]]:
+    """What a good request begins a job with, and everything that is wrong with the request. Its id is still missing."""
+    examined = await asyncio.to_thread(examine, document, backend.settings)
+    problems = list(examined.problems)
+    if examined.plan is None:
+        return None, problems
+    try:
+        resources = await backend.resources(examined.plan)
+    except ConfigProblems as infeasible:
+        return None, problems + infeasible.problems
+    submitted = JobSubmitted(
+        config=examined.document, resources=resources, max_restarts=examined.plan.max_restarts, submission_id=""
+    )
+    return submitted, problems
+
+
+async def _begun(request: Request, backend: Backend, submitted: JobSubmitted) -> Response:
+    """The answer to a good submit: the job, which is the one that an earlier try of the same request made."""
+    deliveries: Deliveries = request.app.state.deliveries
+    digest = digest_of(request, submitted.config)
+    job_id = new_job_id()
+    update: dict[str, Any] = {"submission_id": job_id}
+    if submitted.idempotency_key is None:
+        update["request_digest"] = digest
+        await deliveries.settled(digest)
+    job = await backend.log.submit(
+        job_id,
+        submitted.model_copy(update=update),
+        f"{job_id}:submitted",
+        backend.settings.max_live_jobs,
+        retried=says_it_is_a_retry(request),
+    )
+    return deliveries.answer(job.wire(), digest, lambda: backend.log.answered(job.job_id))
+
+
+def _parsed(model: type[Body], document: dict[str, Any]) -> Body:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise ConfigProblems(problems_of(error.errors(include_input=False), model)) from None
 
 
 def _with_why(document: dict[str, Any], why: str | None) -> dict[str, Any]:

@@ -6,6 +6,8 @@ two lines, and the next batch is read only when the last one has been sent: a sl
 
 The end: a job's lines are all in the queue before its terminal event is in the log. So once the job is known to be
 over, whatever a read finds is the rest, and an empty read means that everything was sent.
+
+A replica that is about to end closes the streams that follow a job: a last line with their offset, and no `status`.
 """
 
 import asyncio
@@ -25,20 +27,25 @@ RETRY_S = 1.0  # Pause before the log is asked again after it could not be reach
 
 
 async def tail(
-    backend: Backend, job: FineTuningJob, *, after: int, follow: bool, heartbeat_s: float
+    backend: Backend, job: FineTuningJob, *, after: int, follow: bool, heartbeat_s: float, closing: asyncio.Event
 ) -> AsyncIterator[bytes]:
     """The lines of the stream, from offset `after`. `job` is as it was read just now.
 
-    Ends after the job's last line, or without `follow` when what is there now has been sent.
+    Ends after the job's last line, or without `follow` when what is there now has been sent; and once `closing` is set,
+    if more might come.
     """
     watch = asyncio.create_task(_until_over(backend, job)) if follow and not job.over else None
+    closed = asyncio.create_task(closing.wait())
     try:
         while True:
             if watch is not None and watch.done():
                 job, watch = watch.result(), None
+            if watch is not None and closed.done():
+                yield _line(after)
+                return
             # From here on, no watch means that nothing more is worth waiting for.
             try:
-                batch = await _read(backend, job.job_id, after, heartbeat_s, watch)
+                batch = await _read(backend, job.job_id, after, heartbeat_s, {watch, closed} if watch else set())
             except LogUnavailable:
                 yield _line(after)
                 await asyncio.sleep(RETRY_S)
@@ -51,24 +58,22 @@ async def tail(
                 return
             yield _line(after, batch)
     finally:
+        closed.cancel()
         if watch is not None:
             watch.cancel()
 
 
-async def _read(
-    backend: Backend, job_id: str, after: int, heartbeat_s: float, watch: Task[FineTuningJob] | None
-) -> LogBatch | None:
-    """The lines after `after`; none when it is time for a heartbeat. While `watch` runs, waits for some: None once it
-    is done. Raises LogUnavailable."""
-    read = asyncio.create_task(backend.logs.read(job_id, after, BATCH_LINES, 0.0 if watch is None else heartbeat_s))
+async def _read(backend: Backend, job_id: str, after: int, heartbeat_s: float, news: set[Task[Any]]) -> LogBatch | None:
+    """The lines after `after`; none when it is time for a heartbeat. Where there may be other `news`, waits for some
+    lines: None once there is such news. Raises LogUnavailable."""
+    read = asyncio.create_task(backend.logs.read(job_id, after, BATCH_LINES, heartbeat_s if news else 0.0))
     try:
-        pending = {read} if watch is None else {read, watch}
-        await asyncio.wait(pending, timeout=0.9 * heartbeat_s, return_when=FIRST_COMPLETED)
+        await asyncio.wait({read, *news}, timeout=0.9 * heartbeat_s, return_when=FIRST_COMPLETED)
         if read.done():
             return read.result()
-        if watch is None:
+        if not news:
             raise LogUnavailable("the log lines don't come")
-        return None if watch.done() else LogBatch([], after)
+        return None if any(task.done() for task in news) else LogBatch([], after)
     finally:
         read.cancel()  # Reading consumes nothing, so nothing is lost.
 

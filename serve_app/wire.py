@@ -3,9 +3,10 @@
 `Config` and `FineTuningJob`, which the event log knows too, live in `events`.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic.json_schema import SkipJsonSchema
 
 from events.config import optional
 from events.job import FineTuningJob
@@ -54,6 +55,34 @@ class CancelRequest(_Wire):
     job_id: str = Field(min_length=1, max_length=128, description="The job to cancel.")
 
 
+class PauseRequest(_Wire):
+    """What POST /fine_tuning/jobs/pause takes."""
+
+    job_id: str = Field(min_length=1, max_length=128, description="The job to pause.")
+
+
+class ResumeRequest(_Wire):
+    """What POST /fine_tuning/jobs/resume takes."""
+
+    job_id: str = Field(min_length=1, max_length=128, description="The job to go on with.")
+
+
+class ResubmitRequest(_Wire):
+    """What POST /fine_tuning/jobs/resubmit takes."""
+
+    job_id: str = Field(min_length=1, max_length=128, description="The job that made the checkpoint.")
+    checkpoint: Annotated[int, Field(ge=0)] | str | SkipJsonSchema[None] = Field(
+        default=None,
+        description="One of the job's `checkpoints`, or the number of the step it was written after. Left out: the "
+        "last one.",
+    )
+    config: dict[str, JsonValue] = Field(
+        default={},
+        description="What is to be different from the job's `input_config`: objects are merged, null removes a field. "
+        "An object whose `finetuning_type` or `log_type` changes is replaced. `model` is the checkpoint.",
+    )
+
+
 class FineTuningJobList(_Wire):
     """One page of the jobs."""
 
@@ -70,7 +99,8 @@ class Log(_Wire):
 
 
 class TailLine(_Wire):
-    """One line of the NDJSON stream. An empty `logs` is a heartbeat, or the last line."""
+    """One line of the NDJSON stream. An empty `logs` is a heartbeat, or the last line: a stream that ends without a
+    `status` ends because the service is being restarted; go on from `next`."""
 
     logs: list[Log]
     next: int = Field(ge=0, description="Offset after these lines: `after` for a reader that reconnects.")

@@ -6,6 +6,8 @@ CONFIG.json is the body of POST /fine_tuning/jobs/submit. Local files it names, 
 copied into the service's storage first: a job outlives the directory that `ray job submit` unpacked. `ray job stop`,
 SIGTERM and Ctrl-C cancel the job.
 
+`python -m trainers drain` comes before a shutdown: running jobs stop at a checkpoint, to go on after the restart.
+
 `python -m trainers run JOB_ID` is the runner, which the dispatcher starts.
 """
 
@@ -24,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
         from trainers.runner import run
 
         return run(_runner_arguments(arguments[1:]), settings())
+    if arguments[:1] == ["drain"]:
+        from trainers.drain import drain
+
+        return drain(_drain_arguments(arguments[1:]))
     from trainers.submit import submit_and_follow
 
     return submit_and_follow(_arguments(arguments), settings())
@@ -34,6 +40,13 @@ def _runner_arguments(arguments: list[str]) -> str:
     parser.add_argument("job_id")
     job_id: str = parser.parse_args(arguments).job_id
     return job_id
+
+
+def _drain_arguments(arguments: list[str]) -> float:
+    parser = argparse.ArgumentParser("python -m trainers drain", description="Before a shutdown of the cluster.")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds that jobs may take to reach a checkpoint")
+    timeout_s: float = parser.parse_args(arguments).timeout
+    return timeout_s
 
 
 def _arguments(arguments: list[str]) -> Path:

@@ -5,6 +5,7 @@ The only module that asks Ray's control plane. Every function blocks on network 
 
 import contextlib
 import sys
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from trainers.admission import Capacity, Node, NodeGroup
+
+WATCHED_S = 4.0
+"""Ray's job manager looks at every job once a second."""
 
 RunnerState = Literal["absent", "alive", "stopped", "ended"]
 
@@ -52,9 +56,11 @@ class Cluster:
         return JobSubmissionClient(f"http://{_untyped(ray._private.worker).get_dashboard_url()}")
 
     def capacity(self) -> Capacity:
-        """Totals and free resources of the alive nodes, and what the autoscaler may add."""
+        """Totals and free resources of the alive nodes, and what the autoscaler may add. A node that is being drained
+        has nothing free."""
         alive = [node for node in _untyped(ray).nodes() if node["Alive"]]
         free = _untyped(ray_state).available_resources_per_node()
+        draining = ray_state.state.get_draining_nodes()
         config = ray_state.state.get_cluster_config()
         groups = tuple(
             NodeGroup(_node(dict(group.resources)), group.max_count if group.max_count >= 0 else sys.maxsize)
@@ -62,7 +68,7 @@ class Cluster:
         )
         return Capacity(
             nodes=tuple(_node(node["Resources"]) for node in alive),
-            free=tuple(_node(free.get(node["NodeID"], {})) for node in alive),
+            free=tuple(_node(free.get(node["NodeID"], {})) for node in alive if node["NodeID"] not in draining),
             groups=groups,
         )
 
@@ -98,12 +104,15 @@ class Cluster:
     def forget_runner(self, job_id: str) -> bool:
         """Remove an ended Ray Job, so that the job can be started again under the same id. False: it is too early.
 
-        Ray's job manager still watches an ended job for a moment, and then removes its supervisor actor: a new Ray Job
-        of the same id would fail on that actor's name, or be declared dead with it.
+        Ray's job manager looks at the supervisor actor of an ended job once more, a second or two after the actor has
+        gone: a new Ray Job of the same id would fail on that actor's name, or be declared dead with it.
         """
         name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=job_id)
         with contextlib.suppress(ValueError):  # no such actor any more
             ray.get_actor(name, SUPERVISOR_ACTOR_RAY_NAMESPACE)
+            return False
+        ended_ms = self._jobs.get_job_info(job_id).end_time
+        if ended_ms is not None and time.time() - ended_ms / 1000 < WATCHED_S:
             return False
         self._jobs.delete_job(job_id)
         return True
@@ -115,6 +124,18 @@ class Cluster:
             if group["state"] != "REMOVED":
                 found.setdefault(group["name"], []).append((group_id, group["state"]))
         return found
+
+    def on_draining_nodes(self) -> frozenset[str]:
+        """The jobs, by the names of their placement groups, that hold something on a node that is about to go: one a
+        cloud takes back, one the autoscaler removes, or `ray drain-node`."""
+        draining = ray_state.state.get_draining_nodes()
+        if not draining:
+            return frozenset()
+        return frozenset(
+            group["name"]
+            for group in placement_group_table().values()
+            if group["state"] == "CREATED" and not draining.keys().isdisjoint(group["bundles_to_node_id"].values())
+        )
 
     def remove_placement_group(self, group_id: str) -> None:
         """Free a group whose runner is gone; Ray kills whatever still runs in it."""

@@ -25,8 +25,10 @@ from events.facts import (
     JobCancelled,
     JobError,
     JobFailed,
+    JobPaused,
     JobSubmitted,
     MetricsRecorded,
+    PauseRequested,
     RunInterrupted,
 )
 from events.ids import new_event_id
@@ -48,6 +50,9 @@ _OF_A_RUN = MetricsRecorded | CheckpointSaved | CheckpointsDeleted
 """Events that no pass has to act on."""
 SETTLING_TICK_S = 0.2
 """Between passes while a runner is being stopped: a cancelled job should not read `running` longer than it does."""
+SHUTTING_DOWN = "the service is being shut down; the job goes on when it is back"
+DRAIN_LASTS_S = 600.0
+"""Nothing starts for this long after `drain`: a drain that no shutdown follows ends by itself."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,15 @@ class Sight:
 
     @property
     def unsettled(self) -> bool:
-        """To be cancelled, or without the runner that the log says it has."""
+        """To be cancelled or paused, or without the runner that the log says it has.
+
+        A run that is to pause ends by itself, at a checkpoint, and data that is being validated may be finished.
+        """
+        pausing = self.job.pausing and (self.runner.state != "alive" or self.job.status == "queued")
         lost = self.runner.state in ("stopped", "ended") or (
             self.runner.state == "absent" and self.job.status == "running"
         )
-        return self.job.cancel_requested or lost
+        return self.job.cancel_requested or pausing or lost
 
     @property
     def placed(self) -> bool:
@@ -82,6 +91,8 @@ class Dispatcher:
         self._live: dict[str, FineTuningJob] = {}
         self._position: int | None = None  # as of which `_live` holds; None: the log was not asked yet
         self._settling = False
+        self._draining_until = float("-inf")
+        self._at_work: list[str] | None = None  # jobs that train, as of the last pass; None: there was none yet
         # Jobs that are known to have no runner: only this dispatcher starts one, so Ray need not be asked again. With
         # a thousand jobs in line, that is a thousand requests less in each pass.
         self._without_runner: set[str] = set()
@@ -92,6 +103,27 @@ class Dispatcher:
 
     async def capacity(self) -> Capacity:
         return await asyncio.to_thread(self._cluster.capacity)
+
+    async def drain(self, timeout_s: float) -> list[str]:
+        """Before a shutdown: running jobs stop at a checkpoint, and nothing starts for `DRAIN_LASTS_S`.
+
+        Returns when no job runs any more, or when `timeout_s` have passed: the jobs that still run then. A later
+        dispatcher takes all of them up again.
+        """
+        self._draining_until = time.monotonic() + DRAIN_LASTS_S
+        deadline = time.monotonic() + timeout_s
+        self._at_work = None
+        while not self._idle and time.monotonic() < deadline:
+            await asyncio.sleep(SETTLING_TICK_S)
+        return self._at_work or []
+
+    @property
+    def _idle(self) -> bool:
+        return self._at_work is not None and not self._at_work
+
+    @property
+    def _draining(self) -> bool:
+        return time.monotonic() < self._draining_until
 
     async def run(self) -> None:
         """Pass after pass, for ever: at once when something was appended, and every `TICK_S` to watch the cluster.
@@ -116,14 +148,16 @@ class Dispatcher:
         self._without_runner &= {job.job_id for job in live}
         groups = await asyncio.to_thread(self._cluster.placement_groups) if live else {}
         sights = await asyncio.gather(*(self._look(job, groups) for job in live))
+        self._at_work = [s.job.job_id for s in sights if s.job.status == "running" and s.runner.state == "alive"]
         unsettled = [sight for sight in sights if sight.unsettled]
         await asyncio.gather(*(self._settle(sight) for sight in unsettled))
         rest = [sight for sight in sights if not sight.unsettled]
+        await self._pause(rest)
         await asyncio.gather(*(self._free_groups(sight) for sight in rest if not sight.job.admitted))
         whys = await self._start_runners(rest)
         whys |= await self._admit(rest)
         self._whys = whys
-        self._settling = bool(unsettled)
+        self._settling = bool(unsettled) or any(sight.job.pausing and sight.job.status == "running" for sight in rest)
 
     async def _live_jobs(self) -> list[FineTuningJob]:
         """Jobs without an outcome, oldest first, as the log has them now.
@@ -174,6 +208,9 @@ class Dispatcher:
             return
         if job.cancel_requested:
             await self._append(job, JobCancelled())
+        elif job.pausing:
+            if sight.runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job_id):
+                await self._append(job, JobPaused(attempt=job.attempt))
         elif sight.runner.state == "stopped":
             # `ray job stop`, or the dashboard's stop button: somebody wanted it to end.
             await self._append(job, CancelRequested(), JobCancelled())
@@ -184,6 +221,18 @@ class Dispatcher:
         """Free what a runner or an attempt that is gone left behind; nobody else will."""
         for group_id, _ in sight.groups:
             await asyncio.to_thread(self._cluster.remove_placement_group, group_id)
+
+    async def _pause(self, sights: list[Sight]) -> None:
+        """What runs where it can't stay stops at a checkpoint, to go on elsewhere or later."""
+        running = [sight.job for sight in sights if sight.job.status == "running" and not sight.job.pausing]
+        if not running:
+            return
+        moving = await asyncio.to_thread(self._cluster.on_draining_nodes)
+        for job in running:
+            if self._draining:
+                await self._append(job, PauseRequested(by="shutdown"))
+            elif job.job_id in moving:
+                await self._append(job, PauseRequested(by="node_drain"))
 
     async def _interrupted(self, job: FineTuningJob, runner: Runner) -> None:
         if runner.state == "absent":
@@ -208,7 +257,10 @@ class Dispatcher:
         whys: dict[str, str] = {}
         behind = 0
         for sight in sights:
-            if sight.runner.state != "absent":
+            if sight.runner.state != "absent" or sight.job.paused:
+                continue
+            if self._draining:
+                whys[sight.job.job_id] = SHUTTING_DOWN
                 continue
             if waiting < self._settings.max_waiting_runners:
                 waiting += 1
@@ -225,8 +277,13 @@ class Dispatcher:
         queue = [
             Waiting(s.job.job_id, s.job.resources, admitted=s.job.admitted, placed=s.placed)
             for s in sights
-            if s.job.status == "queued" and s.runner.state == "alive" and s.job.resources is not None
+            if s.job.status == "queued"
+            and not s.job.pausing
+            and s.runner.state == "alive"
+            and s.job.resources is not None
         ]
+        if self._draining:
+            return {waiting.job_id: SHUTTING_DOWN for waiting in queue}
         if not queue:
             return {}
         decision = admission.decide(queue, (await self.capacity()).free)
@@ -283,6 +340,9 @@ class DispatcherActor:
 
     async def capacity(self) -> Capacity:
         return await self._dispatcher.capacity()
+
+    async def drain(self, timeout_s: float) -> list[str]:
+        return await self._dispatcher.drain(timeout_s)
 
 
 def start_dispatcher(settings: Settings) -> "ActorHandle[DispatcherActor]":

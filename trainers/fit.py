@@ -23,7 +23,8 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from events.facts import Resources
 from trainers.errors import InfrastructureError, JobProblem, UserError
 from trainers.naming import NameAfterJob
-from trainers.worker import FINISHED, Assignment, train_worker
+from trainers.reporting import Paused
+from trainers.worker import FINISHED, PAUSED, Assignment, train_worker
 
 
 class Interrupted(Exception):
@@ -36,7 +37,7 @@ def fit(assignment: Assignment, resources: Resources) -> None:
     Must be called on the main thread: Ray Train's SIGINT handler, which aborts the run and exits the process, is only
     installed there.
 
-    Raises Interrupted, or the JobProblem that ends the job.
+    Raises Interrupted, Paused, or the JobProblem that ends the job.
     """
     trainer = _LeanTrainer(
         train_worker,
@@ -63,7 +64,10 @@ def fit(assignment: Assignment, resources: Resources) -> None:
         raise Interrupted(f"Ray Train's controller failed: {error.controller_failure}") from error
     except ray.exceptions.RayActorError as error:
         raise Interrupted(f"Ray Train's controller died: {error}") from error
-    if getattr(result, "return_value", None) != FINISHED:
+    outcome = getattr(result, "return_value", None)
+    if outcome == PAUSED:
+        raise Paused
+    if outcome != FINISHED:
         raise Interrupted("the run ended before its last step")
 
 

@@ -28,7 +28,8 @@ from trainers.settings import Settings
 from trainers.suitability import check_suitable
 
 _CUSTOM = "fine_tuning_options.custom_training_options"
-_HOMES: dict[str, tuple[type[BaseModel], ...]] = {
+_Homes = Mapping[str, tuple[type[BaseModel], ...]]
+_HOMES: _Homes = {
     "": (Config,),
     "fine_tuning_options": (FineTuningOptions,),
     _CUSTOM: (LoraFineTuneOptions, FullFineTuneOptions),
@@ -62,26 +63,26 @@ def examine(document: Mapping[str, Any], settings: Settings) -> Examined:
     return Examined(sent, *_examine(config, settings))
 
 
-def problems_of(errors: Sequence[Mapping[str, Any]]) -> list[Problem]:
-    """Pydantic's errors in our words. None repeats a value that was sent."""
+def problems_of(errors: Sequence[Mapping[str, Any]], body: type[BaseModel] = Config) -> list[Problem]:
+    """Pydantic's errors about a `body` in our words. None repeats a value that was sent."""
     # An optional field is a union with None, which nobody is told to send; its other member stands in the path.
     told = [detail for detail in errors if detail["type"] != "none_required"]
-    problems = [_problem(detail) for detail in told[:MOST_PROBLEMS]]
+    homes = _HOMES if body is Config else {"": (body,)}
+    problems = [_problem(detail, homes) for detail in told[:MOST_PROBLEMS]]
     if len(told) > MOST_PROBLEMS:
         problems.append(Problem(None, f"and {len(told) - MOST_PROBLEMS} more problems", "more_problems"))
     return problems
 
 
-def _problem(detail: Mapping[str, Any]) -> Problem:
+def _problem(detail: Mapping[str, Any], homes: _Homes) -> Problem:
     path = _path(detail)
     param = ".".join(str(part) for part in path) or None
     match detail["type"]:
         case "missing":
             return Problem(param, "is required", "missing")
         case "extra_forbidden":
-            return Problem(
-                param, _unknown_field(".".join(str(part) for part in path[:-1]), str(path[-1])), "unknown_field"
-            )
+            parent = ".".join(str(part) for part in path[:-1])
+            return Problem(param, _unknown_field(parent, str(path[-1]), homes), "unknown_field")
     message = str(detail["msg"]).removeprefix("Value error, ")
     return Problem(param, message[:1].lower() + message[1:], str(detail["type"]))
 
@@ -93,18 +94,18 @@ def _path(detail: Mapping[str, Any]) -> tuple[str | int, ...]:
     return path[:-1] if optional else path
 
 
-def _unknown_field(parent: str, name: str) -> str:
-    here = _fields(parent)
+def _unknown_field(parent: str, name: str, homes: _Homes) -> str:
+    here = _fields(parent, homes)
     if close := get_close_matches(name, here, 1):
         return f"unknown field; did you mean {close[0]}?"
-    for home in _HOMES:
-        if home != parent and name in _fields(home):
+    for home in homes:
+        if home != parent and name in _fields(home, homes):
             return f"unknown field; it belongs {f'into {home}' if home else 'to the top level'}"
     return f"unknown field; known here: {', '.join(here)}" if here else "unknown field"
 
 
-def _fields(home: str) -> list[str]:
-    return list(dict.fromkeys(name for model in _HOMES.get(home, ()) for name in model.model_fields))
+def _fields(home: str, homes: _Homes) -> list[str]:
+    return list(dict.fromkeys(name for model in homes.get(home, ()) for name in model.model_fields))
 
 
 def _without_nulls(document: Mapping[str, Any]) -> dict[str, Any]:

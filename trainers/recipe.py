@@ -51,8 +51,8 @@ def train(
 
     `train_data` and `valid_data` are directories of prepared data; `output_dir` is shared by all ranks. Each epoch ends
     with an evaluation (where there is `valid_data`) and a checkpoint; an evaluation within one that is the best so far
-    is followed by a checkpoint too. Raises Stopped, after a checkpoint, when the reporter says so, and UserError for
-    what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that can't be built.
+    is followed by a checkpoint too. Raises Stopped, after a checkpoint, when the reporter says so before the last step,
+    and UserError for what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that can't be built.
     """
     with _advice_when_out_of_memory(plan), ExitStack() as stack:
         # ---- configure
@@ -126,7 +126,7 @@ def train(
             if at_checkpoint or stop or progress.step == validation.best_step or _enough(plan, validation):
                 checkpoints.save(progress, validation, log.latest(), model.trainable(), optimizer)
                 log.interrupted()
-            if stop:
+            if stop and progress.step < total_steps and not _enough(plan, validation):
                 checkpoints.wait()
                 raise Stopped(progress.step)
 

@@ -36,11 +36,12 @@ class Reporter(Protocol):
         """Rank 0 calls it, on the same thread, before it deletes them. Returns once that is recorded."""
 
     def should_stop(self) -> bool:
-        """Asked on every rank in each step; one rank's yes stops all of them after the same step."""
+        """Asked on every rank in each step; one rank's yes stops all of them after the same step. On CUDA that is the
+        step after the one it was said in."""
 
 
 class Stopped(Exception):
-    """`should_stop` said yes; a checkpoint of the last step was saved and reported."""
+    """`should_stop` said yes before the last step; a checkpoint of the step it stopped after was saved and reported."""
 
     def __init__(self, step: int) -> None:
         super().__init__(step)
@@ -48,3 +49,7 @@ class Stopped(Exception):
 
     def __str__(self) -> str:
         return f"stopped after step {self.step}"
+
+
+class Paused(Exception):
+    """The attempt stopped at a checkpoint, because the job is to pause."""

@@ -40,6 +40,7 @@ from trainers.job_output import JobOutput
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, make_plan
+from trainers.reporting import Paused
 from trainers.retrying import retrying
 from trainers.settings import ERROR_FILE, Settings
 from trainers.suitability import check_suitable
@@ -62,13 +63,16 @@ def run(job_id: str, settings: Settings) -> int:
         return 0 if job.status == "success" else 1
     with JobOutput(handles.lines, job_id):
         outcome = _outcome(job, log, settings)
+    if outcome is None:
+        return 0
     # Every line of the job is in its log before the event that ends it: a tail may stop at that event.
     _record(outcome, job_id, log)
     return 0 if isinstance(outcome, JobSucceeded) else 1
 
 
-def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Event:
-    """Do the job's work, through as many attempts as it is allowed; returns the event that ends it.
+def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Event | None:
+    """Do the job's work, through as many attempts as it is allowed; returns the event that ends it. None: it is to
+    pause, and stands at a checkpoint; the dispatcher records that once this process is gone.
 
     The one place where any exception becomes an outcome.
     """
@@ -79,7 +83,10 @@ def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Eve
         job = _make_data_ready(job, plan, model_dir, log, settings)
         while True:
             job = _wait_until_admitted(job, log)
-            interruption = _attempt(job, plan, model_dir, settings)
+            try:
+                interruption = _attempt(job, plan, model_dir, settings)
+            except Paused:
+                return None
             if interruption is None:
                 return JobSucceeded(attempt=job.attempt + 1)
             job = _record_interruption(job, interruption, log)

@@ -4,34 +4,44 @@
 logger, and turns the recipe's reports into events.
 """
 
+import logging
 import os
 import queue
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
 
-from events.actors import EventLogClient, connect
+from events.actors import EventLogClient, blocking, connect
 from events.decide import Refused
 from events.facts import CheckpointSaved, CheckpointsDeleted, Event, MetricsRecorded, RunStarted, StepMetrics
 from events.ids import new_event_id
+from events.job import FineTuningJob
+from events.log import LogUnavailable
 from trainers.job_output import LineWriter, log_to_stdout
 from trainers.loggers import Logger, open_logger
 from trainers.output import OutputCapture
 from trainers.plan import COMPILED, Plan
 from trainers.priority import give_way
-from trainers.reporting import SavedCheckpoint
+from trainers.reporting import SavedCheckpoint, Stopped
 from trainers.retrying import retrying
 
+logger = logging.getLogger("tunewright.train")
+
 FINISHED = "finished"
-"""What `train_worker` returns when the run did all its steps; an aborted run returns nothing."""
+PAUSED = "paused"
+"""What `train_worker` returns when the run did all its steps, or stopped at a checkpoint because the job is to pause.
+An aborted run returns nothing."""
 
 METRICS_FLUSH_S = 0.5
 """Metrics are gathered this long into one event."""
+POLL_S = 5.0
+"""Every append tells whether the job is to pause; where a step takes longer than this, the log is asked."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,12 @@ def train_worker(config: dict[str, Any]) -> str:
             reporter=reporter,
             resume_from=Path(assignment.resume_from) if assignment.resume_from else None,
         )
+    except Stopped as stopped:
+        if reporter.refused:
+            traceback.print_exc()
+            raise
+        logger.info("%s, to pause", stopped)
+        return PAUSED
     except BaseException:
         traceback.print_exc()
         raise
@@ -100,7 +116,8 @@ class RayReporter:
         self._log = log
         self._logger: Logger | None = None
         self._queue: queue.SimpleQueue[StepMetrics | threading.Event | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
+        self._refused = threading.Event()
+        self._pausing = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._drain, name="metrics", daemon=True)
         if self._speaks:
@@ -158,9 +175,14 @@ class RayReporter:
             uris = [path.as_uri() for path in checkpoints]
             self._append(CheckpointsDeleted(attempt=self._assignment.attempt, uris=uris))
 
-    def should_stop(self) -> bool:
+    @property
+    def refused(self) -> bool:
         """True once the log has refused this attempt's facts: the job is over, or a newer attempt owns it."""
-        return self._stop.is_set()
+        return self._refused.is_set()
+
+    def should_stop(self) -> bool:
+        """True once the facts were refused, or the job is to pause."""
+        return self._refused.is_set() or self._pausing.is_set()
 
     def close(self) -> None:
         """Everything reported is in the log, and the logger is closed, when this returns."""
@@ -179,15 +201,16 @@ class RayReporter:
             raise self._failure
 
     def _drain(self) -> None:
-        """The thread: gather metrics for a moment, append them as one event."""
+        """The thread: gather metrics for a moment, append them as one event. Where none come, ask for news."""
         while True:
             batch: list[StepMetrics] = []
             waiter: threading.Event | None = None
             deadline: float | None = None
             last = False
             while True:
+                wait_s = POLL_S if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
-                    item = self._queue.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+                    item = self._queue.get(timeout=wait_s)
                 except queue.Empty:
                     break
                 if isinstance(item, StepMetrics):
@@ -198,6 +221,8 @@ class RayReporter:
                 break
             if batch and self._failure is None:
                 self._append_in_thread(batch)
+            elif waiter is None and not last:
+                self._ask()
             if waiter is not None:
                 waiter.set()
             if last:
@@ -212,6 +237,14 @@ class RayReporter:
     def _append(self, event: Event) -> None:
         event_id = new_event_id()
         try:
-            retrying(lambda: self._log.append(self._assignment.job_id, [event], [event_id]))
+            self._look(retrying(lambda: self._log.append(self._assignment.job_id, [event], [event_id])))
         except Refused:
-            self._stop.set()
+            self._refused.set()
+
+    def _ask(self) -> None:
+        with suppress(LogUnavailable):  # the next time will do
+            self._look(blocking(self._log.job(self._assignment.job_id)))
+
+    def _look(self, job: FineTuningJob) -> None:
+        if job.pausing and job.attempt == self._assignment.attempt:
+            self._pausing.set()

@@ -15,9 +15,12 @@ from events.facts import (
     JobCancelled,
     JobError,
     JobFailed,
+    JobPaused,
+    JobResumed,
     JobSubmitted,
     JobSucceeded,
     MetricsRecorded,
+    PauseRequested,
     Resources,
     RunInterrupted,
     RunStarted,
@@ -44,6 +47,9 @@ SUBMITTED = JobSubmitted(config=CONFIG, resources=RESOURCES, max_restarts=3, sub
 VALIDATED = DataValidated(data=REPORT)
 REJECTED = DataRejected(error=ERROR, error_path="file:///e.txt", data=REPORT)
 ADMITTED = JobAdmitted()
+PAUSE = PauseRequested()
+DRAIN = PauseRequested(by="node_drain")
+RESUME = JobResumed()
 CANCEL = CancelRequested()
 SUCCEEDED = JobSucceeded()
 FAILED = JobFailed(error=ERROR, error_path="file:///e.txt")
@@ -70,6 +76,10 @@ def saved(attempt: int, number: int, epoch: int = 0) -> CheckpointSaved:
 
 def interrupted(attempt: int) -> RunInterrupted:
     return RunInterrupted(attempt=attempt, reason="a worker died")
+
+
+def paused(attempt: int) -> JobPaused:
+    return JobPaused(attempt=attempt)
 
 
 QUEUED = (SUBMITTED, VALIDATED)

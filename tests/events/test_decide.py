@@ -11,11 +11,14 @@ from tests.events.facts_of_a_job import (
     ADMITTED,
     CANCEL,
     CANCELLED,
+    DRAIN,
     ERROR,
     FAILED,
+    PAUSE,
     QUEUED,
     REJECTED,
     REPORT,
+    RESUME,
     RUNNING,
     SUBMITTED,
     SUCCEEDED,
@@ -23,12 +26,15 @@ from tests.events.facts_of_a_job import (
     given,
     interrupted,
     measured,
+    paused,
     saved,
     started,
     step,
 )
 
 CANCELLING = (*RUNNING, CANCEL)
+PAUSING = (*RUNNING, PAUSE)
+PAUSED = (*PAUSING, paused(1))
 RESUMED = (*RUNNING, interrupted(1), ADMITTED, started(2))
 
 
@@ -65,6 +71,26 @@ def job_after(events: tuple[AnyEvent, ...]) -> FineTuningJob | None:
         (CANCELLING, measured(1, step(1))),
         (CANCELLING, saved(1, 1)),
         (CANCELLING, CANCELLED),
+        ((SUBMITTED,), PAUSE),
+        (QUEUED, PAUSE),
+        (RUNNING, PAUSE),
+        (RUNNING, DRAIN),
+        ((*RUNNING, DRAIN), PAUSE),
+        ((*RUNNING, DRAIN), paused(1)),
+        ((*QUEUED, PAUSE), paused(0)),
+        ((*QUEUED, ADMITTED, PAUSE), started(1)),  # it was about to start
+        (PAUSING, paused(1)),
+        (PAUSING, saved(1, 1)),
+        (PAUSING, interrupted(1)),
+        (PAUSING, SUCCEEDED),
+        (PAUSING, RESUME),
+        (PAUSING, CANCEL),
+        ((*PAUSING, RESUME), PAUSE),
+        ((*PAUSING, RESUME), paused(1)),
+        (PAUSED, RESUME),
+        (PAUSED, CANCEL),
+        ((*PAUSED, CANCEL), CANCELLED),
+        ((*PAUSED, RESUME), ADMITTED),
     ],
 )
 def test_what_can_be_true_is_appended(history: tuple[AnyEvent, ...], event: Event) -> None:
@@ -85,6 +111,14 @@ def test_what_can_be_true_is_appended(history: tuple[AnyEvent, ...], event: Even
         ((*RUNNING, SUCCEEDED), SUCCEEDED),
         ((*RUNNING, FAILED), FAILED),
         ((SUBMITTED, REJECTED), REJECTED),
+        (PAUSING, PAUSE),
+        (PAUSING, DRAIN),
+        ((*RUNNING, DRAIN), DRAIN),
+        (PAUSED, PAUSE),
+        (PAUSED, paused(1)),
+        (RUNNING, paused(1)),
+        (RUNNING, RESUME),
+        ((*PAUSED, RESUME), RESUME),
     ],
 )
 def test_what_is_true_already_adds_nothing(history: tuple[AnyEvent, ...], event: Event) -> None:
@@ -124,6 +158,15 @@ def test_what_is_true_already_adds_nothing(history: tuple[AnyEvent, ...], event:
         ((SUBMITTED, CANCEL), VALIDATED, "cancelling"),
         ((*QUEUED, CANCEL), ADMITTED, "cancelling"),
         ((*QUEUED, CANCEL), started(1), "cancelling"),
+        (CANCELLING, PAUSE, "cancelling"),
+        ((*QUEUED, PAUSE), ADMITTED, "out_of_order"),
+        (PAUSED, ADMITTED, "out_of_order"),
+        (PAUSED, started(2), "out_of_order"),
+        (PAUSED, interrupted(1), "out_of_order"),
+        (PAUSED, CANCELLED, "not_cancelling"),
+        ((*RESUMED, PAUSE), paused(1), "stale_attempt"),
+        ((*RUNNING, SUCCEEDED), PAUSE, "job_is_over"),
+        ((*RUNNING, SUCCEEDED), RESUME, "job_is_over"),
         ((*CANCELLING, CANCELLED), SUCCEEDED, "job_is_over"),
         ((*RUNNING, SUCCEEDED), CANCEL, "job_is_over"),
         ((*RUNNING, FAILED), CANCEL, "job_is_over"),

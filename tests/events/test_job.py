@@ -8,17 +8,20 @@ import pytest
 
 from events import FineTuningJob, fold
 from events.codec import AnyEvent, UnknownEvent
-from events.facts import CheckpointsDeleted
+from events.facts import CheckpointsDeleted, PauseRequested
 from tests.events.facts_of_a_job import (
     ADMITTED,
     CANCEL,
     CANCELLED,
     CONFIG,
+    DRAIN,
     ERROR,
     FAILED,
+    PAUSE,
     QUEUED,
     REJECTED,
     RESOURCES,
+    RESUME,
     RUNNING,
     START,
     SUBMITTED,
@@ -27,6 +30,7 @@ from tests.events.facts_of_a_job import (
     given,
     interrupted,
     measured,
+    paused,
     saved,
     started,
     step,
@@ -163,6 +167,45 @@ def test_the_epochs_come_from_the_config_when_the_run_did_not_say() -> None:
     job = given(SUBMITTED.model_copy(update={"config": config}), VALIDATED, run)
     assert job.progress is not None
     assert job.progress.n_epochs == 7
+
+
+def test_a_paused_job_reads_queued_at_its_checkpoint_and_no_interruption_is_counted() -> None:
+    pausing = given(*RUNNING, measured(1, step(40), step(41)), PAUSE)
+    assert (pausing.status, pausing.why, pausing.pause_requested) == ("running", "pausing", True)
+    job = given(*RUNNING, measured(1, step(40)), saved(1, 40), measured(1, step(41)), PAUSE, paused(1))
+    assert (job.status, job.why, job.admitted, job.paused) == ("queued", "paused, until it is resumed", False, True)
+    assert job.interruptions == 0
+    assert job.progress is not None
+    assert job.progress.step == 40
+
+
+@pytest.mark.parametrize("pause", [PAUSE, DRAIN])
+def test_a_job_that_goes_on_after_a_pause_stands_in_line(pause: PauseRequested) -> None:
+    """After a user's pause when it is resumed, after a drain by itself."""
+    resumed = (RESUME,) if pause is PAUSE else ()
+    job = given(*RUNNING, pause, paused(1), *resumed)
+    assert (job.status, job.why, job.paused) == ("queued", "waiting to resume", False)
+
+
+def test_a_job_resumed_before_it_has_stopped_stops_all_the_same_and_goes_on() -> None:
+    stopping = given(*RUNNING, PAUSE, RESUME)
+    assert (stopping.status, stopping.pausing, stopping.pause_requested) == ("running", True, False)
+    job = given(*RUNNING, PAUSE, RESUME, paused(1))
+    assert (job.status, job.why) == ("queued", "waiting to resume")
+
+
+def test_a_job_paused_before_its_data_was_read_is_validated_once_it_is_resumed() -> None:
+    history = (SUBMITTED, PAUSE, paused(0))
+    assert given(*history).status == "queued"
+    assert given(*history, RESUME).status == "validation"
+
+
+def test_a_user_who_pauses_a_job_that_a_drain_is_stopping_has_the_last_word() -> None:
+    assert given(*RUNNING, DRAIN, PAUSE, paused(1)).paused
+
+
+def test_a_paused_job_that_waits_gives_up_its_place() -> None:
+    assert not given(*QUEUED, ADMITTED, PAUSE).admitted
 
 
 def test_cancelling_shows_in_why_until_the_job_is_cancelled() -> None:

@@ -48,9 +48,9 @@ class Server:
         self.parts = parts
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._server = uvicorn.Server(
-            uvicorn.Config(build_api(parts), log_level="warning", timeout_graceful_shutdown=1)
-        )
+        self._closing = asyncio.Event()
+        api = build_api(parts, closing=self._closing)
+        self._server = uvicorn.Server(uvicorn.Config(api, log_level="warning", timeout_graceful_shutdown=1))
         self._loop: asyncio.AbstractEventLoop
         started = threading.Event()
 
@@ -74,6 +74,10 @@ class Server:
     def print(self, job_id: str, *messages: str, seq: int = 0) -> None:
         lines = [("2026-01-02T03:04:05.678Z", message) for message in messages]
         self.do(self.parts.logs.append(job_id, "worker", seq, lines))
+
+    def close_tails(self) -> None:
+        """What a replica does before it ends."""
+        self._loop.call_soon_threadsafe(self._closing.set)
 
     def stop(self) -> None:
         self._server.should_exit = True

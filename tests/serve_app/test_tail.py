@@ -12,7 +12,7 @@ import httpx
 from events.facts import CancelRequested, JobCancelled, JobError, JobFailed
 from events.log_queue import LogBatch
 from serve_app import tail as tail_module
-from tests.serve_app.live_server import Server
+from tests.serve_app.live_server import Serve, Server
 
 TAIL = "/fine_tuning/jobs/tail"
 FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
@@ -194,3 +194,21 @@ def test_lines_arrive_within_milliseconds(http: httpx.Client, server: Server, su
         delays.append(time.monotonic() - before)
     stream.close()
     assert sorted(delays)[10] < 0.2
+
+
+def test_before_its_server_ends_an_open_stream_gets_a_last_line_with_its_offset(serve: Serve) -> None:
+    server = serve(heartbeat_s=60)
+    config = {"model": "smollm2-135m-instruct", "data": str(server.parts.settings.storage / "rows.jsonl")}
+    with httpx.Client(base_url=server.url, timeout=20) as client:
+        job_id = client.post("/fine_tuning/jobs/submit", json=config).json()["job_id"]
+        server.print(job_id, "one", "two")
+        idle, over = lines(client, job_id), lines(client, job_id, follow=False)
+        next(idle)
+        server.close_tails()
+        assert list(idle) == [{"logs": [], "next": 2}]
+        assert messages(over) == ["one", "two"]  # what ends by itself is not cut short
+        late = list(lines(client, job_id, after=1))
+        assert late[-1] == {"logs": [], "next": 1 + len(messages(iter(late)))}
+        server.append(job_id, FAILED)
+        *_, last = lines(client, job_id, after=1)
+        assert last == {"logs": [], "next": 2, "status": "failed"}

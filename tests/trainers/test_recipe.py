@@ -299,3 +299,35 @@ def test_the_log_tells_what_is_trained_how_far_it_is_and_what_has_no_effect(
     assert any(line.startswith("memory_efficient_fsdp_wrap has no effect") for line in lines)
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split(" | ")[:2] for line in steps] == [["step 11/22", "epoch 1/2"], ["step 22/22", "epoch 2/2"]]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_stops_after_any_step_goes_on_as_if_it_had_not(bench: Bench, valid: Path, method: str) -> None:
+    """To the bit: the losses, the evaluations, and the weights at the end."""
+    lora = LoraSpec(dropout=0.2) if method == "lora" else None
+    changes: dict[str, Any] = {"lora": lora, "valid_data": valid, "max_steps_per_epoch": 3}
+    whole = bench.case(method, **changes).run()
+    for stop_at in range(1, whole.total_steps):
+        part = bench.case(method, stop_at=stop_at, **changes).run()
+        rest = bench.case(method, resume_from=part.checkpoints[-1].path, **changes).run()
+        assert list(part.losses) == list(range(1, stop_at + 1))
+        assert part.losses | rest.losses == whole.losses
+        evaluations = [(m.step, m.valid_loss) for run in (part, rest) for m in run.evaluations]
+        assert evaluations == [(m.step, m.valid_loss) for m in whole.evaluations]
+        after, before = (saved_weights(run.checkpoints[-1].path) for run in (rest, whole))
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_wish_to_stop_after_the_last_step_comes_too_late(bench: Bench) -> None:
+    case = bench.case(n_epochs=1)
+    recorder = Recorder(stop_at=11)
+    train(
+        case.plan,
+        model_dir=case.model_dir,
+        train_data=case.train_data,
+        valid_data=None,
+        output_dir=case.output_dir,
+        reporter=recorder,
+        resume_from=None,
+    )  # Stopped would be raised from here
+    assert [c.step for c in recorder.checkpoints] == [11]

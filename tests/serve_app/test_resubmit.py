@@ -1,0 +1,200 @@
+"""POST /fine_tuning/jobs/resubmit: a new job from a checkpoint of an old one."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from events.facts import (
+    CheckpointSaved,
+    CheckpointsDeleted,
+    DataReport,
+    DataValidated,
+    JobAdmitted,
+    JobSucceeded,
+    RunStarted,
+)
+from tests.serve_app.live_server import Server
+from tests.tiny_models import make_tiny_model
+
+RESUBMIT = "/fine_tuning/jobs/resubmit"
+STATUS = "/fine_tuning/jobs/status"
+OPTIONS = {
+    "n_epochs": 2,
+    "lr": 1e-4,
+    "custom_training_options": {"finetuning_type": "lora", "lora_rank": 4},
+    "extras": {"max_seq_len": 64},
+}
+REPORT = DataReport(
+    uri="file:///d.jsonl",
+    rows=1,
+    invalid_rows=0,
+    tokens=2,
+    trained_tokens=1,
+    truncated_rows=0,
+    max_seq_len=16,
+    length_histogram={},
+    errors=[],
+)
+
+
+class Earlier:
+    """A job that has trained: an adapter's checkpoint at step 10, a whole model's at step 20."""
+
+    def __init__(self, server: Server, job_id: str) -> None:
+        self.server, self.job_id = server, job_id
+        directory = server.parts.settings.job_dir(job_id) / "checkpoints"
+        self.paths = {step: directory / f"step-{step:08d}" for step in (10, 20)}
+        make_tiny_model(self.paths[10] / "merged")
+        (self.paths[10] / "adapter").mkdir()
+        make_tiny_model(self.paths[20])
+        started = RunStarted(attempt=1, workers=1, nodes=1, device="cpu", total_steps=20, logs="file:///m.jsonl")
+        server.append(job_id, DataValidated(data=REPORT), JobAdmitted(), started)
+        for step, path in self.paths.items():
+            server.append(job_id, CheckpointSaved(attempt=1, step=step, epoch=0, uri=path.as_uri()))
+
+    def uri(self, step: int) -> str:
+        return self.paths[step].as_uri()
+
+
+@pytest.fixture
+def earlier(server: Server, submit: Callable[..., str]) -> Earlier:
+    return Earlier(server, submit(fine_tuning_options=OPTIONS, metadata={"team": "a", "run": 1}))
+
+
+def again(http: httpx.Client, earlier: Earlier, **body: Any) -> dict[str, Any]:
+    answer = http.post(RESUBMIT, json={"job_id": earlier.job_id, **body})
+    assert answer.status_code == 200, answer.text
+    job: dict[str, Any] = answer.json()
+    return job
+
+
+def problems(http: httpx.Client, earlier: Earlier, **body: Any) -> dict[str, str]:
+    answer = http.post(RESUBMIT, json={"job_id": earlier.job_id, **body})
+    assert answer.status_code == 422, answer.text
+    return {problem["param"]: problem["code"] for problem in answer.json()["error"]["errors"]}
+
+
+def test_the_new_job_has_the_old_config_and_the_last_checkpoint_as_its_model(
+    http: httpx.Client, earlier: Earlier
+) -> None:
+    job = again(http, earlier)
+    assert job["job_id"] != earlier.job_id
+    assert job["status"] == "validation"
+    old = http.get(STATUS, params={"job_id": earlier.job_id}).json()
+    assert job["input_config"] == old["input_config"] | {"model": str(earlier.paths[20])}
+    assert job["resubmitted_from"] == {"job_id": earlier.job_id, "checkpoint": earlier.uri(20)}
+    assert "resubmitted_from" not in old
+    assert http.get(STATUS, params={"job_id": job["job_id"]}).json() == job
+
+
+def test_of_an_adapter_the_merged_model_is_taken(http: httpx.Client, earlier: Earlier) -> None:
+    for checkpoint in (10, earlier.uri(10)):
+        job = again(http, earlier, checkpoint=checkpoint)
+        assert job["input_config"]["model"] == str(earlier.paths[10] / "merged")
+        assert job["resubmitted_from"]["checkpoint"] == earlier.uri(10)
+
+
+def test_changes_are_laid_over_the_old_config(http: httpx.Client, earlier: Earlier) -> None:
+    changes = {
+        "fine_tuning_options": {"lr": 1e-5, "custom_training_options": {"lora_alpha": 8}, "n_epochs": None},
+        "metadata": {"run": 2},
+        "overrides": "--nproc_per_node 2",
+    }
+    job = again(http, earlier, config=changes)
+    assert job["input_config"]["fine_tuning_options"] == {
+        "lr": 1e-5,
+        "custom_training_options": {"finetuning_type": "lora", "lora_rank": 4, "lora_alpha": 8},
+        "extras": {"max_seq_len": 64},
+    }
+    assert job["metadata"] == {"team": "a", "run": 2}
+    assert job["resources"]["workers"] == 2
+
+
+def test_another_method_takes_nothing_over_from_the_options_of_the_old_one(
+    http: httpx.Client, earlier: Earlier
+) -> None:
+    same = {"fine_tuning_options": {"custom_training_options": {"finetuning_type": "LoraFineTuneOptions"}}}
+    job = again(http, earlier, config=same)
+    assert job["input_config"]["fine_tuning_options"]["custom_training_options"]["lora_rank"] == 4
+    other = {"fine_tuning_options": {"custom_training_options": {"finetuning_type": "full"}}}
+    job = again(http, earlier, config=other)
+    assert job["input_config"]["fine_tuning_options"]["custom_training_options"] == {"finetuning_type": "full"}
+
+
+def test_a_job_that_has_ended_can_be_gone_on_from_and_so_can_one_that_was_made_from_it(
+    http: httpx.Client, server: Server, earlier: Earlier
+) -> None:
+    server.append(earlier.job_id, JobSucceeded(attempt=1))
+    second = Earlier(server, again(http, earlier)["job_id"])
+    third = again(http, second, checkpoint=10)
+    assert third["resubmitted_from"]["job_id"] == second.job_id
+    assert third["input_config"]["model"] == str(second.paths[10] / "merged")
+
+
+def test_everything_wrong_is_reported_at_once_by_the_field_to_mend(http: httpx.Client, earlier: Earlier) -> None:
+    changes = {"model": "llama-3.2-1b", "data": "/etc/passwd", "fine_tuning_options": {"lr": -1}, "batch_size": 2}
+    assert problems(http, earlier, checkpoint=30, config=changes) == {
+        "checkpoint": "checkpoint_not_found",
+        "config.model": "not_allowed",
+        "config.data": "path_outside_roots",
+        "config.fine_tuning_options.lr": "greater_than",
+        "config.batch_size": "unknown_field",
+    }
+
+
+@pytest.mark.parametrize("path", ["/etc", "models/tiny", "jobs/../jobs"])
+def test_only_the_jobs_own_checkpoints_can_be_named(http: httpx.Client, earlier: Earlier, path: str) -> None:
+    elsewhere = (earlier.server.parts.settings.storage / path).as_uri()
+    assert problems(http, earlier, checkpoint=elsewhere) == {"checkpoint": "checkpoint_not_found"}
+
+
+def test_a_checkpoint_of_another_job_is_not_taken(http: httpx.Client, server: Server, earlier: Earlier) -> None:
+    other = Earlier(server, again(http, earlier)["job_id"])
+    assert problems(http, earlier, checkpoint=other.uri(10)) == {"checkpoint": "checkpoint_not_found"}
+
+
+def test_a_deleted_checkpoint_is_refused(http: httpx.Client, server: Server, earlier: Earlier) -> None:
+    server.append(earlier.job_id, CheckpointsDeleted(attempt=1, uris=[earlier.uri(10)]))
+    assert problems(http, earlier, checkpoint=10) == {"checkpoint": "checkpoint_not_found"}
+    shutil.rmtree(earlier.paths[20])  # by hand: the log doesn't know
+    assert problems(http, earlier) == {"checkpoint": "checkpoint_not_found"}
+
+
+def test_a_job_without_a_checkpoint_has_nothing_to_go_on_from(http: httpx.Client, submit: Callable[..., str]) -> None:
+    answer = http.post(RESUBMIT, json={"job_id": submit()})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "no_checkpoint"
+
+
+def test_an_unknown_job_is_a_404(http: httpx.Client) -> None:
+    answer = http.post(RESUBMIT, json={"job_id": "ftjob-none"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["param"] == "job_id"
+
+
+def test_what_is_wrong_with_the_request_itself_is_named(http: httpx.Client, earlier: Earlier) -> None:
+    assert set(problems(http, earlier, checkpoint=-1.5, config=[], chekpoint=1)) == {
+        "checkpoint",
+        "config",
+        "chekpoint",
+    }
+
+
+def test_an_idempotency_key_makes_one_job(http: httpx.Client, earlier: Earlier) -> None:
+    body = {"job_id": earlier.job_id, "checkpoint": 10}
+    ids = {http.post(RESUBMIT, json=body, headers={"Idempotency-Key": "r"}).json()["job_id"] for _ in range(3)}
+    assert len(ids) == 1
+
+
+def test_the_service_trains_on_no_path_that_it_would_not_take_as_a_model(
+    http: httpx.Client, earlier: Earlier, config: dict[str, Any]
+) -> None:
+    """A checkpoint may be submitted as a model like any other: resubmit opens nothing."""
+    model = str(earlier.paths[10] / "merged")
+    assert http.post("/fine_tuning/jobs/submit", json=config | {"model": model}).status_code == 200
+    outside = Path("/etc").as_posix()
+    assert http.post("/fine_tuning/jobs/submit", json=config | {"model": outside}).status_code == 422

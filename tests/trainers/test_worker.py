@@ -1,0 +1,105 @@
+"""How a worker learns from the log that its job is to pause, or is no longer its own."""
+
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+
+import pytest
+
+from events.actors import EventLogClient
+from events.facts import (
+    DataReport,
+    DataValidated,
+    Event,
+    JobAdmitted,
+    JobSubmitted,
+    MetricsRecorded,
+    PauseRequested,
+    RunStarted,
+    StepMetrics,
+)
+from events.ids import new_event_id
+from events.log import EventLog
+from events.memory import MemoryStore
+from tests.trainers.test_runner import RESOURCES
+from trainers import worker
+from trainers.retrying import retrying
+from trainers.worker import Assignment, RayReporter
+
+JOB = "ftjob-1"
+REPORT = DataReport(
+    uri="file:///d.jsonl",
+    rows=1,
+    invalid_rows=0,
+    tokens=2,
+    trained_tokens=1,
+    truncated_rows=0,
+    max_seq_len=16,
+    length_histogram={},
+    errors=[],
+)
+
+
+class Running:
+    """A job whose first attempt trains, as its log and its rank 0 see it."""
+
+    def __init__(self) -> None:
+        self.log = EventLog(MemoryStore())
+        event = JobSubmitted(config={}, resources=RESOURCES, max_restarts=1, submission_id=JOB)
+        retrying(lambda: self.log.submit(JOB, event, new_event_id(), 10))
+        self.tell(DataValidated(data=REPORT), JobAdmitted(), self.started(1))
+        assignment = Assignment(JOB, attempt=1, plan={}, storage="", job_dir="", model_dir="", resume_from=None)
+        log: EventLogClient = self.log  # type: ignore[assignment]  # the same methods, without Ray between
+        self.reporter = RayReporter(assignment, 0, log)
+
+    def tell(self, *events: Event) -> None:
+        retrying(lambda: self.log.append(JOB, list(events), [new_event_id() for _ in events]))
+
+    def started(self, attempt: int) -> RunStarted:
+        return RunStarted(attempt=attempt, workers=1, nodes=1, device="cpu", total_steps=9, logs="file:///m.jsonl")
+
+    def step(self, number: int) -> None:
+        self.reporter.metrics(StepMetrics(step=number, epoch=1, time=datetime.now(UTC).isoformat(), loss=1.0))
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    running = Running()
+    yield running
+    running.reporter.close()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_worker_whose_steps_are_short_learns_of_a_pause_as_it_reports_them(running: Running) -> None:
+    running.step(1)
+    running.tell(PauseRequested())
+    running.step(2)
+    eventually(running.reporter.should_stop)
+    assert not running.reporter.refused
+
+
+def test_a_worker_in_a_long_step_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "POLL_S", 0.05)
+    running = Running()
+    try:
+        assert not running.reporter.should_stop()
+        running.tell(PauseRequested(by="node_drain"))
+        eventually(running.reporter.should_stop)
+        assert not running.reporter.refused
+        history = retrying(lambda: running.log.read(JOB))
+        assert not any(isinstance(recorded.event, MetricsRecorded) for recorded in history)
+    finally:
+        running.reporter.close()
+
+
+def test_a_worker_that_was_replaced_stops_and_says_so(running: Running) -> None:
+    running.tell(running.started(2))
+    running.step(1)
+    eventually(running.reporter.should_stop)
+    assert running.reporter.refused

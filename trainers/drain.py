@@ -1,0 +1,36 @@
+"""Before a shutdown: running jobs stop at a checkpoint, so that nothing they did is done again after the restart."""
+
+import logging
+import sys
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from events.actors import NAMESPACE
+from trainers.dispatcher import NAME
+
+ANSWER_S = 15.0
+
+
+def drain(timeout_s: float) -> int:
+    """Drain the service on this Ray cluster; nothing starts for ten minutes then, unless the service is restarted.
+
+    Returns 0 when no job runs any more, 1 when some still do after `timeout_s`: those go on from their last checkpoint.
+    """
+    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        dispatcher: Any = ray.get_actor(NAME, NAMESPACE)
+        running: list[str] = ray.get(dispatcher.drain.remote(timeout_s), timeout=timeout_s + ANSWER_S)
+    except ValueError:
+        return _say("there is no dispatcher on this cluster: nothing runs", 0)
+    except (GetTimeoutError, RayActorError) as error:
+        return _say(f"the dispatcher does not answer: {error}", 1)
+    if running:
+        return _say(f"after {timeout_s:g} s these still run: {' '.join(running)}", 1)
+    return _say("every job stands at a checkpoint", 0)
+
+
+def _say(text: str, code: int) -> int:
+    sys.stderr.write(f"tunewright: {text}\n")
+    return code

@@ -1,0 +1,104 @@
+"""A new job from a checkpoint of an old one: the old config with changes, and the checkpoint as its model.
+
+The new job starts from the checkpoint's weights and from nothing else of the old run: optimizer, schedule and data
+begin anew. Of an adapter's checkpoint the merged model is taken, so any method may go on from any other.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from events.facts import Origin
+from events.job import FineTuningJob
+from trainers.errors import Problem
+
+_TAGS = ("finetuning_type", "log_type")
+_STEP = re.compile(r"step-0*(\d+)/?$")
+
+
+class Resubmission(NamedTuple):
+    """`document` is a request like any other, to be examined like one. `origin` is None where `problems` say why."""
+
+    document: dict[str, Any]
+    origin: Origin | None
+    problems: list[Problem]
+
+
+def resubmission(job: FineTuningJob, checkpoint: str | int | None, changes: Mapping[str, Any]) -> Resubmission:
+    """`checkpoint` is a URI of `job.checkpoints` or the number of the step it was written after; None: the last one.
+
+    `changes` are laid over the job's config as RFC 7396 says: objects are merged, null removes a field. An object whose
+    `finetuning_type` or `log_type` becomes another is replaced, for its other fields belong to the old kind.
+    """
+    problems = []
+    if "model" in changes:
+        problems.append(
+            Problem("config.model", "the checkpoint is the model; to train another one, submit a job", "not_allowed")
+        )
+    document = _merged(job.input_config, {key: value for key, value in changes.items() if key != "model"})
+    chosen = _chosen(job, checkpoint)
+    if isinstance(chosen, Problem):
+        return Resubmission(document, None, [*problems, chosen])
+    document["model"] = str(_model_dir(chosen))
+    return Resubmission(document, Origin(job_id=job.job_id, checkpoint=chosen), problems)
+
+
+def problem_of_resubmission(problem: Problem) -> Problem:
+    """A problem of `Resubmission.document`, by the field of the request that is to be mended."""
+    if problem.param is None:
+        return problem
+    return problem._replace(param="checkpoint" if problem.param == "model" else f"config.{problem.param}")
+
+
+def _chosen(job: FineTuningJob, wanted: str | int | None) -> str | Problem:
+    """The URI of the checkpoint."""
+    if not job.checkpoints:
+        return Problem("checkpoint", f"job {job.job_id} has no checkpoint", "no_checkpoint")
+    if wanted is None:
+        found = job.checkpoints[-1:]
+    elif isinstance(wanted, int):
+        found = [uri for uri in job.checkpoints if _step(uri) == wanted]
+    else:
+        found = [uri for uri in job.checkpoints if uri == wanted]
+    if not found:
+        steps = ", ".join(str(_step(uri)) for uri in job.checkpoints)
+        message = f"job {job.job_id} has no such checkpoint, or deleted it; it has those of the steps {steps}"
+        return Problem("checkpoint", message, "checkpoint_not_found")
+    if not _model_dir(found[0]).is_dir():
+        return Problem("checkpoint", "it is no longer in the storage directory", "checkpoint_not_found")
+    return found[0]
+
+
+def _step(uri: str) -> int | None:
+    match = _STEP.search(uri)
+    return None if match is None else int(match[1])
+
+
+def _model_dir(uri: str) -> Path:
+    path = Path(unquote(urlsplit(uri).path))
+    merged = path / "merged"
+    return merged if merged.is_dir() else path
+
+
+def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, change in changes.items():
+        before = merged.get(key)
+        if change is None:
+            merged.pop(key, None)
+        elif isinstance(change, dict) and isinstance(before, dict) and not _another_kind(before, change):
+            merged[key] = _merged(before, change)
+        else:
+            merged[key] = change
+    return merged
+
+
+def _another_kind(before: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
+    return any(_kind(before.get(tag)) != _kind(change[tag]) for tag in _TAGS if tag in before and tag in change)
+
+
+def _kind(tag: object) -> str:
+    """Of both spellings: `lora` and `LoraFineTuneOptions`."""
+    return str(tag).lower().removesuffix("finetuneoptions").removesuffix("logger")
