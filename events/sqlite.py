@@ -38,9 +38,8 @@ class SqliteStore:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._lock = _lock(path.with_name(path.name + ".lock"))
+        self._lock = lock(path.with_name(path.name + ".lock"))
         try:
             self._db = self._open()
         except BaseException as error:
@@ -136,15 +135,19 @@ class SqliteStore:
         return int(last)
 
 
-def _lock(path: Path) -> int:
-    """Holds `path` until it is closed; the kernel lets go when the process dies, however it dies."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def lock(path: Path) -> int:
+    """Holds `path` until it is closed; the kernel lets go when the process dies, however it dies.
+
+    Raises StoreLockedError when another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        os.close(lock)
-        raise StoreLockedError(f"another process has the event log open ({path} is locked)") from error
-    return lock
+        os.close(held)
+        raise StoreLockedError(f"another process writes here ({path} is locked)") from error
+    return held
 
 
 def _row(recorded: Recorded, body: str) -> tuple[int, str, int, str, str, str]:

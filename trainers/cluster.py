@@ -5,6 +5,7 @@ The only module that asks Ray's control plane. Every function blocks on network 
 
 import contextlib
 import sys
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -36,6 +37,10 @@ RUN_ENV = {
 }
 
 
+LINGER_S = 10.0
+"""Longer than Ray's job manager needs to remove the supervisor of a Ray Job that ended (about a second)."""
+
+
 @dataclass(frozen=True)
 class Runner:
     """A Ray Job as the dispatcher sees it. `message` is Ray's own account of how it ended."""
@@ -46,6 +51,9 @@ class Runner:
 
 class Cluster:
     """The Ray cluster this process is connected to."""
+
+    def __init__(self) -> None:
+        self._lingering: dict[str, float] = {}  # when the supervisor of an ended Ray Job was first seen, by job
 
     @cached_property
     def _jobs(self) -> JobSubmissionClient:
@@ -99,12 +107,16 @@ class Cluster:
         """Remove an ended Ray Job, so that the job can be started again under the same id. False: it is too early.
 
         Ray's job manager still watches an ended job for a moment, and then removes its supervisor actor: a new Ray Job
-        of the same id would fail on that actor's name, or be declared dead with it.
+        of the same id would fail on that actor's name, or be declared dead with it. Where it does not, this does.
         """
         name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=job_id)
         with contextlib.suppress(ValueError):  # no such actor any more
-            ray.get_actor(name, SUPERVISOR_ACTOR_RAY_NAMESPACE)
+            supervisor = ray.get_actor(name, SUPERVISOR_ACTOR_RAY_NAMESPACE)
+            since = self._lingering.setdefault(job_id, time.monotonic())
+            if time.monotonic() - since > LINGER_S:
+                ray.kill(supervisor)
             return False
+        self._lingering.pop(job_id, None)
         self._jobs.delete_job(job_id)
         return True
 

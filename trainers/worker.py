@@ -4,6 +4,7 @@
 logger, and turns the recipe's reports into events.
 """
 
+import logging
 import os
 import queue
 import threading
@@ -25,6 +26,9 @@ from trainers.output import OutputCapture
 from trainers.plan import COMPILED, Plan
 from trainers.reporting import SavedCheckpoint
 from trainers.retrying import retrying
+from trainers.tenure import Superseded, Tenure, Watch
+
+logger = logging.getLogger("tunewright.train")
 
 FINISHED = "finished"
 """What `train_worker` returns when the run did all its steps; an aborted run returns nothing."""
@@ -39,6 +43,8 @@ class Assignment:
 
     job_id: str
     attempt: int
+    interruptions: int
+    """The runner's tenure, see trainers.tenure."""
     plan: dict[str, Any]
     storage: str
     job_dir: str
@@ -56,7 +62,9 @@ def train_worker(config: dict[str, Any]) -> str:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     capture = OutputCapture(LineWriter(handles.lines, assignment.job_id, rank), tee=True)
-    reporter = RayReporter(assignment, rank, handles.log)
+    tenure = Tenure(handles.log, assignment.job_id, assignment.interruptions)
+    reporter = RayReporter(assignment, rank, handles.log, tenure)
+    watch = Watch(handles.log, assignment.job_id, assignment.attempt, tenure)
     try:
         log_to_stdout()
         from trainers.recipe import train  # torchtune takes seconds to import: its warnings belong to the job's log
@@ -73,7 +81,11 @@ def train_worker(config: dict[str, Any]) -> str:
             output_dir=job_dir,
             reporter=reporter,
             resume_from=Path(assignment.resume_from) if assignment.resume_from else None,
+            attempt=assignment.attempt,
         )
+    except Superseded as reason:
+        logger.warning("attempt %d ends here: %s", assignment.attempt, reason)
+        raise
     except BaseException:
         traceback.print_exc()
         raise
@@ -81,6 +93,7 @@ def train_worker(config: dict[str, Any]) -> str:
         try:
             reporter.close()
         finally:
+            watch.close()
             capture.close()  # the lines that say what went wrong must get out
     return FINISHED
 
@@ -92,13 +105,13 @@ class RayReporter:
     every metric that came before it, when `checkpoint` returns.
     """
 
-    def __init__(self, assignment: Assignment, rank: int, log: EventLogClient) -> None:
+    def __init__(self, assignment: Assignment, rank: int, log: EventLogClient, tenure: Tenure) -> None:
         self._assignment = assignment
+        self._tenure = tenure
         self._speaks = rank == 0
         self._log = log
         self._logger: Logger | None = None
         self._queue: queue.SimpleQueue[StepMetrics | threading.Event | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._drain, name="metrics", daemon=True)
         if self._speaks:
@@ -115,7 +128,7 @@ class RayReporter:
         self._logger = open_logger(
             plan, self._assignment.job_id, job_dir, load_progress(Path(checkpoint))[0].step if checkpoint else 0
         )
-        self._append(
+        self._tenure.append(
             RunStarted(
                 attempt=self._assignment.attempt,
                 workers=context.get_world_size(),
@@ -157,8 +170,8 @@ class RayReporter:
             self._append(CheckpointsDeleted(attempt=self._assignment.attempt, uris=uris))
 
     def should_stop(self) -> bool:
-        """True once the log has refused this attempt's facts: the job is over, or a newer attempt owns it."""
-        return self._stop.is_set()
+        """Never: a job that is cancelled ends with its runner."""
+        return False
 
     def close(self) -> None:
         """Everything reported is in the log, and the logger is closed, when this returns."""
@@ -208,8 +221,9 @@ class RayReporter:
             self._failure = error
 
     def _append(self, event: Event) -> None:
+        """Raises Superseded where the log refuses it: the job is over, or goes on without this attempt."""
         event_id = new_event_id()
         try:
             retrying(lambda: self._log.append(self._assignment.job_id, [event], [event_id]))
-        except Refused:
-            self._stop.set()
+        except Refused as refusal:
+            raise Superseded(str(refusal)) from refusal
