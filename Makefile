@@ -3,7 +3,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench bench-recipe clean
+.PHONY: help setup demo serve test faults check bench bench-recipe clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -18,6 +18,9 @@ serve: setup  ## run the service on 127.0.0.1 until Ctrl-C; ARGS='--port 8001 --
 
 test: setup .venv-hf/.complete  ## run the test suite; ARGS='tests/events -x'
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: setup  ## the fault suite in full: hours; ARGS='--faults-seed=7' repeats a run
+	$(BIN)/python -m pytest tests/faults --long -s $(ARGS)
 
 check: setup  ## lint, formatting, types, import rule
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.killing import Faults, Node, a_service, make_inputs
+from tests.faults.killing import Faults, a_service, make_inputs
 from tests.service.conftest import Api
 
 
@@ -41,4 +41,4 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def faults(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
     """One service for all tests here that leave it standing."""
     with a_service(tmp_path_factory.mktemp("storage"), inputs) as service:
-        yield Faults(Api(service, inputs / "tiny", inputs / "rows.jsonl"), Node(service))
+        yield Faults(Api(service, inputs / "tiny", inputs / "rows.jsonl"))

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,7 +13,6 @@ import httpx
 import psutil
 
 from serve_app.local import LocalService
-from tests.conftest import free_ports
 from tests.service.conftest import Api, eventually
 from tests.tiny_models import make_tiny_model
 
@@ -41,7 +38,6 @@ def make_inputs(directory: Path) -> Path:
 
 
 def a_service(storage: Path, inputs: Path) -> LocalService:
-    """Its head has no CPUs: the jobs' workers run on a Node."""
     env = {
         "TUNEWRIGHT_DATA_ROOTS": str(inputs),
         "TUNEWRIGHT_MODEL_ROOTS": str(inputs),
@@ -49,33 +45,7 @@ def a_service(storage: Path, inputs: Path) -> LocalService:
         "TUNEWRIGHT_MAX_WAITING_RUNNERS": "1",
         "OMP_NUM_THREADS": "1",
     }
-    return LocalService(storage, num_cpus=0, env=env)
-
-
-class Node:
-    """A second node of the service's cluster: one that can be lost while the head lives on. Killed with the service,
-    like everything that has its RAY_TMPDIR."""
-
-    def __init__(self, service: LocalService) -> None:
-        listen, grpc, runtime_env, manager, objects = free_ports(5)
-        command = [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"),
-            *(f"--address={service.ray_address}", f"--num-cpus={CPUS}", "--num-gpus=0"),
-            *(f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}"),
-            *(f"--runtime-env-agent-port={runtime_env}", f"--node-manager-port={manager}"),
-            *(f"--object-manager-port={objects}", "--min-worker-port=0", "--max-worker-port=0"),
-            "--object-store-memory=100000000",
-        ]
-        silent = subprocess.DEVNULL
-        self._block = subprocess.Popen(
-            command, env=service.env, stdin=silent, stdout=silent, stderr=silent, start_new_session=True
-        )
-
-    def lose_raylet(self) -> None:
-        """SIGKILL; Ray's other processes of the node then end by themselves."""
-        children = psutil.Process(self._block.pid).children(recursive=True)
-        next(process for process in children if process.name() == "raylet").kill()
-        self._block.wait(60)
+    return LocalService(storage, num_cpus=CPUS, env=env)
 
 
 class Recovery(NamedTuple):
@@ -100,7 +70,6 @@ OWNERS: dict[str, list[tuple[str, ...]]] = {
         ("RayTrainWorker", "{job}"),
         ("DispatcherActor",),
     ],
-    "raylet of the workers' node": [],
 }
 """What a running job can't do without, by words of the processes' titles."""
 OTHERS: dict[str, list[tuple[str, ...]]] = {
@@ -117,25 +86,20 @@ OTHERS: dict[str, list[tuple[str, ...]]] = {
 
 @dataclass
 class Faults:
-    """The service, its second node, and how to hurt them."""
+    """The service, and how to hurt it."""
 
     api: Api
-    node: Node
 
     def find(self, words: Sequence[str]) -> list[psutil.Process]:
         return [process for process in self.api.service.processes() if all(word in title(process) for word in words)]
 
     def kill(self, kind: str, job_id: str) -> None:
         """SIGKILL to every process of the kind; there must be one."""
-        if kind not in OWNERS | OTHERS:
-            raise ValueError(kind)
         patterns = [[word.format(job=job_id) for word in words] for words in (OWNERS | OTHERS)[kind]]
         victims = [process for words in patterns for process in self._found(words)]
         for victim in victims:
             with suppress(psutil.NoSuchProcess):
                 victim.send_signal(signal.SIGKILL)
-        if not patterns:
-            self.node.lose_raylet()
 
     def _found(self, words: list[str]) -> list[psutil.Process]:
         found: list[psutil.Process] = []
@@ -152,8 +116,6 @@ class Faults:
         before = self.job(job_id)
         began = time.monotonic()
         self.kill(kind, job_id)
-        if kind.startswith("raylet"):
-            self.node = Node(self.api.service)
         unowned_s = door_s = 0.0
 
         def recovered() -> bool:
@@ -199,23 +161,15 @@ class Faults:
         eventually(answers, RECOVERY_S, lambda: "the API does not answer")
 
     def submit(self, **changes: Any) -> str:
-        """A job that saves often and can be interrupted often. Waits for the node, if need be."""
+        """A job that saves often and can be interrupted often."""
         options = {
             "n_epochs": EPOCHS,
             "batch_size": BATCH,
             "extras": {"save_every_n_steps": INTERVAL, "keep_last_n_checkpoints": 2, "dtype": "fp32"},
         }
-        config = self.api.config(fine_tuning_options=options, overrides="--max-restarts 1000") | changes
-        job_id = ""
-
-        def accepted() -> bool:
-            nonlocal job_id
-            answer = self.api.http.post("/fine_tuning/jobs/submit", json=config)
-            job_id = answer.json().get("job_id", "")
-            return answer.status_code == 200
-
-        eventually(accepted, RECOVERY_S, lambda: "the job was not accepted")
-        return job_id
+        return self.api.submit(
+            self.api.config(**{"fine_tuning_options": options, "overrides": "--max-restarts 1000"} | changes)
+        )
 
     def until(self, job_id: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         job: dict[str, Any] = {}
@@ -248,7 +202,7 @@ def logged(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def steps_by_attempt(messages: list[str]) -> list[list[int]]:
-    """The steps that the job's log lines tell of, attempt by attempt; each list begins with the step it went on after."""
+    """The steps that the job's log lines tell of, for each attempt; each list begins with the step it went on after."""
     attempts: list[list[int]] = []
     for message in messages:
         if "going on after step " in message:

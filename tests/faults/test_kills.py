@@ -1,5 +1,6 @@
 """Any process may be killed at any moment: the job goes on, and in the end it can't be told from one left in peace."""
 
+import itertools
 import random
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_whatever_is_killed_every_job_finishes_with_the_losses_of_the_undisturbe
         lines = steps_by_attempt(faults.api.messages(job_id))
         for steps in lines:
             assert steps == list(range(steps[0], steps[-1] + 1))  # no line is lost, none comes twice
-        for lost, resumed in zip(lines, lines[1:], strict=False):
+        for lost, resumed in itertools.pairwise(lines):
             # A checkpoint may be under way when the next one is due; then training waits for it.
             assert 0 <= lost[-1] - resumed[0] <= 2 * INTERVAL
 

@@ -94,8 +94,8 @@ def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults) 
 
 def _ask_and_read_nothing(url: str, job_id: str) -> socket.socket:
     where = urlsplit(url)
-    assert where.hostname and where.port
-    reader = socket.create_connection((where.hostname, where.port))
+    host, _, port = where.netloc.partition(":")
+    reader = socket.create_connection((host, int(port)))
     reader.sendall(f"GET /fine_tuning/jobs/tail?job_id={job_id} HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n".encode())
     return reader
 

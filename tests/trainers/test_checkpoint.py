@@ -166,12 +166,23 @@ def test_a_crash_while_writing_leaves_no_checkpoint_and_the_next_run_clears_up(
 
 def test_a_later_attempt_writes_under_names_of_its_own_and_clears_up_what_nobody_recorded(case: Case) -> None:
     case.plan = make_plan_for(n_epochs=2, save_every_n_steps=4)
-    first = replace(case, stop_at=9).run()
-    recorded = [checkpoint.path for checkpoint in first.checkpoints[:-1]]  # the last one was not: the runner died
+
+    class Dying(Recorder):
+        def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
+            if checkpoint.step > 8:
+                raise ConnectionError("the runner died before this checkpoint was recorded")
+            super().checkpoint(checkpoint)
+
+    first = Dying()
+    with pytest.raises(ConnectionError):
+        run_with(case, first)
+    recorded = [checkpoint.path for checkpoint in first.checkpoints]
+    unrecorded = checkpoint_path(case.output_dir, 11)
     assert load_progress(recorded[-1])[0].step == 8
+    assert unrecorded.is_dir()
     again = replace(case, resume_from=recorded[-1], attempt=2).run()
     assert [c.path.name for c in again.checkpoints[:2]] == ["step-00000011-attempt-2", "step-00000012-attempt-2"]
-    left = {path for path in (case.output_dir / "checkpoints").iterdir()}
+    left = set((case.output_dir / "checkpoints").iterdir())
     assert left == {*recorded, *(checkpoint.path for checkpoint in again.checkpoints)}
 
 

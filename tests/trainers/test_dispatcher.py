@@ -285,13 +285,15 @@ async def test_after_a_restart_of_the_whole_cluster_a_running_job_is_queued_and_
 
 @in_world
 async def test_a_job_for_which_ray_fails_does_not_keep_the_others_from_what_they_need(world: World) -> None:
-    ill, lost, late = await world.running(), await world.running(), await world.submit()
+    ill, lost = await world.running(), await world.running()
+    late = await world.submit()
+    await world.pass_()
     world.cluster.broken.add(ill)
     world.cluster.runners[lost] = "ended"
     world.cluster.free(lost)
     await world.pass_(times=2)
     assert (await world.job(lost)).status == "queued"
-    assert world.cluster.started == [ill, lost, lost, late]
+    assert world.cluster.started == [ill, lost, late, lost]
 
     world.cluster.broken.clear()
     world.cluster.runners[ill] = "ended"

@@ -146,8 +146,8 @@ class Busy(EventLog):
 
 def test_what_is_recorded_meanwhile_is_looked_at_before_the_append(scene: Scene) -> None:
     scene.tell(started(1))
+    busy = Busy(scene.log, [lambda: RunInterrupted(attempt=1, reason="its runner ended")])
     with pytest.raises(Superseded):
-        busy = Busy(scene.log, [lambda: RunInterrupted(attempt=1, reason="its runner ended")])
         Tenure(busy, JOB, 0).append(JobFailed(error=DIED))
     assert scene.job.status == "queued"
     scene.tell(JobAdmitted(), started(2))
