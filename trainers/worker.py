@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def train_worker(config: dict[str, Any]) -> str:
     rank = context.get_world_rank()
     capture = OutputCapture(LineWriter(handles.lines, assignment.job_id, rank), tee=True)
     tenure = Tenure(handles.log, assignment.job_id, assignment.interruptions)
-    reporter = RayReporter(assignment, rank, handles.log, tenure)
+    reporter = RayReporter(assignment, rank, handles.log, tenure, capture.flush)
     watch = Watch(handles.log, assignment.job_id, assignment.attempt, tenure)
     try:
         log_to_stdout()
@@ -102,11 +103,19 @@ class RayReporter:
     """Turns the recipe's reports into events. Rank 0 speaks for all; on other ranks every report is a no-op.
 
     Metrics are queued and appended by a thread, so a step never waits for the log. A checkpoint is recorded, after
-    every metric that came before it, when `checkpoint` returns.
+    every metric and every line that came before it, when `checkpoint` returns.
     """
 
-    def __init__(self, assignment: Assignment, rank: int, log: EventLogClient, tenure: Tenure) -> None:
+    def __init__(
+        self,
+        assignment: Assignment,
+        rank: int,
+        log: EventLogClient,
+        tenure: Tenure,
+        flush_output: Callable[[], None],
+    ) -> None:
         self._assignment = assignment
+        self._flush_output = flush_output
         self._tenure = tenure
         self._speaks = rank == 0
         self._log = log
@@ -153,6 +162,7 @@ class RayReporter:
         if not self._speaks:
             return
         self._flush()
+        self._flush_output()  # an attempt that goes on from here prints the lines after it again, and none before it
         self._append(
             CheckpointSaved(
                 attempt=self._assignment.attempt,
