@@ -1,10 +1,10 @@
 """`python -m benchmarks.event_log`: durable appends a second, and how long a log of a million events takes to open.
 
-Writers are coroutines of one process, each with a job of its own, each waiting for its acknowledgement before it appends
-again; an event is one step's metrics, as a training worker sends it. Beside them, in the same run: the same events written
-to the same table without group commit, one transaction and one fsync each; and the disk alone, one 4 KiB write and fdatasync after
-the other. It says what no log can do better than: with one event in flight a writer, 64 writers can't have more than
-64 acknowledgements an fsync.
+Writers are coroutines of one process, each with a job of its own, each waiting for its acknowledgement before it
+appends again; an event is one step's metrics, as a training worker sends it. Beside them, in the same run: the same
+events written to the same table without group commit, one transaction and one fsync each; and the disk alone, one 4 KiB
+write and fdatasync after the other. It says what no log can do better than: with one event in flight a writer, 64
+writers can't have more than 64 acknowledgements an fsync.
 
 `--rows N` opens a log of N events (default a million). Writes its section of benchmarks/README.md.
 """

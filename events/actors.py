@@ -12,7 +12,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from events.facts import Event, JobSubmitted
 from events.job import FineTuningJob
 from events.log import EventLog, LiveJobs, LogUnavailable
 from events.log_queue import LogBatch, LogQueue
-from events.sqlite import SqliteStore
+from events.sqlite import SqliteStore, lock
 from events.store import Recorded, StoreLockedError
 
 NAMESPACE = "tunewright"
@@ -56,7 +56,7 @@ class StorageMismatchError(Exception):
 class _EventLogActor(EventLog):
     def __init__(self, storage: str) -> None:
         self._storage = storage
-        super().__init__(_open_store(Path(storage) / "events.db"))
+        super().__init__(_patiently(lambda: SqliteStore(Path(storage) / "events.db")))
 
     async def about(self) -> About:
         return _about(self._storage)
@@ -64,19 +64,21 @@ class _EventLogActor(EventLog):
 
 class _LogQueueActor(LogQueue):
     def __init__(self, storage: str) -> None:
+        """The lock: two processes that append to one file of lines, each counting its own, would garble the offsets."""
         self._storage = storage
+        self._lock = _patiently(lambda: lock(Path(storage) / "log-queue.lock"))
         super().__init__(Path(storage))
 
     async def about(self) -> About:
         return _about(self._storage)
 
 
-def _open_store(path: Path) -> SqliteStore:
+def _patiently(open_: Callable[[], T]) -> T:
     """The process before this one may need a moment to die; Ray would not try a failed start again."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
         try:
-            return SqliteStore(path)
+            return open_()
         except StoreLockedError:
             if time.monotonic() > deadline:
                 raise

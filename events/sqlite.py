@@ -77,13 +77,12 @@ class SqliteStore:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._wal = path.with_name(path.name + "-wal")
         self.damage: dict[int, Damage] = {}
         self._copying = threading.Lock()
         self._failed = False
-        self._lock = _lock(path.with_name(path.name + ".lock"))
+        self._lock = lock(path.with_name(path.name + ".lock"))
         try:
             self._acknowledged = _read_mark(self._lock)
             self._db = self._open()
@@ -390,21 +389,25 @@ class SqliteStore:
         return dict.fromkeys(job_ids, NO_STREAM) | dict(rows.fetchall())
 
 
-def _lock(path: Path) -> int:
-    """Holds `path` until it is closed; the kernel lets go when the process dies, however it dies."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def lock(path: Path) -> int:
+    """Holds `path` until it is closed; the kernel lets go when the process dies, however it dies.
+
+    Raises StoreLockedError when another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        os.close(lock)
-        raise StoreLockedError(f"another process has the event log open ({path} is locked)") from error
-    return lock
+        os.close(held)
+        raise StoreLockedError(f"another process writes here ({path} is locked)") from error
+    return held
 
 
-def _read_mark(lock: int) -> int:
+def _read_mark(held: int) -> int:
     """The last position that was acknowledged, as far as the lock file knows."""
     try:
-        position, checksum = map(int, os.pread(lock, 64, 0).split())
+        position, checksum = map(int, os.pread(held, 64, 0).split())
     except ValueError:
         return 0
     return position if _checksum(position) == checksum else 0

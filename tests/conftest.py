@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("tunewright", derandomize=True, database=None, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("tunewright")
 
-ON_A_LIVE_CLUSTER = ("tests/events/test_actors.py", "tests/service/", "tests/test_local_service.py")
+ON_A_LIVE_CLUSTER = (
+    "tests/events/test_actors.py",
+    "tests/faults/test_drain.py",
+    "tests/faults/test_kills.py",
+    "tests/faults/test_submits.py",
+    "tests/faults/test_tails.py",
+    "tests/faults/test_whole_cluster.py",
+    "tests/service/",
+    "tests/test_local_service.py",
+)
 """Two clusters at a time are too much for two cores."""
 _START_S = 150  # it takes five seconds on an idle machine
 

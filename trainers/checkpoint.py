@@ -3,19 +3,23 @@
 `checkpoints/step-00000040/` is a Hugging Face model directory (full) or holds `merged/` and `adapter/` (LoRA). Its
 `training_state/` stays until a newer checkpoint is recorded. Everything is written under a hidden temporary name,
 flushed to disk and renamed; a crash leaves the earlier checkpoints as they were. Only safetensors and JSON.
+
+Each attempt after the first writes under names of its own, `step-00000060-attempt-2`, and nothing touches what a later
+attempt has written: a process that was replaced and does not know it yet can do no harm.
 """
 
 import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
@@ -38,8 +42,12 @@ _log = logging.getLogger("tunewright.train")
 NamedParameters = Mapping[str, nn.Parameter]
 
 
-def checkpoint_path(output_dir: Path, step: int) -> Path:
-    return output_dir / "checkpoints" / f"step-{step:08d}"
+_NAME = re.compile(r"\.?step-(\d{8,})(?:-attempt-(\d+))?(\.draft|\.old)?")
+
+
+def checkpoint_path(output_dir: Path, step: int, attempt: int = 1) -> Path:
+    suffix = f"-attempt-{attempt}" if attempt > 1 else ""
+    return output_dir / "checkpoints" / f"step-{step:08d}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,19 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, output_dir: Path, method: Method, arch: Architecture, model_dir: Path, ranks: Ranks, reporter: Reporter
+        self,
+        output_dir: Path,
+        method: Method,
+        arch: Architecture,
+        model_dir: Path,
+        ranks: Ranks,
+        reporter: Reporter,
+        attempt: int,
+        resumed_step: int,
     ) -> None:
         self._output_dir = output_dir
+        self._attempt = attempt
+        self._resumed_step = resumed_step
         self._method = method
         self._arch = arch
         self._model_dir = model_dir
@@ -128,26 +146,25 @@ class CheckpointWriter:
         weights: dict[str, Tensor],
         moments: dict[str, Tensor],
     ) -> None:
-        path = checkpoint_path(self._output_dir, progress.step)
+        path = checkpoint_path(self._output_dir, progress.step, self._attempt)
         with _appearing(path) as draft:
             self._method.save(draft, weights, self._arch, self._model_dir)
             _save_state(draft / STATE, moments, progress, validation)
         best = progress.step == validation.best_step
         _log.info("checkpoint %s%s", path, " (the best so far)" if best else "")
         self._reporter.checkpoint(SavedCheckpoint(path, progress.step, progress.epoch, metrics, best))
-        drop_older_states(self._output_dir, progress.step)
+        tidy(self._output_dir, progress.step, self._attempt, self._resumed_step)
         if self._keep_last_n is not None:
-            self._delete_all_but(self._keep_last_n, checkpoint_path(self._output_dir, validation.best_step))
+            self._delete_all_but(self._keep_last_n, validation.best_step)
 
-    def _delete_all_but(self, last_n: int, best: Path) -> None:
+    def _delete_all_but(self, last_n: int, best_step: int) -> None:
         """Reported before they are gone: a checkpoint that is listed is there."""
-        written = sorted(path for path in best.parent.iterdir() if not path.name.startswith("."))
-        doomed = [path for path in written[:-last_n] if path != best]
+        written = [entry for entry in _entries(self._output_dir, self._attempt) if not entry.hidden]
+        doomed = [entry.path for entry in written[:-last_n] if entry.step != best_step]
         if doomed:
             self._reporter.deleted(doomed)
         for path in doomed:
-            hidden = path.rename(path.with_name(f".{path.name}.old"))
-            shutil.rmtree(hidden)
+            _remove(path)
 
 
 def load_progress(checkpoint: Path) -> tuple[Progress, Validation]:
@@ -173,13 +190,41 @@ def load_optimizer(checkpoint: Path, parameters: NamedParameters, optimizer: tor
             restore_optimizer_state(optimizer, parameters[name], saved)
 
 
-def drop_older_states(output_dir: Path, step: int) -> None:
-    """Deletes what only resuming needs from the checkpoints before `step`, and the drafts of runs that crashed."""
-    for path in (output_dir / "checkpoints").iterdir():
-        if path.name.startswith("."):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name < checkpoint_path(output_dir, step).name:
-            shutil.rmtree(path / STATE, ignore_errors=True)
+class _Entry(NamedTuple):
+    """Something in a job's directory of checkpoints: one (`hidden` False), a draft, or one that is being deleted."""
+
+    step: int
+    attempt: int
+    hidden: bool
+    path: Path
+
+
+def _entries(output_dir: Path, attempt: int) -> list[_Entry]:
+    """What this attempt and those before it have written, by step."""
+    entries = (
+        _Entry(int(name[1]), int(name[2] or 1), path.name.startswith("."), path)
+        for path in (output_dir / "checkpoints").iterdir()
+        if (name := _NAME.fullmatch(path.name)) is not None
+    )
+    return sorted(entry for entry in entries if entry.attempt <= attempt)
+
+
+def tidy(output_dir: Path, step: int, attempt: int, resumed_step: int) -> None:
+    """To be called once the checkpoint of `step` is recorded. Deletes what only resuming needs from the checkpoints
+    before it, the drafts of runs that crashed, and checkpoints of earlier attempts that nobody recorded: those this
+    attempt could have gone on from, had they been."""
+    for entry in _entries(output_dir, attempt):
+        if entry.hidden:
+            shutil.rmtree(entry.path, ignore_errors=True)
+        elif entry.attempt < attempt and entry.step > resumed_step and (entry.path / STATE).is_dir():
+            _remove(entry.path)
+        elif entry.step < step:
+            shutil.rmtree(entry.path / STATE, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Under a hidden name first: what has its final name is complete."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
 
 
 def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool) -> dict[str, Tensor]:

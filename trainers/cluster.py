@@ -40,6 +40,10 @@ RUN_ENV = {
 }
 
 
+LINGER_S = 10.0
+"""Longer than Ray's job manager needs to remove the supervisor of a Ray Job that ended (about a second)."""
+
+
 @dataclass(frozen=True)
 class Runner:
     """A Ray Job as the dispatcher sees it. `message` is Ray's own account of how it ended."""
@@ -50,6 +54,9 @@ class Runner:
 
 class Cluster:
     """The Ray cluster this process is connected to."""
+
+    def __init__(self) -> None:
+        self._lingering: dict[str, float] = {}  # when the supervisor of an ended Ray Job was first seen, by job
 
     @cached_property
     def _jobs(self) -> JobSubmissionClient:
@@ -105,12 +112,17 @@ class Cluster:
         """Remove an ended Ray Job, so that the job can be started again under the same id. False: it is too early.
 
         Ray's job manager looks at the supervisor actor of an ended job once more, a second or two after the actor has
-        gone: a new Ray Job of the same id would fail on that actor's name, or be declared dead with it.
+        gone: a new Ray Job of the same id would fail on that actor's name, or be declared dead with it. An actor that
+        Ray does not remove is removed here.
         """
         name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=job_id)
         with contextlib.suppress(ValueError):  # no such actor any more
-            ray.get_actor(name, SUPERVISOR_ACTOR_RAY_NAMESPACE)
+            supervisor = ray.get_actor(name, SUPERVISOR_ACTOR_RAY_NAMESPACE)
+            since = self._lingering.setdefault(job_id, time.monotonic())
+            if time.monotonic() - since > LINGER_S:
+                ray.kill(supervisor)
             return False
+        self._lingering.pop(job_id, None)
         ended_ms = self._jobs.get_job_info(job_id).end_time
         if ended_ms is not None and time.time() - ended_ms / 1000 < WATCHED_S:
             return False

@@ -8,8 +8,10 @@ detached actor, restarted by Ray without limit. It holds nothing that matters: `
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -33,13 +35,14 @@ from events.facts import (
 )
 from events.ids import new_event_id
 from events.job import FineTuningJob, evolve
-from events.log import EventLog
+from events.log import EventLog, LogUnavailable
 from events.store import Recorded
 from trainers import admission
 from trainers.admission import Capacity, Waiting
 from trainers.cluster import Cluster, Runner
 from trainers.settings import ERROR_FILE, Settings
 
+T = TypeVar("T")
 logger = logging.getLogger("tunewright.dispatcher")
 
 NAME = "tunewright-dispatcher"
@@ -113,7 +116,7 @@ class Dispatcher:
         self._draining_until = time.monotonic() + DRAIN_LASTS_S
         deadline = time.monotonic() + timeout_s
         self._at_work = None
-        while not self._idle and time.monotonic() < deadline:
+        while not self._idle and time.monotonic() < deadline:  # noqa: ASYNC110  -- the passes set no event
             await asyncio.sleep(SETTLING_TICK_S)
         return self._at_work or []
 
@@ -147,10 +150,11 @@ class Dispatcher:
         live = await self._live_jobs()
         self._without_runner &= {job.job_id for job in live}
         groups = await asyncio.to_thread(self._cluster.placement_groups) if live else {}
-        sights = await asyncio.gather(*(self._look(job, groups) for job in live))
+        looks = await asyncio.gather(*(_alone(job.job_id, self._look(job, groups)) for job in live))
+        sights = [sight for sight in looks if sight is not None]
         self._at_work = [s.job.job_id for s in sights if s.job.status == "running" and s.runner.state == "alive"]
         unsettled = [sight for sight in sights if sight.unsettled]
-        await asyncio.gather(*(self._settle(sight) for sight in unsettled))
+        await asyncio.gather(*(_alone(sight.job.job_id, self._settle(sight)) for sight in unsettled))
         rest = [sight for sight in sights if not sight.unsettled]
         await self._pause(rest)
         await asyncio.gather(*(self._free_groups(sight) for sight in rest if not sight.job.admitted))
@@ -265,7 +269,8 @@ class Dispatcher:
             if waiting < self._settings.max_waiting_runners:
                 waiting += 1
                 self._without_runner.discard(sight.job.job_id)
-                await asyncio.to_thread(self._cluster.start_runner, sight.job.job_id, self._settings.as_env())
+                start = asyncio.to_thread(self._cluster.start_runner, sight.job.job_id, self._settings.as_env())
+                await _alone(sight.job.job_id, start)
                 whys[sight.job.job_id] = "its runner is starting"
             else:
                 whys[sight.job.job_id] = f"waits for its turn to be validated; {waiting + behind} jobs ahead"
@@ -309,6 +314,17 @@ class Dispatcher:
                 for recorded in news
             ):
                 return
+
+
+async def _alone(job_id: str, work: Coroutine[Any, Any, T]) -> T | None:
+    """A job for which Ray fails must not keep a pass from all the others: None then, and the next pass tries again."""
+    try:
+        return await work
+    except (LogUnavailable, asyncio.CancelledError):
+        raise
+    except Exception:
+        logger.exception("%s: this pass could not act on it", job_id)
+        return None
 
 
 def _write_details(job_dir: Path, message: str) -> str:

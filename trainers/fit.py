@@ -24,6 +24,7 @@ from events.facts import Resources
 from trainers.errors import InfrastructureError, JobProblem, UserError
 from trainers.naming import NameAfterJob
 from trainers.reporting import Paused
+from trainers.tenure import Superseded
 from trainers.worker import FINISHED, PAUSED, Assignment, train_worker
 
 
@@ -37,7 +38,7 @@ def fit(assignment: Assignment, resources: Resources) -> None:
     Must be called on the main thread: Ray Train's SIGINT handler, which aborts the run and exits the process, is only
     installed there.
 
-    Raises Interrupted, Paused, or the JobProblem that ends the job.
+    Raises Interrupted, Paused, Superseded, or the JobProblem that ends the job.
     """
     trainer = _LeanTrainer(
         train_worker,
@@ -98,7 +99,7 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
     of the rules tells cause from consequence."""
     causes = {rank: _unwrapped(failure) for rank, failure in sorted(failures.items())}
     for cause in causes.values():
-        if isinstance(cause, JobProblem):
+        if isinstance(cause, JobProblem | Superseded):
             return cause
     for rank, cause in causes.items():
         if isinstance(cause, ray.exceptions.OutOfMemoryError):
@@ -118,11 +119,17 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
     return problem
 
 
-_DEATHS = (ray.exceptions.RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+_DEATHS = (ray.exceptions.RayActorError, WorkerHealthCheckTimeoutError)
 
 
 def _unwrapped(failure: Exception) -> BaseException:
-    return failure._base_exc if isinstance(failure, UserExceptionWithTraceback) else failure
+    match failure:
+        case UserExceptionWithTraceback():
+            return failure._base_exc
+        case WorkerHealthCheckFailedError():  # what Ray says of a worker that died
+            return failure.health_check_failure
+        case _:
+            return failure
 
 
 def _first_line(error: BaseException) -> str:

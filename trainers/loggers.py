@@ -1,8 +1,8 @@
 """The logger a job asks for: metrics as JSON lines on disk, or to Weights & Biases.
 
 Metrics go to the event log in any case. `resumed_step` is the step of the checkpoint that a run goes on from, 0 where
-it starts from the beginning: what an earlier attempt logged beyond it will be logged again, so the disk logger drops
-it.
+it starts from the beginning: what an earlier attempt logged beyond it will be logged again. The disk logger drops it;
+W&B keeps the first value it got for a step, which is the same one.
 """
 
 import json
@@ -10,7 +10,7 @@ import logging
 import netrc
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from events.facts import StepMetrics
@@ -34,43 +34,49 @@ class Logger(Protocol):
 
 
 def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Logger:
-    """The logger of `plan`. Only one process of a job may have it open."""
+    """The logger of `plan`. Only one process of a job may log with it; opening it changes nothing yet on disk."""
     if isinstance(plan.logger, DiskLog):
         return DiskLogger(job_dir / plan.logger.filename, resumed_step)
     return WandBLogger(plan.logger.project, job_id, job_dir, plan.model_dump(mode="json"))
 
 
 class DiskLogger:
-    """One JSON object a line: the fields of StepMetrics that have a value. What is no number is a string, `"NaN"`."""
+    """One JSON object a line: the fields of StepMetrics that have a value. What is no number is a string, `"NaN"`.
+
+    A run takes the file over with its first line. Whoever had it open before goes on in a file that nobody sees.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_lines_after(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._resumed_step = resumed_step
+        self._file: TextIO | None = None
 
     @property
     def uri(self) -> str:
         return self._path.resolve().as_uri()
 
     def log(self, metrics: StepMetrics) -> None:
+        if self._file is None:
+            self._file = _with_lines_up_to(self._resumed_step, self._path)
         self._file.write(metrics.model_dump_json(exclude_none=True) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Leaves the lines up to `step` (none for 0) and no line that a crash cut short."""
-    if not path.exists():
-        return
+def _with_lines_up_to(step: int, path: Path) -> TextIO:
+    """A new file at `path`, with the old one's lines up to `step` (none for 0) and no line that a crash cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(".metrics.draft")  # the name of the file may be as long as a name can be
-    with path.open(encoding="utf-8", errors="replace") as old, draft.open("w", encoding="utf-8") as new:
-        for line in old:
-            if line.endswith("\n") and step > 0 and _step_of(line) <= step:
-                new.write(line)
+    new = draft.open("w", encoding="utf-8")
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as old:
+            new.writelines(line for line in old if line.endswith("\n") and step > 0 and _step_of(line) <= step)
+    new.flush()
     draft.replace(path)
+    return new
 
 
 def _step_of(line: str) -> float:

@@ -7,6 +7,7 @@ thread reads the pipe and hands over batches; what the process printed is never 
 import contextlib
 import io
 import os
+import queue
 import select
 import sys
 import threading
@@ -47,8 +48,17 @@ class OutputCapture:
         os.dup2(write_fd, 2)
         os.close(write_fd)
         self._closing = threading.Event()
+        self._flushes: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._pump, name="output-capture", daemon=True)
         self._thread.start()
+
+    def flush(self) -> None:
+        """Return once every line written so far has been handed over: half a second later, at most, and what `sink`
+        takes."""
+        flushed = threading.Event()
+        self._flushes.put(flushed)
+        while self._thread.is_alive() and not flushed.wait(0.5):
+            pass
 
     def close(self) -> None:
         """Give 1 and 2 back, and return once every line written so far has been handed over."""
@@ -70,7 +80,10 @@ class OutputCapture:
         pending = b""
         lines: list[Line] = []
         last_sent = time.monotonic()
+        flushes: list[threading.Event] = []
         while True:
+            while not self._flushes.empty():  # before reading, as below
+                flushes.append(self._flushes.get())
             closing = self._closing.is_set()  # asked before reading: what is written until then is read below
             chunk = self._read()
             if chunk is not None:
@@ -84,9 +97,13 @@ class OutputCapture:
             done = chunk == b"" or (chunk is None and closing)
             if done and pending:
                 lines.append(_line(pending))
-            if lines and (done or len(lines) >= BATCH_LINES or time.monotonic() - last_sent >= FLUSH_S):
+            flush = bool(flushes) and chunk is None  # all that was there when it was asked for has been read
+            if lines and (done or flush or len(lines) >= BATCH_LINES or time.monotonic() - last_sent >= FLUSH_S):
                 self._send(lines)
                 lines, last_sent = [], time.monotonic()
+            if flush:
+                while flushes:
+                    flushes.pop().set()
             if done:
                 os.close(self._read_fd)
                 return

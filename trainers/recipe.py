@@ -46,8 +46,10 @@ def train(
     output_dir: Path,
     reporter: Reporter,
     resume_from: Path | None,
+    attempt: int = 1,
 ) -> None:
-    """Trains `plan`, going on from the checkpoint directory `resume_from` if one is given.
+    """Trains `plan`, going on from the checkpoint directory `resume_from` if one is given. A job's later attempts have
+    higher numbers; those before may still be writing.
 
     `train_data` and `valid_data` are directories of prepared data; `output_dir` is shared by all ranks. Each epoch ends
     with an evaluation (where there is `valid_data`) and a checkpoint; an evaluation within one that is the best so far
@@ -78,7 +80,9 @@ def train(
         resumed = resume_from is not None
         reference = reference_of(model, sets, plan.batch_size, ranks, output_dir, trained=resumed) if plan.pairs else {}
         log = ProgressLog(plan, total_steps, reporter, ranks)
-        checkpoints = stack.enter_context(CheckpointWriter(output_dir, method, arch, model_dir, ranks, reporter))
+        checkpoints = stack.enter_context(
+            CheckpointWriter(output_dir, method, arch, model_dir, ranks, reporter, attempt, progress.step)
+        )
 
         # ---- loop
         if valid and progress.step == 0:

@@ -15,7 +15,7 @@ from events.job import FineTuningJob
 from trainers.errors import Problem
 
 _TAGS = ("finetuning_type", "log_type")
-_STEP = re.compile(r"step-0*(\d+)/?$")
+_STEP = re.compile(r"step-0*(\d+)(?:-attempt-\d+)?/?$")
 
 
 class Resubmission(NamedTuple):

@@ -28,7 +28,6 @@ from events.facts import (
     Resources,
     RunInterrupted,
 )
-from events.ids import new_event_id
 from events.job import FineTuningJob
 from trainers.admission import describe
 from trainers.data.cache import DataCache
@@ -44,6 +43,7 @@ from trainers.reporting import Paused
 from trainers.retrying import retrying
 from trainers.settings import ERROR_FILE, Settings
 from trainers.suitability import check_suitable
+from trainers.tenure import Superseded, Tenure
 
 logger = logging.getLogger("tunewright.runner")
 
@@ -61,18 +61,20 @@ def run(job_id: str, settings: Settings) -> int:
     job = retrying(lambda: log.job(job_id))
     if job.finished_at is not None:
         return 0 if job.status == "success" else 1
+    tenure = Tenure(log, job_id, job.interruptions)
     with JobOutput(handles.lines, job_id):
-        outcome = _outcome(job, log, settings)
+        outcome = _outcome(job, log, tenure, settings)
     if outcome is None:
         return 0
     # Every line of the job is in its log before the event that ends it: a tail may stop at that event.
-    _record(outcome, job_id, log)
+    _record(outcome, job_id, tenure)
     return 0 if isinstance(outcome, JobSucceeded) else 1
 
 
-def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Event | None:
+def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: Settings) -> Event | None:
     """Do the job's work, through as many attempts as it is allowed; returns the event that ends it. None: it is to
-    pause, and stands at a checkpoint; the dispatcher records that once this process is gone.
+    pause, and stands at a checkpoint (the dispatcher records that once this process is gone), or it is another
+    runner's by now.
 
     The one place where any exception becomes an outcome.
     """
@@ -80,16 +82,19 @@ def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Eve
     try:
         plan = make_plan(Config.model_validate(job.input_config))
         model_dir = resolve_model(plan.model, settings, logger.info)
-        job = _make_data_ready(job, plan, model_dir, log, settings)
+        job = _make_data_ready(job, plan, model_dir, tenure, settings)
         while True:
-            job = _wait_until_admitted(job, log)
+            job = _wait_until_admitted(job, log, tenure)
             try:
                 interruption = _attempt(job, plan, model_dir, settings)
             except Paused:
                 return None
             if interruption is None:
                 return JobSucceeded(attempt=job.attempt + 1)
-            job = _record_interruption(job, interruption, log)
+            job = _record_interruption(job, interruption, log, tenure)
+    except Superseded as reason:
+        logger.warning("this runner ends here: %s", reason)
+        return None
     except DataInvalid as problem:
         return _failure(job, job_dir, problem.error, str(problem), problem.report)
     except JobProblem as problem:
@@ -100,7 +105,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, settings: Settings) -> Eve
 
 
 def _make_data_ready(
-    job: FineTuningJob, plan: Plan, model_dir: Path, log: EventLogClient, settings: Settings
+    job: FineTuningJob, plan: Plan, model_dir: Path, tenure: Tenure, settings: Settings
 ) -> FineTuningJob:
     """Every row of both files read, checked and tokenised to the job's directory, once."""
     architecture = inspect_model_dir(model_dir)
@@ -139,17 +144,16 @@ def _make_data_ready(
     validation_data = ready(plan.validation_data, "valid") if plan.validation_data else None
     if job.data is not None:
         return job
-    validated = DataValidated(data=data, validation_data=validation_data)
-    event_id = new_event_id()
-    return retrying(lambda: log.append(job.job_id, [validated], [event_id]))
+    return tenure.append(DataValidated(data=data, validation_data=validation_data))
 
 
-def _wait_until_admitted(job: FineTuningJob, log: EventLogClient) -> FineTuningJob:
+def _wait_until_admitted(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
     """Returns once the dispatcher has admitted the job. A cancelled one is stopped by the dispatcher's SIGINT."""
     if not job.admitted:
         logger.info("waiting for resources: %s", describe(needed(job)))
     while not job.admitted:
         job = retrying(partial(log.wait, job.job_id, job.version, WAIT_S))
+        tenure.check(job)
     return job
 
 
@@ -163,13 +167,15 @@ def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings
     assignment = Assignment(
         job_id=job.job_id,
         attempt=job.attempt + 1,
+        interruptions=job.interruptions,
         plan=plan.model_dump(mode="json"),
         storage=str(settings.storage),
         job_dir=str(settings.job_dir(job.job_id)),
         model_dir=str(model_dir),
         resume_from=str(checkpoint) if checkpoint else None,
     )
-    logger.info("attempt %d: starting %s", assignment.attempt, describe(needed(job)))
+    origin = f"going on from {checkpoint.name}" if checkpoint else "starting"
+    logger.info("attempt %d: %s, on %s", assignment.attempt, origin, describe(needed(job)))
     try:
         fit(assignment, needed(job))
     except Interrupted as interruption:
@@ -194,16 +200,16 @@ def latest_checkpoint(job: FineTuningJob) -> Path | None:
     return None
 
 
-def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient) -> FineTuningJob:
+def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
     """Send the job back to the queue; raises when it has been interrupted as often as it may."""
     job = retrying(lambda: log.job(job.job_id))
+    tenure.check(job)
     if job.interruptions >= job.max_restarts:
         raise InfrastructureError(
             "interrupted_too_often",
             f"{reason}; that was interruption {job.interruptions + 1}, and --max-restarts is {job.max_restarts}",
         )
-    event, event_id = RunInterrupted(attempt=job.attempt, reason=reason), new_event_id()
-    return retrying(lambda: log.append(job.job_id, [event], [event_id]))
+    return tenure.append(RunInterrupted(attempt=job.attempt, reason=reason))
 
 
 def _failure(
@@ -218,10 +224,9 @@ def _failure(
     return JobFailed(error=error, error_path=path.as_uri())
 
 
-def _record(outcome: Event, job_id: str, log: EventLogClient) -> None:
-    event_id = new_event_id()
+def _record(outcome: Event, job_id: str, tenure: Tenure) -> None:
     try:
-        retrying(lambda: log.append(job_id, [outcome], [event_id]))
-    except Refused as refusal:
+        tenure.append(outcome)
+    except (Refused, Superseded) as refusal:
         # Cancelled meanwhile: the dispatcher records that once this process is gone.
         logger.warning("%s: %s", job_id, refusal)

@@ -10,19 +10,18 @@ import queue
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
 
-from events.actors import EventLogClient, blocking, connect
+from events.actors import EventLogClient, connect
 from events.decide import Refused
 from events.facts import CheckpointSaved, CheckpointsDeleted, Event, MetricsRecorded, RunStarted, StepMetrics
 from events.ids import new_event_id
 from events.job import FineTuningJob
-from events.log import LogUnavailable
 from trainers.job_output import LineWriter, log_to_stdout
 from trainers.loggers import Logger, open_logger
 from trainers.output import OutputCapture
@@ -30,6 +29,7 @@ from trainers.plan import COMPILED, Plan
 from trainers.priority import give_way
 from trainers.reporting import SavedCheckpoint, Stopped
 from trainers.retrying import retrying
+from trainers.tenure import Superseded, Tenure, Watch
 
 logger = logging.getLogger("tunewright.train")
 
@@ -40,8 +40,6 @@ An aborted run returns nothing."""
 
 METRICS_FLUSH_S = 0.5
 """Metrics are gathered this long into one event."""
-POLL_S = 5.0
-"""Every append tells whether the job is to pause; where a step takes longer than this, the log is asked."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class Assignment:
 
     job_id: str
     attempt: int
+    interruptions: int
+    """The runner's tenure, see trainers.tenure."""
     plan: dict[str, Any]
     storage: str
     job_dir: str
@@ -68,7 +68,9 @@ def train_worker(config: dict[str, Any]) -> str:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     capture = OutputCapture(LineWriter(handles.lines, assignment.job_id, rank), tee=True)
-    reporter = RayReporter(assignment, rank, handles.log)
+    tenure = Tenure(handles.log, assignment.job_id, assignment.interruptions)
+    reporter = RayReporter(assignment, rank, handles.log, tenure, capture.flush)
+    watch = Watch(handles.log, assignment.job_id, assignment.attempt, tenure, reporter.look)
     try:
         log_to_stdout()
         from trainers.recipe import train  # torchtune takes seconds to import: its warnings belong to the job's log
@@ -85,11 +87,12 @@ def train_worker(config: dict[str, Any]) -> str:
             output_dir=job_dir,
             reporter=reporter,
             resume_from=Path(assignment.resume_from) if assignment.resume_from else None,
+            attempt=assignment.attempt,
         )
+    except Superseded as reason:
+        logger.warning("attempt %d ends here: %s", assignment.attempt, reason)
+        raise
     except Stopped as stopped:
-        if reporter.refused:
-            traceback.print_exc()
-            raise
         logger.info("%s, to pause", stopped)
         return PAUSED
     except BaseException:
@@ -99,6 +102,7 @@ def train_worker(config: dict[str, Any]) -> str:
         try:
             reporter.close()
         finally:
+            watch.close()
             capture.close()  # the lines that say what went wrong must get out
     return FINISHED
 
@@ -107,16 +111,24 @@ class RayReporter:
     """Turns the recipe's reports into events. Rank 0 speaks for all; on other ranks every report is a no-op.
 
     Metrics are queued and appended by a thread, so a step never waits for the log. A checkpoint is recorded, after
-    every metric that came before it, when `checkpoint` returns.
+    every metric and every line that came before it, when `checkpoint` returns.
     """
 
-    def __init__(self, assignment: Assignment, rank: int, log: EventLogClient) -> None:
+    def __init__(
+        self,
+        assignment: Assignment,
+        rank: int,
+        log: EventLogClient,
+        tenure: Tenure,
+        flush_output: Callable[[], None],
+    ) -> None:
         self._assignment = assignment
+        self._flush_output = flush_output
+        self._tenure = tenure
         self._speaks = rank == 0
         self._log = log
         self._logger: Logger | None = None
         self._queue: queue.SimpleQueue[StepMetrics | threading.Event | None] = queue.SimpleQueue()
-        self._refused = threading.Event()
         self._pausing = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._drain, name="metrics", daemon=True)
@@ -134,7 +146,7 @@ class RayReporter:
         self._logger = open_logger(
             plan, self._assignment.job_id, job_dir, load_progress(Path(checkpoint))[0].step if checkpoint else 0
         )
-        self._append(
+        self._tenure.append(
             RunStarted(
                 attempt=self._assignment.attempt,
                 workers=context.get_world_size(),
@@ -159,6 +171,7 @@ class RayReporter:
         if not self._speaks:
             return
         self._flush()
+        self._flush_output()  # an attempt that goes on from here prints the lines after it again, and none before it
         self._append(
             CheckpointSaved(
                 attempt=self._assignment.attempt,
@@ -175,14 +188,14 @@ class RayReporter:
             uris = [path.as_uri() for path in checkpoints]
             self._append(CheckpointsDeleted(attempt=self._assignment.attempt, uris=uris))
 
-    @property
-    def refused(self) -> bool:
-        """True once the log has refused this attempt's facts: the job is over, or a newer attempt owns it."""
-        return self._refused.is_set()
-
     def should_stop(self) -> bool:
-        """True once the facts were refused, or the job is to pause."""
-        return self._refused.is_set() or self._pausing.is_set()
+        """True once the job is to pause. (One that is cancelled ends with its runner.)"""
+        return self._pausing.is_set()
+
+    def look(self, job: FineTuningJob) -> None:
+        """At the job as the log has it now."""
+        if job.pausing and job.attempt == self._assignment.attempt:
+            self._pausing.set()
 
     def close(self) -> None:
         """Everything reported is in the log, and the logger is closed, when this returns."""
@@ -201,16 +214,15 @@ class RayReporter:
             raise self._failure
 
     def _drain(self) -> None:
-        """The thread: gather metrics for a moment, append them as one event. Where none come, ask for news."""
+        """The thread: gather metrics for a moment, append them as one event."""
         while True:
             batch: list[StepMetrics] = []
             waiter: threading.Event | None = None
             deadline: float | None = None
             last = False
             while True:
-                wait_s = POLL_S if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
-                    item = self._queue.get(timeout=wait_s)
+                    item = self._queue.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
                 except queue.Empty:
                     break
                 if isinstance(item, StepMetrics):
@@ -221,8 +233,6 @@ class RayReporter:
                 break
             if batch and self._failure is None:
                 self._append_in_thread(batch)
-            elif waiter is None and not last:
-                self._ask()
             if waiter is not None:
                 waiter.set()
             if last:
@@ -235,16 +245,9 @@ class RayReporter:
             self._failure = error
 
     def _append(self, event: Event) -> None:
+        """Raises Superseded where the log refuses it: the job is over, or goes on without this attempt."""
         event_id = new_event_id()
         try:
-            self._look(retrying(lambda: self._log.append(self._assignment.job_id, [event], [event_id])))
-        except Refused:
-            self._refused.set()
-
-    def _ask(self) -> None:
-        with suppress(LogUnavailable):  # the next time will do
-            self._look(blocking(self._log.job(self._assignment.job_id)))
-
-    def _look(self, job: FineTuningJob) -> None:
-        if job.pausing and job.attempt == self._assignment.attempt:
-            self._pausing.set()
+            self.look(retrying(lambda: self._log.append(self._assignment.job_id, [event], [event_id])))
+        except Refused as refusal:
+            raise Superseded(str(refusal)) from refusal

@@ -47,7 +47,7 @@ def test_a_reopened_store_has_everything(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with (
         closing(SqliteStore(tmp_path / "events.db")),
-        pytest.raises(StoreLockedError, match="another process has the event log open"),
+        pytest.raises(StoreLockedError, match="another process writes here"),
     ):
         SqliteStore(tmp_path / "events.db")
 

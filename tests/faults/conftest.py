@@ -1,25 +1,44 @@
-"""What the fault tests share: how long they take, and a seed to replay them with."""
+"""The fault suite: processes are killed, stopped and cut off while the service works, and nothing may be lost.
+
+Short by default. `--long` is the whole of it (`make faults`); `--faults-seed` repeats a run whose seed was printed.
+"""
 
 import secrets
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.faults.killing import Faults, a_service, make_inputs
+from tests.service.conftest import Api
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the fault tests in full, not in a minute")
-    parser.addoption("--faults-seed", type=int, help="replay the fault tests with this seed")
+    parser.addoption("--long", action="store_true", help="the fault suite in full: hours, not minutes")
+    parser.addoption("--faults-seed", type=int, default=None, help="the seed that a run of the fault suite printed")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def long(request: pytest.FixtureRequest) -> bool:
-    """Whether to run in full."""
     return bool(request.config.getoption("--long", default=False))
 
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Printed, so that what failed can be run again."""
+    """What this test's random choices come from. Printed, so that a failure can be repeated."""
     given = request.config.getoption("--faults-seed", default=None)
-    seed = secrets.randbelow(2**32) if given is None else int(given)
-    print(f"--faults-seed {seed}")  # noqa: T201  -- pytest shows it with a failure
-    return seed
+    chosen = secrets.randbelow(2**31) if given is None else int(given)
+    print(f"repeat with --faults-seed={chosen}")  # noqa: T201  -- pytest shows it with a failure
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def faults(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    """One service for all tests here that leave it standing."""
+    with a_service(tmp_path_factory.mktemp("storage"), inputs) as service:
+        yield Faults(Api(service, inputs / "tiny", inputs / "rows.jsonl"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import psutil
 import pytest
 
 from tests.serve_app.client_journey import generate_client, journey
-from tests.service.conftest import CPUS, WAIT_S, Api, eventually, local_service
+from tests.service.conftest import CPUS, WAIT_S, Api, eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -182,23 +181,6 @@ def test_a_finished_job_cannot_be_cancelled(api: Api, bad_rows: Path) -> None:
     assert api.http.post("/fine_tuning/jobs/cancel", json={"job_id": job_id}).status_code == 409
 
 
-def test_a_job_whose_worker_is_killed_goes_on_from_its_last_checkpoint(api: Api) -> None:
-    job_id = api.submit(api.endless())
-    api.until(job_id, lambda job: len(job["checkpoints"]) >= 2)
-    for worker in workers_of(api, job_id):
-        worker.send_signal(signal.SIGKILL)
-    job = api.until(job_id, lambda job: job["attempt"] == 2 and job["status"] == "running")
-    assert job["interruptions"] == 1
-    saved = int(job["checkpoints"][-1].rsplit("-", 1)[1])
-    assert job["progress"]["step"] >= saved > 0
-    api.until(job_id, lambda job: job["progress"]["step"] > saved)
-    api.cancel(job_id)
-    api.until_status(job_id, "cancelled")
-    resumed = [m for m in api.messages(job_id) if "going on after step" in m]
-    assert resumed[0].endswith("after step 0")
-    assert not resumed[1].endswith("after step 0")
-
-
 def test_everything_of_a_job_in_rays_dashboard_carries_its_id(api: Api) -> None:
     job_id = api.submit(api.endless())
     api.until_status(job_id, "running")
@@ -254,25 +236,3 @@ def test_ray_job_submit_runs_one_job_to_its_end(api: Api, tmp_path: Path, end: s
 def _newest_runs(api: Api) -> bool:
     newest = api.http.get("/fine_tuning/jobs", params={"limit": 1}).json()["data"][0]
     return bool(newest["status"] == "running")
-
-
-def test_after_the_whole_service_is_killed_nothing_is_lost_and_a_running_job_goes_on(
-    tmp_path: Path, inputs: Path
-) -> None:
-    with local_service(tmp_path / "storage", inputs) as service:
-        before = Api(service, inputs / "tiny", inputs / "rows.jsonl")
-        done = before.submit(before.config())
-        lines = before.messages(done)
-        finished = before.job(done)
-        running = before.submit(before.endless())
-        before.until(running, lambda job: len(job["checkpoints"]) >= 1)
-        for process in service.processes():
-            process.send_signal(signal.SIGKILL)
-    with local_service(tmp_path / "storage", inputs) as service:
-        after = Api(service, inputs / "tiny", inputs / "rows.jsonl")
-        assert after.job(done) == finished
-        assert after.messages(done) == lines
-        job = after.until(running, lambda job: job["attempt"] == 2 and job["status"] == "running")
-        assert job["progress"]["step"] > 0
-        after.cancel(running)
-        after.until_status(running, "cancelled")

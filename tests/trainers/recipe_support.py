@@ -136,6 +136,7 @@ class Case:
     valid_data: Path | None = None
     resume_from: Path | None = None
     stop_at: int | None = None
+    attempt: int = 1
 
     def run(self, reporter: Recorder | None = None) -> Recorder:
         """Trains, here and now; a stop is no failure."""
@@ -149,6 +150,7 @@ class Case:
                 output_dir=self.output_dir,
                 reporter=reporter,
                 resume_from=self.resume_from,
+                attempt=self.attempt,
             )
         return reporter
 

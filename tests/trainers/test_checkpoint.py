@@ -199,6 +199,48 @@ def test_a_crash_while_writing_leaves_no_checkpoint_and_the_next_run_clears_up(
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000011", "step-00000022"]
 
 
+def test_a_later_attempt_writes_under_names_of_its_own_and_clears_up_what_nobody_recorded(case: Case) -> None:
+    case.plan = make_plan_for(n_epochs=2, save_every_n_steps=4)
+
+    class Dying(Recorder):
+        def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
+            if checkpoint.step > 8:
+                raise ConnectionError("the runner died before this checkpoint was recorded")
+            super().checkpoint(checkpoint)
+
+    first = Dying()
+    with pytest.raises(ConnectionError):
+        run_with(case, first)
+    recorded = [checkpoint.path for checkpoint in first.checkpoints]
+    unrecorded = checkpoint_path(case.output_dir, 11)
+    assert load_progress(recorded[-1])[0].step == 8
+    assert unrecorded.is_dir()
+    again = replace(case, resume_from=recorded[-1], attempt=2).run()
+    assert [c.path.name for c in again.checkpoints[:2]] == ["step-00000011-attempt-2", "step-00000012-attempt-2"]
+    left = set((case.output_dir / "checkpoints").iterdir())
+    assert left == {*recorded, *(checkpoint.path for checkpoint in again.checkpoints)}
+
+
+def test_an_attempt_that_was_replaced_touches_nothing_of_the_one_that_replaced_it(case: Case) -> None:
+    """It wakes up in the middle of its own checkpoints, when another attempt has taken over."""
+    case.plan = make_plan_for(n_epochs=1, save_every_n_steps=4, keep_last_n_checkpoints=1)
+    folder = case.output_dir / "checkpoints"
+    theirs = {"step-00000004-attempt-2", ".step-00000008-attempt-2.draft", "step-00000012-attempt-10"}
+    for name in theirs:
+        (folder / name / "training_state").mkdir(parents=True)
+    case.run()
+    assert {path.name for path in folder.iterdir()} == theirs | {"step-00000011"}
+    assert all((folder / name / "training_state").is_dir() for name in theirs)
+
+
+def test_checkpoints_are_deleted_in_the_order_of_their_steps_and_attempts(case: Case) -> None:
+    case.plan = make_plan_for(n_epochs=1, save_every_n_steps=4, keep_last_n_checkpoints=2)
+    case.valid_data = None
+    first = replace(case, stop_at=4).run().checkpoints[-1].path
+    again = replace(case, resume_from=first, attempt=2).run()
+    assert again.gone == [first]
+
+
 def test_full_fine_tuning_saves_a_model_directory(case: Case) -> None:
     path = replace(case, plan=make_plan_for("full")).run().checkpoints[-1].path
     arch = inspect_model_dir(path)

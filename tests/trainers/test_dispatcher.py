@@ -53,6 +53,7 @@ class InMemoryCluster:
     stopping: list[str] = field(default_factory=list)
     held: dict[str, float] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)  # jobs on a node that is about to go
+    broken: set[str] = field(default_factory=set)
 
     def capacity(self) -> Capacity:
         free = self.cpus - sum(self.held.values())
@@ -64,6 +65,8 @@ class InMemoryCluster:
         self.started.append(job_id)
 
     def runner(self, job_id: str) -> Runner:
+        if job_id in self.broken:
+            raise RuntimeError("500 Internal Server Error")
         return Runner(self.runners.get(job_id, "absent"), "killed by the test")
 
     def stop_runner(self, job_id: str) -> None:
@@ -284,6 +287,25 @@ async def test_after_a_restart_of_the_whole_cluster_a_running_job_is_queued_and_
     job = await world.job(job_id)
     assert job.status == "queued"
     assert world.cluster.started == [job_id, job_id]
+
+
+@in_world
+async def test_a_job_for_which_ray_fails_does_not_keep_the_others_from_what_they_need(world: World) -> None:
+    ill, lost = await world.running(), await world.running()
+    late = await world.submit()
+    await world.pass_()
+    world.cluster.broken.add(ill)
+    world.cluster.runners[lost] = "ended"
+    world.cluster.free(lost)
+    await world.pass_(times=2)
+    assert (await world.job(lost)).status == "queued"
+    assert world.cluster.started == [ill, lost, late, lost]
+
+    world.cluster.broken.clear()
+    world.cluster.runners[ill] = "ended"
+    world.cluster.free(ill)
+    await world.pass_()
+    assert (await world.job(ill)).status == "queued"
 
 
 @in_world

@@ -2,13 +2,16 @@
 
 import pytest
 import ray.exceptions
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
 from trainers.admission import for_workers
 from trainers.errors import InfrastructureError, JobProblem, UserError
 from trainers.fit import Interrupted, cause_of, placement_strategy
+from trainers.tenure import Superseded
 
-KILLED = ray.exceptions.RayActorError(error_msg="The actor died. A root cause may be the OOM killer; or SIGKILL.")
+KILLED = WorkerHealthCheckFailedError(
+    "Worker 0 failed", ray.exceptions.RayActorError(error_msg="The actor died. A root cause may be SIGKILL.")
+)
 DIVERGED = UserExceptionWithTraceback(UserError("loss_not_finite", "the loss is nan"), "Traceback ...")
 COLLATERAL = UserExceptionWithTraceback(RuntimeError("Connection closed by peer"), "Traceback ...")
 
@@ -25,10 +28,15 @@ def test_a_lost_worker_interrupts_the_run_whatever_the_others_say(failures: dict
 
 
 def test_a_worker_that_ray_killed_for_memory_says_what_to_change() -> None:
-    cause = cause_of({0: ray.exceptions.OutOfMemoryError("killed")})
+    cause = cause_of({0: WorkerHealthCheckFailedError("Worker 0 failed", ray.exceptions.OutOfMemoryError("killed"))})
     assert isinstance(cause, UserError)
     assert cause.error.code == "out_of_memory"
     assert "batch_size" in cause.error.message
+
+
+def test_an_attempt_that_was_replaced_is_neither_a_failure_nor_an_interruption() -> None:
+    replaced = UserExceptionWithTraceback(Superseded("job ftjob-1 is queued"), "Traceback ...")
+    assert isinstance(cause_of({0: replaced, 1: COLLATERAL}), Superseded)
 
 
 def test_an_unknown_error_is_ours_and_is_not_tried_again() -> None:

@@ -75,6 +75,21 @@ def test_a_resumed_run_repeats_no_line(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines(path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
 
 
+def test_whoever_has_the_file_open_when_a_newer_run_takes_it_over_writes_nothing_more_into_it(tmp_path: Path) -> None:
+    plan = make_plan_for(logger=DiskLog(filename="m.jsonl"))
+    old, new = (open_logger(plan, "ftjob-1", tmp_path, resumed) for resumed in (0, 1))
+    old.log(step(1, loss=1))
+    old.log(step(2, loss=2))
+    new.log(step(2, loss=20))
+    old.log(step(3, loss=3))
+    new.log(step(3, loss=30))
+    assert [line["loss"] for line in lines(tmp_path / "m.jsonl")] == [1, 20, 30]
+    open_logger(plan, "ftjob-1", tmp_path, 0).close()  # a late one that never gets to a step
+    assert len(lines(tmp_path / "m.jsonl")) == 3
+    old.close()
+    new.close()
+
+
 def test_a_run_that_begins_again_begins_a_new_file(tmp_path: Path) -> None:
     path = write(tmp_path, [step(0, valid_loss=1), step(1, loss=1)])
     write(tmp_path, [step(0, valid_loss=2)], resumed_step=0)

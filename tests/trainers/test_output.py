@@ -90,6 +90,20 @@ def test_a_line_is_delivered_while_the_process_goes_on() -> None:
     assert lines == ["now", "seen"]
 
 
+def test_after_a_flush_every_line_so_far_has_been_handed_over() -> None:
+    lines = captured(
+        """
+        for number in range(200):
+            print(number)
+            if number % 50 == 7:
+                capture.flush()
+                seen = len(delivered)
+                print(f"{number} {seen}")
+        """
+    )
+    assert [line for line in lines if " " in line] == ["7 8", "57 59", "107 110", "157 161"]
+
+
 def test_a_child_that_keeps_the_pipe_open_does_not_hold_up_the_end() -> None:
     assert captured(
         "child = subprocess.Popen(['sleep', '30']); print('done')\nimport atexit; atexit.register(child.kill)"

@@ -19,6 +19,7 @@ from trainers.plan import Plan, make_plan
 from trainers.retrying import retrying
 from trainers.runner import _make_data_ready, latest_checkpoint
 from trainers.settings import Settings
+from trainers.tenure import Tenure
 
 RESOURCES = Resources(workers=1, nodes=1, cpus_per_worker=1, gpus_per_worker=0)
 
@@ -49,7 +50,7 @@ class Runner:
         return retrying(lambda: self.log.submit(job_id, event, new_event_id(), 10)), make_plan(config)
 
     def make_ready(self, job: FineTuningJob, plan: Plan) -> FineTuningJob:
-        return _make_data_ready(job, plan, self.model, self.log, self.settings)
+        return _make_data_ready(job, plan, self.model, Tenure(self.log, job.job_id, 0), self.settings)
 
     def data(self, job: FineTuningJob) -> Path:
         return self.settings.job_dir(job.job_id) / "data" / "train"

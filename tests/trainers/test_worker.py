@@ -22,8 +22,9 @@ from events.ids import new_event_id
 from events.log import EventLog
 from events.memory import MemoryStore
 from tests.trainers.test_runner import RESOURCES
-from trainers import worker
+from trainers import tenure
 from trainers.retrying import retrying
+from trainers.tenure import Superseded, Tenure, Watch
 from trainers.worker import Assignment, RayReporter
 
 JOB = "ftjob-1"
@@ -48,9 +49,11 @@ class Running:
         event = JobSubmitted(config={}, resources=RESOURCES, max_restarts=1, submission_id=JOB)
         retrying(lambda: self.log.submit(JOB, event, new_event_id(), 10))
         self.tell(DataValidated(data=REPORT), JobAdmitted(), self.started(1))
-        assignment = Assignment(JOB, attempt=1, plan={}, storage="", job_dir="", model_dir="", resume_from=None)
-        log: EventLogClient = self.log  # type: ignore[assignment]  # the same methods, without Ray between
-        self.reporter = RayReporter(assignment, 0, log)
+        places = dict.fromkeys(("storage", "job_dir", "model_dir"), "")
+        assignment = Assignment(JOB, attempt=1, interruptions=0, plan={}, resume_from=None, **places)
+        self.client: EventLogClient = self.log  # type: ignore[assignment]  # the same methods, without Ray between
+        self.tenure = Tenure(self.log, JOB, 0)
+        self.reporter = RayReporter(assignment, 0, self.client, self.tenure, lambda: None)
 
     def tell(self, *events: Event) -> None:
         retrying(lambda: self.log.append(JOB, list(events), [new_event_id() for _ in events]))
@@ -81,25 +84,31 @@ def test_a_worker_whose_steps_are_short_learns_of_a_pause_as_it_reports_them(run
     running.tell(PauseRequested())
     running.step(2)
     eventually(running.reporter.should_stop)
-    assert not running.reporter.refused
 
 
-def test_a_worker_in_a_long_step_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "POLL_S", 0.05)
-    running = Running()
+def test_a_worker_in_a_long_step_asks(monkeypatch: pytest.MonkeyPatch, running: Running) -> None:
+    monkeypatch.setattr(tenure, "WATCH_S", 0.05)
+    watch = Watch(running.client, JOB, 1, running.tenure, running.reporter.look)
     try:
         assert not running.reporter.should_stop()
         running.tell(PauseRequested(by="node_drain"))
         eventually(running.reporter.should_stop)
-        assert not running.reporter.refused
         history = retrying(lambda: running.log.read(JOB))
         assert not any(isinstance(recorded.event, MetricsRecorded) for recorded in history)
     finally:
-        running.reporter.close()
+        watch.close()
 
 
-def test_a_worker_that_was_replaced_stops_and_says_so(running: Running) -> None:
+def test_a_worker_that_was_replaced_is_told_when_it_reports(running: Running) -> None:
     running.tell(running.started(2))
     running.step(1)
-    eventually(running.reporter.should_stop)
-    assert running.reporter.refused
+
+    def superseded() -> bool:
+        try:
+            running.step(2)
+        except Superseded:
+            return True
+        return False
+
+    eventually(superseded)
+    assert not running.reporter.should_stop()

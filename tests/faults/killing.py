@@ -1,0 +1,212 @@
+"""A service whose parts can be killed one by one, jobs that show it, and how long each recovery takes."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+
+from serve_app.local import LocalService
+from tests.service.conftest import Api, eventually
+from tests.tiny_models import make_tiny_model
+
+CPUS = 2
+RECOVERY_S = 240.0
+"""A job that was interrupted trains again within this, on a machine that is busy with other things."""
+UNOWNED_S = 30.0
+"""No job reads `running` for longer than this without a live owner."""
+ROWS, BATCH, EPOCHS, INTERVAL = 160, 2, 10, 20
+STEPS = ROWS // BATCH * EPOCHS
+"""Of a job of these tests; it saves a checkpoint every INTERVAL steps."""
+
+
+def make_inputs(directory: Path) -> Path:
+    """A directory with a tiny model (`tiny`) and data (`rows.jsonl`)."""
+    make_tiny_model(directory / "tiny")
+    rows = [
+        {"dialog": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"It is {i}. " * 8}]}
+        for i in range(ROWS)
+    ]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def a_service(storage: Path, inputs: Path) -> LocalService:
+    env = {
+        "TUNEWRIGHT_DATA_ROOTS": str(inputs),
+        "TUNEWRIGHT_MODEL_ROOTS": str(inputs),
+        "TUNEWRIGHT_HEARTBEAT_S": "1",
+        "TUNEWRIGHT_MAX_WAITING_RUNNERS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return LocalService(storage, num_cpus=CPUS, env=env)
+
+
+class Recovery(NamedTuple):
+    """Seconds after a kill. `unowned_s`: until the job no longer read `running` (0: it lost no owner); `resumed_s`:
+    until it had trained a step further; `door_s`: until the API had answered for the last time with an error."""
+
+    kind: str
+    unowned_s: float
+    resumed_s: float
+    door_s: float
+
+
+OWNERS: dict[str, list[tuple[str, ...]]] = {
+    "worker": [("RayTrainWorker", "{job}")],
+    "runner": [("trainers run {job}",)],
+    "runner's supervisor": [("JobSupervisor",)],
+    "Train controller": [("TrainController", "{job}")],
+    "all of these, and the dispatcher": [
+        ("trainers run {job}",),
+        ("JobSupervisor",),
+        ("TrainController", "{job}"),
+        ("RayTrainWorker", "{job}"),
+        ("DispatcherActor",),
+    ],
+}
+"""What a running job can't do without, by words of the processes' titles."""
+OTHERS: dict[str, list[tuple[str, ...]]] = {
+    "event log": [("EventLogActor",)],
+    "log queue": [("LogQueueActor",)],
+    "dispatcher": [("DispatcherActor",)],
+    "Serve replica": [("ServeReplica",)],
+    "Serve controller": [("ServeController",)],
+    "proxy": [("haproxy", "-f")],
+    "proxy's manager": [("HAProxyManager",)],
+}
+"""What the service can't do without; a job does."""
+
+
+@dataclass
+class Faults:
+    """The service, and how to hurt it."""
+
+    api: Api
+
+    def find(self, words: Sequence[str]) -> list[psutil.Process]:
+        return [process for process in self.api.service.processes() if all(word in title(process) for word in words)]
+
+    def kill(self, kind: str, job_id: str) -> None:
+        """SIGKILL to every process of the kind; there must be one."""
+        patterns = [[word.format(job=job_id) for word in words] for words in (OWNERS | OTHERS)[kind]]
+        victims = [process for words in patterns for process in self._found(words)]
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.send_signal(signal.SIGKILL)
+
+    def _found(self, words: list[str]) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+
+        def is_there() -> bool:
+            found[:] = self.find(words)
+            return bool(found)
+
+        eventually(is_there, 60, lambda: f"no process {words} among {list(map(title, self.api.service.processes()))}")
+        return found
+
+    def kill_and_recover(self, kind: str, job_id: str) -> Recovery:
+        """Kills one kind of process while the job runs, and waits until the job has trained further."""
+        before = self.job(job_id)
+        began = time.monotonic()
+        self.kill(kind, job_id)
+        unowned_s = door_s = 0.0
+
+        def recovered() -> bool:
+            nonlocal unowned_s, door_s
+            since = time.monotonic() - began
+            try:
+                job = self.api.job(job_id)
+            except (httpx.HTTPError, AssertionError):
+                door_s = since
+                return False
+            if kind in OWNERS and not unowned_s and job["status"] != "running":
+                unowned_s = since
+            if job["status"] == "success":
+                return True
+            started = job["attempt"] > before["attempt"] if kind in OWNERS else job["attempt"] == before["attempt"]
+            resumed = step_of(job) > (0 if kind in OWNERS else step_of(before) + 1)
+            return job["status"] == "running" and started and resumed
+
+        eventually(recovered, RECOVERY_S, lambda: f"after the loss of the {kind}: {self.job(job_id)}")
+        return Recovery(kind, unowned_s, time.monotonic() - began, door_s)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """The job, once the API answers."""
+        job: dict[str, Any] = {}
+
+        def answers() -> bool:
+            nonlocal job
+            with suppress(httpx.HTTPError, AssertionError):
+                job = self.api.job(job_id)
+            return bool(job)
+
+        eventually(answers, RECOVERY_S, lambda: "the API does not answer")
+        return job
+
+    def until_up(self) -> None:
+        """Returns once the API answers."""
+
+        def answers() -> bool:
+            with suppress(httpx.HTTPError):
+                return self.api.http.get("/healthz").is_success
+            return False
+
+        eventually(answers, RECOVERY_S, lambda: "the API does not answer")
+
+    def submit(self, **changes: Any) -> str:
+        """A job that saves often and can be interrupted often."""
+        options = {
+            "n_epochs": EPOCHS,
+            "batch_size": BATCH,
+            "extras": {"save_every_n_steps": INTERVAL, "keep_last_n_checkpoints": 2, "dtype": "fp32"},
+        }
+        return self.api.submit(
+            self.api.config(**{"fine_tuning_options": options, "overrides": "--max-restarts 1000"} | changes)
+        )
+
+    def until(self, job_id: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        job: dict[str, Any] = {}
+
+        def holds() -> bool:
+            nonlocal job
+            job = self.job(job_id)
+            return condition(job)
+
+        eventually(holds, RECOVERY_S, lambda: f"the job stays {job}")
+        return job
+
+
+def step_of(job: dict[str, Any]) -> int:
+    return int((job.get("progress") or {}).get("step", 0))
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def logged(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The job's metrics, as its disk logger has them, without what depends on the clock or the machine."""
+    varies = {"time", "tokens_per_second", "peak_memory_bytes"}
+    lines = Path(job["logs"].removeprefix("file://")).read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in varies} for line in lines]
+
+
+def steps_by_attempt(messages: list[str]) -> list[list[int]]:
+    """The steps that the job's log lines tell of, for each attempt; each list begins with the step it went on after."""
+    attempts: list[list[int]] = []
+    for message in messages:
+        if "going on after step " in message:
+            attempts.append([int(message.rpartition(" ")[2])])
+        elif message.startswith("step ") and "/" in message:
+            attempts[-1].append(int(message.removeprefix("step ").partition("/")[0]))
+    return attempts

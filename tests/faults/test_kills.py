@@ -1,0 +1,74 @@
+"""Any process may be killed at any moment: the job goes on, and in the end it can't be told from one left in peace."""
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+
+from tests.faults.killing import INTERVAL, OTHERS, OWNERS, STEPS, UNOWNED_S, Faults, logged, step_of, steps_by_attempt
+
+TIMES = 20
+"""In the long suite each kind of process is killed this often."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(faults: Faults) -> dict[str, Any]:
+    return faults.until(faults.submit(), lambda job: job["status"] == "success")
+
+
+@pytest.mark.timeout(6 * 3600)
+def test_whatever_is_killed_every_job_finishes_with_the_losses_of_the_undisturbed_run(
+    faults: Faults, undisturbed: dict[str, Any], long: bool, seed: int
+) -> None:
+    kinds = [*OWNERS, *OTHERS] * (TIMES if long else 1)
+    rng = random.Random(seed)  # noqa: S311  -- a shuffle
+    rng.shuffle(kinds)
+    while kinds:
+        job_id = faults.submit()
+        interruptions = 0
+        while kinds and _killable(faults, job_id):
+            recovery = faults.kill_and_recover(kinds[-1], job_id)
+            print(recovery)  # noqa: T201  -- pytest shows it with a failure
+            assert recovery.unowned_s < UNOWNED_S, recovery
+            interruptions += kinds.pop() in OWNERS
+        job = faults.until(job_id, lambda job: job["status"] not in ("validation", "queued", "running"))
+        assert job["status"] == "success", job
+        assert job["interruptions"] == interruptions
+        assert logged(job) == logged(undisturbed)
+        lines = steps_by_attempt(faults.api.messages(job_id))
+        for steps in lines:
+            assert steps == list(range(steps[0], steps[-1] + 1))  # no line is lost, none comes twice
+        for lost, resumed in itertools.pairwise(lines):
+            # A checkpoint may be under way when the next one is due; then training waits for it.
+            assert 0 <= lost[-1] - resumed[0] <= 2 * INTERVAL
+
+
+def _killable(faults: Faults, job_id: str) -> bool:
+    """Waits until the job runs and has a checkpoint. False: it is so far that it might end before it is hurt."""
+    job = faults.until(job_id, lambda job: job["status"] == "success" or _has_run(job))
+    return job["status"] == "running" and step_of(job) < 0.7 * STEPS
+
+
+def _has_run(job: dict[str, Any]) -> bool:
+    return job["status"] == "running" and bool(job["checkpoints"]) and step_of(job) > INTERVAL
+
+
+def test_a_fault_of_the_user_s_is_not_tried_again(faults: Faults) -> None:
+    options = {"n_epochs": 2, "lr": 1e30, "extras": {"optimizer": {"_component_": "torch.optim.SGD"}, "dtype": "fp32"}}
+    job_id = faults.submit(fine_tuning_options=options)
+    job = faults.until(job_id, lambda job: job["status"] not in ("validation", "queued", "running"))
+    assert (job["status"], job["interruptions"], job["attempt"]) == ("failed", 0, 1), job
+    assert (job["error"]["code"], job["error"]["fault"]) == ("loss_not_finite", "user")
+
+
+def test_a_job_survives_as_many_interruptions_as_max_restarts_says(faults: Faults) -> None:
+    job_id = faults.submit(overrides="--max-restarts 0")
+    faults.until(job_id, lambda job: step_of(job) > 0)
+    faults.kill("worker", job_id)
+    job = faults.until(job_id, lambda job: job["status"] not in ("validation", "queued", "running"))
+    assert (job["status"], job["error"]["code"], job["error"]["fault"]) == (
+        "failed",
+        "interrupted_too_often",
+        "infrastructure",
+    )

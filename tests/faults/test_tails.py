@@ -1,0 +1,121 @@
+"""Readers of a job's log that are cut off, again and again, or that stall."""
+
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+
+from tests.faults.killing import OTHERS, Faults, step_of
+from tests.service.conftest import eventually
+
+MANY_LINES = """
+import asyncio, sys
+from pathlib import Path
+import ray
+from events.actors import connect
+address, storage, job_id, count = sys.argv[1:]
+ray.init(address, namespace="tunewright", log_to_driver=False)
+lines = connect(Path(storage)).lines
+async def write():
+    for first in range(0, int(count), 500):
+        batch = [("2026-11-22T20:00:00Z", f"{number} " + "x" * 500) for number in range(first, first + 500)]
+        await lines.append(job_id, "many", first, batch)
+asyncio.run(write())
+"""
+LINES = 60_000
+"""Of some 600 bytes each in a tail: 36 MB for each reader, far more than sockets take in."""
+STALLED = 10
+MAY_GROW = 100 << 20
+"""Bytes, of what serves the readers. Ten of them that were waited for would hold 360 MB."""
+
+
+@pytest.mark.timeout(3600)
+def test_a_reader_that_is_cut_off_again_and_again_sees_every_line_once(faults: Faults, long: bool, seed: int) -> None:
+    rng = random.Random(seed)  # noqa: S311  -- where connections break
+    job_id = faults.submit()
+    seen: list[dict[str, Any]] = []
+    after = cuts = 0
+    status = None
+    while status is None:
+        want = len(seen) + (rng.randrange(1, 4) if long else rng.randrange(1, 40))
+        cut = cuts < (500 if long else 50)
+        with faults.api.http.stream(
+            "GET", "/fine_tuning/jobs/tail", params={"job_id": job_id, "after": after}, timeout=120
+        ) as stream:
+            for text in stream.iter_lines():
+                line = json.loads(text)
+                seen += line["logs"]
+                after, status = line["next"], line.get("status")
+                if cut and len(seen) >= want:
+                    break
+        cuts += status is None
+    assert status == "success"
+    assert cuts >= 50
+    assert seen == [log for line in faults.api.tail(job_id) for log in line["logs"]]
+
+
+@pytest.mark.timeout(3600)
+def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults) -> None:
+    job_id = faults.submit()
+    faults.until(job_id, lambda job: step_of(job) > 0)
+    service = faults.api.service
+    arguments = [service.ray_address, str(service.storage), job_id, str(LINES)]
+    subprocess.run([sys.executable, "-c", MANY_LINES, *arguments], env=service.env, check=True, timeout=600)
+    servers = [process for kind in ("Serve replica", "log queue", "proxy") for process in faults.find(OTHERS[kind][0])]
+    before = _resident(servers)
+    stalled = [_ask_and_read_nothing(service.url, job_id) for _ in range(STALLED)]
+    for reader in stalled:
+        eventually(lambda reader=reader: _readable(reader), 60, lambda: "nothing was sent to the reader")
+    longest: list[float] = []
+    done = threading.Event()
+    other = threading.Thread(target=_ask_for_status, args=(faults, job_id, done, longest))
+    other.start()
+    read = sum(len(line["logs"]) for line in faults.api.tail(job_id, follow="false"))  # a reader that does read
+    grown = _resident(servers) - before
+    done.set()
+    other.join()
+    assert read >= LINES
+    assert grown < MAY_GROW, f"{grown / 2**20:.0f} MiB more"
+    assert max(longest) < 5, f"a status took {max(longest):.1f} s"
+    for reader in stalled:
+        reader.close()
+    faults.api.cancel(job_id)
+    faults.until(job_id, lambda job: job["status"] in ("cancelled", "success"))
+
+
+def _ask_and_read_nothing(url: str, job_id: str) -> socket.socket:
+    where = urlsplit(url)
+    host, _, port = where.netloc.partition(":")
+    reader = socket.create_connection((host, int(port)))
+    reader.sendall(f"GET /fine_tuning/jobs/tail?job_id={job_id} HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n".encode())
+    return reader
+
+
+def _readable(reader: socket.socket) -> bool:
+    reader.settimeout(0.1)
+    try:
+        return bool(reader.recv(1, socket.MSG_PEEK))
+    except TimeoutError:
+        return False
+
+
+def _ask_for_status(faults: Faults, job_id: str, done: threading.Event, longest: list[float]) -> None:
+    """How long the answers take, until `done`."""
+    with httpx.Client(base_url=faults.api.service.url, timeout=30, trust_env=False) as http:
+        while not done.wait(0.05):
+            began = time.monotonic()
+            assert http.get("/fine_tuning/jobs/status", params={"job_id": job_id}).is_success
+            longest.append(time.monotonic() - began)
+
+
+def _resident(processes: list[psutil.Process]) -> int:
+    return sum(process.memory_info().rss for process in processes)

@@ -1,0 +1,180 @@
+"""A runner that was replaced, and does not know it, changes nothing."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from events.facts import (
+    DataReport,
+    DataValidated,
+    Event,
+    JobAdmitted,
+    JobError,
+    JobFailed,
+    JobSubmitted,
+    MetricsRecorded,
+    Resources,
+    RunInterrupted,
+    RunStarted,
+    StepMetrics,
+)
+from events.ids import new_event_id
+from events.job import FineTuningJob
+from events.log import EventLog
+from events.memory import MemoryStore
+from trainers.retrying import retrying
+from trainers.tenure import Superseded, Tenure
+
+JOB = "ftjob-1"
+REPORT = DataReport(
+    uri="file:///data.jsonl",
+    rows=1,
+    invalid_rows=0,
+    tokens=2,
+    trained_tokens=1,
+    truncated_rows=0,
+    max_seq_len=16,
+    length_histogram={"2": 1},
+    errors=[],
+)
+DIED = JobError(code="internal_error", message="it broke", fault="infrastructure")
+
+
+def started(attempt: int) -> RunStarted:
+    return RunStarted(attempt=attempt, workers=1, nodes=1, device="cpu", total_steps=9, logs="file:///metrics.jsonl")
+
+
+def measured(attempt: int, step: int) -> MetricsRecorded:
+    return MetricsRecorded(attempt=attempt, steps=[StepMetrics(step=step, epoch=1, time="2026-11-22T20:00:00Z")])
+
+
+class Scene:
+    """One job on a log in memory, and the runners that come and go."""
+
+    def __init__(self) -> None:
+        self.log = EventLog(MemoryStore())
+        event = JobSubmitted(
+            config={"model": "m", "data": "d"},
+            resources=Resources(workers=1, nodes=1, cpus_per_worker=1, gpus_per_worker=0),
+            max_restarts=3,
+            submission_id=JOB,
+        )
+        retrying(lambda: self.log.submit(JOB, event, new_event_id(), 10))
+        self.tell(DataValidated(data=REPORT), JobAdmitted())
+
+    @property
+    def job(self) -> FineTuningJob:
+        return retrying(lambda: self.log.job(JOB))
+
+    def tell(self, *events: Event) -> None:
+        retrying(lambda: self.log.append(JOB, list(events), [new_event_id() for _ in events]))
+
+    def runner(self) -> Tenure:
+        return Tenure(self.log, JOB, self.job.interruptions)
+
+
+@pytest.fixture
+def scene() -> Scene:
+    return Scene()
+
+
+@pytest.mark.parametrize(
+    "late", [started(1), JobFailed(error=DIED), RunInterrupted(attempt=0, reason="r")], ids=lambda event: event.type
+)
+def test_a_runner_that_was_lost_before_its_run_began_cannot_begin_fail_or_interrupt_the_next_one_s(
+    scene: Scene, late: Event
+) -> None:
+    old = scene.runner()
+    scene.tell(RunInterrupted(attempt=0, reason="its runner ended"), JobAdmitted())
+    new = scene.runner()
+    before = scene.job
+    with pytest.raises(Superseded):
+        old.append(late)
+    assert scene.job == before
+    assert new.append(started(1)).status == "running"
+
+
+def test_a_runner_whose_run_was_replaced_cannot_interrupt_the_newer_run(scene: Scene) -> None:
+    old = scene.runner()
+    old.append(started(1))
+    scene.tell(RunInterrupted(attempt=1, reason="its runner ended"), JobAdmitted())
+    new = scene.runner()
+    new.append(started(2))
+    for late in (RunInterrupted(attempt=2, reason="a worker died"), JobFailed(error=DIED)):
+        with pytest.raises(Superseded):
+            old.append(late)
+    assert (scene.job.status, scene.job.attempt) == ("running", 2)
+
+
+def test_a_runner_that_records_an_interruption_itself_goes_on(scene: Scene) -> None:
+    runner = scene.runner()
+    runner.append(started(1))
+    runner.append(RunInterrupted(attempt=1, reason="a worker died"))
+    scene.tell(JobAdmitted())
+    assert runner.append(started(2)).attempt == 2
+
+
+def test_nobody_speaks_for_a_job_that_is_over(scene: Scene) -> None:
+    runner = scene.runner()
+    scene.tell(JobFailed(error=DIED))
+    with pytest.raises(Superseded):
+        runner.append(started(1))
+
+
+class Busy(EventLog):
+    """Something else is recorded between every look at a job and the append that follows, as often as `meanwhile` has
+    it."""
+
+    def __init__(self, log: EventLog, meanwhile: list[Callable[[], Event]]) -> None:
+        self.log = log
+        self.meanwhile = meanwhile
+
+    async def job(self, job_id: str) -> FineTuningJob:
+        job = await self.log.job(job_id)
+        if self.meanwhile:
+            await self.log.append(job_id, [self.meanwhile.pop(0)()], [new_event_id()])
+        return job
+
+    async def append(
+        self, job_id: str, events: list[Event], event_ids: list[str], expected_version: int | None = None
+    ) -> FineTuningJob:
+        return await self.log.append(job_id, events, event_ids, expected_version)
+
+
+def test_what_is_recorded_meanwhile_is_looked_at_before_the_append(scene: Scene) -> None:
+    scene.tell(started(1))
+    busy = Busy(scene.log, [lambda: RunInterrupted(attempt=1, reason="its runner ended")])
+    with pytest.raises(Superseded):
+        Tenure(busy, JOB, 0).append(JobFailed(error=DIED))
+    assert scene.job.status == "queued"
+    scene.tell(JobAdmitted(), started(2))
+    harmless: list[Callable[[], Event]] = [lambda: measured(2, 1), lambda: measured(2, 2)]
+    job = Tenure(Busy(scene.log, harmless), JOB, 1).append(RunInterrupted(attempt=2, reason="a worker died"))
+    assert job.interruptions == 2
+
+
+WATCHED = """
+import asyncio, sys, threading, time
+from tests.trainers.test_tenure import JOB, Scene, started
+from events.facts import JobAdmitted, RunInterrupted
+from trainers import tenure
+tenure.WATCH_S = tenure.LAST_WORDS_S = 0.1
+scene = Scene()
+scene.tell(started(1))
+tenure.Watch(scene.log, JOB, 1, scene.runner(), lambda job: None)
+time.sleep(1)
+print("still here", flush=True)
+scene.tell(RunInterrupted(attempt=1, reason="r"))
+threading.Event().wait(60)  # a collective call whose partner is gone
+print("hung to the end", flush=True)
+"""
+
+
+def test_a_worker_that_hangs_ends_soon_after_it_was_replaced_and_not_before() -> None:
+    root = Path(__file__).parents[2]
+    ran = subprocess.run([sys.executable, "-c", WATCHED], cwd=root, capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "still here\n", ran.stderr
+    assert ran.returncode == 1
