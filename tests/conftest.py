@@ -26,7 +26,6 @@ hypothesis.settings.load_profile("tunewright")
 
 ON_A_LIVE_CLUSTER = (
     "tests/events/test_actors.py",
-    "tests/faults/test_drain.py",
     "tests/faults/test_kills.py",
     "tests/faults/test_submits.py",
     "tests/faults/test_tails.py",
