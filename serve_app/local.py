@@ -114,8 +114,10 @@ class LocalService:
         command = [sys.executable, "-m", "trainers", "drain", f"--timeout={timeout_s}"]
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, env=self.env, stdin=subprocess.DEVNULL, timeout=timeout_s + 60, check=False)
-        with contextlib.suppress(httpx.HTTPError):
-            self._dashboard("DELETE", "/api/serve/applications/")
+        # Not DELETE, which is what `serve shutdown` does: that ends HAProxy at once, with the streams through it.
+        with contextlib.suppress(httpx.HTTPError, ServiceError):
+            self._dashboard("PUT", "/api/serve/applications/", json=serve_config() | {"applications": []})
+            self._wait("the end of the API", lambda: not self._applications())
 
     def stop(self) -> None:
         """Ends every process of the service, the jobs' included, within about ten seconds. Idempotent.
@@ -227,12 +229,16 @@ class LocalService:
         return answer.is_success
 
     def _healthy(self) -> bool:
-        applications = self._dashboard("GET", "/api/serve/applications/").json().get("applications", {})
-        for name, application in applications.items():
+        for name, application in self._applications().items():
             if application["status"] == "DEPLOY_FAILED":  # UNHEALTHY may pass: a busy machine misses health checks
                 reasons = [d.get("message", "") for d in application.get("deployments", {}).values()]
                 raise ServiceError("\n".join([f"application {name}: {application.get('message', '')}", *reasons]))
         return _http.get(f"{self.url}/healthz", timeout=5).is_success
+
+    def _applications(self) -> dict[str, Any]:
+        """By name, as Serve's REST API describes them."""
+        applications: dict[str, Any] = self._dashboard("GET", "/api/serve/applications/").json().get("applications", {})
+        return applications
 
     def _dashboard(self, method: str, path: str, json: Any = None) -> httpx.Response:  # noqa: ANN401 -- any JSON value
         headers = {}

@@ -95,7 +95,8 @@ class Dispatcher:
         self._position: int | None = None  # as of which `_live` holds; None: the log was not asked yet
         self._settling = False
         self._draining_until = float("-inf")
-        self._at_work: list[str] | None = None  # jobs that train, as of the last pass; None: there was none yet
+        self._looks = 0
+        self._at_work: list[str] = []  # jobs that trained, at the last look
         # Jobs that are known to have no runner: only this dispatcher starts one, so Ray need not be asked again. With
         # a thousand jobs in line, that is a thousand requests less in each pass.
         self._without_runner: set[str] = set()
@@ -115,14 +116,12 @@ class Dispatcher:
         """
         self._draining_until = time.monotonic() + DRAIN_LASTS_S
         deadline = time.monotonic() + timeout_s
-        self._at_work = None
-        while not self._idle and time.monotonic() < deadline:  # noqa: ASYNC110  -- the passes set no event
+        looked = self._looks
+        while time.monotonic() < deadline:
             await asyncio.sleep(SETTLING_TICK_S)
-        return self._at_work or []
-
-    @property
-    def _idle(self) -> bool:
-        return self._at_work is not None and not self._at_work
+            if self._looks > looked + 1 and not self._at_work:  # a whole pass began after this call
+                break
+        return self._at_work
 
     @property
     def _draining(self) -> bool:
@@ -152,6 +151,7 @@ class Dispatcher:
         groups = await asyncio.to_thread(self._cluster.placement_groups) if live else {}
         looks = await asyncio.gather(*(_alone(job.job_id, self._look(job, groups)) for job in live))
         sights = [sight for sight in looks if sight is not None]
+        self._looks += 1
         self._at_work = [s.job.job_id for s in sights if s.job.status == "running" and s.runner.state == "alive"]
         unsettled = [sight for sight in sights if sight.unsettled]
         await asyncio.gather(*(_alone(sight.job.job_id, self._settle(sight)) for sight in unsettled))

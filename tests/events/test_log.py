@@ -5,20 +5,22 @@ import json
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from events import EventLog, ExpectedVersionError, LogUnavailable, MemoryStore, Recorded, Refused, SqliteStore
 from events.facts import Event, JobSubmitted
-from events.store import EventStore, StreamAppend
+from events.jobs import Draft, Jobs
+from events.store import EventStore, NewEvent, StreamAppend
 from tests.events.facts_of_a_job import (
     ADMITTED,
     CANCEL,
     CANCELLED,
     CONFIG,
     FAILED,
+    START,
     SUBMITTED,
     SUCCEEDED,
     VALIDATED,
@@ -102,6 +104,36 @@ def test_an_idempotency_key_is_remembered_after_a_restart(tmp_path: Path) -> Non
             assert (await log.submit("b", event, "e2", 10)).job_id == "a"
 
     asyncio.run(scenario())
+
+
+def test_an_identical_request_within_a_minute_brings_back_a_job_until_its_answer_is_known_to_have_arrived(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        event = SUBMITTED.model_copy(update={"request_digest": "d"})
+        async with opened(tmp_path / "events.db") as log:
+            await log.submit("a", event, "e1", 1)
+            assert (await log.submit("b", event, "e2", 1)).job_id == "a"
+            await log.answered("a")
+            assert (await log.submit("b", event, "e2", 1, retried=True)).job_id == "a"
+            assert (await log.submit("c", event, "e3", 10)).job_id == "c"
+            assert (await log.submit("d", event, "e4", 10)).job_id == "c"  # of several, the last one
+            await log.answered("c")
+        async with opened(tmp_path / "events.db") as log:  # nobody knows any more: the safe side
+            assert (await log.submit("e", event, "e5", 10)).job_id == "c"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("retried", [False, True])
+def test_a_minute_later_an_identical_request_is_another_job(retried: bool) -> None:
+    event = SUBMITTED.model_copy(update={"request_digest": "d"})
+    jobs = Jobs()
+    for seconds, job_id, made in ((0, "a", "a"), (60, "b", "a"), (61, "b", "b")):
+        draft = Draft(jobs)
+        new, time = NewEvent.of(f"e{seconds}", event), START + timedelta(seconds=seconds)
+        assert draft.submit(job_id, new, 10, time, retried=retried).job_id == made
+        jobs.adopt(draft)
 
 
 def test_only_so_many_jobs_may_be_unfinished() -> None:

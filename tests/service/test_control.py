@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-from serve_app.local import LocalService
+from serve_app.local import LocalService, serve_config
 from tests.service.conftest import CPUS, WAIT_S, Api, eventually, local_service
 from tests.service.test_service import ROOT, free_cpus, path_of, workers_of
 
@@ -138,10 +138,11 @@ def test_a_service_that_is_told_to_end_ends_at_checkpoints_and_goes_on_after_its
 
         tail = Tail(after, job_id, after=last["next"])
         workers = workers_of(after, job_id)
-        service._dashboard("DELETE", "/api/serve/applications/")  # as `serve shutdown`
+        service._dashboard("PUT", "/api/serve/applications/", json=serve_config() | {"applications": []})
         last = tail.end()
         assert (last["logs"], "status" in last) == ([], False)
-        assert not is_up(service)
+        service._dashboard("DELETE", "/api/serve/applications/")  # as `serve shutdown`
+        eventually(lambda: not is_up(service), WAIT_S, lambda: "the API stays")
         assert workers
         assert all(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
         service._deploy()
