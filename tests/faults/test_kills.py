@@ -1,10 +1,14 @@
 """Any process may be killed at any moment: the job goes on, and in the end it can't be told from one left in peace."""
 
 import itertools
+import math
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.faults.killing import INTERVAL, OTHERS, OWNERS, STEPS, UNOWNED_S, Faults, logged, step_of, steps_by_attempt
 
@@ -54,9 +58,11 @@ def _has_run(job: dict[str, Any]) -> bool:
     return job["status"] == "running" and bool(job["checkpoints"]) and step_of(job) > INTERVAL
 
 
-def test_a_fault_of_the_user_s_is_not_tried_again(faults: Faults) -> None:
-    options = {"n_epochs": 2, "lr": 1e30, "extras": {"optimizer": {"_component_": "torch.optim.SGD"}, "dtype": "fp32"}}
-    job_id = faults.submit(fine_tuning_options=options)
+def test_a_fault_of_the_user_s_is_not_tried_again(faults: Faults, inputs: Path) -> None:
+    broken = shutil.copytree(inputs / "tiny", inputs / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file({name: weight * math.nan for name, weight in weights.items()}, broken / "model.safetensors")
+    job_id = faults.submit(model=str(broken))
     job = faults.until(job_id, lambda job: job["status"] not in ("validation", "queued", "running"))
     assert (job["status"], job["interruptions"], job["attempt"]) == ("failed", 0, 1), job
     assert (job["error"]["code"], job["error"]["fault"]) == ("loss_not_finite", "user")
