@@ -2,16 +2,16 @@
 
 import asyncio
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import SkipJsonSchema
-from ulid import ULID
 
 from events.config import Config
 from events.facts import CancelRequested, JobSubmitted
+from events.ids import new_job_id
 from events.job import FineTuningJob
 from events.log import LogUnavailable
 from serve_app.backend import Backend
@@ -19,10 +19,11 @@ from serve_app.body import read_object
 from serve_app.openapi import documented, documented_stream, json_body
 from serve_app.tail import tail
 from serve_app.wire import CancelRequest, FineTuningJobList, Health, TailLine
-from trainers.errors import ConfigProblems
+from trainers.errors import ConfigProblems, Problem
 from trainers.preflight import examine, problems_of
 
 router = APIRouter(default_response_class=Response)  # whose type and schema the routes document themselves
+Body = TypeVar("Body", bound=BaseModel)
 JOBS = "/fine_tuning/jobs"
 HEALTH_S = 5.0  # A log that takes longer than this to answer is as good as gone.
 
@@ -63,26 +64,11 @@ async def submit(request: Request, backend: TheBackend, idempotency_key: Idempot
     Answers as soon as the job is on disk, with status `validation`. What can be known to be wrong with the request is
     reported now, all of it at once; the rows of the data are validated by the job itself.
     """
-    settings = backend.settings
-    document = await read_object(request, settings.max_body_bytes)
-    examined = await asyncio.to_thread(examine, document, settings)
-    problems = list(examined.problems)
-    if examined.plan is not None:
-        try:
-            resources = await backend.resources(examined.plan)
-        except ConfigProblems as infeasible:
-            problems += infeasible.problems
-    if examined.plan is None or problems:
+    document = await read_object(request, backend.settings.max_body_bytes)
+    submitted, problems = await examined(backend, document)
+    if submitted is None or problems:
         raise ConfigProblems(problems)
-    job_id = f"ftjob-{ULID()}"
-    submitted = JobSubmitted(
-        config=examined.document,
-        resources=resources,
-        max_restarts=examined.plan.max_restarts,
-        submission_id=job_id,
-        idempotency_key=idempotency_key,
-    )
-    job = await backend.log.submit(job_id, submitted, f"{job_id}:submitted", settings.max_live_jobs)
+    job = await begun(backend, submitted.model_copy(update={"idempotency_key": idempotency_key}))
     return JSONResponse(job.wire())
 
 
@@ -114,11 +100,7 @@ async def cancel(request: Request, backend: TheBackend) -> Response:
     Answers as soon as the wish is on disk. The job reads `cancelled` once its workers are gone and what they held is
     free, within seconds. Cancelling it again returns it.
     """
-    document = await read_object(request, backend.settings.max_body_bytes)
-    try:
-        job_id = CancelRequest.model_validate(document).job_id
-    except ValidationError as error:
-        raise ConfigProblems(problems_of(error.errors(include_input=False))) from None
+    job_id = parsed(CancelRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
     job = await backend.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"])
     return JSONResponse(job.wire())
 
@@ -183,6 +165,37 @@ async def healthz(backend: TheBackend) -> Response:
 @router.get("/", include_in_schema=False)
 async def root(request: Request) -> Response:
     return RedirectResponse(request.app.url_path_for("docs"))
+
+
+async def examined(backend: Backend, document: dict[str, Any]) -> tuple[JobSubmitted | None, list[Problem]]:
+    """What a good request begins a job with, and everything that is wrong with the request. Its id is still missing."""
+    found = await asyncio.to_thread(examine, document, backend.settings)
+    problems = list(found.problems)
+    if found.plan is None:
+        return None, problems
+    try:
+        resources = await backend.resources(found.plan)
+    except ConfigProblems as infeasible:
+        return None, problems + infeasible.problems
+    submitted = JobSubmitted(
+        config=found.document, resources=resources, max_restarts=found.plan.max_restarts, submission_id=""
+    )
+    return submitted, problems
+
+
+async def begun(backend: Backend, submitted: JobSubmitted) -> FineTuningJob:
+    """The job that a good submit makes, or has made already."""
+    job_id = new_job_id()
+    submitted = submitted.model_copy(update={"submission_id": job_id})
+    return await backend.log.submit(job_id, submitted, f"{job_id}:submitted", backend.settings.max_live_jobs)
+
+
+def parsed(model: type[Body], document: dict[str, Any]) -> Body:
+    """The body of a request. Raises ConfigProblems."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise ConfigProblems(problems_of(error.errors(include_input=False))) from None
 
 
 def _with_why(document: dict[str, Any], why: str | None) -> dict[str, Any]:
