@@ -1,8 +1,8 @@
 """Files that were uploaded to the service: bytes, and a record that says what they are.
 
-They lie in one flat directory, local or on anything that fsspec reaches, as two objects each: `bytes-<ulid>` and, written
-when those are complete, `<file id>.json`, which names them. A file is there exactly if its record is. What a crash
-leaves behind are bytes that no record names; `sweep` collects them after a day. Records never change, so any number of
+They lie in one flat directory, local or on anything that fsspec reaches, as two objects each: `bytes-<ulid>` and, once
+those are complete, `<file id>.json`, which names them. A file is there exactly if its record is. What a crash leaves
+behind are bytes that no record names; `sweep` collects them after a day. A record never changes, so any number of
 processes may work on one directory.
 """
 

@@ -74,7 +74,8 @@ class ProgressLog:
         self._latest.update({name: value for name, value in measured.items() if value is not None})
         if self._ranks.first:
             _log.info("validation after step %d/%d | loss %.4f", progress.step, self._total_steps, evaluation.loss)
-            self._reporter.metrics(StepMetrics(step=progress.step, epoch=progress.epoch, time=_now(), **measured))
+            at = {"step": progress.step, "epoch": progress.epoch, "time": _now()}
+            self._reporter.metrics(StepMetrics.model_validate(at | measured))
 
     def stopped_early(self, validation: Validation) -> None:
         if self._ranks.first:

@@ -166,7 +166,7 @@ class StepTensors(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Of the validation data: the mean loss, and the share of trained tokens that were the likeliest (None with DPO)."""
+    """Of the validation data: the mean loss, and the share of trained tokens that were the likeliest (None: DPO)."""
 
     loss: float
     token_accuracy: float | None

@@ -52,9 +52,11 @@ async def create(request: Request, backend: TheBackend) -> Response:
     """
     store = await store_of(backend.settings)
     await asyncio.to_thread(store.sweep, await in_use(backend.log))
-    room = await room_for(store, backend.settings, 0)
+    declared = request.headers.get("content-length", "")
+    size = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
+    await room_for(store, backend.settings, min(size, backend.settings.max_file_bytes))
     new = await asyncio.to_thread(store.new)
-    form = await receive(request, "file", new, min(backend.settings.max_file_bytes, max(room, 1)))
+    form = await receive(request, "file", new, backend.settings.max_file_bytes)
     try:
         expiry = _expiry(form)
         await room_for(store, backend.settings, 0)  # others may have written meanwhile
@@ -143,13 +145,11 @@ async def store_of(settings: Settings) -> FileStore:
     return await asyncio.to_thread(file_store, settings.files_url)
 
 
-async def room_for(store: FileStore, settings: Settings, size: int) -> int:
-    """Bytes that the quota leaves. Raises RequestRefused 429 where they are fewer than `size`, or none."""
-    room = settings.files_quota_bytes - await asyncio.to_thread(store.used_bytes)
-    if room < max(size, 1):
+async def room_for(store: FileStore, settings: Settings, size: int) -> None:
+    """Raises RequestRefused 429 where the quota doesn't leave `size` bytes, or is exceeded."""
+    if await asyncio.to_thread(store.used_bytes) + size > settings.files_quota_bytes:
         message = f"all files together may hold {settings.files_quota_bytes} bytes: delete some first"
         raise RequestRefused(Answer(429, "rate_limit_error", "quota_exceeded", message))
-    return room
 
 
 async def keep(store: FileStore, new: NewObject, filename: str, expiry: OpenAIExpiresAfter | None) -> File:

@@ -44,6 +44,8 @@ async def create(request: Request, backend: TheBackend, idempotency_key: Idempot
     """Create a job from an uploaded file. It trains a LoRA adapter; docs/openai.md says what becomes of each field."""
     document = await read_object(request, backend.settings.max_body_bytes)
     asked = parsed(OpenAIJobRequest, document)
+    if problems := mapping.results_as_data(asked):
+        raise ConfigProblems(problems)
     submitted, problems = await examined(backend, mapping.config_of(asked))
     if submitted is None or problems:
         raise ConfigProblems([mapping.in_openai_words(problem) for problem in problems])

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from events.config import Config
 from events.facts import CheckpointSaved
-from events.job import FineTuningJob
+from events.job import FineTuningJob, Status
 from events.store import Recorded
 from serve_app.openai import results
 from serve_app.openai.objects import (
@@ -21,6 +21,7 @@ from serve_app.openai.objects import (
 )
 from trainers.components import DPO_LOSS
 from trainers.errors import ConfigProblems, Problem
+from trainers.files import PURPOSE
 from trainers.plan import Plan, WandBLog, make_plan
 
 EPOCHS, BATCH, BETA = 3, 4, 0.1
@@ -28,7 +29,14 @@ EPOCHS, BATCH, BETA = 3, 4, 0.1
 LARGEST_MICRO_BATCH = 4
 RATE = {"supervised": 3e-4, "dpo": 1e-5}
 """A learning_rate_multiplier of 1: the service's own defaults for LoRA."""
-_STATUS: dict[str, JobStatus] = {"validation": "validating_files", "success": "succeeded"}
+_STATUS: dict[Status, JobStatus] = {
+    "validation": "validating_files",
+    "queued": "queued",
+    "running": "running",
+    "success": "succeeded",
+    "failed": "failed",
+    "cancelled": "cancelled",
+}
 _WORDS = {
     "data": "training_file",
     "validation_data": "validation_file",
@@ -85,6 +93,15 @@ def _method(asked: OpenAIJobRequest) -> tuple[Literal["supervised", "dpo"], Open
     return kind, chosen or asked.hyperparameters or defaults
 
 
+def results_as_data(asked: OpenAIJobRequest) -> list[Problem]:
+    """The files that were made for another purpose than to be trained on."""
+    return [
+        Problem(name, f"is a file with purpose {results.PURPOSE!r}: training needs {PURPOSE!r}", "wrong_purpose")
+        for name in ("training_file", "validation_file")
+        if results.is_result_file(getattr(asked, name) or "")
+    ]
+
+
 def in_openai_words(problem: Problem) -> Problem:
     """The problem with the name that the field has in OpenAI's request."""
     return problem._replace(param=_WORDS.get(problem.param or "", problem.param))
@@ -124,7 +141,7 @@ def shown(job: FineTuningJob) -> OpenAIJob:
 
 
 def status_of(job: FineTuningJob) -> JobStatus:
-    return _STATUS.get(job.status, job.status)  # type: ignore[return-value]  # the others have the same name
+    return _STATUS[job.status]
 
 
 def metadata_of(job: FineTuningJob) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The objects of OpenAI's API: what /v1 takes and answers. The client's own types (`openai.types`) are the reference."""
+"""The objects of OpenAI's API: what /v1 takes and answers. The reference is the client's own types, `openai.types`."""
 
 from typing import Annotated, Any, Literal
 

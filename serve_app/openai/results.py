@@ -1,4 +1,4 @@
-"""Result files: a job's metrics by step, as CSV. They are derived from the log whenever they are read, so none is lost."""
+"""Result files: a job's metrics by step, as CSV. They are derived from the log when they are read, so none is lost."""
 
 import csv
 import io
@@ -31,6 +31,10 @@ def file_id(job_id: str) -> str:
     return f"{_PREFIX}{job_id}"
 
 
+def is_result_file(name: str) -> bool:
+    return name.startswith(_PREFIX)
+
+
 def has_results(job: FineTuningJob) -> bool:
     """Once it is over, if it has measured anything."""
     return job.over and job.metrics is not None
@@ -42,7 +46,7 @@ def created_at(job: FineTuningJob) -> int:
 
 async def job_of(log: JobLog, name: str) -> FineTuningJob | None:
     """The job whose result file that is; None where it is none."""
-    if not name.startswith(_PREFIX):
+    if not is_result_file(name):
         return None
     try:
         job = await log.job(name.removeprefix(_PREFIX))

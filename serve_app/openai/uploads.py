@@ -1,7 +1,7 @@
 """/v1/uploads: a file that comes in parts, for what is too large for one request.
 
-An upload is a record beside the files, `<upload id>.json`, and its parts are objects `<upload id>.<part id>`. Completing
-it joins the parts, in a stream, to the bytes of a file.
+An upload is a record beside the files, `<upload id>.json`, and its parts are objects `<upload id>.<part id>`. To
+complete it joins the parts, in a stream, to the bytes of a file.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
     responses=documented(OpenAIUploadPart, "The part is on disk.", 400, 404, 409, 413, 415, 429),
 )
 async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -> Response:
-    """Add bytes, as multipart/form-data. Parts may be sent at the same time: completing the upload puts them in order."""
+    """Add bytes, as multipart/form-data. Parts may be sent at the same time; `part_ids` says their order, later."""
     store = await store_of(backend.settings)
     _require_pending((await _read(store, upload_id)).shown)
     await room_for(store, backend.settings, 0)
@@ -153,11 +153,12 @@ def _joined(store: FileStore, upload: OpenAIUpload, asked: OpenAIUploadCompletio
             for block in store.objects.read(name):
                 new.write(block)
         new.close()
-        if asked.md5 is not None and new.md5.hexdigest() != asked.md5.lower():
-            raise _wrong("md5", f"the md5 of the bytes that arrived is {new.md5.hexdigest()}", "wrong_md5")
     except BaseException:
         new.abandon()
         raise
+    if asked.md5 is not None and new.md5.hexdigest() != asked.md5.lower():
+        new.abandon()
+        raise _wrong("md5", f"the md5 of the bytes that arrived is {new.md5.hexdigest()}", "wrong_md5")
     return new
 
 
