@@ -135,6 +135,13 @@ class WandBLogger(_Wire):
 
     log_type: WandBTag | None = optional("Tag of the union. May be left out: then the fields decide.")
     project: str = Field(default="tunewright", min_length=1, max_length=128, description="The W&B project.")
+    entity: Annotated[str, Field(min_length=1, max_length=128)] | None = optional(
+        "The W&B team or user. Default: that of the API key."
+    )
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = optional(
+        "The run's name. Default: the job's id."
+    )
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default=[], description="The run's tags.")
 
 
 def _choose(value: object, tag_field: str, tags: dict[str, str], fields: dict[str, set[str]]) -> str | None:

@@ -85,9 +85,13 @@ class StepMetrics(_Value):
     tokens: int | None = Field(default=None, description="Tokens in the step, padding excluded, all workers.")
     tokens_per_second: float | None = Field(default=None, description="All workers together.")
     peak_memory_bytes: int | None = Field(default=None, description="Of rank 0: device memory on CUDA, RSS on CPU.")
+    token_accuracy: float | None = Field(
+        default=None, description="Share of the step's trained tokens that the model found likeliest. Not with DPO."
+    )
     valid_loss: float | None = Field(
         default=None, description="Mean over the trained tokens of validation_data; over its pairs with DPO."
     )
+    valid_token_accuracy: float | None = Field(default=None, description="token_accuracy of validation_data.")
     rewards_chosen: float | None = Field(
         default=None,
         description="DPO: beta times how much more likely the chosen answers have become than they were under the "
@@ -120,6 +124,9 @@ class JobSubmitted(Fact):
         default=None, description="Of the config and who sent it: what an identical request is recognised by."
     )
     resubmitted_from: Origin | None = None
+    openai: dict[str, Any] | None = Field(
+        default=None, description="The request as it was sent, where it came through /v1/fine_tuning/jobs."
+    )
 
 
 class DataValidated(Fact):

@@ -67,7 +67,9 @@ class Metrics(_Part):
     tokens: int | None = optional("Tokens in the last step, padding excluded, all workers.")
     tokens_per_second: float | None = optional("All workers together.")
     peak_memory_bytes: int | None = optional("Of rank 0: device memory on CUDA, RSS on CPU.")
+    token_accuracy: float | None = optional("Share of the last step's trained tokens that were the likeliest.")
     valid_loss: float | None = optional("The last evaluation on validation_data.")
+    valid_token_accuracy: float | None = optional("token_accuracy of the last evaluation.")
     rewards_chosen: float | None = optional(
         "DPO: beta times the gain of the chosen answers' log-probability over the initial model, in the last step."
     )
@@ -80,6 +82,47 @@ class Metrics(_Part):
 
 
 _MEASURED = tuple(name for name in Metrics.model_fields if name in StepMetrics.model_fields)
+
+
+class Pace(_Part):
+    """How long the steps and evaluations of the run took so far, in seconds by the clock of its first worker."""
+
+    at: datetime
+    """The end of the last of them; before the first, when the run started."""
+    steps: int = 0
+    steps_s: float = 0.0
+    first_s: float = 0.0
+    """The first step, which warms up what the others use."""
+    evaluations: int = 0
+    evaluations_s: float = 0.0
+
+    def after(self, measured: list[StepMetrics]) -> "Pace":
+        """A checkpoint's time counts with the step after it."""
+        at, changes = self.at, self.model_dump()
+        for metrics in measured:
+            try:
+                end = datetime.fromisoformat(metrics.time)
+                took = max((end - at).total_seconds(), 0.0)
+            except (ValueError, TypeError):  # not a time, or one without a zone: the fold is total
+                continue
+            at = end
+            if metrics.loss is None:
+                changes["evaluations"] += 1
+                changes["evaluations_s"] += took
+            else:
+                changes["first_s"] = changes["first_s"] if changes["steps"] else took
+                changes["steps"] += 1
+                changes["steps_s"] += took
+        return Pace.model_validate({**changes, "at": at})
+
+    def remaining_s(self, steps: int, evaluations: float) -> float | None:
+        """Seconds that so many more will take; None before the first step."""
+        if not self.steps:
+            return None
+        warm = self.steps - 1
+        step_s = (self.steps_s - self.first_s) / warm if warm else self.first_s
+        evaluation_s = self.evaluations_s / self.evaluations if self.evaluations else 0.0
+        return steps * step_s + evaluations * evaluation_s
 
 
 class _Saved(_Part):
@@ -139,6 +182,8 @@ class FineTuningJob(BaseModel):
     """Whoever asked: the job is to have no runner. True until it has none."""
     idempotency_key: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     request_digest: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
+    openai: SkipJsonSchema[dict[str, Any] | None] = Field(default=None, exclude=True)
+    pace: SkipJsonSchema[Pace | None] = Field(default=None, exclude=True)
     saved: SkipJsonSchema[_Saved] = Field(default=_Saved(), exclude=True)
     version: SkipJsonSchema[int] = Field(default=-1, exclude=True)
     """Version of the last event in the job's stream."""
@@ -195,6 +240,7 @@ def _begin(recorded: Recorded) -> FineTuningJob:
         idempotency_key=event.idempotency_key,
         request_digest=event.request_digest,
         resubmitted_from=event.resubmitted_from,
+        openai=event.openai,
     )
 
 
@@ -206,7 +252,7 @@ def _changes(job: FineTuningJob, event: AnyEvent, time: datetime) -> dict[str, A
         case JobAdmitted():
             return {"admitted": True}
         case RunStarted():
-            return _started(job, event)
+            return _started(job, event, time)
         case MetricsRecorded() if event.attempt == job.attempt:
             return _measured(job, event.steps)
         case CheckpointSaved() if event.attempt == job.attempt:
@@ -241,7 +287,7 @@ def _over(status: Status, time: datetime) -> dict[str, Any]:
     return {"status": status, "finished_at": time, "why": None, **ended}
 
 
-def _started(job: FineTuningJob, event: RunStarted) -> dict[str, Any]:
+def _started(job: FineTuningJob, event: RunStarted, time: datetime) -> dict[str, Any]:
     progress = Progress(
         step=job.saved.step,
         total_steps=event.total_steps,
@@ -255,6 +301,7 @@ def _started(job: FineTuningJob, event: RunStarted) -> dict[str, Any]:
         "validated": True,
         "logs": event.logs,
         "progress": progress,
+        "pace": Pace(at=time),
         "metrics": job.saved.metrics,
         "why": _ending(job),
     }
@@ -310,6 +357,8 @@ def _ending(job: FineTuningJob) -> str | None:
 
 def _measured(job: FineTuningJob, steps: list[StepMetrics]) -> dict[str, Any]:
     changes: dict[str, Any] = {"metrics": _latest(job.metrics, steps)}
+    if job.pace is not None:
+        changes["pace"] = job.pace.after(steps)
     kept = [step for step in steps if step.step <= job.saved.step]
     if kept:
         changes["saved"] = job.saved.model_copy(update={"metrics": _latest(job.saved.metrics, kept)})

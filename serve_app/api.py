@@ -12,7 +12,10 @@ from serve_app import errors, openapi, reference
 from serve_app.backend import Backend
 from serve_app.delivery import Deliveries
 from serve_app.middleware import RequestContext
-from serve_app.routes import router
+from serve_app.openai import files, jobs, uploads
+from serve_app.routes import router as our_router
+
+ROUTERS = (our_router, files.router, uploads.router, jobs.router)
 
 
 def build_api(backend: Backend, *, sends_request_id: bool = True, closing: asyncio.Event | None = None) -> FastAPI:
@@ -29,11 +32,12 @@ def build_api(backend: Backend, *, sends_request_id: bool = True, closing: async
     app.state.backend = backend
     app.state.closing = closing or asyncio.Event()
     app.state.deliveries = Deliveries()
-    app.include_router(router)
+    for router in ROUTERS:
+        app.include_router(router)
 
     @cache
     def document() -> dict[str, Any]:
-        return openapi.describe(router.routes)
+        return openapi.describe([route for router in ROUTERS for route in router.routes])
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi_json() -> Response:

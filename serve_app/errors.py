@@ -3,7 +3,8 @@
     {"error": {"message", "type", "param", "code", "errors"?}}
 
     status  type                       when
-    404     not_found_error            unknown job, unknown route
+    400     invalid_request_error      what is a 422 elsewhere, under /v1
+    404     not_found_error            unknown job or file, unknown route
     405     invalid_request_error      the route exists, the method doesn't
     409     conflict_error             cancelling a job that has succeeded or failed; pausing or resuming one that is
                                        over or being cancelled
@@ -20,7 +21,7 @@ Messages never repeat what the request held, except names of fields and jobs, sh
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -32,7 +33,7 @@ from starlette.responses import Response
 from events.decide import Refused
 from events.log import LogUnavailable
 from serve_app.wire import ErrorBody, ErrorEnvelope, ErrorType, ProblemDetail
-from trainers.errors import ConfigProblems, Problem
+from trainers.errors import ConfigProblems, Problem, UserError
 from trainers.preflight import problems_of
 
 RETRY_AFTER_S = 5
@@ -42,7 +43,8 @@ LONGEST_NAME = 200
 
 @dataclass(frozen=True)
 class Answer:
-    """An error as the client gets it."""
+    """An error as the client gets it. OpenAI's client tries 409, 429 and 5xx again unless it is told that this is of no
+    use: it is where there is no Retry-After."""
 
     status: int
     type: ErrorType
@@ -59,7 +61,7 @@ class Answer:
         return Response(
             ErrorEnvelope(error=body).model_dump_json(exclude=exclude),
             self.status,
-            self.headers,
+            self.headers if "Retry-After" in self.headers else {**self.headers, "X-Should-Retry": "false"},
             media_type="application/json",
         )
 
@@ -122,6 +124,13 @@ def _dispatcher_unavailable(_: RayActorError) -> Answer:
     return Answer(503, "service_unavailable_error", "dispatcher_unavailable", message, headers=headers)
 
 
+def _user_error(exc: UserError) -> Answer:
+    error = exc.error
+    if error.code == "file_not_found":
+        return Answer(404, "not_found_error", error.code, error.message, error.param)
+    return _problems([Problem(error.param, error.message, error.code)])
+
+
 def _http(exc: HTTPException) -> Answer:
     headers = dict(exc.headers or {})
     if exc.status_code == 404:
@@ -139,6 +148,7 @@ def _disconnected(_: ClientDisconnect) -> Answer:
 TABLE: dict[type[Exception], Callable[[Any], Answer]] = {
     RequestRefused: lambda exc: exc.answer,
     ConfigProblems: _config_problems,
+    UserError: _user_error,
     RequestValidationError: _parameters,
     Refused: _refused,
     LogUnavailable: _log_unavailable,
@@ -151,7 +161,10 @@ TABLE: dict[type[Exception], Callable[[Any], Answer]] = {
 async def handle(request: Request, exc: Exception) -> Response:
     """The one exception handler: looks the exception up in the table."""
     describe = next(TABLE[kind] for kind in type(exc).__mro__ if kind in TABLE)
-    return describe(exc).response()
+    answer = describe(exc)
+    if answer.status == 422 and request.url.path.startswith("/v1/"):
+        answer = replace(answer, status=400)  # what OpenAI's API says, and its client makes a BadRequestError of
+    return answer.response()
 
 
 def unexpected(request_id: str) -> Response:

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute
 
 from events.config import Config
 from events.job import FineTuningJob
+from serve_app.openai import objects
 from serve_app.wire import (
     CancelRequest,
     ErrorEnvelope,
@@ -39,6 +40,7 @@ Responses = dict[int | str, dict[str, Any]]
 _MODELS = (
     *(CancelRequest, Config, ErrorEnvelope, FineTuningJob, FineTuningJobList, Health, TailLine),
     *(PauseRequest, PreferenceDataItem, ResubmitRequest, ResumeRequest, TrainingDataItem),
+    *(kind for name, kind in vars(objects).items() if name.startswith("OpenAI")),
 )
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "Config": {
@@ -62,8 +64,9 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 }
 _REF = "#/components/schemas/{model}"
 _WHEN = {
-    404: "`not_found_error`: there is no such job.",
-    409: "`conflict_error`: the job is over, or being cancelled.",
+    400: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
+    404: "`not_found_error`: there is no such job, file or upload.",
+    409: "`conflict_error`: the job is over, or being cancelled; the file is in use; the upload is over.",
     413: "`invalid_request_error`: the body is larger than TUNEWRIGHT_MAX_BODY_BYTES (1 MiB).",
     415: "`invalid_request_error`: the body is not `application/json` in UTF-8.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
@@ -88,6 +91,17 @@ def documented_stream(line: type[BaseModel], description: str, *errors: int) -> 
         "headers": {name: {"schema": {"type": "string", "default": value}} for name, value in headers.items()},
     }
     return {200: stream} | _errors(errors)
+
+
+def documented_bytes(description: str, *errors: int) -> Responses:
+    """The same for a route that answers with bytes."""
+    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    return {200: {"description": description, "content": content}} | _errors(errors)
+
+
+def form_body(model: type[BaseModel]) -> dict[str, Any]:
+    """The `openapi_extra` of a route that reads `model` from a form with a file."""
+    return {"requestBody": {"required": True, "content": _content("multipart/form-data", model)}}
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _responses(responses: dict[str, dict[str, Any]]) -> Iterator[Response]:
 def _body(holder: dict[str, Any]) -> str:
     """Name of the schema of a request's or a response's body, "" where it has none."""
     for content in holder.get("content", {}).values():
-        return str(content["schema"]["$ref"].rsplit("/", 1)[-1])
+        return str(content["schema"].get("$ref", "").rsplit("/", 1)[-1])
     return ""
 
 

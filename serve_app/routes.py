@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
@@ -76,10 +77,10 @@ async def submit(request: Request, backend: TheBackend, idempotency_key: Idempot
     reported now, all of it at once; the rows of the data are validated by the job itself.
     """
     document = await read_object(request, backend.settings.max_body_bytes)
-    submitted, problems = await _examined(backend, document)
+    submitted, problems = await examined(backend, document)
     if submitted is None or problems:
         raise ConfigProblems(problems)
-    return await _begun(request, backend, submitted.model_copy(update={"idempotency_key": idempotency_key}))
+    return await begun(request, backend, submitted.model_copy(update={"idempotency_key": idempotency_key}))
 
 
 @router.get(
@@ -110,7 +111,7 @@ async def cancel(request: Request, backend: TheBackend) -> Response:
     Answers as soon as the wish is on disk. The job reads `cancelled` once its workers are gone and what they held is
     free, within seconds. Cancelling it again returns it.
     """
-    job_id = _parsed(CancelRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
+    job_id = parsed(CancelRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
     job = await backend.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"])
     return JSONResponse(job.wire())
 
@@ -128,7 +129,7 @@ async def pause(request: Request, backend: TheBackend) -> Response:
     frees what it holds; it then reads `queued`, with the pause as its `why`. Pausing it again returns it. A pause is
     no interruption: it doesn't count against --max-restarts.
     """
-    job_id = _parsed(PauseRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
+    job_id = parsed(PauseRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
     job = await backend.log.append(job_id, [PauseRequested()], [new_event_id()])
     return JSONResponse(job.wire())
 
@@ -145,7 +146,7 @@ async def resume(request: Request, backend: TheBackend) -> Response:
     It goes on from the checkpoint it paused at, and its losses are those of a job that was never paused. Resuming a
     job that isn't paused returns it.
     """
-    job_id = _parsed(ResumeRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
+    job_id = parsed(ResumeRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
     job = await backend.log.append(job_id, [JobResumed()], [new_event_id()])
     return JSONResponse(job.wire())
 
@@ -164,17 +165,17 @@ async def resubmit(request: Request, backend: TheBackend, idempotency_key: Idemp
     checked like any submit, and `resubmitted_from` says where it came from.
     """
     document = await read_object(request, backend.settings.max_body_bytes)
-    asked = _parsed(ResubmitRequest, {key: value for key, value in document.items() if value is not None})
+    asked = parsed(ResubmitRequest, {key: value for key, value in document.items() if value is not None})
     earlier = await backend.log.job(asked.job_id)
     again = await asyncio.to_thread(resubmission, earlier, asked.checkpoint, asked.config)
-    submitted, problems = await _examined(backend, again.document)
+    submitted, problems = await examined(backend, again.document)
     if again.origin is None:  # then the model is the earlier job's, and nobody asked for it
         problems = [problem for problem in problems if problem.param != "model"]
     problems = [*again.problems, *map(problem_of_resubmission, problems)]
     if submitted is None or problems:
         raise ConfigProblems(problems)
     origin = {"resubmitted_from": again.origin, "idempotency_key": idempotency_key}
-    return await _begun(request, backend, submitted.model_copy(update=origin))
+    return await begun(request, backend, submitted.model_copy(update=origin))
 
 
 @router.get(
@@ -242,26 +243,31 @@ async def root(request: Request) -> Response:
     return RedirectResponse(request.app.url_path_for("docs"))
 
 
-async def _examined(backend: Backend, document: dict[str, Any]) -> tuple[JobSubmitted | None, list[Problem]]:
+async def examined(backend: Backend, document: dict[str, Any]) -> tuple[JobSubmitted | None, list[Problem]]:
     """What a good request begins a job with, and everything that is wrong with the request. Its id is still missing."""
-    examined = await asyncio.to_thread(examine, document, backend.settings)
-    problems = list(examined.problems)
-    if examined.plan is None:
+    found = await asyncio.to_thread(examine, document, backend.settings)
+    problems = list(found.problems)
+    if found.plan is None:
         return None, problems
     try:
-        resources = await backend.resources(examined.plan)
+        resources = await backend.resources(found.plan)
     except ConfigProblems as infeasible:
         return None, problems + infeasible.problems
     submitted = JobSubmitted(
-        config=examined.document, resources=resources, max_restarts=examined.plan.max_restarts, submission_id=""
+        config=found.document, resources=resources, max_restarts=found.plan.max_restarts, submission_id=""
     )
     return submitted, problems
 
 
-async def _begun(request: Request, backend: Backend, submitted: JobSubmitted) -> Response:
-    """The answer to a good submit: the job, which is the one that an earlier try of the same request made."""
+async def begun(
+    request: Request,
+    backend: Backend,
+    submitted: JobSubmitted,
+    show: Callable[[FineTuningJob], dict[str, Any]] = FineTuningJob.wire,
+) -> Response:
+    """The answer to a good submit: the job, which may be the one that an earlier try of the same request made."""
     deliveries: Deliveries = request.app.state.deliveries
-    digest = digest_of(request, submitted.config)
+    digest = digest_of(request, {"config": submitted.config, "openai": submitted.openai})
     job_id = new_job_id()
     update: dict[str, Any] = {"submission_id": job_id}
     if submitted.idempotency_key is None:
@@ -274,10 +280,11 @@ async def _begun(request: Request, backend: Backend, submitted: JobSubmitted) ->
         backend.settings.max_live_jobs,
         retried=says_it_is_a_retry(request),
     )
-    return deliveries.answer(job.wire(), digest, lambda: backend.log.answered(job.job_id))
+    return deliveries.answer(show(job), digest, lambda: backend.log.answered(job.job_id))
 
 
-def _parsed(model: type[Body], document: dict[str, Any]) -> Body:
+def parsed(model: type[Body], document: dict[str, Any]) -> Body:
+    """The body of a request. Raises ConfigProblems."""
     try:
         return model.model_validate(document)
     except ValidationError as error:

@@ -40,7 +40,7 @@ class ErrorBody(_Wire):
     type: ErrorType = Field(description="The class of the error; it goes with the status code.")
     param: str | None = Field(description="The field to blame: the first one where several are.")
     code: str | None = Field(description="A stable word for programs: `unknown_job`, `unknown_field`, ...")
-    errors: list[ProblemDetail] | None = optional("Every problem of the request. With status 422 only.")
+    errors: list[ProblemDetail] | None = optional("Every problem of the request. With status 422, or 400 under /v1.")
 
 
 class ErrorEnvelope(_Wire):

@@ -26,6 +26,7 @@ hypothesis.settings.load_profile("tunewright")
 
 ON_A_LIVE_CLUSTER = (
     "tests/events/test_actors.py",
+    "tests/events/test_commands.py",
     "tests/faults/test_kills.py",
     "tests/faults/test_submits.py",
     "tests/faults/test_tails.py",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from events.facts import StepMetrics
-from trainers.plan import DiskLog, Plan
+from trainers.plan import DiskLog, Plan, WandBLog
 
 if TYPE_CHECKING:
     import wandb
@@ -37,7 +37,7 @@ def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Lo
     """The logger of `plan`. Only one process of a job may log with it; opening it changes nothing yet on disk."""
     if isinstance(plan.logger, DiskLog):
         return DiskLogger(job_dir / plan.logger.filename, resumed_step)
-    return WandBLogger(plan.logger.project, job_id, job_dir, plan.model_dump(mode="json"))
+    return WandBLogger(plan.logger, job_id, job_dir, plan.model_dump(mode="json"))
 
 
 class DiskLogger:
@@ -92,14 +92,16 @@ class WandBLogger:
     Offline without an API key, and where the server can't be reached: the job's log says how to upload the run.
     """
 
-    def __init__(self, project: str, job_id: str, job_dir: Path, config: dict[str, Any]) -> None:
+    def __init__(self, spec: WandBLog, job_id: str, job_dir: Path, config: dict[str, Any]) -> None:
         import wandb
 
         def start(mode: str) -> "wandb.Run":
             return wandb.init(
-                project=project,
+                project=spec.project,
+                entity=spec.entity,
                 id=job_id,
-                name=job_id,
+                name=spec.name or job_id,
+                tags=spec.tags,
                 resume="allow",
                 dir=job_dir,
                 config=config,

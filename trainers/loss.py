@@ -50,18 +50,18 @@ class HeadLoss:
         self.chunks = chunks
         self.measure = compiled(_loss_and_gradient) if compiled else _loss_and_gradient
 
-    def __call__(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """`hidden` [n, d] and `labels` [n] of the trained positions -> float32, shape []. 0, with zero gradients, for
-        none."""
+    def __call__(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """`hidden` [n, d] and `labels` [n] of the trained positions -> the loss, float32 [], and how many of the labels
+        were the likeliest token, float64 []. The loss is 0, with zero gradients, for none."""
         grad = torch.is_grad_enabled()  # inside the function it is off
 
-        def fused(hidden: Tensor, weight: Tensor) -> Tensor:
-            return cast(Tensor, _fused(hidden, weight, labels, self._rows(hidden), grad, self))
+        def fused(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return cast(tuple[Tensor, Tensor], _fused(hidden, weight, labels, self._rows(hidden), grad, self))
 
         if isinstance(self.output, TiedLinear):
             return fused(hidden, self.output.tied_module.weight)
         if isinstance(self.output, Head):
-            return cast(Tensor, self.output(hidden, fused))
+            return cast(tuple[Tensor, Tensor], self.output(hidden, fused))
         return self._through_module(hidden, labels)
 
     def log_probabilities(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -79,27 +79,39 @@ class HeadLoss:
             return fused(hidden, self.output.tied_module.weight)
         if isinstance(self.output, Head):
             return cast(Tensor, self.output(hidden, fused))
-        return -self._each_through_module(hidden, labels)
+        return -self._each_through_module(hidden, labels)[0]
 
-    def _through_module(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _through_module(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """For a head with layers of its own (an adapter): autograd goes through it, and computes each chunk twice."""
-        return self._each_through_module(hidden, labels).sum()
+        losses, hits = self._each_through_module(hidden, labels)
+        return losses.sum(), hits
 
-    def _each_through_module(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _each_through_module(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # As many chunks on every rank, whatever its share of a batch: a sharded head is gathered once for each.
         chunks = self.chunks or MODULE_CHUNKS
         parts = zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True)
-        return torch.cat([checkpoint(self._chunk, *part, use_reentrant=False) for part in parts])
+        each = [checkpoint(self._chunk, *part, use_reentrant=False) for part in parts]
+        return torch.cat([losses for losses, _ in each]), torch.stack([hits for _, hits in each]).sum()
 
-    def _chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _chunk(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.output(hidden).float()
-        return functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        return losses, _hits(logits.detach(), labels)
 
     def _rows(self, hidden: Tensor) -> int:
         """Of a chunk."""
         if self.chunks is not None:
             return max(1, -(-len(hidden) // self.chunks))
         return max(1, CHUNK_ELEMENTS[hidden.device.type] // self.vocabulary)
+
+
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of `labels` [n] are the likeliest token by `logits` [n, v], float64 []. Of equals the first one is."""
+    return (
+        (logits.argmax(dim=1) == labels).sum(dtype=torch.float64)
+        if len(labels)
+        else logits.new_zeros((), dtype=torch.float64)
+    )
 
 
 def _loss_and_gradient(
@@ -144,14 +156,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows: int,
         grad: bool,
         head: HeadLoss,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         for_hidden, for_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hits = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if for_hidden else None
         d_weight = torch.zeros_like(weight) if for_weight else None
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             logits = functional.linear(hidden[chunk], weight).float()  # [n, v]
+            hits += _hits(logits, labels[chunk])  # a soft-cap leaves the order as it is
             losses, gradient = head.measure(logits, labels[chunk], head, for_hidden or for_weight)
             total += losses.sum()
             if gradient is not None:
@@ -161,11 +175,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if d_weight is not None:
                     d_weight.addmm_(gradient.t(), hidden[chunk])
         ctx.save_for_backward(d_hidden, d_weight)
-        return total
+        ctx.mark_non_differentiable(hits)
+        return total, hits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),

@@ -38,12 +38,14 @@ class Objective(ABC):
 
 
 class Supervised(Objective):
+    measures = ("token_accuracy",)
+
     def __init__(self, plan: Plan) -> None:
         self.label_smoothing = plan.loss.kwargs.get("label_smoothing", 0.0)
 
     def __call__(self, head: HeadLoss, hidden: Tensor, batch: Batch) -> Measured:
-        nothing = hidden.new_empty(0, dtype=torch.float64)
-        return Measured(head(hidden, batch.labels), nothing, nothing)
+        loss, hits = head(hidden, batch.labels)
+        return Measured(loss, hits[None], hidden.new_empty(0))
 
 
 class Preference(Objective):

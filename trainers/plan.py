@@ -61,6 +61,9 @@ class DiskLog(_Frozen):
 class WandBLog(_Frozen):
     kind: Literal["wandb"] = "wandb"
     project: str
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
 
 
 class Plan(_Frozen):
@@ -258,5 +261,5 @@ def _logger_problems(config: Config) -> list[Problem]:
 
 def _logger(config: Config) -> DiskLog | WandBLog:
     if isinstance(config.logger, WandBLogger):
-        return WandBLog(project=config.logger.project)
+        return WandBLog(**config.logger.model_dump(exclude={"log_type"}))
     return DiskLog(filename=config.logger.filename)

@@ -21,6 +21,7 @@ from events.config import (
 )
 from trainers.data.source import check_data_uri
 from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem, UserError
+from trainers.files import file_store, is_file_id
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.names import classify_model, local_directory
 from trainers.plan import Plan, make_plan
@@ -160,6 +161,8 @@ def _remove(document: dict[str, Any], path: tuple[Any, ...]) -> None:
 
 def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
     try:
+        if is_file_id(uri):
+            file_store(settings.files_url).get(uri)  # which one that has expired is not
         check_data_uri(uri, settings)
     except UserError as error:
         return [Problem(param, error.error.message, error.error.code)]

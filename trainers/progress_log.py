@@ -20,7 +20,7 @@ from trainers.reporting import Reporter
 from trainers.training_model import TrainingModel, parameter_count
 
 if TYPE_CHECKING:  # the recipe imports this module
-    from trainers.recipe import StepOutcome
+    from trainers.recipe import Evaluation, StepOutcome
 
 _log = logging.getLogger("tunewright.train")
 
@@ -62,19 +62,21 @@ class ProgressLog:
                 "step %d/%d | epoch %d/%d | loss %.4f | lr %.1e | %s tok/s%s",
                 *(progress.step, self._total_steps, epoch + 1, self._plan.n_epochs, outcome.loss, outcome.lr),
                 f"{speed:,.0f}",
-                _rewards(outcome.measures),
+                _rewards(outcome.measures) if self._plan.pairs else "",
             )
         self._reporter.metrics(
             StepMetrics.model_validate({"step": progress.step, "epoch": epoch + 1, "time": _now(), **measured})
         )
 
-    def evaluated(self, progress: Progress, loss: float) -> None:
+    def evaluated(self, progress: Progress, evaluation: "Evaluation") -> None:
         self.interrupted()
-        self._latest["valid_loss"] = loss
+        measured = {"valid_loss": evaluation.loss, "valid_token_accuracy": evaluation.token_accuracy}
+        self._latest.update({name: value for name, value in measured.items() if value is not None})
         if self._ranks.first:
-            _log.info("validation after step %d/%d | loss %.4f", progress.step, self._total_steps, loss)
+            _log.info("validation after step %d/%d | loss %.4f", progress.step, self._total_steps, evaluation.loss)
             epoch = progress.epoch if progress.between_epochs else progress.epoch + 1  # the one under way
-            self._reporter.metrics(StepMetrics(step=progress.step, epoch=epoch, time=_now(), valid_loss=loss))
+            at = {"step": progress.step, "epoch": epoch, "time": _now()}
+            self._reporter.metrics(StepMetrics.model_validate(at | measured))
 
     def stopped_early(self, validation: Validation) -> None:
         if self._ranks.first:

@@ -124,9 +124,9 @@ def train(
 
             # ---- save
             if valid and at_evaluation:
-                loss = evaluate(model, valid, plan.batch_size, ranks, reference.get("validation"))
-                log.evaluated(progress, loss)
-                validation = validation.after(progress.step, loss)
+                evaluation = evaluate(model, valid, plan.batch_size, ranks, reference.get("validation"))
+                log.evaluated(progress, evaluation)
+                validation = validation.after(progress.step, evaluation.loss)
             if at_checkpoint or stop or progress.step == validation.best_step or _enough(plan, validation):
                 checkpoints.save(progress, validation, log.latest(), model.trainable(), optimizer)
                 log.interrupted()
@@ -168,6 +168,13 @@ class StepTensors(NamedTuple):
         loss = sum(itertools.chain.from_iterable(losses)) / self.trained
         measures = {name: total / self.trained for name, total in zip(self.names, self.measures.tolist(), strict=True)}
         return StepOutcome(loss, self.lr, norm, int(tokens), bool(stop), losses, measures)
+
+
+class Evaluation(NamedTuple):
+    """Of the validation data: the mean loss, and the share of trained tokens that were the likeliest (None: DPO)."""
+
+    loss: float
+    token_accuracy: float | None
 
 
 class Step(NamedTuple):
@@ -234,17 +241,22 @@ def steps_ahead(ranks: Ranks) -> int:
 @torch.no_grad()
 def evaluate(
     model: TrainingModel, data: TokenisedDataset, batch_size: int, ranks: Ranks, reference: Tensor | None = None
-) -> float:
-    """Mean loss over all trained tokens of `data`, or with a `reference` over its pairs. Every rank has to call it."""
+) -> Evaluation:
+    """Means over all trained tokens of `data`, or with a `reference` over its pairs. Every rank has to call it."""
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # summed loss, trained tokens or pairs
+    names = model.objective.measures
+    # summed loss, trained tokens or pairs, summed measures
+    total = torch.zeros(2 + len(names), dtype=torch.float64, device=ranks.device)
     for share in evaluation_batches(data.lengths, batch_size, ranks.rank, ranks.world, pairs=reference is not None):
         batch = collate(data, share, reference=reference)
-        total[0] += model(batch.to(ranks.device)).loss
+        measured = model(batch.to(ranks.device))
+        total[0] += measured.loss
         total[1] += batch.n_trained
+        total[2:] += measured.measures
     model.train()
-    loss, trained = ranks.sum_(total).tolist()
-    return float(loss / trained)
+    loss, trained, *measures = ranks.sum_(total).tolist()
+    means = {name: value / trained for name, value in zip(names, measures, strict=True)}
+    return Evaluation(loss / trained, means.get("token_accuracy"))
 
 
 def build_schedule(plan: Plan, data: TokenisedDataset, ranks: Ranks) -> Schedule:

@@ -45,6 +45,16 @@ class Settings(BaseSettings):
     )
     max_live_jobs: int = Field(default=1000, ge=1, description="Submits beyond this many unfinished jobs get a 429.")
     max_body_bytes: int = Field(default=1 << 20, ge=1, description="Larger request bodies get a 413.")
+    files: str | None = Field(
+        default=None,
+        description="Where uploaded files are kept: a directory, or a URL of an object store that fsspec reaches "
+        "(`s3://bucket/prefix`). Every node must reach it. Unset: `<storage>/files`.",
+    )
+    max_file_bytes: int = Field(default=512 << 20, ge=1, description="Larger files get a 413 from POST /v1/files.")
+    max_upload_bytes: int = Field(default=8 << 30, ge=1, description="Larger uploads in parts (/v1/uploads) get a 413.")
+    files_quota_bytes: int = Field(
+        default=100 << 30, ge=1, description="All uploaded files together; what would exceed it gets a 429."
+    )
     data_cache_bytes: int = Field(
         default=20 << 30,
         ge=0,
@@ -84,6 +94,11 @@ class Settings(BaseSettings):
     def data_cache(self) -> Path:
         """Where tokenised data is kept for later jobs."""
         return self.storage / "tokenised"
+
+    @property
+    def files_url(self) -> str:
+        """Where uploaded files are kept."""
+        return self.files or str(self.storage / "files")
 
     @property
     def event_log(self) -> Path:

@@ -60,9 +60,14 @@ def test_no_generated_request_meets_a_server_error_or_an_answer_that_is_not_docu
     job_id = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=good).json()["job_id"]
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 9
+    assert len(operations) == 26
+    rows = {"file": ("rows.jsonl", b'{"messages": []}\n')}
+    file_id = httpx.post(f"{server.url}/v1/files", files=rows, data={"purpose": "fine-tune"}).json()["id"]
+    upload = {"bytes": 9, "filename": "f", "mime_type": "application/jsonl", "purpose": "fine-tune"}
+    upload_id = httpx.post(f"{server.url}/v1/uploads", json=upload).json()["id"]
+    real = {**good, "job_id": job_id, "file_id": file_id, "upload_id": upload_id, "training_file": file_id}
     for operation in operations:
-        exercise(operation, {**good, "job_id": job_id})
+        exercise(operation, real)
 
 
 def exercise(operation: schemathesis.APIOperation[Any, Any, Any, Any], real: dict[str, str]) -> None:
@@ -80,7 +85,7 @@ def exercise(operation: schemathesis.APIOperation[Any, Any, Any, Any], real: dic
     )
     def run(case: schemathesis.Case, use_real: bool) -> None:
         if use_real:
-            for part in (case.query, case.body):
+            for part in (case.query, case.body, case.path_parameters):
                 if isinstance(part, dict):
                     part.update({name: real[name] for name in part.keys() & real.keys()})
         if operation.path.endswith("/tail"):

@@ -33,15 +33,30 @@ def test_loss_and_gradients_are_those_of_plain_autograd(
         logits = softcap * torch.tanh(logits / softcap)
     plain = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     expected = torch.autograd.grad(3 * plain, [hidden, matrix.weight])
-    fused = head(hidden, labels)
+    fused, _ = head(hidden, labels)
     torch.testing.assert_close(fused, plain)
     torch.testing.assert_close(torch.autograd.grad(3 * fused, [hidden, matrix.weight]), expected)
+
+
+@pytest.mark.parametrize("chunks", [None, 3, 50])
+@pytest.mark.parametrize(("kind", "softcap"), [("head", None), ("tied", 0.5), ("module", None)])
+def test_hits_are_the_labels_that_are_the_likeliest_token(kind: str, softcap: float | None, chunks: int | None) -> None:
+    hidden, labels = inputs()
+    matrix = nn.Embedding(VOCABULARY, WIDTH) if kind == "tied" else Head(WIDTH, VOCABULARY, bias=False)
+    likeliest = functional.linear(hidden, matrix.weight).argmax(1)
+    labels = torch.where(torch.arange(ROWS) < 4, likeliest, (likeliest + 1) % VOCABULARY)
+    output = {"head": lambda: matrix, "tied": lambda: TiedLinear(matrix), "module": lambda: nn.Sequential(matrix)}[
+        kind
+    ]()
+    _, hits = HeadLoss(output, VOCABULARY, softcap=softcap, chunks=chunks)(hidden, labels)
+    assert hits.item() == 4
+    assert not hits.requires_grad
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_get_theirs() -> None:
     hidden, labels = inputs()
     matrix = Head(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
-    HeadLoss(matrix, VOCABULARY)(hidden, labels).backward()
+    HeadLoss(matrix, VOCABULARY)(hidden, labels)[0].backward()
     assert matrix.weight.grad is None
     assert hidden.grad is not None
 
@@ -51,7 +66,7 @@ def test_a_head_with_layers_of_its_own_goes_through_autograd_in_chunks() -> None
     module = nn.Sequential(nn.Linear(WIDTH, 3), nn.Linear(3, VOCABULARY))
     plain = functional.cross_entropy(module(hidden), labels, reduction="sum")
     expected = torch.autograd.grad(plain, [hidden, *module.parameters()])
-    fused = HeadLoss(module, VOCABULARY, chunks=4)(hidden, labels)
+    fused, _ = HeadLoss(module, VOCABULARY, chunks=4)(hidden, labels)
     torch.testing.assert_close(torch.autograd.grad(fused, [hidden, *module.parameters()]), expected)
 
 
@@ -60,9 +75,9 @@ def test_no_trained_position_is_a_loss_of_zero_with_zero_gradients(own_layers: b
     hidden, labels = inputs()
     matrix: nn.Module = Head(WIDTH, VOCABULARY, bias=False)
     head = HeadLoss(nn.Sequential(matrix) if own_layers else matrix, VOCABULARY)
-    loss = head(hidden[:0], labels[:0])
+    loss, hits = head(hidden[:0], labels[:0])
     loss.backward()
-    assert loss.item() == 0
+    assert (loss.item(), hits.item()) == (0, 0)
     assert [p.grad.abs().sum().item() for p in matrix.parameters() if p.grad is not None] == [0]
 
 
@@ -78,7 +93,7 @@ def test_without_gradients_nothing_but_the_loss_is_computed() -> None:
 
     head.measure = watched
     with torch.no_grad():
-        assert not head(hidden, labels).requires_grad
+        assert not head(hidden, labels)[0].requires_grad
     assert asked == [False]
 
 
@@ -122,4 +137,4 @@ def test_with_a_vocabulary_of_real_size_the_loss_is_exact_to_a_millionth() -> No
         matrix.weight.normal_(std=0.3, generator=generator)
         logits = functional.linear(hidden.double(), matrix.weight.double())
         exact = functional.cross_entropy(logits, labels, reduction="sum")
-        assert HeadLoss(matrix, 49_152)(hidden, labels).item() == pytest.approx(exact.item(), rel=1e-6)
+        assert HeadLoss(matrix, 49_152)(hidden, labels)[0].item() == pytest.approx(exact.item(), rel=1e-6)

@@ -1,8 +1,9 @@
 """Where data files are, and their lines.
 
 A data URI is a local path (bare or `file://`), which must lie under a configured root, or an object that fsspec can
-read: `s3://`, `gs://`, `hf://` (`memory://` in tests). Credentials come from the environment, never from the URI. No
-error of this module repeats a URI that may hold a secret, nor the text of a storage library's exception.
+read: `s3://`, `gs://`, `hf://` (`memory://` in tests); or the id of an uploaded file, `file-...`. Credentials come from
+the environment, never from the URI. No error of this module repeats a URI that may hold a secret, nor the text of a
+storage library's exception.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import fsspec
 
 from trainers.data.dialog import MAX_ROW_BYTES
 from trainers.errors import InfrastructureError, UserError
+from trainers.files import file_store, is_file_id
 from trainers.settings import Settings
 
 REMOTE_SCHEMES = ("s3", "gs", "hf", "memory")
@@ -35,10 +37,12 @@ def check_data_uri(uri: str, settings: Settings) -> str:
     """The normal form of `uri`: `file:///real/path` or the remote URI. Cheap: remote objects are not looked at.
 
     Local paths are resolved, relative ones against the data roots in turn; they must be non-empty regular files that
-    really lie under a root. Raises UserError (unsupported_scheme, credentials_in_uri, path_outside_roots,
-    data_not_found, data_is_directory, data_not_a_file, data_not_readable, data_empty) without a param: the caller knows
-    which field it is.
+    really lie under a root. The id of an uploaded file becomes where its bytes are. Raises UserError
+    (unsupported_scheme, credentials_in_uri, path_outside_roots, data_not_found, data_is_directory, data_not_a_file,
+    data_not_readable, data_empty, file_not_found) without a param: the caller knows which field it is.
     """
+    if is_file_id(uri):
+        return file_store(settings.files_url).locate(uri)
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return _check_local(uri, settings).as_uri()

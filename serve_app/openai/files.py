@@ -1,0 +1,225 @@
+"""/v1/files: uploaded files, and the result files of jobs that are over."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
+from pydantic.json_schema import SkipJsonSchema
+
+from events.job import FineTuningJob
+from serve_app.backend import JobLog
+from serve_app.errors import Answer, RequestRefused
+from serve_app.openai import results
+from serve_app.openai.multipart import Form, receive
+from serve_app.openai.objects import (
+    OpenAIExpiresAfter,
+    OpenAIFile,
+    OpenAIFileDeleted,
+    OpenAIFileForm,
+    OpenAIFileList,
+    page,
+)
+from serve_app.openapi import documented, documented_bytes, form_body
+from serve_app.routes import TheBackend
+from trainers.errors import ConfigProblems, Problem, UserError
+from trainers.files import PURPOSE, File, FileStore, NewObject, check_jsonl, file_store
+from trainers.preflight import problems_of
+from trainers.settings import Settings
+
+router = APIRouter(prefix="/v1", default_response_class=Response)
+FileId = Annotated[str, Path(min_length=1, max_length=256, description="The file's id.")]
+After = Annotated[
+    str | SkipJsonSchema[None],
+    Query(min_length=1, max_length=256, description="Only what comes after this one: the last id of the page before."),
+]
+
+
+@router.post(
+    "/files",
+    summary="Upload a file",
+    openapi_extra=form_body(OpenAIFileForm),
+    responses=documented(OpenAIFile, "The file is on disk.", 400, 413, 415, 429),
+)
+async def create(request: Request, backend: TheBackend) -> Response:
+    """Upload a JSONL file, as multipart/form-data.
+
+    It may hold TUNEWRIGHT_MAX_FILE_BYTES (512 MiB); larger ones come in parts, through /v1/uploads. The rows are
+    validated by the job that uses it, but for the first one.
+    """
+    store = await store_of(backend.settings)
+    await asyncio.to_thread(store.sweep, await in_use(backend.log))
+    declared = request.headers.get("content-length", "")
+    size = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
+    await room_for(store, backend.settings, min(size, backend.settings.max_file_bytes))
+    new = await asyncio.to_thread(store.new)
+    form = await receive(request, "file", new, backend.settings.max_file_bytes)
+    try:
+        expiry = _expiry(form)
+        await room_for(store, backend.settings, 0)  # others may have written meanwhile
+    except (ConfigProblems, RequestRefused):
+        await asyncio.to_thread(new.abandon)
+        raise
+    file = await keep(store, new, form.filename, expiry)
+    return JSONResponse(shown(file).model_dump(mode="json"))
+
+
+@router.get(
+    "/files",
+    summary="List files",
+    responses=documented(OpenAIFileList, "The files.", 400, 404),
+)
+async def list_files(
+    backend: TheBackend,
+    purpose: Annotated[
+        str | SkipJsonSchema[None], Query(max_length=64, description="Only files with this purpose.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="How many.")] = 10_000,
+    after: After = None,
+    order: Annotated[Literal["asc", "desc"], Query(description="By creation: oldest or newest first.")] = "desc",
+) -> Response:
+    """Uploaded files, and the result files of jobs."""
+    found: list[File | FineTuningJob] = []
+    if purpose in (None, PURPOSE):
+        found += await asyncio.to_thread((await store_of(backend.settings)).files)
+    if purpose in (None, results.PURPOSE):
+        found += [job for job in await all_jobs(backend.log) if results.has_results(job)]
+    found.sort(key=_order, reverse=order == "desc")
+    if after is not None:
+        ids = [_order(item)[1] for item in found]
+        if after not in ids:
+            raise unknown_after(after, "file")
+        found = found[ids.index(after) + 1 :]
+    files = [
+        shown(item) if isinstance(item, File) else await results.result_file(backend.log, item)
+        for item in found[:limit]
+    ]
+    return JSONResponse(page(files, len(found) > limit))
+
+
+@router.get("/files/{file_id}", summary="Retrieve a file", responses=documented(OpenAIFile, "The file.", 400, 404))
+async def retrieve(backend: TheBackend, file_id: FileId) -> Response:
+    """What is known of a file."""
+    if (job := await results.job_of(backend.log, file_id)) is not None:
+        return JSONResponse((await results.result_file(backend.log, job)).model_dump(mode="json"))
+    file = await asyncio.to_thread((await store_of(backend.settings)).get, file_id)
+    return JSONResponse(shown(file).model_dump(mode="json"))
+
+
+@router.delete(
+    "/files/{file_id}",
+    summary="Delete a file",
+    responses=documented(OpenAIFileDeleted, "The file is gone.", 400, 404, 409),
+)
+async def delete(backend: TheBackend, file_id: FileId) -> Response:
+    """Delete a file. One that an unfinished job works with can't be deleted, nor can a result file."""
+    if await results.job_of(backend.log, file_id) is not None:
+        raise _conflict("is the result of a job, and stays with it", "result_file")
+    store = await store_of(backend.settings)
+    file = await asyncio.to_thread(store.get, file_id)
+    if file_id in await in_use(backend.log):
+        raise _conflict("is in use by a job that is not over: cancel the job first, or wait for its end", "file_in_use")
+    await asyncio.to_thread(store.delete, file)
+    return JSONResponse(OpenAIFileDeleted(id=file_id).model_dump(mode="json"))
+
+
+@router.get(
+    "/files/{file_id}/content",
+    summary="Download a file",
+    responses=documented_bytes("The file's bytes.", 400, 404),
+)
+async def content(backend: TheBackend, file_id: FileId) -> Response:
+    """The bytes of a file, as they were uploaded; of a result file, CSV."""
+    if (job := await results.job_of(backend.log, file_id)) is not None:
+        return Response(await results.result_csv(backend.log, job), headers=_download(results.FILENAME))
+    store = await store_of(backend.settings)
+    file = await asyncio.to_thread(store.get, file_id)
+    headers = {**_download(file.filename), "Content-Length": str(file.bytes)}
+    return StreamingResponse(store.read(file), headers=headers)
+
+
+async def store_of(settings: Settings) -> FileStore:
+    return await asyncio.to_thread(file_store, settings.files_url)
+
+
+async def room_for(store: FileStore, settings: Settings, size: int) -> None:
+    """Raises RequestRefused 429 where the quota doesn't leave `size` bytes, or is exceeded."""
+    if await asyncio.to_thread(store.used_bytes) + size > settings.files_quota_bytes:
+        message = f"all files together may hold {settings.files_quota_bytes} bytes: delete some first"
+        raise RequestRefused(Answer(429, "rate_limit_error", "quota_exceeded", message))
+
+
+async def keep(store: FileStore, new: NewObject, filename: str, expiry: OpenAIExpiresAfter | None) -> File:
+    """Makes a file of bytes that have arrived; refuses what can't be JSONL, and then nothing is kept."""
+    try:
+        check_jsonl(bytes(new.head))
+        return await asyncio.to_thread(store.keep, new, filename, expiry.seconds if expiry else None)
+    except UserError:
+        await asyncio.to_thread(new.abandon)
+        raise
+
+
+async def in_use(log: JobLog) -> set[str]:
+    """What unfinished jobs name as their data."""
+    live = await log.live_jobs()
+    return {str(job.input_config.get(name)) for job in live.jobs for name in ("data", "validation_data")}
+
+
+async def all_jobs(log: JobLog) -> list[FineTuningJob]:
+    jobs, more = await log.jobs(1000, None)
+    while more:
+        older, more = await log.jobs(1000, jobs[-1].job_id)
+        jobs += older
+    return jobs
+
+
+def shown(file: File) -> OpenAIFile:
+    return OpenAIFile(**file.model_dump(exclude={"content"}))
+
+
+def unknown_after(after: str, kind: str) -> RequestRefused:
+    message = f"after: there is no {kind} {after!a} in this list"
+    return RequestRefused(Answer(404, "not_found_error", "unknown_after", message, "after"))
+
+
+def _order(item: File | FineTuningJob) -> tuple[int, str]:
+    if isinstance(item, File):
+        return item.created_at, item.id
+    return results.created_at(item), results.file_id(item.job_id)
+
+
+def _expiry(form: Form) -> OpenAIExpiresAfter | None:
+    """Checks the fields beside the file."""
+    fields = dict(form.fields)
+    problems = [] if fields.pop("purpose", None) == PURPOSE else [Problem("purpose", f"must be {PURPOSE!r}")]
+    expiry = {name: fields.pop(f"expires_after[{name}]", None) for name in ("anchor", "seconds")}
+    problems += [Problem(ascii(name[:100])[1:-1], "unknown field", "unknown_field") for name in fields]
+    if problems:
+        raise ConfigProblems(problems)
+    if not any(expiry.values()):
+        return None
+    seconds: Any = expiry["seconds"]
+    if isinstance(seconds, str) and seconds.isascii() and seconds.isdigit() and len(seconds) < 12:
+        seconds = int(seconds)
+    try:
+        return OpenAIExpiresAfter(anchor=expiry["anchor"], seconds=seconds)  # type: ignore[arg-type]  # it checks them
+    except ValidationError as error:
+        raise ConfigProblems(prefixed("expires_after", problems_of(error.errors(include_input=False)))) from None
+
+
+def prefixed(prefix: str, problems: Iterable[Problem]) -> list[Problem]:
+    return [problem._replace(param=f"{prefix}.{problem.param}") for problem in problems]
+
+
+def _conflict(message: str, code: str) -> RequestRefused:
+    return RequestRefused(Answer(409, "conflict_error", code, f"this file {message}", "file_id"))
+
+
+def _download(filename: str) -> dict[str, str]:
+    return {
+        "Content-Type": "application/octet-stream",
+        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
+    }

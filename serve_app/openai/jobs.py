@@ -1,0 +1,164 @@
+"""/v1/fine_tuning/jobs: the jobs of the log as OpenAI shows them, and its requests as ours."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic.json_schema import SkipJsonSchema
+
+from events.facts import CancelRequested, CheckpointSaved, JobResumed, PauseRequested
+from events.ids import new_event_id
+from events.job import FineTuningJob
+from serve_app.body import read_object
+from serve_app.openai import mapping, results, timeline
+from serve_app.openai.files import unknown_after
+from serve_app.openai.objects import (
+    OpenAICheckpointList,
+    OpenAIEventList,
+    OpenAIJob,
+    OpenAIJobList,
+    OpenAIJobRequest,
+    page,
+)
+from serve_app.openapi import documented, json_body
+from serve_app.routes import IdempotencyKey, TheBackend, begun, examined, parsed
+from trainers.errors import ConfigProblems
+
+router = APIRouter(prefix="/v1", default_response_class=Response)
+JOBS = "/fine_tuning/jobs"
+JobId = Annotated[str, Path(min_length=1, max_length=128, description="The job's id.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="How many.")]
+After = Annotated[
+    str | SkipJsonSchema[None],
+    Query(min_length=1, max_length=256, description="Only what is older than this: the last id of the page before."),
+]
+
+
+@router.post(
+    JOBS,
+    summary="Create a fine-tuning job",
+    openapi_extra=json_body(OpenAIJobRequest),
+    responses=documented(OpenAIJob, "The job is on disk.", 400, 404, 413, 415, 429),
+)
+async def create(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
+    """Create a job from an uploaded file. It trains a LoRA adapter; docs/openai.md says what becomes of each field."""
+    document = await read_object(request, backend.settings.max_body_bytes)
+    asked = parsed(OpenAIJobRequest, document)
+    if problems := mapping.results_as_data(asked):
+        raise ConfigProblems(problems)
+    submitted, problems = await examined(backend, mapping.config_of(asked))
+    if submitted is None or problems:
+        raise ConfigProblems([mapping.in_openai_words(problem) for problem in problems])
+    openai = asked.model_dump(mode="json", exclude_none=True)
+    submitted = submitted.model_copy(update={"openai": openai, "idempotency_key": idempotency_key})
+    return await begun(request, backend, submitted, _shown)
+
+
+@router.get(JOBS, summary="List fine-tuning jobs", responses=documented(OpenAIJobList, "The jobs.", 400, 404))
+async def list_jobs(request: Request, backend: TheBackend, limit: Limit = 20, after: After = None) -> Response:
+    """Jobs, newest first. `metadata[key]=value` leaves only those that have it, `metadata=null` those without any."""
+    wanted = _wanted(request.query_params)
+    found: list[FineTuningJob] = []
+    more = True
+    while more and len(found) <= limit:
+        jobs, more = await backend.log.jobs(100, after)
+        found += [job for job in jobs if wanted is None or _has(job, wanted)]
+        after = jobs[-1].job_id if jobs else after
+    return JSONResponse(page([mapping.shown(job) for job in found[:limit]], len(found) > limit))
+
+
+@router.get(f"{JOBS}/{{job_id}}", summary="Retrieve a job", responses=documented(OpenAIJob, "The job.", 400, 404))
+async def retrieve(backend: TheBackend, job_id: JobId) -> Response:
+    """The job, whichever API it was submitted through."""
+    return _answer(await backend.log.job(job_id))
+
+
+@router.post(
+    f"{JOBS}/{{job_id}}/cancel",
+    summary="Cancel a job",
+    responses=documented(OpenAIJob, "The job will end.", 400, 404, 409),
+)
+async def cancel(backend: TheBackend, job_id: JobId) -> Response:
+    """Answers as soon as the wish is on disk; the job reads `cancelled` within seconds."""
+    return _answer(await backend.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"]))
+
+
+@router.post(
+    f"{JOBS}/{{job_id}}/pause",
+    summary="Pause a job",
+    responses=documented(OpenAIJob, "The job will stop at a checkpoint.", 400, 404, 409),
+)
+async def pause(backend: TheBackend, job_id: JobId) -> Response:
+    """Answers as soon as the wish is on disk. The job reads `paused` once it stands at a checkpoint."""
+    return _answer(await backend.log.append(job_id, [PauseRequested()], [new_event_id()]))
+
+
+@router.post(
+    f"{JOBS}/{{job_id}}/resume",
+    summary="Resume a paused job",
+    responses=documented(OpenAIJob, "The job goes on.", 400, 404, 409),
+)
+async def resume(backend: TheBackend, job_id: JobId) -> Response:
+    """It stands in line again, and goes on from the checkpoint it paused at."""
+    return _answer(await backend.log.append(job_id, [JobResumed()], [new_event_id()]))
+
+
+@router.get(
+    f"{JOBS}/{{job_id}}/events",
+    summary="List a job's events",
+    responses=documented(OpenAIEventList, "The events.", 400, 404),
+)
+async def list_events(backend: TheBackend, job_id: JobId, limit: Limit = 20, after: After = None) -> Response:
+    """What happened to the job, newest first. Events of type `metrics` carry a step's or an evaluation's."""
+    job = await backend.log.job(job_id)
+    events, more = await timeline.events_before(backend.log, job, after, limit)
+    return JSONResponse(page(events, more))
+
+
+@router.get(
+    f"{JOBS}/{{job_id}}/checkpoints",
+    summary="List a job's checkpoints",
+    responses=documented(OpenAICheckpointList, "The checkpoints.", 400, 404),
+)
+async def list_checkpoints(
+    backend: TheBackend,
+    job_id: JobId,
+    limit: Annotated[int, Query(ge=1, le=100, description="How many.")] = 10,
+    after: After = None,
+) -> Response:
+    """The checkpoints that are on disk, newest first."""
+    job = await backend.log.job(job_id)
+    found = {}
+    async for recorded in results.history(backend.log, job_id):
+        if isinstance(recorded.event, CheckpointSaved) and recorded.event.uri in job.checkpoints:
+            checkpoint = mapping.checkpoint(job, recorded, recorded.event)
+            found[checkpoint.id] = checkpoint
+    newest = list(reversed(found.values()))
+    if after is not None:
+        ids = [checkpoint.id for checkpoint in newest]
+        if after not in ids:
+            raise unknown_after(after, "checkpoint")
+        newest = newest[ids.index(after) + 1 :]
+    return JSONResponse(page(newest[:limit], len(newest) > limit))
+
+
+def _answer(job: FineTuningJob) -> Response:
+    return JSONResponse(_shown(job))
+
+
+def _shown(job: FineTuningJob) -> dict[str, Any]:
+    return mapping.shown(job).model_dump(mode="json")
+
+
+def _wanted(query: Mapping[str, str]) -> dict[str, str] | None:
+    """The filter in a query: None for no filter, an empty one for jobs without metadata."""
+    if query.get("metadata") == "null":
+        return {}
+    named = {name[9:-1]: value for name, value in query.items() if name.startswith("metadata[") and name.endswith("]")}
+    return named or None
+
+
+def _has(job: FineTuningJob, wanted: dict[str, str]) -> bool:
+    metadata = mapping.metadata_of(job)
+    return all(metadata.get(key) == value for key, value in wanted.items()) if wanted else not metadata

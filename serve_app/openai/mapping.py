@@ -1,0 +1,214 @@
+"""What a request of OpenAI's API means as a Config of ours, and what a job of ours looks like there."""
+
+import json
+import time
+from functools import lru_cache
+from typing import Any, Literal
+
+from events.config import Config
+from events.facts import CheckpointSaved
+from events.job import FineTuningJob, Status
+from events.store import Recorded
+from serve_app.openai import results
+from serve_app.openai.objects import (
+    JobStatus,
+    OpenAICheckpoint,
+    OpenAIDpoHyperparameters,
+    OpenAIError,
+    OpenAIHyperparameters,
+    OpenAIJob,
+    OpenAIJobRequest,
+)
+from trainers.components import DPO_LOSS
+from trainers.errors import ConfigProblems, Problem
+from trainers.files import PURPOSE
+from trainers.plan import Plan, WandBLog, make_plan
+
+EPOCHS, BATCH, BETA = 3, 4, 0.1
+"""What `auto` means."""
+LARGEST_MICRO_BATCH = 4
+RATE = {"supervised": 3e-4, "dpo": 1e-5}
+"""A learning_rate_multiplier of 1: the service's own defaults for LoRA."""
+_STATUS: dict[Status, JobStatus] = {
+    "validation": "validating_files",
+    "queued": "queued",
+    "running": "running",
+    "success": "succeeded",
+    "failed": "failed",
+    "cancelled": "cancelled",
+}
+_WORDS = {
+    "data": "training_file",
+    "validation_data": "validation_file",
+    "fine_tuning_options.n_epochs": "hyperparameters.n_epochs",
+    "fine_tuning_options.batch_size": "hyperparameters.batch_size",
+    "fine_tuning_options.lr": "hyperparameters.learning_rate_multiplier",
+    "logger.project": "integrations.0.wandb.project",
+}
+
+
+def config_of(asked: OpenAIJobRequest) -> dict[str, Any]:
+    """The body that POST /fine_tuning/jobs/submit would get for it. Raises ConfigProblems."""
+    kind, chosen = _method(asked)
+    beta = getattr(chosen, "beta", "auto")
+    batch = BATCH if chosen.batch_size == "auto" else chosen.batch_size
+    micro = next(size for size in range(LARGEST_MICRO_BATCH, 0, -1) if batch % size == 0)
+    multiplier = 1.0 if chosen.learning_rate_multiplier == "auto" else chosen.learning_rate_multiplier
+    options: dict[str, Any] = {
+        "n_epochs": EPOCHS if chosen.n_epochs == "auto" else chosen.n_epochs,
+        "batch_size": micro,
+        "gradient_accumulation_steps": batch // micro,
+        "lr": multiplier * RATE[kind],
+        "custom_training_options": {"finetuning_type": "lora"},
+    }
+    if asked.seed is not None:
+        options["seed"] = asked.seed
+    if kind == "dpo":
+        options["extras"] = {"loss": {"_component_": DPO_LOSS, "beta": BETA if beta == "auto" else beta}}
+    config: dict[str, Any] = {"model": asked.model, "data": asked.training_file, "fine_tuning_options": options}
+    if asked.validation_file is not None:
+        config["validation_data"] = asked.validation_file
+    if asked.integrations:
+        config["logger"] = {"log_type": "wandb", **asked.integrations[0].wandb.model_dump(exclude_none=True)}
+    if asked.metadata:
+        config["metadata"] = asked.metadata
+    return config
+
+
+def _method(asked: OpenAIJobRequest) -> tuple[Literal["supervised", "dpo"], OpenAIHyperparameters]:
+    """Which one, with the hyperparameters wherever they stand. Raises ConfigProblems where they contradict."""
+    kind = asked.method.type if asked.method else "supervised"
+    given = {name: getattr(asked.method, name) for name in ("supervised", "dpo")} if asked.method else {}
+    problems = [
+        Problem(f"method.{name}", f"goes with type {name!r}, and the type is {kind!r}")
+        for name, part in given.items()
+        if part is not None and name != kind
+    ]
+    chosen = getattr(given.get(kind), "hyperparameters", None)
+    if chosen is not None and asked.hyperparameters is not None:
+        problems.append(Problem("hyperparameters", f"stand in method.{kind} already: leave one of the two out"))
+    if problems:
+        raise ConfigProblems(problems)
+    defaults = OpenAIDpoHyperparameters() if kind == "dpo" else OpenAIHyperparameters()
+    return kind, chosen or asked.hyperparameters or defaults
+
+
+def results_as_data(asked: OpenAIJobRequest) -> list[Problem]:
+    """The files that were made for another purpose than to be trained on."""
+    return [
+        Problem(name, f"is a file with purpose {results.PURPOSE!r}: training needs {PURPOSE!r}", "wrong_purpose")
+        for name in ("training_file", "validation_file")
+        if results.is_result_file(getattr(asked, name) or "")
+    ]
+
+
+def in_openai_words(problem: Problem) -> Problem:
+    """The problem with the name that the field has in OpenAI's request."""
+    return problem._replace(param=_WORDS.get(problem.param or "", problem.param))
+
+
+def shown(job: FineTuningJob) -> OpenAIJob:
+    """The job as OpenAI shows it."""
+    said = job.openai or {}
+    plan = _plan(json.dumps(job.input_config))
+    kind: Literal["supervised", "dpo"] = "dpo" if plan is not None and plan.pairs else "supervised"
+    hyperparameters = _hyperparameters(plan, kind)
+    method = {"type": kind, kind: {"hyperparameters": hyperparameters}}
+    logger = plan.logger if plan else None
+    derived = [{"type": "wandb", "wandb": logger.model_dump(exclude={"kind"})}] if isinstance(logger, WandBLog) else []
+    succeeded = job.status == "success"
+    return OpenAIJob(
+        id=job.job_id,
+        created_at=int(job.created.timestamp()),
+        error=_error(job),
+        estimated_finish=estimated_finish(job, time.time()),
+        fine_tuned_model=model_name(job) if succeeded else None,
+        finished_at=int(job.finished_at.timestamp()) if job.finished_at else None,
+        hyperparameters={name: value for name, value in hyperparameters.items() if name != "beta"},
+        integrations=said.get("integrations", derived),
+        metadata=metadata_of(job) or None,
+        method=said.get("method", method),
+        model=str(job.input_config.get("model", "")),
+        result_files=[results.file_id(job.job_id)] if results.has_results(job) else [],
+        seed=plan.seed if plan else 0,
+        status=status_of(job),
+        trained_tokens=_trained_tokens(job) if succeeded else None,
+        training_file=str(job.input_config.get("data", "")),
+        validation_file=job.input_config.get("validation_data"),
+        user_provided_suffix=said.get("suffix"),
+        checkpoints=job.checkpoints,
+    )
+
+
+def status_of(job: FineTuningJob) -> JobStatus:
+    return "paused" if job.paused else _STATUS[job.status]
+
+
+def metadata_of(job: FineTuningJob) -> dict[str, str]:
+    """Values that are no strings, which only our own API takes, as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in job.metadata.items()}
+
+
+def model_name(job: FineTuningJob, step: int | None = None) -> str:
+    """As OpenAI names fine-tuned models: `ft:<base>:<organisation>:<suffix>:<id>`, of a checkpoint with its step."""
+    base = str(job.input_config.get("model", "")).rstrip("/").rpartition("/")[2].replace(":", "-")
+    name = f"ft:{base}:tunewright:{(job.openai or {}).get('suffix', '')}:{job.job_id.removeprefix('ftjob-')}"
+    return name if step is None else f"{name}:ckpt-step-{step}"
+
+
+def checkpoint(job: FineTuningJob, recorded: Recorded, event: CheckpointSaved) -> OpenAICheckpoint:
+    names = results.TRAIN | results.VALID
+    metrics: dict[str, int | float | None] = {"step": event.step}
+    metrics |= {name: results.finite(event.metrics.get(ours)) for name, ours in names.items()}
+    return OpenAICheckpoint(
+        id=f"ftckpt_{job.job_id.removeprefix('ftjob-')}-{recorded.version}",
+        created_at=int(recorded.time.timestamp()),
+        fine_tuned_model_checkpoint=model_name(job, event.step),
+        fine_tuning_job_id=job.job_id,
+        metrics=metrics,
+        step_number=event.step,
+        uri=event.uri,
+    )
+
+
+def estimated_finish(job: FineTuningJob, now: float) -> int | None:
+    """From how long the run's steps and evaluations took; None unless steps are being made."""
+    progress, pace = job.progress, job.pace
+    if job.status != "running" or job.cancel_requested or progress is None or pace is None:
+        return None
+    steps = progress.total_steps - progress.step
+    done = progress.step * progress.n_epochs // max(progress.total_steps, 1)
+    remaining = pace.remaining_s(steps, progress.n_epochs - done)
+    return None if remaining is None else int(max(pace.at.timestamp() + remaining, now))
+
+
+def _error(job: FineTuningJob) -> OpenAIError | None:
+    if job.error is None:
+        return None
+    param = in_openai_words(Problem(job.error.param, "")).param
+    return OpenAIError(code=job.error.code, message=job.error.message, param=param)
+
+
+def _trained_tokens(job: FineTuningJob) -> int | None:
+    """Every token of the data, in every epoch: what OpenAI counts."""
+    return job.data.tokens * job.progress.n_epochs if job.data and job.progress else None
+
+
+def _hyperparameters(plan: Plan | None, kind: Literal["supervised", "dpo"]) -> dict[str, Any]:
+    if plan is None:
+        return {}
+    chosen = {
+        "batch_size": plan.batch_size * plan.gradient_accumulation_steps * plan.workers,
+        "learning_rate_multiplier": round(plan.lr / RATE[kind], 6),
+        "n_epochs": plan.n_epochs,
+    }
+    return chosen | ({"beta": plan.loss.kwargs.get("beta", BETA)} if kind == "dpo" else {})
+
+
+@lru_cache(4096)
+def _plan(config: str) -> Plan | None:
+    """None for the config of another version, which doesn't mean anything to this one."""
+    try:
+        return make_plan(Config.model_validate_json(config))
+    except (ConfigProblems, ValueError):
+        return None

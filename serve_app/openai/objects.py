@@ -1,0 +1,279 @@
+"""The objects of OpenAI's API: what /v1 takes and answers. The reference is the client's own types, `openai.types`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from events.config import optional
+
+HOUR, MONTH = 3600, 30 * 24 * 3600
+FileStatus = Literal["uploaded", "processed", "error"]
+JobStatus = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled", "paused"]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class OpenAIExpiresAfter(_Request):
+    """When a file goes by itself. A file that a job works with stays until the job is over."""
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=HOUR, le=MONTH, description="After its creation: an hour to 30 days.")
+
+
+class OpenAIFileForm(_Request):
+    """What POST /v1/files takes, as multipart/form-data."""
+
+    file: str = Field(description="The file: JSONL.", json_schema_extra={"format": "binary"})
+    purpose: Literal["fine-tune"]
+
+
+class OpenAIPartForm(_Request):
+    """What POST /v1/uploads/{upload_id}/parts takes, as multipart/form-data."""
+
+    data: str = Field(description="The bytes of the part, 64 MiB at most.", json_schema_extra={"format": "binary"})
+
+
+class OpenAIFile(_Answer):
+    """A file. Result files (`fine-tune-results`) belong to their jobs and can't be deleted."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None = None
+    filename: str
+    purpose: Literal["fine-tune", "fine-tune-results"]
+    status: FileStatus = "processed"
+    status_details: str | None = None
+
+
+class OpenAIFileDeleted(_Answer):
+    """The file is gone."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class OpenAIUploadRequest(_Request):
+    """What POST /v1/uploads takes."""
+
+    bytes: int = Field(ge=1, description="Of the whole file.")
+    filename: str = Field(min_length=1, max_length=1024)
+    mime_type: str = Field(max_length=255)
+    purpose: Literal["fine-tune"]
+    expires_after: OpenAIExpiresAfter | None = optional("Default: it stays until it is deleted.")
+
+
+class OpenAIUploadCompletion(_Request):
+    """What POST /v1/uploads/{upload_id}/complete takes."""
+
+    part_ids: list[Annotated[str, Field(max_length=64)]] = Field(
+        min_length=1, max_length=10_000, description="In the order of the file."
+    )
+    md5: str | None = optional("Of the whole file, in hexadecimal: it is compared.")
+
+
+class OpenAIUpload(_Answer):
+    """A file that comes in parts. It expires an hour after its creation unless it is completed."""
+
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: OpenAIFile | None = None
+
+
+class OpenAIUploadPart(_Answer):
+    """A part of an upload."""
+
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+
+Auto = Literal["auto"]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+Multiplier = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+Epochs = Annotated[int, Field(ge=1, le=10_000)]
+
+
+class OpenAIHyperparameters(_Request):
+    """`auto`: 4 rows in a batch, a multiplier of 1, 3 epochs."""
+
+    batch_size: Auto | BatchSize = Field(default="auto", description="Rows (pairs, with DPO) in each step.")
+    learning_rate_multiplier: Auto | Multiplier = Field(
+        default="auto", description="Of the service's own rate for LoRA: 3e-4, with DPO 1e-5."
+    )
+    n_epochs: Auto | Epochs = Field(default="auto", description="Passes over the file.")
+
+
+class OpenAIDpoHyperparameters(OpenAIHyperparameters):
+    """`auto` as for supervised fine-tuning; a beta of 0.1."""
+
+    beta: Auto | Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = Field(
+        default="auto", description="Weight of the penalty for leaving the initial model."
+    )
+
+
+class OpenAISupervised(_Request):
+    """Training on answers."""
+
+    hyperparameters: OpenAIHyperparameters | None = optional("Default: all `auto`.")
+
+
+class OpenAIDpo(_Request):
+    """Training on preferences."""
+
+    hyperparameters: OpenAIDpoHyperparameters | None = optional("Default: all `auto`.")
+
+
+class OpenAIMethod(_Request):
+    """How to train. `reinforcement` is not offered."""
+
+    type: Literal["supervised", "dpo"]
+    supervised: OpenAISupervised | None = optional("With type `supervised`.")
+    dpo: OpenAIDpo | None = optional("With type `dpo`.")
+
+
+class OpenAIWandb(_Request):
+    """Where metrics go. The API key comes from the workers' environment."""
+
+    project: str = Field(min_length=1, max_length=128)
+    name: str | None = optional("Of the run. Default: the job's id.", maxLength=128)
+    entity: str | None = optional("Team or user. Default: that of the API key.", maxLength=128)
+    tags: list[str] | None = optional("Of the run.")
+
+
+class OpenAIIntegration(_Request):
+    """Metrics to Weights & Biases."""
+
+    type: Literal["wandb"]
+    wandb: OpenAIWandb
+
+
+MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class OpenAIJobRequest(_Request):
+    """What POST /v1/fine_tuning/jobs takes."""
+
+    model: str = Field(min_length=1, max_length=1024, description="An alias, a Hugging Face id, a directory or URI.")
+    training_file: str = Field(min_length=1, max_length=4096, description="The id of an uploaded file, or a URI.")
+    validation_file: Annotated[str, Field(min_length=1, max_length=4096)] | None = optional("As training_file.")
+    method: OpenAIMethod | None = optional("Default: supervised.")
+    hyperparameters: OpenAIHyperparameters | None = optional("The old place of `method.supervised.hyperparameters`.")
+    suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = optional("Part of the model's name.")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = optional("Default: 42.")
+    integrations: Annotated[list[OpenAIIntegration], Field(max_length=1)] | None = optional("At most one.")
+    metadata: Annotated[dict[MetadataKey, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = (
+        optional("Yours: 16 pairs of strings at most.")
+    )
+
+
+class OpenAIError(_Answer):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class OpenAIJob(_Answer):
+    """A job. `checkpoints` is this service's own: where the weights are."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    error: OpenAIError | None
+    estimated_finish: int | None
+    fine_tuned_model: str | None
+    finished_at: int | None
+    hyperparameters: dict[str, Any]
+    integrations: list[dict[str, Any]]
+    metadata: dict[str, str] | None
+    method: dict[str, Any]
+    model: str
+    organization_id: str = "tunewright"
+    result_files: list[str]
+    seed: int
+    status: JobStatus
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+    user_provided_suffix: str | None
+    checkpoints: list[str] = Field(description="URIs, oldest first.")
+
+
+class OpenAIJobEvent(_Answer):
+    """Something that happened to a job."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, int | float | None]
+
+
+class OpenAICheckpoint(_Answer):
+    """A checkpoint. `uri` is this service's own: where the weights are."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    metrics: dict[str, int | float | None]
+    step_number: int
+    uri: str
+
+
+class _Page(_Answer):
+    object: Literal["list"] = "list"
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = Field(description="Ask again with `after` = last_id.")
+
+
+class OpenAIFileList(_Page):
+    """Files."""
+
+    data: list[OpenAIFile]
+
+
+class OpenAIJobList(_Page):
+    """Jobs, newest first."""
+
+    data: list[OpenAIJob]
+
+
+class OpenAIEventList(_Page):
+    """Events, newest first."""
+
+    data: list[OpenAIJobEvent]
+
+
+class OpenAICheckpointList(_Page):
+    """Checkpoints, newest first."""
+
+    data: list[OpenAICheckpoint]
+
+
+def page(data: list[Any], has_more: bool) -> dict[str, Any]:
+    """One page of a list, from objects of this module."""
+    shown = [item.model_dump(mode="json") for item in data]
+    first, last = (shown[0]["id"], shown[-1]["id"]) if shown else (None, None)
+    return {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": has_more}

@@ -1,0 +1,115 @@
+"""A job's events as OpenAI tells them. Each is derived from one fact of the log, whose place makes its id."""
+
+import re
+
+from events import facts
+from events.job import FineTuningJob
+from events.store import Recorded
+from serve_app.backend import JobLog
+from serve_app.openai import results
+from serve_app.openai.files import unknown_after
+from serve_app.openai.objects import OpenAIJobEvent
+
+
+async def events_before(
+    log: JobLog, job: FineTuningJob, after: str | None, limit: int
+) -> tuple[list[OpenAIJobEvent], bool]:
+    """Up to `limit` events, newest first, those older than the event `after`; and whether there are more.
+
+    Reads no more of the log than it shows. Raises RequestRefused for an `after` that is no event of the job.
+    """
+    last = job.version if after is None else _version(job, after)
+    found: list[OpenAIJobEvent] = []
+    seen = after is None
+    while last >= 0 and len(found) <= limit:
+        first = max(last - limit, 0)
+        for recorded in reversed(await log.read(job.job_id, first - 1, last - first + 1)):
+            for event in reversed(events_of(job, recorded)):
+                if seen:
+                    found.append(event)
+                seen = seen or event.id == after
+        if not seen:
+            break
+        last = first - 1
+    if not seen:
+        raise unknown_after(str(after), "event")
+    return found[:limit], len(found) > limit
+
+
+def events_of(job: FineTuningJob, recorded: Recorded) -> list[OpenAIJobEvent]:
+    """What there is to tell of one fact, in order. Nothing for what OpenAI has no word for, or isn't the user's."""
+    if isinstance(recorded.event, facts.MetricsRecorded):
+        return [_metrics(job, recorded, number, step) for number, step in enumerate(recorded.event.steps)]
+    told = _told(job, recorded.event)
+    level = "error" if isinstance(recorded.event, facts.JobFailed | facts.DataRejected) else "info"
+    if isinstance(recorded.event, facts.RunInterrupted):
+        level = "warn"
+    return [
+        OpenAIJobEvent(
+            id=_id(job, recorded, number),
+            created_at=int(recorded.time.timestamp()),
+            level=level,  # type: ignore[arg-type]  # one of the three
+            message=message,
+            type="message",
+            data={},
+        )
+        for number, message in enumerate(told)
+    ]
+
+
+def _told(job: FineTuningJob, event: object) -> list[str]:
+    config = job.input_config
+    match event:
+        case facts.JobSubmitted():
+            names = [str(config[name]) for name in ("data", "validation_data") if config.get(name)]
+            return [f"Created fine-tuning job: {job.job_id}", f"Validating: {' and '.join(names)}"]
+        case facts.DataValidated():
+            return [f"Data validated: {event.data.rows:,} rows, {event.data.tokens:,} tokens. The job is queued"]
+        case facts.RunStarted():
+            return [f"Training started on {event.workers} worker(s), {event.device}: run {event.attempt}"]
+        case facts.CheckpointSaved():
+            return [f"Checkpoint saved at step {event.step}"]
+        case facts.RunInterrupted():
+            return [f"Interrupted: {event.reason}. The job goes on from its last checkpoint"]
+        case facts.PauseRequested() if event.by == "user":
+            return ["Pausing"]
+        case facts.JobPaused():
+            return ["The job is paused"]
+        case facts.JobResumed():
+            return ["Resumed"]
+        case facts.CancelRequested():
+            return ["Cancelling"]
+        case facts.JobSucceeded():
+            return ["The job has succeeded"]
+        case facts.JobFailed() | facts.DataRejected():
+            return [f"The job has failed: {event.error.message}"]
+        case facts.JobCancelled():
+            return ["The job was cancelled"]
+    return []
+
+
+def _metrics(job: FineTuningJob, recorded: Recorded, number: int, metrics: facts.StepMetrics) -> OpenAIJobEvent:
+    total = job.progress.total_steps if job.progress else None
+    values = results.measured(metrics, total)
+    kind, value = ("training", metrics.loss) if metrics.loss is not None else ("full validation", metrics.valid_loss)
+    return OpenAIJobEvent(
+        id=_id(job, recorded, number),
+        created_at=int(recorded.time.timestamp()),
+        level="info",
+        message=f"Step {metrics.step}/{total}: {kind} loss={'none' if value is None else f'{value:.4f}'}",
+        type="metrics",
+        data=values,
+    )
+
+
+def _id(job: FineTuningJob, recorded: Recorded, number: int) -> str:
+    return f"ftevent-{job.job_id.removeprefix('ftjob-')}-{recorded.version}-{number}"
+
+
+def _version(job: FineTuningJob, event_id: str) -> int:
+    """Of the fact that an event tells of. Raises RequestRefused where the id can't be one of the job's."""
+    own = re.escape(job.job_id.removeprefix("ftjob-"))
+    found = re.fullmatch(rf"ftevent-{own}-(\d{{1,12}})-\d{{1,12}}", event_id)
+    if found is None or int(found[1]) > job.version:
+        raise unknown_after(event_id, "event")
+    return int(found[1])

@@ -1,0 +1,194 @@
+"""/v1/uploads: a file that comes in parts, for what is too large for one request.
+
+An upload is a record beside the files, `<upload id>.json`, and its parts are objects `<upload id>.<part id>`. To
+complete it joins the parts, in a stream, to the bytes of a file.
+"""
+
+import asyncio
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, TypeAdapter
+from ulid import ULID
+
+from serve_app.body import read_object
+from serve_app.errors import Answer, RequestRefused
+from serve_app.openai.files import keep, room_for, shown, store_of
+from serve_app.openai.multipart import receive
+from serve_app.openai.objects import (
+    OpenAIPartForm,
+    OpenAIUpload,
+    OpenAIUploadCompletion,
+    OpenAIUploadPart,
+    OpenAIUploadRequest,
+)
+from serve_app.openapi import documented, form_body, json_body
+from serve_app.routes import TheBackend, parsed
+from trainers.files import FileStore, NewObject
+
+router = APIRouter(prefix="/v1", default_response_class=Response)
+LIFETIME_S = 3600
+PART_BYTES = 64 << 20
+UploadId = Annotated[str, Path(min_length=1, max_length=64, description="The upload's id.")]
+
+
+class _Upload(BaseModel):
+    """The record: what is answered, and what was asked for."""
+
+    shown: OpenAIUpload
+    request: OpenAIUploadRequest
+
+
+_RECORD: TypeAdapter[_Upload] = TypeAdapter(_Upload)
+_completing: dict[str, asyncio.Lock] = {}
+
+
+@router.post(
+    "/uploads",
+    summary="Begin an upload in parts",
+    openapi_extra=json_body(OpenAIUploadRequest),
+    responses=documented(OpenAIUpload, "The upload takes parts.", 400, 413, 415, 429),
+)
+async def create(request: Request, backend: TheBackend) -> Response:
+    """Begin a file that comes in parts of 64 MiB at most, TUNEWRIGHT_MAX_UPLOAD_BYTES (8 GiB) together.
+
+    The upload expires after an hour.
+    """
+    asked = parsed(OpenAIUploadRequest, await read_object(request, backend.settings.max_body_bytes))
+    if asked.bytes > backend.settings.max_upload_bytes:
+        message = f"bytes: an upload may hold {backend.settings.max_upload_bytes} bytes"
+        raise RequestRefused(Answer(413, "invalid_request_error", "file_too_large", message, "bytes"))
+    store = await store_of(backend.settings)
+    await room_for(store, backend.settings, asked.bytes)
+    now = int(time.time())
+    upload = OpenAIUpload(
+        id=f"upload_{ULID()}",
+        bytes=asked.bytes,
+        created_at=now,
+        expires_at=now + LIFETIME_S,
+        filename=asked.filename,
+        purpose=asked.purpose,
+        status="pending",
+    )
+    await _write(store, _Upload(shown=upload, request=asked))
+    return JSONResponse(upload.model_dump(mode="json"))
+
+
+@router.post(
+    "/uploads/{upload_id}/parts",
+    summary="Add a part",
+    openapi_extra=form_body(OpenAIPartForm),
+    responses=documented(OpenAIUploadPart, "The part is on disk.", 400, 404, 409, 413, 415, 429),
+)
+async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -> Response:
+    """Add bytes, as multipart/form-data. Parts may be sent at the same time; `part_ids` says their order, later."""
+    store = await store_of(backend.settings)
+    _require_pending((await _read(store, upload_id)).shown)
+    await room_for(store, backend.settings, 0)
+    part_id = f"part_{ULID()}"
+    new = await asyncio.to_thread(NewObject, store.objects, f"{upload_id}.{part_id}")
+    await receive(request, "data", new, PART_BYTES)
+    part = OpenAIUploadPart(id=part_id, created_at=int(time.time()), upload_id=upload_id)
+    return JSONResponse(part.model_dump(mode="json"))
+
+
+@router.post(
+    "/uploads/{upload_id}/complete",
+    summary="Complete an upload",
+    openapi_extra=json_body(OpenAIUploadCompletion),
+    responses=documented(OpenAIUpload, "The upload, with its file.", 400, 404, 409, 413, 415, 429),
+)
+async def complete(request: Request, backend: TheBackend, upload_id: UploadId) -> Response:
+    """Join the parts to a file. Its size must be the announced one, and its md5 the given one; otherwise the upload
+    stays as it was. Completing it again returns it."""
+    asked = parsed(OpenAIUploadCompletion, await read_object(request, backend.settings.max_body_bytes))
+    store = await store_of(backend.settings)
+    async with _completing.setdefault(upload_id, asyncio.Lock()):
+        try:
+            upload = await _read(store, upload_id)
+            if upload.shown.status != "completed":
+                _require_pending(upload.shown)
+                new = await asyncio.to_thread(_joined, store, upload.shown, asked)
+                file = await keep(store, new, upload.shown.filename, upload.request.expires_after)
+                done = upload.shown.model_copy(update={"status": "completed", "file": shown(file)})
+                upload = upload.model_copy(update={"shown": done})
+                await _write(store, upload)
+                await asyncio.to_thread(_drop_parts, store, upload_id)
+        finally:
+            _completing.pop(upload_id, None)
+    return JSONResponse(upload.shown.model_dump(mode="json"))
+
+
+@router.post(
+    "/uploads/{upload_id}/cancel",
+    summary="Cancel an upload",
+    responses=documented(OpenAIUpload, "The upload takes no more parts.", 400, 404, 409),
+)
+async def cancel(backend: TheBackend, upload_id: UploadId) -> Response:
+    """Throw the parts away. Cancelling it again returns it."""
+    store = await store_of(backend.settings)
+    upload = await _read(store, upload_id)
+    if upload.shown.status != "cancelled":
+        _require_pending(upload.shown)
+        upload = upload.model_copy(update={"shown": upload.shown.model_copy(update={"status": "cancelled"})})
+        await _write(store, upload)
+        await asyncio.to_thread(_drop_parts, store, upload_id)
+    return JSONResponse(upload.shown.model_dump(mode="json"))
+
+
+def _joined(store: FileStore, upload: OpenAIUpload, asked: OpenAIUploadCompletion) -> NewObject:
+    """The parts in their order, as one object that is complete."""
+    sizes = store.objects.sizes()
+    names = [f"{upload.id}.{part_id}" for part_id in asked.part_ids]
+    if missing := [part_id for part_id, name in zip(asked.part_ids, names, strict=True) if name not in sizes]:
+        raise _wrong("part_ids", f"the upload has no part {missing[0]!a}", "unknown_part")
+    total = sum(sizes[name] for name in names)
+    if total != upload.bytes:
+        raise _wrong("part_ids", f"the parts hold {total} bytes, {upload.bytes} were announced", "wrong_size")
+    new = store.new()
+    try:
+        for name in names:
+            for block in store.objects.read(name):
+                new.write(block)
+        new.close()
+    except BaseException:
+        new.abandon()
+        raise
+    if asked.md5 is not None and new.md5.hexdigest() != asked.md5.lower():
+        new.abandon()
+        raise _wrong("md5", f"the md5 of the bytes that arrived is {new.md5.hexdigest()}", "wrong_md5")
+    return new
+
+
+async def _read(store: FileStore, upload_id: str) -> _Upload:
+    known = upload_id.startswith("upload_") and upload_id.removeprefix("upload_").isalnum()
+    content = await asyncio.to_thread(store.objects.get, f"{upload_id}.json") if known else None
+    if content is None:
+        message = f"there is no upload {upload_id!a}"
+        raise RequestRefused(Answer(404, "not_found_error", "unknown_upload", message, "upload_id"))
+    upload = _RECORD.validate_json(content)
+    if upload.shown.status == "pending" and upload.shown.expires_at <= time.time():
+        return upload.model_copy(update={"shown": upload.shown.model_copy(update={"status": "expired"})})
+    return upload
+
+
+async def _write(store: FileStore, upload: _Upload) -> None:
+    await asyncio.to_thread(store.objects.put, f"{upload.shown.id}.json", _RECORD.dump_json(upload))
+
+
+def _drop_parts(store: FileStore, upload_id: str) -> None:
+    for name in store.objects.sizes():
+        if name.startswith(f"{upload_id}.part_"):
+            store.objects.delete(name)
+
+
+def _require_pending(upload: OpenAIUpload) -> None:
+    if upload.status != "pending":
+        message = f"this upload is {upload.status}"
+        raise RequestRefused(Answer(409, "conflict_error", f"upload_{upload.status}", message, "upload_id"))
+
+
+def _wrong(param: str, message: str, code: str) -> RequestRefused:
+    return RequestRefused(Answer(400, "invalid_request_error", code, f"{param}: {message}", param))

@@ -1,0 +1,294 @@
+"""Files and uploads through the real client."""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import httpx
+import openai
+import psutil
+import pytest
+
+from events.facts import CancelRequested, JobCancelled
+from tests.serve_app.live_server import Serve, Server
+from tests.serve_app.openai.conftest import MODEL, ROWS, connected
+from trainers.files import file_store
+
+
+@pytest.fixture
+def upload(client: openai.OpenAI) -> Callable[..., Any]:
+    def upload(content: bytes = ROWS, **changes: Any) -> Any:
+        return client.files.create(file=("rows.jsonl", content), purpose="fine-tune", **changes)
+
+    return upload
+
+
+def stored(server: Server) -> set[str]:
+    return set(file_store(server.parts.settings.files_url).objects.sizes())
+
+
+def test_a_file_is_there_under_its_id_until_it_is_deleted(client: openai.OpenAI, server: Server) -> None:
+    before = stored(server)
+    file = client.files.create(file=("täglich.jsonl", ROWS), purpose="fine-tune")
+    assert (file.object, file.bytes, file.filename, file.purpose) == ("file", len(ROWS), "täglich.jsonl", "fine-tune")
+    assert file.id.startswith("file-")
+    assert abs(file.created_at - time.time()) < 60
+    assert client.files.retrieve(file.id) == file
+    assert client.files.content(file.id).read() == ROWS
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+    assert stored(server) == before
+
+
+def test_the_async_client_does_the_same(server: Server) -> None:
+    async def journey() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            file = await client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+            assert (await client.files.content(file.id)).read() == ROWS
+            assert file.id in [other.id async for other in client.files.list(limit=1)]
+            assert (await client.files.delete(file.id)).deleted
+
+    asyncio.run(journey())
+
+
+def test_the_client_pages_through_all_files_in_either_order(client: openai.OpenAI, upload: Callable[..., Any]) -> None:
+    made = [upload().id for _ in range(5)]
+    newest = [file.id for file in client.files.list(limit=2, purpose="fine-tune")]
+    assert [file_id for file_id in newest if file_id in made] == made[::-1]
+    oldest = [file.id for file in client.files.list(limit=2, order="asc")]
+    assert oldest == newest[::-1]
+
+
+def test_a_raw_response_has_its_request_id(client: openai.OpenAI) -> None:
+    raw = client.files.with_raw_response.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+    assert raw.headers["x-request-id"]
+    assert raw.parse().bytes == len(ROWS)
+
+
+def test_a_file_expires(client: openai.OpenAI, server: Server, upload: Callable[..., Any]) -> None:
+    file = upload(expires_after={"anchor": "created_at", "seconds": 3600})
+    assert file.expires_at == file.created_at + 3600
+    store = file_store(server.parts.settings.files_url)
+    record = store.get(file.id)
+    store.objects.put(f"{file.id}.json", record.model_copy(update={"expires_at": 1}).model_dump_json().encode())
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+    store._records.clear()  # a process that has not seen it yet
+    store.sweep({file.id}, every_s=0)
+    assert f"{file.id}.json" in stored(server)  # a job works with it
+    store.sweep(set(), every_s=0)
+    assert {f"{file.id}.json", record.content}.isdisjoint(stored(server))
+
+
+def test_what_a_crash_left_is_collected_after_a_day_and_not_before(server: Server) -> None:
+    store = file_store(server.parts.settings.files_url)
+    old, new = "bytes-01H00000000000000000000000", store.new()
+    new.close()
+    store.objects.put(old, b"x")
+    store.sweep(set(), every_s=0)
+    assert old not in stored(server)
+    assert new.name in stored(server)
+    new.abandon()
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"", "file_empty"), (b"\n \n", "file_empty"), (b"a,b\n1,2\n", "not_jsonl"), (b"[1]", "not_jsonl")],
+)
+def test_a_file_that_is_not_jsonl_is_a_400_and_leaves_nothing(
+    server: Server, upload: Callable[..., Any], content: bytes, code: str
+) -> None:
+    before = stored(server)
+    with pytest.raises(openai.BadRequestError) as refused:
+        upload(content)
+    assert refused.value.code == code
+    assert stored(server) == before
+
+
+def test_another_purpose_or_field_or_expiry_is_a_400_that_names_it(client: openai.OpenAI, server: Server) -> None:
+    before = stored(server)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.files.create(file=("rows.jsonl", ROWS), purpose="assistants")
+    assert refused.value.param == "purpose"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune", extra_body={"colour": "red"})
+    assert refused.value.param == "colour"
+    for seconds in (10, 10**9, "soon"):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.files.create(
+                file=("rows.jsonl", ROWS),
+                purpose="fine-tune",
+                expires_after={"anchor": "created_at", "seconds": seconds},  # type: ignore[typeddict-item]
+            )
+        assert refused.value.param == "expires_after.seconds"
+    assert stored(server) == before
+
+
+def test_a_file_over_the_limit_is_a_413_whether_or_not_it_says_so(client: openai.OpenAI, server: Server) -> None:
+    before = stored(server)
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.files.create(file=("rows.jsonl", ROWS + b" " * (2 << 20)), purpose="fine-tune")
+    assert refused.value.status_code == 413
+    assert refused.value.code == "file_too_large"
+
+    def unsaid() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        for _ in range(20):
+            yield b" " * 100_000
+
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert httpx.post(f"{server.url}/v1/files", content=unsaid(), headers=headers).status_code == 413
+    assert stored(server) == before
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "invalid_form"),
+        (b"no boundary", "invalid_form"),
+        (b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\ncut', "invalid_form"),
+        (b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--b--\r\n', "missing"),
+    ],
+)
+def test_a_form_that_is_none_is_a_400(server: Server, body: bytes, code: str) -> None:
+    before = stored(server)
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = httpx.post(f"{server.url}/v1/files", content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == code
+    assert httpx.post(f"{server.url}/v1/files", json={}).status_code == 415
+    assert stored(server) == before
+
+
+def test_the_quota_is_for_all_files_and_is_not_tried_again(serve: Serve) -> None:
+    server = serve(files_quota_bytes=2000)
+    with connected(server) as client:
+        client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+        before = stored(server)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.files.create(file=("rows.jsonl", ROWS * 6), purpose="fine-tune")
+        assert refused.value.code == "quota_exceeded"
+        assert refused.value.response.headers["x-should-retry"] == "false"
+        assert refused.value.request.headers["x-stainless-retry-count"] == "0"
+        assert stored(server) == before
+
+
+def test_a_file_in_use_can_not_be_deleted(client: openai.OpenAI, server: Server, create: Callable[..., Any]) -> None:
+    job = create()
+    with pytest.raises(openai.ConflictError) as refused:
+        client.files.delete(job.training_file)
+    assert refused.value.code == "file_in_use"
+    assert refused.value.response.headers["x-should-retry"] == "false"
+    server.append(job.id, CancelRequested(), JobCancelled())
+    assert client.files.delete(job.training_file).deleted
+
+
+def test_our_own_api_takes_a_file_by_its_id(server: Server, upload: Callable[..., Any]) -> None:
+    file = upload()
+    answer = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json={"model": MODEL, "data": file.id})
+    assert answer.json()["input_config"]["data"] == file.id
+    missing = "file-" + "0" * 26
+    answer = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json={"model": MODEL, "data": missing})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "file_not_found"
+
+
+def test_files_may_lie_in_an_object_store(serve: Serve) -> None:
+    server = serve(files="memory://bucket/files")
+    with connected(server) as client:
+        file = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+        assert client.files.content(file.id).read() == ROWS
+        assert len(fsspec.filesystem("memory").ls("/bucket/files")) == 2
+        client.files.delete(file.id)
+        assert client.files.list().data == []
+
+
+# ---- uploads
+
+
+def test_an_upload_in_parts_is_a_file(client: openai.OpenAI, server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(ROWS * 1000)
+    md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    upload = client.uploads.upload_file_chunked(
+        file=path, mime_type="application/jsonl", purpose="fine-tune", part_size=50_000, md5=md5
+    )
+    assert (upload.status, upload.bytes) == ("completed", path.stat().st_size)
+    assert upload.file is not None
+    assert client.files.content(upload.file.id).read() == path.read_bytes()
+    assert not [name for name in stored(server) if name.startswith(f"{upload.id}.part_")]
+
+
+def begin(client: openai.OpenAI, size: int = 4) -> Any:
+    return client.uploads.create(bytes=size, filename="f.jsonl", mime_type="application/jsonl", purpose="fine-tune")
+
+
+def test_parts_stand_in_the_order_that_completing_names(client: openai.OpenAI) -> None:
+    upload = begin(client, 7)
+    parts = [client.uploads.parts.create(upload.id, data=data).id for data in (b":1}", b'{"a"')]
+    done = client.uploads.complete(upload.id, part_ids=parts[::-1])
+    assert client.files.content(done.file.id).read() == b'{"a":1}'
+    assert client.uploads.complete(upload.id, part_ids=parts[::-1]) == done  # a retry
+
+
+def test_a_wrong_md5_size_or_part_is_a_400_and_the_upload_can_still_be_completed(client: openai.OpenAI) -> None:
+    upload = begin(client, 7)
+    part = client.uploads.parts.create(upload.id, data=b'{"a":1}')
+    for wrong, code in (
+        ({"part_ids": [part.id], "md5": "0" * 32}, "wrong_md5"),
+        ({"part_ids": [part.id, part.id]}, "wrong_size"),
+        ({"part_ids": ["part_none"]}, "unknown_part"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.uploads.complete(upload.id, **wrong)  # type: ignore[arg-type]
+        assert refused.value.code == code
+    assert client.uploads.complete(upload.id, part_ids=[part.id]).status == "completed"
+
+
+def test_a_cancelled_upload_takes_no_part(client: openai.OpenAI) -> None:
+    upload = begin(client)
+    assert client.uploads.cancel(upload.id).status == "cancelled"
+    assert client.uploads.cancel(upload.id).status == "cancelled"
+    with pytest.raises(openai.ConflictError):
+        client.uploads.parts.create(upload.id, data=b"{}")
+    with pytest.raises(openai.ConflictError):
+        client.uploads.complete(upload.id, part_ids=["part_x"])
+    with pytest.raises(openai.NotFoundError):
+        client.uploads.cancel("upload_none")
+
+
+def test_an_upload_over_the_limit_is_a_413(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as refused:
+        begin(client, (4 << 20) + 1)
+    assert refused.value.status_code == 413
+
+
+def test_memory_does_not_grow_with_a_file(serve: Serve) -> None:
+    """The server runs in this process, and the client sends from a generator: neither may hold the file."""
+    server = serve(max_file_bytes=1 << 30)
+    row = ROWS * 2000
+    process = psutil.Process(os.getpid())
+    before = process.memory_info().rss
+    most = 0
+
+    def body() -> Iterator[bytes]:
+        nonlocal most
+        yield b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        for _ in range(300_000_000 // len(row)):
+            yield row
+            most = max(most, process.memory_info().rss)
+        yield b"\r\n--b--\r\n"
+
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = httpx.post(f"{server.url}/v1/files", content=body(), headers=headers, timeout=120)
+    assert answer.json()["bytes"] > 250_000_000
+    assert most - before < 60_000_000
+    with connected(server) as client:
+        client.files.delete(answer.json()["id"])

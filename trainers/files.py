@@ -1,0 +1,262 @@
+"""Files that were uploaded to the service: bytes, and a record that says what they are.
+
+They lie in one flat directory, local or on anything that fsspec reaches, as two objects each: `bytes-<ulid>` and, once
+those are complete, `<file id>.json`, which names them. A file is there exactly if its record is. What a crash leaves
+behind are bytes that no record names; `sweep` collects them after a day. A record never changes, so any number of
+processes may work on one directory.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from pydantic import BaseModel, ConfigDict
+from ulid import ULID
+
+from trainers.errors import UserError
+
+PURPOSE = "fine-tune"
+BLOCK_BYTES = 1 << 20
+LEFT_OVER_S = 24 * 3600
+"""Bytes without a record that are younger than this may belong to an upload that is under way."""
+_ULID = "[0-9A-HJKMNP-TV-Z]{26}"
+_FILE_ID = re.compile(f"file-{_ULID}")
+
+
+def is_file_id(text: str) -> bool:
+    """Whether it may name an uploaded file."""
+    return _FILE_ID.fullmatch(text) is not None
+
+
+class File(BaseModel):
+    """The record of an uploaded file. Times are Unix seconds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    expires_at: int | None = None
+    content: str
+    """The object that holds its bytes."""
+
+    def expired(self, now: float) -> bool:
+        return self.expires_at is not None and self.expires_at <= now
+
+
+class Objects:
+    """A flat directory of objects. Everything blocks, and raises OSError where the storage can't be reached."""
+
+    def __init__(self, url: str) -> None:
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._fs.makedirs(self._root, exist_ok=True)
+
+    def sizes(self) -> dict[str, int]:
+        """Every object's name and bytes."""
+        try:
+            found = self._fs.ls(self._root, detail=True, refresh=True)
+        except FileNotFoundError:  # an object store has no empty directories
+            return {}
+        return {info["name"].rpartition("/")[2]: int(info["size"] or 0) for info in found if info["type"] == "file"}
+
+    def get(self, name: str) -> bytes | None:
+        """What a small object holds; None where there is none."""
+        try:
+            content: bytes = self._fs.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+        return content
+
+    def put(self, name: str, content: bytes) -> None:
+        """Writes a small object, whole or not at all, over what was there."""
+        draft = f"draft-{ULID()}"
+        with self.open_new(draft) as file:
+            file.write(content)
+            sync(file)
+        self._fs.mv(self._path(draft), self._path(name))
+
+    def open_new(self, name: str) -> Any:  # noqa: ANN401  -- fsspec has no types
+        return self._fs.open(self._path(name), "wb", block_size=8 << 20)
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """In blocks. Raises FileNotFoundError before the first."""
+        with self._fs.open(self._path(name), "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+
+    def delete(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def uri(self, name: str) -> str:
+        """What `trainers.data.source` reads it by."""
+        path = self._path(name)
+        local = "file" in ([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol)
+        return Path(path).as_uri() if local else str(self._fs.unstrip_protocol(path))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+class NewObject:
+    """Bytes on their way to storage, counted and hashed. `abandon` unless they became part of something."""
+
+    def __init__(self, objects: Objects, name: str) -> None:
+        self.name = name
+        self.bytes = 0
+        self.md5 = hashlib.md5(usedforsecurity=False)
+        self.head = bytearray()
+        """The first bytes: what kind of file it is."""
+        self._objects = objects
+        self._file = objects.open_new(name)
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.bytes += len(data)
+        self.md5.update(data)
+        if len(self.head) < BLOCK_BYTES:
+            self.head += data[: BLOCK_BYTES - len(self.head)]
+
+    def close(self) -> None:
+        """All of it is on disk, or accepted by the object store, when this returns."""
+        sync(self._file)
+        self._file.close()
+
+    def abandon(self) -> None:
+        with suppress(Exception):  # whatever is wrong with the storage, there was an error before this one
+            self._file.close()
+        with suppress(Exception):
+            self._objects.delete(self.name)
+
+
+class FileStore:
+    """The uploaded files under one URL. Everything blocks."""
+
+    def __init__(self, url: str) -> None:
+        self.objects = Objects(url)
+        self._records: dict[str, File] = {}
+        self._swept = float("-inf")
+
+    def new(self) -> NewObject:
+        return NewObject(self.objects, f"bytes-{ULID()}")
+
+    def keep(self, new: NewObject, filename: str, expires_after_s: int | None, file_id: str | None = None) -> File:
+        """Makes a file of bytes that are complete."""
+        now = int(time.time())
+        file = File(
+            id=file_id or f"file-{ULID()}",
+            bytes=new.bytes,
+            created_at=now,
+            filename=filename,
+            purpose=PURPOSE,
+            expires_at=None if expires_after_s is None else now + expires_after_s,
+            content=new.name,
+        )
+        self.objects.put(f"{file.id}.json", file.model_dump_json().encode())
+        return file
+
+    def get(self, file_id: str) -> File:
+        """Raises UserError `file_not_found`, also when it has expired."""
+        file = self._read(file_id)
+        if file is None or file.expired(time.time()):
+            raise UserError("file_not_found", f"there is no file {file_id}: it was deleted, has expired, or never was")
+        return file
+
+    def locate(self, file_id: str) -> str:
+        """The URI of its bytes, for a job that has it already: a file in use doesn't expire. Raises UserError
+        `file_not_found`."""
+        file = self._read(file_id)
+        if file is None:
+            raise UserError("file_not_found", f"the file {file_id} was deleted")
+        return self.objects.uri(file.content)
+
+    def files(self) -> list[File]:
+        """All that have not expired, oldest first."""
+        now = time.time()
+        return [file for file in self._all(self.objects.sizes()) if not file.expired(now)]
+
+    def used_bytes(self) -> int:
+        """What is stored, whatever it belongs to."""
+        return sum(self.objects.sizes().values())
+
+    def read(self, file: File) -> Iterator[bytes]:
+        return self.objects.read(file.content)
+
+    def delete(self, file: File) -> None:
+        self.objects.delete(f"{file.id}.json")
+        self.objects.delete(file.content)
+        self._records.pop(file.id, None)
+
+    def sweep(self, in_use: Collection[str], every_s: float = 600) -> None:
+        """Deletes files that have expired and are not `in_use`, and left-overs. Does nothing if it did so lately."""
+        if time.monotonic() - self._swept < every_s:
+            return
+        self._swept = time.monotonic()
+        now = time.time()
+        sizes = self.objects.sizes()
+        files = self._all(sizes)
+        for file in files:
+            if file.expired(now) and file.id not in in_use:
+                self.delete(file)
+        named = {file.content for file in files}
+        for name in sizes:
+            if name.startswith(("bytes-", "draft-", "upload_")) and name not in named:
+                made = re.search(_ULID, name)
+                if made and now - ULID.from_str(made[0]).timestamp > LEFT_OVER_S:
+                    self.objects.delete(name)
+
+    def _all(self, sizes: dict[str, int]) -> list[File]:
+        ids = sorted(name.removesuffix(".json") for name in sizes if name.endswith(".json"))
+        files = (self._records.get(file_id) or self._read(file_id) for file_id in ids if is_file_id(file_id))
+        return [file for file in files if file is not None]
+
+    def _read(self, file_id: str) -> File | None:
+        content = self.objects.get(f"{file_id}.json") if is_file_id(file_id) else None
+        if content is None:
+            return None
+        file = self._records[file_id] = File.model_validate_json(content)
+        return file
+
+
+@cache
+def file_store(url: str) -> FileStore:
+    """This process's store at `url`: it remembers records."""
+    return FileStore(url)
+
+
+def check_jsonl(head: bytes) -> None:
+    """Whether a file that begins with `head` can be JSONL: its first line is a JSON object. Raises UserError
+    (`file_empty`, `not_jsonl`). Every other line is looked at by the job that uses it."""
+    for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        if not line.strip():
+            continue
+        if len(head) >= BLOCK_BYTES and b"\n" not in head:
+            return  # a line that long is refused by the job, with its number
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError("not_jsonl", "the file is not JSONL: its first line is not a JSON object")
+        return
+    raise UserError("file_empty", "the file is empty")
+
+
+def sync(file: Any) -> None:  # noqa: ANN401  -- fsspec has no types
+    """Local files are on disk when this returns; an object store promises that by itself when one is closed."""
+    file.flush()
+    try:
+        descriptor = file.fileno()
+    except (OSError, AttributeError):
+        return
+    os.fsync(descriptor)
