@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-from serve_app.local import LocalService, serve_config
+from serve_app.local import START_TIMEOUT_S, LocalService, serve_config
 from tests.service.conftest import CPUS, WAIT_S, Api, eventually, local_service
 from tests.service.test_service import ROOT, free_cpus, path_of, workers_of
 
@@ -119,7 +119,7 @@ def test_a_service_that_is_told_to_end_ends_at_checkpoints_and_goes_on_after_its
     with subprocess.Popen(command, cwd=ROOT, env=env) as process:
         try:
             before = Api(planned, inputs / "tiny", inputs / "rows.jsonl")
-            eventually(lambda: is_up(planned), WAIT_S, lambda: "the service does not come up")
+            eventually(lambda: is_up(planned), START_TIMEOUT_S, lambda: "the service does not come up")
             job_id = before.submit(before.config(fine_tuning_options=FP32, overrides="--max-restarts 0"))
             before.until(job_id, lambda job: step_of(job) > 0)
             tail = Tail(before, job_id)
