@@ -17,7 +17,7 @@ from tests.service.conftest import Api, eventually
 from tests.tiny_models import make_tiny_model
 
 CPUS = 2
-RECOVERY_S = 240.0
+RECOVERY_S = 600.0
 """A job that was interrupted trains again within this, on a machine that is busy with other things."""
 UNOWNED_S = 30.0
 """No job reads `running` for longer than this without a live owner."""
