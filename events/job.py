@@ -37,6 +37,7 @@ from events.facts import (
     RunStarted,
     StepMetrics,
 )
+from events.frozen import changed
 from events.store import Recorded
 
 Status = Literal["validation", "queued", "running", "failed", "success", "cancelled"]
@@ -220,7 +221,7 @@ def evolve(job: FineTuningJob | None, recorded: Recorded) -> FineTuningJob:
     if job is None:
         job = _begin(recorded)
     changes = {} if job.over else _changes(job, recorded.event, recorded.time)
-    return job.model_copy(update={**changes, "version": recorded.version})
+    return changed(job, {**changes, "version": recorded.version})
 
 
 def _begin(recorded: Recorded) -> FineTuningJob:
@@ -364,7 +365,7 @@ def _measured(job: FineTuningJob, steps: list[StepMetrics]) -> dict[str, Any]:
         changes["saved"] = job.saved.model_copy(update={"metrics": _latest(job.saved.metrics, kept)})
     last = steps[-1]
     if job.progress is not None and last.step >= job.progress.step:
-        changes["progress"] = job.progress.model_copy(update={"step": last.step, "epoch": last.epoch})
+        changes["progress"] = changed(job.progress, {"step": last.step, "epoch": last.epoch})
     return changes
 
 
@@ -392,7 +393,7 @@ def _latest(metrics: Metrics | None, steps: list[StepMetrics]) -> Metrics:
                 values[name] = value if math.isfinite(value) else None
         if values["first_valid_loss"] is None:
             values["first_valid_loss"] = values.get("valid_loss")
-    return metrics.model_copy(update=values)
+    return changed(metrics, values)
 
 
 def _n_epochs(config: dict[str, Any]) -> int:

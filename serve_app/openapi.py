@@ -72,7 +72,8 @@ _WHEN = {
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
     429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already.",
     500: "`server_error`: a bug; the operator finds it in the log under the request's id.",
-    503: "`service_unavailable_error`: the event log can't be reached; try again.",
+    503: "`service_unavailable_error`: the event log can't be reached; try again. "
+    "`job_damaged`: the job's history can't be read as it was written; only its operator can help.",
 }
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait before the next try.", "schema": {"type": "integer"}}}
 
