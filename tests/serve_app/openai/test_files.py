@@ -17,6 +17,7 @@ import pytest
 from events.facts import CancelRequested, JobCancelled
 from tests.serve_app.live_server import Serve, Server
 from tests.serve_app.openai.conftest import MODEL, ROWS, connected
+from trainers.data.source import check_data_uri, open_lines
 from trainers.files import file_store
 
 
@@ -292,3 +293,18 @@ def test_memory_does_not_grow_with_a_file(serve: Serve) -> None:
     assert most - before < 60_000_000
     with connected(server) as client:
         client.files.delete(answer.json()["id"])
+
+
+@pytest.mark.parametrize("files", [None, "memory://elsewhere/files"])
+def test_a_job_reads_the_rows_that_were_uploaded_also_when_the_file_expires_meanwhile(
+    serve: Serve, files: str | None
+) -> None:
+    server = serve(files=files)
+    settings = server.parts.settings
+    with connected(server) as client:
+        expiry = {"anchor": "created_at", "seconds": 3600}
+        file = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune", expires_after=expiry)  # type: ignore[arg-type]
+    store = file_store(settings.files_url)
+    expired = store.get(file.id).model_copy(update={"expires_at": 1})
+    store.objects.put(f"{file.id}.json", expired.model_dump_json().encode())
+    assert [line for _, line in open_lines(check_data_uri(file.id, settings))] == ROWS.splitlines()
