@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from events import codec, facts, job
+from events import codec, facts, frozen, job
 from events.job import FineTuningJob
 from events.jobs import Jobs
 from events.store import EventStore, Recorded
@@ -73,4 +73,4 @@ def _line(one: FineTuningJob) -> bytes:
 @cache
 def _code() -> int:
     """Stands for the code that folds: whenever it changes, what it made before is made anew."""
-    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (codec, facts, job)))
+    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (codec, facts, frozen, job)))
