@@ -17,7 +17,7 @@ serve: setup  ## run the service on 127.0.0.1 until Ctrl-C; ARGS='--port 8001 --
 	$(BIN)/python -m serve_app.local $(ARGS)
 
 test: setup .venv-hf/.complete  ## run the test suite; ARGS='tests/events -x'
-	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: setup  ## lint, formatting, types, import rule
 	$(BIN)/ruff check .
