@@ -90,7 +90,7 @@ class SqliteStore:
             os.close(self._lock)
             if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
                 raise StoreLockedError(f"another process, the sqlite3 shell perhaps, has {path} open") from error
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, sqlite3.Error | UnicodeDecodeError):  # an error that quotes the damaged file
                 raise StoreFailedError(f"{path} can't be opened: {error}") from error
             raise
 
@@ -176,7 +176,7 @@ class SqliteStore:
         """What SQLite itself finds wrong with the whole file. Takes as long as reading it a few times."""
         try:
             found = [str(line) for (line,) in self._db.execute("PRAGMA integrity_check")]
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             return [str(error)]
         return [] if found == ["ok"] else found
 
@@ -234,7 +234,7 @@ class SqliteStore:
             with self._copying:
                 self._db.close()
                 self._db = self._open()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise StoreFailedError(f"{self._path}: {error}") from error
         self._failed = False
 

@@ -76,7 +76,7 @@ class RayCluster(NamedTuple):
     env: dict[str, str]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[RayCluster]:
     """One node with four logical CPUs, on free loopback ports, in a directory of its own. This process is connected."""
     import ray

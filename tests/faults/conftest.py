@@ -37,7 +37,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def faults(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
     """One service for all tests here that leave it standing."""
     with a_service(tmp_path_factory.mktemp("storage"), inputs) as service:

@@ -78,7 +78,7 @@ def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults) 
     arguments = [service.ray_address, str(service.storage), job_id, str(LINES)]
     subprocess.run([sys.executable, "-c", MANY_LINES, *arguments], env=service.env, check=True, timeout=600)
     servers = [process for kind in ("Serve replica", "log queue", "proxy") for process in faults.find(OTHERS[kind][0])]
-    before = _resident(servers)
+    before = _own_memory(servers)
     stalled = [_ask_and_read_nothing(service.url, job_id) for _ in range(STALLED)]
     for reader in stalled:
         eventually(lambda reader=reader: _readable(reader), 60, lambda: "nothing was sent to the reader")
@@ -87,7 +87,7 @@ def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults) 
     other = threading.Thread(target=_ask_for_status, args=(faults, job_id, done, longest))
     other.start()
     read = sum(len(line["logs"]) for line in faults.api.tail(job_id, follow="false"))  # a reader that does read
-    grown = _resident(servers) - before
+    grown = _own_memory(servers) - before
     done.set()
     other.join()
     assert read >= LINES
@@ -124,5 +124,6 @@ def _ask_for_status(faults: Faults, job_id: str, done: threading.Event, longest:
             longest.append(time.monotonic() - began)
 
 
-def _resident(processes: list[psutil.Process]) -> int:
-    return sum(process.memory_info().rss for process in processes)
+def _own_memory(processes: list[psutil.Process]) -> int:
+    """Memory of their own: what they have mapped of Ray's object store is bounded by that, and counted in each."""
+    return sum(process.memory_full_info().uss for process in processes)
