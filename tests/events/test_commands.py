@@ -91,7 +91,7 @@ def test_a_backup_is_made_while_the_log_is_written_and_holds_every_event_up_to_s
             await submit(log, "last", limit=5000)
             with closing(SqliteStore(tmp_path / "copy.db")) as copy:
                 copied = copy.last_position()
-                assert 1 < copied <= meanwhile + 1
+                assert 1 <= copied <= meanwhile + 1
                 assert copy.read_all() == await log.subscribe(0, limit=copied)
                 assert copy.integrity() == []
 
