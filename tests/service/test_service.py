@@ -41,7 +41,17 @@ def _cmdline(process: psutil.Process) -> list[str]:
 
 
 def dashboard(api: Api, path: str) -> Any:
-    return httpx.get(api.service.dashboard_url + path, timeout=30, trust_env=False).json()
+    """What the dashboard answers, once it does: on a busy machine its state API may run into a time limit of its own."""
+    found: list[Any] = []
+
+    def answers() -> bool:
+        answer = httpx.get(api.service.dashboard_url + path, timeout=30, trust_env=False)
+        if answer.is_success and answer.headers["content-type"].startswith("application/json"):
+            found.append(answer.json())
+        return bool(found)
+
+    eventually(answers, WAIT_S, lambda: f"the dashboard doesn't answer {path}")
+    return found[-1]
 
 
 def free_cpus(api: Api) -> float:
