@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import psutil
+import pytest
 
 from serve_app.local import START_TIMEOUT_S, LocalService, serve_config
 from tests.service.conftest import CPUS, WAIT_S, Api, eventually, local_service

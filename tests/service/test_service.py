@@ -41,7 +41,7 @@ def _cmdline(process: psutil.Process) -> list[str]:
 
 
 def dashboard(api: Api, path: str) -> Any:
-    """What the dashboard answers, once it does: on a busy machine its state API may run into a time limit of its own."""
+    """What the dashboard answers, once it does: on a busy machine its state API runs into time limits of its own."""
     found: list[Any] = []
 
     def answers() -> bool:
