@@ -22,7 +22,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from events.facts import Resources
 from trainers.errors import InfrastructureError, JobProblem, UserError
-from trainers.naming import NameAfterJob
+from trainers.naming import NameAfterJob, take_over_runs
 from trainers.reporting import Paused
 from trainers.tenure import Superseded
 from trainers.worker import FINISHED, PAUSED, Assignment, train_worker
@@ -57,6 +57,8 @@ def fit(assignment: Assignment, resources: Resources) -> None:
             callbacks=[NameAfterJob(assignment.job_id)],  # type: ignore[list-item]  # Train takes its own kinds too
         ),
     )
+    if assignment.attempt > 1:
+        take_over_runs(assignment.job_id)
     try:
         result = trainer.fit()
     except WorkerGroupError as error:

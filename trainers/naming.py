@@ -6,11 +6,19 @@ controller's process (workers, group). A test on a real cluster holds them to it
 """
 
 import functools
+import logging
 from typing import Any
 
+import ray
+import ray.exceptions
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroupContext, worker_group
+from ray.train.v2._internal.state.state_actor import get_state_actor
 from ray.train.v2.api import data_parallel_trainer
+
+logger = logging.getLogger(__name__)
+
+_STATE_TIMEOUT_S = 30.0
 
 
 class NameAfterJob(WorkerGroupCallback):
@@ -29,6 +37,24 @@ class NameAfterJob(WorkerGroupCallback):
         if not _is_named(workers._worker_cls, self._job_id):
             workers._worker_cls = _named(workers._worker_cls, self._job_id)
             module.placement_group = functools.partial(module.placement_group, name=self._job_id)
+
+
+def take_over_runs(job_id: str) -> None:
+    """Files the Train runs of the job's earlier attempts under the driver that runs this one.
+
+    Of a submission with several drivers the dashboard knows the last one only, and it answers a list with a run of an
+    unknown driver (/api/train/v2/runs/v1) with 500: one job that was resumed would hide the runs of all.
+    """
+    if (state := get_state_actor()) is None:  # no run yet in this cluster, or state tracking is off
+        return
+    driver = ray.get_runtime_context().get_job_id()
+    try:
+        for run in ray.get(state.get_train_runs.remote(), timeout=_STATE_TIMEOUT_S).values():
+            if run.name == job_id and run.job_id != driver:
+                run.job_id = driver
+                ray.get(state.create_or_update_train_run.remote(run), timeout=_STATE_TIMEOUT_S)
+    except ray.exceptions.RayError:  # what the dashboard shows is not worth an attempt
+        logger.warning("the earlier runs of %s keep their driver in Ray Train's state", job_id, exc_info=True)
 
 
 def _named(cls: type, job_id: str) -> type:

@@ -46,11 +46,11 @@ def dashboard(api: Api, path: str) -> Any:
 
     def answers() -> bool:
         answer = httpx.get(api.service.dashboard_url + path, timeout=30, trust_env=False)
-        if answer.is_success and answer.headers["content-type"].startswith("application/json"):
-            found.append(answer.json())
-        return bool(found)
+        good = answer.is_success and answer.headers["content-type"].startswith("application/json")
+        found.append(answer.json() if good else f"{answer.status_code} {answer.text[:2000]}")
+        return good
 
-    eventually(answers, WAIT_S, lambda: f"the dashboard doesn't answer {path}")
+    eventually(answers, WAIT_S, lambda: f"the dashboard doesn't answer {path}: {found[-1]}")
     return found[-1]
 
 
