@@ -138,6 +138,8 @@ class EventLogClient(_Client):
 
     def __init__(self, storage: Path) -> None:
         super().__init__(_EventLogActor, EVENT_LOG, storage)
+        self._wanted: dict[str, asyncio.Future[bytes | Exception]] = {}  # by the next call; see job_json
+        self._fetching: asyncio.Task[None] | None = None
 
     async def submit(
         self, job_id: str, event: JobSubmitted, event_id: str, max_live_jobs: int, *, retried: bool = False
@@ -159,8 +161,32 @@ class EventLogClient(_Client):
         return job
 
     async def job_json(self, job_id: str) -> bytes:
-        encoded: bytes = await self._call("job_json", job_id)
+        """As the log has it at some moment after this was called. To be used from one event loop.
+
+        What is asked for while a call is under way is asked for together in the next one: with many clients that poll,
+        calls of the actor would cost more than all the rest of their answers.
+        """
+        if (answer := self._wanted.get(job_id)) is None:
+            answer = self._wanted[job_id] = asyncio.get_running_loop().create_future()
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._fetch())
+        encoded = await asyncio.shield(answer)  # others may wait for it too
+        if isinstance(encoded, Exception):
+            raise encoded
         return encoded
+
+    async def _fetch(self) -> None:
+        """Calls for what is wanted until nothing is."""
+        while self._wanted:
+            wanted, self._wanted = self._wanted, {}
+            found: Sequence[bytes | Exception]
+            try:
+                found = await self._call("jobs_json", list(wanted))
+            except Exception as error:  # noqa: BLE001  -- raised where the answer is waited for
+                found = [error] * len(wanted)
+            for future, answer in zip(wanted.values(), found, strict=True):
+                future.set_result(answer)
+        self._fetching = None
 
     async def jobs(self, limit: int, after: str | None = None) -> tuple[list[FineTuningJob], bool]:
         page: tuple[list[FineTuningJob], bool] = await self._call("jobs", limit, after)

@@ -137,6 +137,16 @@ class EventLog:
             self._json[job_id] = job.version, encoded
         return encoded
 
+    async def jobs_json(self, job_ids: Sequence[str]) -> list[bytes | Refused]:
+        """`job_json` of each; where it raises, what it raises."""
+        found: list[bytes | Refused] = []
+        for job_id in job_ids:
+            try:
+                found.append(await self.job_json(job_id))
+            except Refused as refusal:
+                found.append(refusal)
+        return found
+
     async def jobs(self, limit: int, after: str | None = None) -> tuple[list[FineTuningJob], bool]:
         """Up to `limit` jobs, newest first, those older than `after`; and whether there are more.
 

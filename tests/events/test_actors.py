@@ -1,6 +1,7 @@
 """The log and the log queue as actors of a real cluster: what a SIGKILL takes (nothing), and what callers see."""
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
@@ -59,6 +60,29 @@ def test_a_long_poll_ends_when_there_is_news_and_holds_up_nobody(handles: Handle
         assert {batch.next for batch in await asyncio.gather(*tails)} == {1}
 
     asyncio.run(asyncio.wait_for(scenario(), 15))
+
+
+def test_jobs_that_are_asked_for_at_the_same_time_come_each_to_who_asked_and_as_new_as_the_question(
+    handles: Handles,
+) -> None:
+    async def scenario() -> None:
+        for job_id in "abc":
+            await handles.log.submit(job_id, SUBMITTED, new_event_id(), 100)
+        asked = [*"abcabcab", "nobody's"]
+        found = await asyncio.gather(*map(handles.log.job_json, asked), return_exceptions=True)
+        assert [json.loads(answer)["job_id"] for answer in found[:-1] if isinstance(answer, bytes)] == asked[:-1]
+        assert isinstance(found[-1], Refused)
+        earlier = asyncio.create_task(handles.log.job_json("a"))
+        await asyncio.sleep(0)  # its question is under way
+        await handles.log.append("a", [CANCEL], [new_event_id()])
+        assert json.loads(await handles.log.job_json("a"))["cancel_requested"]
+        await earlier
+        waiting = [asyncio.create_task(handles.log.job_json("a")) for _ in range(2)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()  # its client has gone
+        assert json.loads(await waiting[1])["cancel_requested"]
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_killing_the_log_loses_no_acknowledged_event_and_repeats_none(handles: Handles) -> None:
