@@ -26,7 +26,7 @@ from standardwebhooks import Webhook
 
 from events.actors import EventLogClient
 from events.facts import DataRejected, JobCancelled, JobFailed, JobSucceeded
-from events.log import EventLog
+from events.log import EventLog, LogUnavailable
 from events.store import Recorded
 from trainers.errors import UserError
 from trainers.settings import Settings
@@ -186,6 +186,9 @@ class Webhooks:
         while True:
             try:
                 await work()
+            except (LogUnavailable, WebhooksUnavailable) as error:
+                logger.error("webhooks wait: %s", error)  # noqa: TRY400  -- where it was raised tells nothing
+                await asyncio.sleep(_AFTER_FAILURE_S)
             except Exception:
                 logger.exception("webhooks stumbled; they go on in %s s", _AFTER_FAILURE_S)
                 await asyncio.sleep(_AFTER_FAILURE_S)
