@@ -72,6 +72,8 @@ class Receiver:
 
     def _receive(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["content-length"]))
+        if len(body) < int(request.headers["content-length"]):
+            return  # the sender was killed amid it
         with self._lock:
             answer = self._answer(len(self.got))
             self.got.append(Got(request.path, {k.lower(): v for k, v in request.headers.items()}, body, answer))

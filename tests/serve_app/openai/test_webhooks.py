@@ -139,7 +139,7 @@ def test_deliveries_are_paged_and_sent_again_on_demand(
     again = http.post(f"{path}/{all_three[2]['id']}/redeliver")
     assert (again.status_code, again.json()["status"], again.json()["attempts"]) == (200, "pending", 0)
     delivered(http, endpoint.id, 3)
-    assert [verified(got, endpoint.signing_secret).data.id for got in receiver.got] == [*jobs, jobs[0]]
+    assert sorted(verified(got, endpoint.signing_secret).data.id for got in receiver.got) == sorted([*jobs, jobs[0]])
 
 
 def test_a_test_event_says_how_the_endpoint_answers(client: openai.OpenAI) -> None:
