@@ -24,7 +24,7 @@ from serve_app.openai.objects import (
 )
 from serve_app.openapi import documented, json_body
 from serve_app.routes import TheBackend, parsed
-from trainers.webhooks.store import Delivery, Endpoint, EventType, NewSecret
+from trainers.webhooks.store import Delivery, Endpoint, EventType, new_endpoint_id, new_secret
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
 ENDPOINTS = "/webhook_endpoints"
@@ -49,7 +49,9 @@ After = Annotated[
 async def create(request: Request, backend: TheBackend) -> Response:
     """Have the jobs that end from now on told to a URL. The secret, which they are signed with, is shown this once."""
     asked = parsed(OpenAIWebhookRequest, await read_object(request, backend.settings.max_body_bytes))
-    return _with_secret(await backend.webhooks.create(asked.name, asked.url, list(asked.event_types)))
+    secret, types = new_secret(), list(asked.event_types)
+    endpoint = await backend.webhooks.create(new_endpoint_id(), secret, asked.name, asked.url, types)
+    return _with_secret(endpoint, secret)
 
 
 @router.get(
@@ -116,8 +118,8 @@ async def delete(backend: TheBackend, endpoint_id: EndpointId) -> Response:
 async def rotate_secret(request: Request, backend: TheBackend, endpoint_id: EndpointId) -> Response:
     """Give the endpoint a new secret, which is shown this once."""
     asked = parsed(OpenAIWebhookRotation, await read_object(request, backend.settings.max_body_bytes))
-    keep_old = bool(asked.keep_old_secret_active_for_24_hours)
-    return _with_secret(await backend.webhooks.rotate(endpoint_id, keep_old=keep_old))
+    secret, keep_old = new_secret(), bool(asked.keep_old_secret_active_for_24_hours)
+    return _with_secret(await backend.webhooks.rotate(endpoint_id, secret, keep_old=keep_old), secret)
 
 
 @router.post(
@@ -164,8 +166,8 @@ def _answer(endpoint: Endpoint) -> Response:
     return JSONResponse(_shown(endpoint).model_dump(mode="json"))
 
 
-def _with_secret(new: NewSecret) -> Response:
-    shown = OpenAIWebhookEndpointWithSecret(**_shown(new.endpoint).model_dump(), signing_secret=new.secret)
+def _with_secret(endpoint: Endpoint, secret: str) -> Response:
+    shown = OpenAIWebhookEndpointWithSecret(**_shown(endpoint).model_dump(), signing_secret=secret)
     return JSONResponse(shown.model_dump(mode="json"))
 
 

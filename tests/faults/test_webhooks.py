@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.events.facts_of_a_job import REJECTED, SUBMITTED
 from tests.faults.log_server import Client, serving
 from tests.faults.webhook_sender import sending, webhooks_in
-from tests.trainers.webhooks.support import TYPES, until, until_settled
+from tests.trainers.webhooks.support import endpoint, until, until_settled
 from tests.webhook_receiver import Answer, Receiver, verified
 
 
@@ -52,7 +52,7 @@ def test_kills_lose_no_webhook_and_change_none(seed: int, long: bool) -> None:
 
     async def scenario(directory: Path, receiver: Receiver) -> tuple[str, Counter[int]]:
         webhooks = webhooks_in(directory)
-        created = await webhooks.create("x", receiver.url, TYPES)
+        created = await endpoint(webhooks, receiver.url)
         await webhooks.close()
         with sending(directory):
             await asyncio.gather(end_jobs(directory), kill(directory))

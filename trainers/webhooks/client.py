@@ -5,20 +5,23 @@ from typing import TYPE_CHECKING, Any
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
-from trainers.webhooks.store import Delivery, Endpoint, EventType, NewSecret
+from trainers.webhooks.store import Delivery, Endpoint, EventType
 
 if TYPE_CHECKING:
     from trainers.dispatcher import DispatcherActor
 
 
 class WebhooksClient:
-    """Raises what `Webhooks` raises, and Ray's errors where the dispatcher can't be reached."""
+    """Raises what `Webhooks` raises, and Ray's errors where the dispatcher can't be reached. A call that was under way
+    when it died is made again by Ray, with the same arguments."""
 
     def __init__(self, dispatcher: "ActorHandle[DispatcherActor]") -> None:
         self._dispatcher = dispatcher
 
-    async def create(self, name: str, url: str, event_types: list[EventType]) -> NewSecret:
-        created: NewSecret = await self._call("create", name, url, event_types)
+    async def create(
+        self, endpoint_id: str, secret: str, name: str, url: str, event_types: list[EventType]
+    ) -> Endpoint:
+        created: Endpoint = await self._call("create", endpoint_id, secret, name, url, event_types)
         return created
 
     async def endpoints(self, limit: int, after: str | None) -> tuple[list[Endpoint], bool]:
@@ -38,8 +41,8 @@ class WebhooksClient:
     async def delete(self, endpoint_id: str) -> None:
         await self._call("delete", endpoint_id)
 
-    async def rotate(self, endpoint_id: str, *, keep_old: bool) -> NewSecret:
-        rotated: NewSecret = await self._call("rotate", endpoint_id, keep_old=keep_old)
+    async def rotate(self, endpoint_id: str, secret: str, *, keep_old: bool) -> Endpoint:
+        rotated: Endpoint = await self._call("rotate", endpoint_id, secret, keep_old=keep_old)
         return rotated
 
     async def test(self, endpoint_id: str, event_type: EventType) -> int:

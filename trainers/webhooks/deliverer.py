@@ -36,7 +36,6 @@ from trainers.webhooks.store import (
     Delivery,
     Endpoint,
     EventType,
-    NewSecret,
     Notice,
     Outcome,
     WebhookStore,
@@ -124,13 +123,17 @@ class Webhooks:
 
     # --- what the API offers
 
-    async def create(self, name: str, url: str, event_types: list[EventType]) -> NewSecret:
-        """An endpoint for the jobs that end from now on."""
+    async def create(
+        self, endpoint_id: str, secret: str, name: str, url: str, event_types: list[EventType]
+    ) -> Endpoint:
+        """An endpoint for the jobs that end from now on. May be repeated."""
         await self._check(url)
         begin = None
         if not await self._do(WebhookStore.has_endpoints):
             begin = await self._cursor_at((await self._log.live_jobs()).position)
-        created = await self._do(lambda store: store.create(name, url, event_types, time.time(), begin))
+        created = await self._do(
+            lambda store: store.create(endpoint_id, secret, name, url, event_types, time.time(), begin)
+        )
         self._created.set()
         return created
 
@@ -152,9 +155,10 @@ class Webhooks:
     async def delete(self, endpoint_id: str) -> None:
         await self._do(lambda store: store.delete(endpoint_id))
 
-    async def rotate(self, endpoint_id: str, *, keep_old: bool) -> NewSecret:
+    async def rotate(self, endpoint_id: str, secret: str, *, keep_old: bool) -> Endpoint:
         now = time.time()
-        return await self._do(lambda store: store.rotate(endpoint_id, now, now + OLD_SECRET_S if keep_old else None))
+        until = now + OLD_SECRET_S if keep_old else None
+        return await self._do(lambda store: store.rotate(endpoint_id, secret, now, until))
 
     async def test(self, endpoint_id: str, event_type: EventType) -> int:
         """Sends a made-up event, once, and returns the status it was answered with. Raises UserError

@@ -107,14 +107,6 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class NewSecret:
-    """An endpoint and its new secret, which is shown this once."""
-
-    endpoint: Endpoint
-    secret: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
 class Delivery:
     """A notice on its way to an endpoint. Times are Unix seconds."""
 
@@ -183,14 +175,23 @@ class WebhookStore:
         return self._one("SELECT 1 FROM endpoints LIMIT 1") is not None
 
     def create(
-        self, name: str, url: str, event_types: Sequence[EventType], now: float, begin: Cursor | None
-    ) -> NewSecret:
-        """An endpoint for what happens from `now` on. `begin`: where the log is to be read from, if it wasn't yet.
+        self,
+        endpoint_id: str,
+        secret: str,
+        name: str,
+        url: str,
+        event_types: Sequence[EventType],
+        now: float,
+        begin: Cursor | None = None,
+    ) -> Endpoint:
+        """An endpoint for what happens from `now` on; if it is there already, nothing new. `begin`: where the log is to
+        be read from, if it wasn't yet.
 
         Raises UserError `too_many_webhook_endpoints`.
         """
-        endpoint_id, secret = f"we_{ULID()}", _new_secret()
         with self._db:
+            if self._one("SELECT 1 FROM endpoints WHERE id = ?", endpoint_id) is not None:
+                return self.endpoint(endpoint_id)
             (count,) = self._db.execute("SELECT count(*) FROM endpoints").fetchone()
             if count >= MOST_ENDPOINTS:
                 raise UserError(
@@ -203,7 +204,7 @@ class WebhookStore:
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (endpoint_id, name, url, json.dumps(event_types), now, now, secret),
             )
-        return NewSecret(self.endpoint(endpoint_id), secret)
+        return self.endpoint(endpoint_id)
 
     def endpoint(self, endpoint_id: str) -> Endpoint:
         """Raises UserError `webhook_endpoint_not_found`, as all that asks for one."""
@@ -236,16 +237,18 @@ class WebhookStore:
                 )
         return self.endpoint(endpoint_id)
 
-    def rotate(self, endpoint_id: str, now: float, old_secret_until: float | None) -> NewSecret:
-        """A new secret; what is sent until then is signed with the old one as well."""
-        old, secret = self._endpoint_row(endpoint_id)["secret"], _new_secret()
-        kept = None if old_secret_until is None else old
-        with self._db:
-            self._db.execute(
-                "UPDATE endpoints SET secret = ?, old_secret = ?, old_secret_until = ?, updated_at = ? WHERE id = ?",
-                (secret, kept, old_secret_until, now, endpoint_id),
-            )
-        return NewSecret(self.endpoint(endpoint_id), secret)
+    def rotate(self, endpoint_id: str, secret: str, now: float, old_secret_until: float | None) -> Endpoint:
+        """A new secret, unless it is that one already; what is sent until then is signed with the old one as well."""
+        old = self._endpoint_row(endpoint_id)["secret"]
+        if old != secret:
+            kept = None if old_secret_until is None else old
+            with self._db:
+                self._db.execute(
+                    "UPDATE endpoints SET secret = ?, old_secret = ?, old_secret_until = ?, updated_at = ? "
+                    "WHERE id = ?",
+                    (secret, kept, old_secret_until, now, endpoint_id),
+                )
+        return self.endpoint(endpoint_id)
 
     def secrets(self, endpoint_id: str, now: float) -> tuple[str, ...]:
         return _secrets(self._endpoint_row(endpoint_id), now)
@@ -395,7 +398,12 @@ class WebhookStore:
         return int(row[0])
 
 
-def _new_secret() -> str:
+def new_endpoint_id() -> str:
+    """Make it, and the secret, once: a try that is repeated with the same makes no second endpoint."""
+    return f"we_{ULID()}"
+
+
+def new_secret() -> str:
     return f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from events.actors import EventLogClient
 from events.ids import new_event_id
@@ -14,7 +14,7 @@ from tests.events.facts_of_a_job import ADMITTED, CANCEL, CANCELLED, FAILED, REJ
 from tests.events.facts_of_a_job import started as run_started
 from trainers.settings import Settings
 from trainers.webhooks.deliverer import Pace, Webhooks
-from trainers.webhooks.store import Delivery, EventType, NewSecret
+from trainers.webhooks.store import Delivery, Endpoint, EventType, new_endpoint_id, new_secret
 from trainers.webhooks.targets import Resolve
 
 RUNNING = [VALIDATED, ADMITTED, run_started(1)]
@@ -58,8 +58,14 @@ async def delivering(
         await webhooks.close()
 
 
-async def endpoint(webhooks: Webhooks, url: str, *types: EventType) -> NewSecret:
-    return await webhooks.create("test", url, list(types) or TYPES)
+class Made(NamedTuple):
+    endpoint: Endpoint
+    secret: str
+
+
+async def endpoint(webhooks: Webhooks, url: str, *types: EventType) -> Made:
+    secret = new_secret()
+    return Made(await webhooks.create(new_endpoint_id(), secret, "test", url, list(types) or TYPES), secret)
 
 
 async def all_deliveries(webhooks: Webhooks, endpoint_id: str) -> list[Delivery]:

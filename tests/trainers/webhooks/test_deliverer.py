@@ -34,7 +34,7 @@ from tests.trainers.webhooks.support import (
 from tests.webhook_receiver import Answer, Receiver, verified
 from trainers.errors import UserError
 from trainers.webhooks.deliverer import Pace, Webhooks, WebhooksUnavailable
-from trainers.webhooks.store import MOST_ENDPOINTS, Cursor, Notice, WebhookStore
+from trainers.webhooks.store import MOST_ENDPOINTS, Cursor, Notice, WebhookStore, new_secret
 
 Scenario = Callable[[EventLog], Coroutine[Any, Any, None]]
 
@@ -194,7 +194,7 @@ def test_a_restart_keeps_the_pause_that_a_delivery_has_earned(play: Play, tmp_pa
 def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path: Path) -> None:
     """The process was killed amid it."""
     store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("", "http://8.8.8.8/", TYPES, 100.0, None)
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
     store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
     (attempt,), due = store.claim(200.0, {}, 8, lambda attempts: 10.0 * attempts)
     assert (attempt.attempts, due) == (1, None)
@@ -203,7 +203,7 @@ def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path
     assert store.claim(209.0, {}, 8, lambda attempts: 10.0 * attempts) == ([], 210.0)
     (again,), _ = store.claim(210.0, {}, 8, lambda attempts: 10.0 * attempts)
     assert (again.notice, again.attempts) == (attempt.notice, 2)
-    assert store.deliveries(created.endpoint.id, 10, None)[0][0].next_attempt_at == 230.0
+    assert store.deliveries(created.id, 10, None)[0][0].next_attempt_at == 230.0
     assert store.cursor() == Cursor(9, "e")
     store.close()
 
@@ -262,7 +262,7 @@ def test_410_disables_the_endpoint_until_it_is_updated(play: Play, tmp_path: Pat
 
 def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("", "http://8.8.8.8/", TYPES, 100.0, None)
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
     notices = [Notice(f"evt_{n}", "fine_tuning.job.failed", "ftjob-1", 101.0) for n in range(3)]
     store.note(notices, Cursor(9, "e"))
     (first, second), _ = store.claim(200.0, {}, 2, lambda _: 10.0)
@@ -270,7 +270,7 @@ def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path)
     webhooks._pace = Pace()
     store.settle(first, webhooks._outcome(first, 410, "answered 410"))
     store.settle(second, webhooks._outcome(second, 500, "answered 500"))  # was on its way at the time
-    found, _ = store.deliveries(created.endpoint.id, 10, None)
+    found, _ = store.deliveries(created.id, 10, None)
     assert {one.status for one in found} == {"failed"}
     store.close()
 
@@ -407,27 +407,29 @@ def test_a_rotated_secret_signs_and_the_old_one_with_it_if_that_was_asked_for(pl
         with Receiver() as receiver:
             async with delivering(log, settings_in(tmp_path)) as webhooks:
                 first = await endpoint(webhooks, receiver.url)
-                second = await webhooks.rotate(first.endpoint.id, keep_old=True)
+                second, third = new_secret(), new_secret()
+                for _ in range(2):  # a call that is made again takes nothing away
+                    await webhooks.rotate(first.endpoint.id, second, keep_old=True)
                 await end_job(log, "ftjob-1")
                 await until_settled(webhooks, first.endpoint.id, "delivered")
-                third = await webhooks.rotate(first.endpoint.id, keep_old=False)
+                await webhooks.rotate(first.endpoint.id, third, keep_old=False)
                 await end_job(log, "ftjob-2")
                 await until_settled(webhooks, first.endpoint.id, "delivered", 2)
         both, last = receiver.got
-        assert verified(both, first.secret) == verified(both, second.secret)
-        assert verified(last, third.secret).data.id == "ftjob-2"
+        assert verified(both, first.secret) == verified(both, second)
+        assert verified(last, third).data.id == "ftjob-2"
         with pytest.raises(Exception, match="signature"):
-            verified(last, second.secret)
+            verified(last, second)
 
     play(scenario)
 
 
 def test_an_old_secret_is_good_for_a_day(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("", "http://8.8.8.8/", TYPES, 100.0, None)
-    rotated = store.rotate(created.endpoint.id, 200.0, 300.0)
-    assert store.secrets(created.endpoint.id, 299.0) == (rotated.secret, created.secret)
-    assert store.secrets(created.endpoint.id, 300.0) == (rotated.secret,)
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.rotate(created.id, "whsec_2", 200.0, 300.0)
+    assert store.secrets(created.id, 299.0) == ("whsec_2", "whsec_1")
+    assert store.secrets(created.id, 300.0) == ("whsec_2",)
     store.close()
 
 
@@ -439,7 +441,7 @@ def test_nobody_but_the_owner_may_read_the_secrets(play: Play, tmp_path: Path) -
                 await end_job(log, "ftjob-1")
                 await until_settled(webhooks, created.endpoint.id, "delivered")
                 modes.update({path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("webhooks.db*")})  # noqa: ASYNC240  -- a test
-                assert created.secret not in repr(created) + repr(await webhooks.endpoints(10, None))
+                assert created.secret not in repr(await webhooks.endpoints(10, None))
                 secrets.append(created.secret.removeprefix("whsec_"))
 
     modes: dict[str, int] = {}
@@ -503,18 +505,30 @@ def test_without_an_endpoint_the_log_is_not_read(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_create_that_is_repeated_makes_one_endpoint(play: Play, tmp_path: Path) -> None:
+    """Ray makes a call again whose actor died amid it."""
+
+    async def scenario(log: EventLog) -> None:
+        async with delivering(log, settings_in(tmp_path)) as webhooks:
+            first, again = [await webhooks.create("we_1", "whsec_1", "x", "http://127.0.0.1/", TYPES) for _ in range(2)]
+            assert await webhooks.endpoints(10, None) == ([first], False)
+            assert again == first
+
+    play(scenario)
+
+
 def test_there_is_a_bound_on_endpoints(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
     for number in range(MOST_ENDPOINTS):
-        store.create(str(number), "http://8.8.8.8/", TYPES, 100.0, None)
+        store.create(f"we_{number}", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
     with pytest.raises(UserError, match="delete one first"):
-        store.create("one more", "http://8.8.8.8/", TYPES, 100.0, None)
+        store.create("one more", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
     store.close()
 
 
 def test_what_is_over_is_forgotten_after_a_month_and_what_is_not_is_kept(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("", "http://8.8.8.8/", TYPES, 0.0, None)
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 0.0)
     times = {"evt_old": 100.0, "evt_pending": 100.0, "evt_young": 200.0}
     store.note([Notice(name, "fine_tuning.job.failed", "j", at) for name, at in times.items()], Cursor(1, "e"))
     webhooks = Webhooks.__new__(Webhooks)
@@ -523,7 +537,7 @@ def test_what_is_over_is_forgotten_after_a_month_and_what_is_not_is_kept(tmp_pat
         if attempt.notice.event_id != "evt_pending":
             store.settle(attempt, webhooks._outcome(attempt, 200, None))
     store.prune(150.0)
-    found, _ = store.deliveries(created.endpoint.id, 10, None)
+    found, _ = store.deliveries(created.id, 10, None)
     assert [one.notice.event_id for one in found] == ["evt_young", "evt_pending"]
     store.close()
 
