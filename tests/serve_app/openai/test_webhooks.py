@@ -1,7 +1,13 @@
 """/v1/webhook_endpoints through the real client, and what our own routes add to it."""
 
+import os
+import re
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,8 +15,10 @@ import openai
 import pytest
 
 from events.facts import CancelRequested, JobCancelled
+from tests.conftest import free_ports
 from tests.serve_app.live_server import Parts, Serve, Server
 from tests.serve_app.openai.conftest import connected
+from tests.service.conftest import eventually
 from tests.webhook_receiver import Receiver, verified
 from trainers.settings import Settings
 
@@ -152,6 +160,34 @@ def test_a_test_event_says_how_the_endpoint_answers(client: openai.OpenAI) -> No
     with pytest.raises(openai.BadRequestError, match="can't be reached: no connection"):
         client.webhooks.test(created.id, event_type="fine_tuning.job.failed")
     client.webhooks.delete(created.id)
+
+
+def test_the_receiver_of_the_documentation_works(
+    client: openai.OpenAI, http: httpx.Client, cancelled: Callable[[], str], tmp_path: Path
+) -> None:
+    documented = (Path(__file__).parents[3] / "docs" / "webhooks.md").read_text()
+    (port,) = free_ports(1)
+    (program,) = [code for code in re.findall(r"```python\n(.*?)```", documented, re.DOTALL) if "9000" in code]
+    (tmp_path / "receiver.py").write_text(program.replace("9000", str(port)))
+    hook = client.webhooks.create(name="x", url=f"http://127.0.0.1:{port}/", event_types=TYPES)
+    environment = {**os.environ, "WEBHOOK_SECRET": hook.signing_secret}
+    command = [sys.executable, "-u", str(tmp_path / "receiver.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as receiver:
+        try:
+            eventually(lambda: is_listening(port), 60, lambda: "the receiver does not start")
+            job_id = cancelled()
+            assert receiver.stdout is not None
+            assert receiver.stdout.readline() == f"fine_tuning.job.cancelled {job_id}\n"
+            delivered(http, hook.id, 1)
+            assert httpx.post(f"http://127.0.0.1:{port}/", json={}).status_code == 400
+        finally:
+            receiver.kill()
+    client.webhooks.delete(hook.id)
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.parametrize(
