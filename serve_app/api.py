@@ -12,10 +12,10 @@ from serve_app import errors, openapi, reference
 from serve_app.backend import Backend
 from serve_app.delivery import Deliveries
 from serve_app.middleware import RequestContext
-from serve_app.openai import files, jobs, uploads
+from serve_app.openai import files, jobs, uploads, webhooks
 from serve_app.routes import router as our_router
 
-ROUTERS = (our_router, files.router, uploads.router, jobs.router)
+ROUTERS = (our_router, files.router, uploads.router, jobs.router, webhooks.router)
 
 
 def build_api(backend: Backend, *, sends_request_id: bool = True, closing: asyncio.Event | None = None) -> FastAPI:

@@ -35,6 +35,7 @@ from events.log import LogUnavailable
 from serve_app.wire import ErrorBody, ErrorEnvelope, ErrorType, ProblemDetail
 from trainers.errors import ConfigProblems, Problem, UserError
 from trainers.preflight import problems_of
+from trainers.webhooks.deliverer import WebhooksUnavailable
 
 RETRY_AFTER_S = 5
 LONGEST_NAME = 200
@@ -124,10 +125,28 @@ def _dispatcher_unavailable(_: RayActorError) -> Answer:
     return Answer(503, "service_unavailable_error", "dispatcher_unavailable", message, headers=headers)
 
 
+_USER_ERRORS: dict[str, tuple[int, ErrorType]] = {
+    "file_not_found": (404, "not_found_error"),
+    "unknown_after": (404, "not_found_error"),
+    "webhook_endpoint_not_found": (404, "not_found_error"),
+    "webhook_delivery_not_found": (404, "not_found_error"),
+    "webhook_endpoint_disabled": (409, "conflict_error"),
+    "too_many_webhook_endpoints": (429, "rate_limit_error"),
+}
+"""Those that are not a 422."""
+
+
+def _webhooks_unavailable(_: WebhooksUnavailable) -> Answer:
+    message = "the webhook endpoints can't be reached right now; try again"
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return Answer(503, "service_unavailable_error", "webhooks_unavailable", message, headers=headers)
+
+
 def _user_error(exc: UserError) -> Answer:
     error = exc.error
-    if error.code == "file_not_found":
-        return Answer(404, "not_found_error", error.code, error.message, error.param)
+    if error.code in _USER_ERRORS:
+        status, kind = _USER_ERRORS[error.code]
+        return Answer(status, kind, error.code, error.message, error.param)
     return _problems([Problem(error.param, error.message, error.code)])
 
 
@@ -153,6 +172,7 @@ TABLE: dict[type[Exception], Callable[[Any], Answer]] = {
     Refused: _refused,
     LogUnavailable: _log_unavailable,
     RayActorError: _dispatcher_unavailable,
+    WebhooksUnavailable: _webhooks_unavailable,
     HTTPException: _http,
     ClientDisconnect: _disconnected,
 }

@@ -65,8 +65,9 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 _REF = "#/components/schemas/{model}"
 _WHEN = {
     400: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
-    404: "`not_found_error`: there is no such job, file or upload.",
-    409: "`conflict_error`: the job is over, or being cancelled; the file is in use; the upload is over.",
+    404: "`not_found_error`: there is no such job, file, upload or webhook endpoint.",
+    409: "`conflict_error`: the job is over, or being cancelled; the file is in use; the upload is over; the "
+    "endpoint is disabled.",
     413: "`invalid_request_error`: the body is larger than TUNEWRIGHT_MAX_BODY_BYTES (1 MiB).",
     415: "`invalid_request_error`: the body is not `application/json` in UTF-8.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",

@@ -41,6 +41,7 @@ from trainers import admission
 from trainers.admission import Capacity, Waiting
 from trainers.cluster import Cluster, Runner
 from trainers.settings import ERROR_FILE, Settings
+from trainers.webhooks.deliverer import Webhooks
 
 T = TypeVar("T")
 logger = logging.getLogger("tunewright.dispatcher")
@@ -344,12 +345,15 @@ def _gist(message: str) -> str:
 
 
 class DispatcherActor:
-    """The Ray face of `Dispatcher`: its passes start with the actor, also when Ray restarts it."""
+    """The Ray face of `Dispatcher`: its passes start with the actor, also when Ray restarts it. Webhooks are sent from
+    here, too: they follow the same log, wait most of the time, and need no process of their own."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it, on the actor's loop
         logging.basicConfig(level=logging.INFO)
-        self._dispatcher = Dispatcher(connect(settings.storage).log, Cluster(), settings)
-        self._passes = asyncio.create_task(self._dispatcher.run())
+        log = connect(settings.storage).log
+        self._dispatcher = Dispatcher(log, Cluster(), settings)
+        self._webhooks = Webhooks(log, settings)
+        self._work = [asyncio.create_task(self._dispatcher.run()), asyncio.create_task(self._webhooks.run())]
 
     async def whys(self) -> dict[str, str]:
         return self._dispatcher.whys()
@@ -359,6 +363,10 @@ class DispatcherActor:
 
     async def drain(self, timeout_s: float) -> list[str]:
         return await self._dispatcher.drain(timeout_s)
+
+    async def webhooks(self, method: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401  -- as the method
+        """A method of `Webhooks`."""
+        return await getattr(self._webhooks, method)(*arguments, **options)
 
 
 def start_dispatcher(settings: Settings) -> "ActorHandle[DispatcherActor]":

@@ -1,4 +1,4 @@
-"""The parts behind the door, as the API and the command line see them: event log, log lines, dispatcher."""
+"""The parts behind the door, as the API and the command line see them: event log, log lines, dispatcher, webhooks."""
 
 from events.actors import connect
 from events.facts import Resources
@@ -8,6 +8,7 @@ from trainers.errors import ConfigProblems, Problem
 from trainers.plan import Plan
 from trainers.recent import Recent
 from trainers.settings import Settings
+from trainers.webhooks.client import WebhooksClient
 
 
 class Service:
@@ -19,6 +20,7 @@ class Service:
         self.log = handles.log
         self.logs = handles.lines
         dispatcher = start_dispatcher(settings)
+        self.webhooks = WebhooksClient(dispatcher)
         self._whys = Recent[dict[str, str]](lambda: dispatcher.whys.remote(), fresh_s=0.5, stale_s=2)
         self._capacity = Recent[Capacity](lambda: dispatcher.capacity.remote(), fresh_s=5, stale_s=15)
 

@@ -5,6 +5,7 @@ read them from the environment of the processes that need them, and they never p
 """
 
 from functools import cache
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +63,11 @@ class Settings(BaseSettings):
         "goes first. Files that a job uses are shared with it and stay.",
     )
     heartbeat_s: float = Field(default=15, gt=0, description="An idle tail gets an empty line this often, in seconds.")
+    webhook_networks: str = Field(
+        default="",
+        description="Networks that webhooks may be sent to besides the public internet, separated by ',' "
+        "(`10.1.0.0/16,127.0.0.1`).",
+    )
 
     @field_validator("data_roots", "model_roots", mode="before")
     @classmethod
@@ -74,6 +80,13 @@ class Settings(BaseSettings):
         if isinstance(value, Path):
             return value.expanduser().resolve()
         return tuple(path.expanduser().resolve() for path in value)
+
+    @field_validator("webhook_networks")
+    @classmethod
+    def _networks(cls, value: str) -> str:
+        for network in filter(None, value.split(",")):
+            ip_network(network.strip())  # raises ValueError, which says what is wrong with it
+        return value
 
     @property
     def allowed_data_roots(self) -> tuple[Path, ...]:
@@ -99,6 +112,16 @@ class Settings(BaseSettings):
     def files_url(self) -> str:
         """Where uploaded files are kept."""
         return self.files or str(self.storage / "files")
+
+    @property
+    def allowed_webhook_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """Where webhooks may be sent to besides the public internet."""
+        return tuple(ip_network(network.strip()) for network in filter(None, self.webhook_networks.split(",")))
+
+    @property
+    def webhooks(self) -> Path:
+        """The database file of webhook endpoints and deliveries. It holds secrets."""
+        return self.storage / "webhooks.db"
 
     @property
     def event_log(self) -> Path:

@@ -241,6 +241,105 @@ class OpenAICheckpoint(_Answer):
     uri: str
 
 
+WebhookEventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+WebhookEventTypes = Annotated[list[WebhookEventType], Field(min_length=1, max_length=3)]
+WebhookName = Annotated[str, Field(min_length=1, max_length=256)]
+WebhookUrl = Annotated[str, Field(min_length=1, max_length=2048)]
+
+
+class OpenAIWebhookRequest(_Request):
+    """What POST /v1/webhook_endpoints takes."""
+
+    name: WebhookName = Field(description="Yours.")
+    url: WebhookUrl = Field(description="Where events are sent to: http or https, a public host, no credentials.")
+    event_types: WebhookEventTypes = Field(description="What is sent.")
+
+
+class OpenAIWebhookUpdate(_Request):
+    """What POST /v1/webhook_endpoints/{webhook_endpoint_id} takes. What is left out stays."""
+
+    name: WebhookName | None = optional("A new name.")
+    url: WebhookUrl | None = optional("A new URL.")
+    event_types: WebhookEventTypes | None = optional("All that is sent from now on.")
+
+
+class OpenAIWebhookRotation(_Request):
+    """What POST /v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret takes."""
+
+    keep_old_secret_active_for_24_hours: bool | None = optional(
+        "Sign with the old secret as well for a day. Default: false."
+    )
+
+
+class OpenAIWebhookTest(_Request):
+    """What POST /v1/webhook_endpoints/{webhook_endpoint_id}/test takes."""
+
+    event_type: WebhookEventType
+
+
+class OpenAIWebhookEndpoint(_Answer):
+    """Who is told when a job is over. `status` is this service's own: `disabled` has answered 410 Gone."""
+
+    id: str
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    created_at: int
+    updated_at: int
+    name: str
+    url: str
+    event_types: list[WebhookEventType]
+    signing_secret_hint: str
+    status: Literal["enabled", "disabled"]
+
+
+class OpenAIWebhookEndpointWithSecret(OpenAIWebhookEndpoint):
+    """The same, this once with its secret."""
+
+    signing_secret: str
+
+
+class OpenAIWebhookEndpointDeleted(_Answer):
+    """The endpoint is gone, and with it all that was to be sent to it."""
+
+    id: str
+    object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
+    deleted: Literal[True] = True
+
+
+class OpenAIWebhookTestResult(_Answer):
+    """How the endpoint has answered."""
+
+    object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
+    webhook_endpoint_id: str
+    event_type: WebhookEventType
+    status_code: int
+    success: Literal[True] = True
+
+
+class OpenAIWebhookEventTypeList(_Answer):
+    """What can be sent."""
+
+    object: Literal["list"] = "list"
+    data: list[WebhookEventType]
+
+
+class OpenAIWebhookDelivery(_Answer):
+    """An event on its way to an endpoint. This service's own."""
+
+    id: str = Field(description="Of the event: what the receiver gets as `id` and as the header `webhook-id`.")
+    object: Literal["webhook_endpoint.delivery"] = "webhook_endpoint.delivery"
+    created_at: int = Field(description="When the job was over.")
+    event_type: WebhookEventType
+    job_id: str
+    status: Literal["pending", "delivered", "failed"] = Field(
+        description="`failed`: no more attempts are made, unless it is sent again by /redeliver."
+    )
+    attempts: int
+    last_attempt_at: int | None
+    next_attempt_at: int | None
+    last_status_code: int | None
+    last_error: str | None
+
+
 class _Page(_Answer):
     object: Literal["list"] = "list"
     first_id: str | None
@@ -270,6 +369,18 @@ class OpenAICheckpointList(_Page):
     """Checkpoints, newest first."""
 
     data: list[OpenAICheckpoint]
+
+
+class OpenAIWebhookEndpointList(_Page):
+    """Webhook endpoints, newest first."""
+
+    data: list[OpenAIWebhookEndpoint]
+
+
+class OpenAIWebhookDeliveryList(_Page):
+    """Deliveries, newest first."""
+
+    data: list[OpenAIWebhookDelivery]
 
 
 def page(data: list[Any], has_more: bool) -> dict[str, Any]:

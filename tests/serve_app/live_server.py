@@ -17,6 +17,7 @@ from serve_app.api import build_api
 from trainers.errors import ConfigProblems, Problem
 from trainers.plan import Plan
 from trainers.settings import Settings
+from trainers.webhooks.deliverer import Webhooks
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ class Parts:
         self.settings = settings
         self.log = EventLog(SqliteStore(settings.event_log))
         self.logs = LogQueue(settings.storage)
+        self.webhooks = Webhooks(self.log, settings)
         self.waiting: dict[str, str] = {}
 
     async def whys(self) -> dict[str, str]:
@@ -57,7 +59,10 @@ class Server:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
             started.set()
+            delivering = asyncio.create_task(parts.webhooks.run())
             await self._server.serve(sockets=[self._socket])
+            delivering.cancel()
+            await parts.webhooks.close()
             await parts.log.close()
             await parts.logs.close()
 

@@ -1,0 +1,557 @@
+"""Deliveries: a real event log, a real receiver, and everything in between."""
+
+import asyncio
+import random
+import ssl
+import stat
+import time
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from events.log import EventLog
+from events.memory import MemoryStore
+from events.store import Recorded
+from tests.trainers.webhooks.support import (
+    SLOW,
+    TYPES,
+    all_deliveries,
+    delivering,
+    end_job,
+    endpoint,
+    log_in,
+    settings_in,
+    until,
+    until_settled,
+)
+from tests.webhook_receiver import Answer, Receiver, verified
+from trainers.errors import UserError
+from trainers.webhooks.deliverer import Pace, Webhooks, WebhooksUnavailable
+from trainers.webhooks.store import MOST_ENDPOINTS, Cursor, Notice, WebhookStore, new_secret
+
+Scenario = Callable[[EventLog], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Callable[[Scenario], None]:
+    """Runs a scenario with the log of this test's directory."""
+
+    def play(scenario: Scenario) -> None:
+        async def with_log() -> None:
+            log = log_in(tmp_path)
+            try:
+                await scenario(log)
+            finally:
+                await log.close()
+
+        asyncio.run(with_log())
+
+    return play
+
+
+Play = Callable[[Scenario], None]
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ("succeeded", "fine_tuning.job.succeeded"),
+        ("failed", "fine_tuning.job.failed"),
+        ("rejected", "fine_tuning.job.failed"),
+        ("cancelled", "fine_tuning.job.cancelled"),
+    ],
+)
+def test_a_job_that_is_over_is_told_as_openai_tells_it(play: Play, tmp_path: Path, how: str, kind: str) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                created = await endpoint(webhooks, receiver.url + "?token=mine")
+                await end_job(log, "ftjob-1", how)
+                (delivery,) = await until_settled(webhooks, created.endpoint.id, "delivered")
+        (got,) = receiver.got
+        event = verified(got, created.secret)
+        assert (event.type, event.object, event.data.id) == (kind, "event", "ftjob-1")
+        assert event.id.startswith("evt_")
+        assert event.created_at == int((await log.job("ftjob-1")).finished_at.timestamp())  # type: ignore[union-attr]
+        assert got.path == "/hook?token=mine"
+        assert got.headers["content-type"] == "application/json"
+        assert got.headers["host"] == f"127.0.0.1:{receiver.port}"
+        assert (delivery.notice.event_id, delivery.attempts, delivery.last_status_code) == (event.id, 1, 200)
+
+    play(scenario)
+
+
+def test_a_thousand_jobs_reach_a_receiver_that_fails_every_third_time(play: Play, tmp_path: Path) -> None:
+    chance = random.Random(7)  # noqa: S311  -- no secret
+    jobs = [f"ftjob-{number}" for number in range(1000)]
+    ways = ["succeeded", "failed", "rejected", "cancelled"]
+
+    def answer(_: int) -> Answer:
+        return chance.choice([500, 503, 429, "drop", "hang"]) if chance.random() < 0.3 else 200
+
+    async def scenario(log: EventLog) -> None:
+        with Receiver(answer) as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                for number, job_id in enumerate(jobs):
+                    await end_job(log, job_id, ways[number % 4])
+                await until(lambda: len(receiver.delivered()) >= len(jobs), "as many good answers as jobs")
+                await until_settled(webhooks, created.endpoint.id, "delivered", len(jobs))
+        events = defaultdict(set)
+        for got in receiver.got:
+            event = verified(got, created.secret)
+            events[event.data.id].add((got.headers["webhook-id"], event.type, got.body))
+        assert events.keys() == set(jobs)
+        assert {len(seen) for seen in events.values()} == {1}  # a retry says the same under the same id
+        assert len({event_id for seen in events.values() for event_id, _, _ in seen}) == len(jobs)
+        assert {verified(got, created.secret).data.id for got in receiver.delivered()} == set(jobs)
+        assert len(receiver.got) > 1300
+
+    play(scenario)
+
+
+def test_a_slow_receiver_holds_up_nobody_else(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver(lambda _: "hang") as slow, Receiver() as quick:
+            async with delivering(log, settings_in(tmp_path), SLOW) as webhooks:
+                of_slow = await endpoint(webhooks, slow.url)
+                of_quick = await endpoint(webhooks, quick.url)
+                for number in range(40):
+                    await end_job(log, f"ftjob-{number}")
+                await until_settled(webhooks, of_quick.endpoint.id, "delivered", 40)
+                waiting = await all_deliveries(webhooks, of_slow.endpoint.id)
+                assert {delivery.status for delivery in waiting} == {"pending"}
+                assert len(slow.got) == SLOW.in_flight
+
+    play(scenario)
+
+
+def test_an_endpoint_is_told_what_it_asked_for_and_nothing_from_before(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                await end_job(log, "ftjob-before", "failed")
+                everything = await endpoint(webhooks, receiver.url)
+                await end_job(log, "ftjob-then", "failed")
+                failures = await endpoint(webhooks, receiver.url, "fine_tuning.job.failed")
+                await end_job(log, "ftjob-1", "succeeded")
+                await end_job(log, "ftjob-2", "failed")
+                (told,) = await until_settled(webhooks, failures.endpoint.id, "delivered")
+                assert told.notice.job_id == "ftjob-2"
+                told_all = await until_settled(webhooks, everything.endpoint.id, "delivered", 3)
+                assert [one.notice.job_id for one in told_all] == ["ftjob-2", "ftjob-1", "ftjob-then"]
+
+    play(scenario)
+
+
+def test_jobs_that_end_while_nothing_runs_are_told_at_the_next_start(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+            for number in range(3):
+                await end_job(log, f"ftjob-{number}")
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                await until_settled(webhooks, created.endpoint.id, "delivered", 3)
+        assert len(receiver.got) == 3
+
+    play(scenario)
+
+
+def test_a_restart_keeps_the_pause_that_a_delivery_has_earned(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver(lambda _: 500) as failing, Receiver() as well:
+            async with delivering(log, settings_in(tmp_path), SLOW) as webhooks:
+                of_failing = await endpoint(webhooks, failing.url)
+                await end_job(log, "ftjob-1")
+
+                async def has_failed() -> bool:
+                    deliveries = await all_deliveries(webhooks, of_failing.endpoint.id)
+                    return bool(deliveries) and deliveries[0].last_error == "answered 500"
+
+                await until(has_failed, "the first attempt fails")
+                (before,) = await all_deliveries(webhooks, of_failing.endpoint.id)
+            async with delivering(log, settings_in(tmp_path), SLOW) as webhooks:
+                of_well = await endpoint(webhooks, well.url)
+                await end_job(log, "ftjob-2")
+                await until_settled(webhooks, of_well.endpoint.id, "delivered")  # so it has looked for what is due
+                (_, after) = await all_deliveries(webhooks, of_failing.endpoint.id)
+                assert after == before
+                assert after.next_attempt_at is not None
+                assert 2500 < after.next_attempt_at - time.time() < 4500
+        assert [verified(got, of_failing.secret).data.id for got in failing.got] == ["ftjob-1", "ftjob-2"]
+
+    play(scenario)
+
+
+def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path: Path) -> None:
+    """The process was killed amid it."""
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    (attempt,), due = store.claim(200.0, {}, 8, lambda attempts: 10.0 * attempts)
+    assert (attempt.attempts, due) == (1, None)
+    store.close()
+    store = WebhookStore(tmp_path / "webhooks.db")
+    assert store.claim(209.0, {}, 8, lambda attempts: 10.0 * attempts) == ([], 210.0)
+    (again,), _ = store.claim(210.0, {}, 8, lambda attempts: 10.0 * attempts)
+    assert (again.notice, again.attempts) == (attempt.notice, 2)
+    assert store.deliveries(created.id, 10, None)[0][0].next_attempt_at == 230.0
+    assert store.cursor() == Cursor(9, "e")
+    store.close()
+
+
+def test_pauses_grow_to_half_a_day_and_the_attempts_last_three_days() -> None:
+    pace = Pace(jitter=0)
+    pauses = [pace.pause_s(attempts) for attempts in range(1, pace.attempts)]
+    assert pauses[:4] == [5, 15, 45, 135]
+    assert pauses[-1] == 12 * 3600
+    assert pauses == sorted(pauses)
+    assert 2.9 < sum(pauses) / 86400 < 3.3
+    jittered = [Pace().pause_s(1) for _ in range(200)]
+    assert 4 <= min(jittered) < 4.5 < 5.5 < max(jittered) <= 6
+
+
+def test_a_delivery_is_given_up_after_its_last_attempt_and_can_be_sent_again(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        pace = Pace(first_pause_s=0.01, growth=1, attempts=3)
+        with Receiver(lambda number: 500 if number < 3 else 204) as receiver:
+            async with delivering(log, settings_in(tmp_path), pace) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                await end_job(log, "ftjob-1")
+                (failed,) = await until_settled(webhooks, created.endpoint.id, "failed")
+                assert (failed.attempts, failed.last_status_code, failed.last_error) == (3, 500, "answered 500")
+                assert failed.next_attempt_at is None
+                again = await webhooks.redeliver(created.endpoint.id, failed.notice.event_id)
+                assert (again.status, again.attempts) == ("pending", 0)
+                (delivered,) = await until_settled(webhooks, created.endpoint.id, "delivered")
+                assert (delivered.last_status_code, delivered.last_error) == (204, None)
+        assert {got.headers["webhook-id"] for got in receiver.got} == {failed.notice.event_id}
+
+    play(scenario)
+
+
+def test_410_disables_the_endpoint_until_it_is_updated(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver(lambda number: 410 if number == 0 else 200) as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                other = await endpoint(webhooks, receiver.url, "fine_tuning.job.cancelled")
+                await end_job(log, "ftjob-1")
+                (failed,) = await until_settled(webhooks, created.endpoint.id, "failed")
+                assert (failed.attempts, failed.last_status_code) == (1, 410)
+                assert not (await webhooks.endpoint(created.endpoint.id)).enabled
+                with pytest.raises(UserError, match="disabled"):
+                    await webhooks.redeliver(created.endpoint.id, failed.notice.event_id)
+                await end_job(log, "ftjob-2", "cancelled")
+                await until_settled(webhooks, other.endpoint.id, "delivered")  # so the event was seen
+                await until_settled(webhooks, created.endpoint.id, "failed")
+                assert (await webhooks.update(created.endpoint.id, None, None, None)).enabled
+                await webhooks.redeliver(created.endpoint.id, failed.notice.event_id)
+                await until_settled(webhooks, created.endpoint.id, "delivered")
+
+    play(scenario)
+
+
+def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    notices = [Notice(f"evt_{n}", "fine_tuning.job.failed", "ftjob-1", 101.0) for n in range(3)]
+    store.note(notices, Cursor(9, "e"))
+    (first, second), _ = store.claim(200.0, {}, 2, lambda _: 10.0)
+    webhooks = Webhooks.__new__(Webhooks)
+    webhooks._pace = Pace()
+    store.settle(first, webhooks._outcome(first, 410, "answered 410"))
+    store.settle(second, webhooks._outcome(second, 500, "answered 500"))  # was on its way at the time
+    found, _ = store.deliveries(created.id, 10, None)
+    assert {one.status for one in found} == {"failed"}
+    store.close()
+
+
+def test_a_redirect_is_not_followed(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as other, Receiver(lambda _: 307, headers={"Location": other.url}) as receiver:
+            pace = Pace(first_pause_s=0.01, attempts=2)
+            async with delivering(log, settings_in(tmp_path), pace) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                await end_job(log, "ftjob-1")
+                (failed,) = await until_settled(webhooks, created.endpoint.id, "failed")
+                assert failed.last_error == "answered 307"
+        assert other.got == []
+
+    play(scenario)
+
+
+def test_a_proxy_of_the_environment_is_not_used(play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as proxy, Receiver() as receiver:
+            for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+                monkeypatch.setenv(name, proxy.url)
+            for name in ("NO_PROXY", "no_proxy"):
+                monkeypatch.delenv(name, raising=False)
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                await end_job(log, "ftjob-1")
+                await until_settled(webhooks, created.endpoint.id, "delivered")
+        assert proxy.got == []
+
+    play(scenario)
+
+
+def test_a_name_that_changes_to_a_private_address_gets_nothing(play: Play, tmp_path: Path) -> None:
+    """DNS rebinding: public when the endpoint was created, loopback when it is to be told."""
+    answers = [["93.184.216.34"]]
+
+    async def resolve(host: str, _port: int) -> list[str]:
+        assert host == "rebinding.example"
+        return answers.pop() if answers else ["127.0.0.1"]
+
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as receiver:
+            pace = Pace(first_pause_s=0.01, attempts=2)
+            async with delivering(log, settings_in(tmp_path, networks=""), pace, resolve) as webhooks:
+                created = await endpoint(webhooks, f"http://rebinding.example:{receiver.port}/hook")
+                await end_job(log, "ftjob-1")
+                (failed,) = await until_settled(webhooks, created.endpoint.id, "failed")
+                assert failed.last_error is not None
+                assert failed.last_error.startswith("nothing was sent: its host resolves to an address that is not")
+                with pytest.raises(UserError, match="nothing was sent"):
+                    await webhooks.test(created.endpoint.id, "fine_tuning.job.failed")
+        assert receiver.connections == 0
+
+    play(scenario)
+
+
+def test_the_address_that_was_checked_is_connected_to_and_asked_for_the_name(play: Play, tmp_path: Path) -> None:
+    """Only this test knows that name: whoever resolved it again would not find it. The first address is dead."""
+    asked: list[str] = []
+
+    async def resolve(host: str, _port: int) -> list[str]:
+        asked.append(host)
+        return ["127.0.0.2", "127.0.0.1"]
+
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as receiver:
+            async with delivering(log, settings_in(tmp_path), resolve=resolve) as webhooks:
+                created = await endpoint(webhooks, f"http://Receiver.Example:{receiver.port}/hook")
+                await end_job(log, "ftjob-1")
+                await until_settled(webhooks, created.endpoint.id, "delivered")
+        assert set(asked) == {"receiver.example"}
+        assert receiver.got[0].headers["host"] == f"receiver.example:{receiver.port}"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("name", ["receiver.example", "other.example"])
+def test_the_certificate_must_be_for_the_name_though_an_address_is_connected_to(
+    play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    certificate, key = certificate_for("receiver.example", tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    async def resolve(_host: str, _port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    async def scenario(log: EventLog) -> None:
+        with Receiver(tls=context) as receiver:
+            pace = Pace(first_pause_s=0.01, attempts=2)
+            async with delivering(log, settings_in(tmp_path), pace, resolve) as webhooks:
+                created = await endpoint(webhooks, f"https://{name}:{receiver.port}/hook")
+                await end_job(log, "ftjob-1")
+                if name == "receiver.example":
+                    await until_settled(webhooks, created.endpoint.id, "delivered")
+                else:
+                    (failed,) = await until_settled(webhooks, created.endpoint.id, "failed")
+                    assert failed.last_error is not None
+                    assert "certificate" in failed.last_error
+        assert len(receiver.got) == (name == "receiver.example")
+
+    play(scenario)
+
+
+def certificate_for(name: str, directory: Path) -> tuple[Path, Path]:
+    """A certificate and its key, in files. It signs itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (directory / "certificate.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (directory / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return directory / "certificate.pem", directory / "key.pem"
+
+
+def test_a_rotated_secret_signs_and_the_old_one_with_it_if_that_was_asked_for(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                first = await endpoint(webhooks, receiver.url)
+                second, third = new_secret(), new_secret()
+                for _ in range(2):  # a call that is made again takes nothing away
+                    await webhooks.rotate(first.endpoint.id, second, keep_old=True)
+                await end_job(log, "ftjob-1")
+                await until_settled(webhooks, first.endpoint.id, "delivered")
+                await webhooks.rotate(first.endpoint.id, third, keep_old=False)
+                await end_job(log, "ftjob-2")
+                await until_settled(webhooks, first.endpoint.id, "delivered", 2)
+        both, last = receiver.got
+        assert verified(both, first.secret) == verified(both, second)
+        assert verified(last, third).data.id == "ftjob-2"
+        with pytest.raises(Exception, match="signature"):
+            verified(last, second)
+
+    play(scenario)
+
+
+def test_an_old_secret_is_good_for_a_day(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.rotate(created.id, "whsec_2", 200.0, 300.0)
+    assert store.secrets(created.id, 299.0) == ("whsec_2", "whsec_1")
+    assert store.secrets(created.id, 300.0) == ("whsec_2",)
+    store.close()
+
+
+def test_nobody_but_the_owner_may_read_the_secrets(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                await end_job(log, "ftjob-1")
+                await until_settled(webhooks, created.endpoint.id, "delivered")
+                modes.update({path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("webhooks.db*")})  # noqa: ASYNC240  -- a test
+                assert created.secret not in repr(await webhooks.endpoints(10, None))
+                secrets.append(created.secret.removeprefix("whsec_"))
+
+    modes: dict[str, int] = {}
+    secrets: list[str] = []
+    play(scenario)
+    assert modes.keys() >= {"webhooks.db", "webhooks.db-wal"}
+    assert set(modes.values()) == {0o600}
+    others = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in modes]
+    assert not any(secrets[0].encode() in path.read_bytes() for path in others)
+    assert secrets[0].encode() in (tmp_path / "webhooks.db").read_bytes()  # so it would have been found
+
+
+def test_a_log_that_was_restored_from_a_backup_is_read_again(play: Play, tmp_path: Path) -> None:
+    """Its positions mean other events than they did; those that were told before are known by their ids."""
+
+    async def scenario(log: EventLog) -> None:
+        with Receiver() as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                await end_job(log, "ftjob-1")
+                await log.backup(str(tmp_path / "backup.db"))
+                await end_job(log, "ftjob-lost")
+                await until_settled(webhooks, created.endpoint.id, "delivered", 2)
+            (tmp_path / "restored").mkdir()
+            (tmp_path / "backup.db").rename(tmp_path / "restored" / "events.db")
+            restored = log_in(tmp_path / "restored")
+            await end_job(restored, "ftjob-2", "rejected")
+            async with delivering(restored, settings_in(tmp_path)) as webhooks:
+                told = await until_settled(webhooks, created.endpoint.id, "delivered", 3)
+            await restored.close()
+        assert [one.notice.job_id for one in told] == ["ftjob-2", "ftjob-lost", "ftjob-1"]
+        assert len(receiver.got) == 3
+
+    play(scenario)
+
+
+class CountingLog(EventLog):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    async def subscribe(self, after_position: int, limit: int = 1000, wait_s: float = 0) -> list[Recorded]:
+        self.reads += 1
+        return await super().subscribe(after_position, limit, wait_s)
+
+
+def test_without_an_endpoint_the_log_is_not_read(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        log = CountingLog(MemoryStore())
+        async with delivering(log, settings_in(tmp_path)) as webhooks:
+            for number in range(10):
+                await end_job(log, f"ftjob-{number}")
+            assert log.reads == 0
+            with Receiver() as receiver:
+                created = await endpoint(webhooks, receiver.url)
+                await end_job(log, "ftjob-last")
+                await until_settled(webhooks, created.endpoint.id, "delivered")
+                assert log.reads > 0
+        await log.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_create_that_is_repeated_makes_one_endpoint(play: Play, tmp_path: Path) -> None:
+    """Ray makes a call again whose actor died amid it."""
+
+    async def scenario(log: EventLog) -> None:
+        async with delivering(log, settings_in(tmp_path)) as webhooks:
+            first, again = [await webhooks.create("we_1", "whsec_1", "x", "http://127.0.0.1/", TYPES) for _ in range(2)]
+            assert await webhooks.endpoints(10, None) == ([first], False)
+            assert again == first
+
+    play(scenario)
+
+
+def test_there_is_a_bound_on_endpoints(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    for number in range(MOST_ENDPOINTS):
+        store.create(f"we_{number}", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    with pytest.raises(UserError, match="delete one first"):
+        store.create("one more", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.close()
+
+
+def test_what_is_over_is_forgotten_after_a_month_and_what_is_not_is_kept(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 0.0)
+    times = {"evt_old": 100.0, "evt_pending": 100.0, "evt_young": 200.0}
+    store.note([Notice(name, "fine_tuning.job.failed", "j", at) for name, at in times.items()], Cursor(1, "e"))
+    webhooks = Webhooks.__new__(Webhooks)
+    webhooks._pace = Pace()
+    for attempt in store.claim(300.0, {}, 8, lambda _: 10.0)[0]:
+        if attempt.notice.event_id != "evt_pending":
+            store.settle(attempt, webhooks._outcome(attempt, 200, None))
+    store.prune(150.0)
+    found, _ = store.deliveries(created.id, 10, None)
+    assert [one.notice.event_id for one in found] == ["evt_young", "evt_pending"]
+    store.close()
+
+
+def test_a_file_that_cannot_be_opened_is_opened_once_it_can(play: Play, tmp_path: Path) -> None:
+    async def scenario(log: EventLog) -> None:
+        (tmp_path / "webhooks.db").mkdir()
+        with Receiver() as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                with pytest.raises(WebhooksUnavailable):
+                    await webhooks.endpoints(10, None)
+                (tmp_path / "webhooks.db").rmdir()
+                created = await endpoint(webhooks, receiver.url)
+                await end_job(log, "ftjob-1")
+                await until_settled(webhooks, created.endpoint.id, "delivered")
+
+    play(scenario)

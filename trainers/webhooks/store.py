@@ -1,0 +1,442 @@
+"""Webhook endpoints and what is to be sent to them: one SQLite file that one process has open.
+
+It holds the endpoints' secrets, so nobody but its owner may read it (mode 0600). What a method has changed is on disk
+when it returns. The event log is the source of truth: the cursor says how far it has been read, and moves in the same
+transaction that adds what was found there.
+"""
+
+import base64
+import json
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ulid import ULID
+
+from trainers.errors import UserError
+
+EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+DeliveryStatus = Literal["pending", "delivered", "failed"]
+MOST_ENDPOINTS = 50
+_LOCK_WAIT_S = 20.0  # the process before this one may need a moment to die
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS endpoints (
+    number           INTEGER PRIMARY KEY AUTOINCREMENT,
+    id               TEXT NOT NULL UNIQUE,
+    name             TEXT NOT NULL,
+    url              TEXT NOT NULL,
+    event_types      TEXT NOT NULL,
+    created_at       REAL NOT NULL,
+    updated_at       REAL NOT NULL,
+    enabled          INTEGER NOT NULL DEFAULT 1,
+    secret           TEXT NOT NULL,
+    old_secret       TEXT,
+    old_secret_until REAL
+) STRICT;
+CREATE TABLE IF NOT EXISTS deliveries (
+    number           INTEGER PRIMARY KEY AUTOINCREMENT,
+    endpoint_id      TEXT NOT NULL REFERENCES endpoints (id) ON DELETE CASCADE,
+    event_id         TEXT NOT NULL,
+    event_type       TEXT NOT NULL,
+    job_id           TEXT NOT NULL,
+    created_at       REAL NOT NULL,
+    status           TEXT NOT NULL DEFAULT 'pending',
+    attempts         INTEGER NOT NULL DEFAULT 0,
+    last_attempt_at  REAL,
+    next_attempt_at  REAL,
+    last_status_code INTEGER,
+    last_error       TEXT,
+    UNIQUE (endpoint_id, event_id)
+) STRICT;
+CREATE INDEX IF NOT EXISTS due ON deliveries (endpoint_id, next_attempt_at) WHERE status = 'pending';
+CREATE TABLE IF NOT EXISTS cursor (
+    id       INTEGER PRIMARY KEY CHECK (id = 1),
+    position INTEGER NOT NULL,
+    event_id TEXT NOT NULL
+) STRICT;
+"""
+
+
+class Cursor(NamedTuple):
+    """How far the log has been read: its last event that was."""
+
+    position: int
+    event_id: str
+    """Of that event; empty at position 0. A log that has another event there is another log."""
+
+
+class Notice(NamedTuple):
+    """What is told: a job is over. The same fact has the same id, wherever and however often it is told."""
+
+    event_id: str
+    event_type: EventType
+    job_id: str
+    time: float
+    """When it was recorded, Unix seconds."""
+
+    @property
+    def body(self) -> str:
+        """The request's body, as OpenAI's."""
+        event = {
+            "id": self.event_id,
+            "object": "event",
+            "created_at": int(self.time),
+            "type": self.event_type,
+            "data": {"id": self.job_id},
+        }
+        return json.dumps(event)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Who is told what. Times are Unix seconds."""
+
+    id: str
+    name: str
+    url: str
+    event_types: tuple[EventType, ...]
+    created_at: float
+    updated_at: float
+    enabled: bool
+    signing_secret_hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A notice on its way to an endpoint. Times are Unix seconds."""
+
+    notice: Notice
+    status: DeliveryStatus
+    attempts: int
+    last_attempt_at: float | None
+    next_attempt_at: float | None
+    """None: there will be none."""
+    last_status_code: int | None
+    last_error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A notice that is to be sent now."""
+
+    endpoint_id: str
+    url: str
+    notice: Notice
+    attempts: int
+    """This one included."""
+    secrets: tuple[str, ...] = field(repr=False)
+    """What it is to be signed with: one secret, or two while an old one is still good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an attempt."""
+
+    status: DeliveryStatus
+    status_code: int | None
+    error: str | None
+    next_attempt_at: float | None
+    disable: bool = False
+    """Nothing more is to be sent to the endpoint."""
+
+
+class WebhookStore:
+    """Everything blocks, and raises sqlite3.Error where the file can't be read or written."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+        path.chmod(0o600)  # SQLite gives the write-ahead log the same mode
+        self._db = sqlite3.connect(path, timeout=_LOCK_WAIT_S, check_same_thread=False)  # not always the same thread
+        self._db.row_factory = sqlite3.Row
+        try:
+            # As the event log: no shared memory, so that a network file system will do. What a failed sync may have
+            # left in the write-ahead log is written anew and synced before it is read.
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON",
+                           "wal_checkpoint(TRUNCATE)"):  # fmt: skip
+                self._db.execute(f"PRAGMA {pragma}")
+            self._db.executescript(_SCHEMA)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        self._db.close()
+
+    # --- endpoints
+
+    def has_endpoints(self) -> bool:
+        return self._one("SELECT 1 FROM endpoints LIMIT 1") is not None
+
+    def create(
+        self,
+        endpoint_id: str,
+        secret: str,
+        name: str,
+        url: str,
+        event_types: Sequence[EventType],
+        now: float,
+        begin: Cursor | None = None,
+    ) -> Endpoint:
+        """An endpoint for what happens from `now` on; if it is there already, nothing new. `begin`: where the log is to
+        be read from, if it wasn't yet.
+
+        Raises UserError `too_many_webhook_endpoints`.
+        """
+        with self._db:
+            if self._one("SELECT 1 FROM endpoints WHERE id = ?", endpoint_id) is not None:
+                return self.endpoint(endpoint_id)
+            (count,) = self._db.execute("SELECT count(*) FROM endpoints").fetchone()
+            if count >= MOST_ENDPOINTS:
+                raise UserError(
+                    "too_many_webhook_endpoints", f"there are {count} webhook endpoints already: delete one first"
+                )
+            if begin is not None and count == 0:
+                self._move(begin)
+            self._db.execute(
+                "INSERT INTO endpoints (id, name, url, event_types, created_at, updated_at, secret) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (endpoint_id, name, url, json.dumps(event_types), now, now, secret),
+            )
+        return self.endpoint(endpoint_id)
+
+    def endpoint(self, endpoint_id: str) -> Endpoint:
+        """Raises UserError `webhook_endpoint_not_found`, as all that asks for one."""
+        return _endpoint(self._endpoint_row(endpoint_id))
+
+    def endpoints(self, limit: int, after: str | None) -> tuple[list[Endpoint], bool]:
+        """Up to `limit`, newest first, those older than `after`; and whether there are more. Raises UserError
+        `unknown_after`."""
+        before = self._number("SELECT number FROM endpoints WHERE id = ?", after, after)
+        rows = self._db.execute(
+            "SELECT * FROM endpoints WHERE number < ? ORDER BY number DESC LIMIT ?", (before, limit + 1)
+        ).fetchall()
+        return [_endpoint(row) for row in rows[:limit]], len(rows) > limit
+
+    def update(
+        self, endpoint_id: str, name: str | None, url: str | None, event_types: Sequence[EventType] | None, now: float
+    ) -> Endpoint:
+        """Changes what is not None. An endpoint that was disabled is enabled by it."""
+        before = self.endpoint(endpoint_id)
+        after = (
+            name or before.name,
+            url or before.url,
+            json.dumps(before.event_types if event_types is None else event_types),
+        )
+        if not before.enabled or after != (before.name, before.url, json.dumps(before.event_types)):
+            with self._db:
+                self._db.execute(
+                    "UPDATE endpoints SET name = ?, url = ?, event_types = ?, updated_at = ?, enabled = 1 WHERE id = ?",
+                    (*after, now, endpoint_id),
+                )
+        return self.endpoint(endpoint_id)
+
+    def rotate(self, endpoint_id: str, secret: str, now: float, old_secret_until: float | None) -> Endpoint:
+        """A new secret, unless it is that one already; what is sent until then is signed with the old one as well."""
+        old = self._endpoint_row(endpoint_id)["secret"]
+        if old != secret:
+            kept = None if old_secret_until is None else old
+            with self._db:
+                self._db.execute(
+                    "UPDATE endpoints SET secret = ?, old_secret = ?, old_secret_until = ?, updated_at = ? "
+                    "WHERE id = ?",
+                    (secret, kept, old_secret_until, now, endpoint_id),
+                )
+        return self.endpoint(endpoint_id)
+
+    def secrets(self, endpoint_id: str, now: float) -> tuple[str, ...]:
+        return _secrets(self._endpoint_row(endpoint_id), now)
+
+    def delete(self, endpoint_id: str) -> None:
+        """And all that was to be sent to it."""
+        self._endpoint_row(endpoint_id)
+        with self._db:
+            self._db.execute("DELETE FROM endpoints WHERE id = ?", (endpoint_id,))
+
+    # --- deliveries
+
+    def deliveries(self, endpoint_id: str, limit: int, after: str | None) -> tuple[list[Delivery], bool]:
+        """As `endpoints`."""
+        self._endpoint_row(endpoint_id)
+        query = "SELECT number FROM deliveries WHERE endpoint_id = ? AND event_id = ?"
+        before = self._number(query, after, endpoint_id, after)
+        rows = self._db.execute(
+            "SELECT * FROM deliveries WHERE endpoint_id = ? AND number < ? ORDER BY number DESC LIMIT ?",
+            (endpoint_id, before, limit + 1),
+        ).fetchall()
+        return [_delivery(row) for row in rows[:limit]], len(rows) > limit
+
+    def redeliver(self, endpoint_id: str, event_id: str, now: float) -> Delivery:
+        """Sends it (again) from now on, with all its attempts. Raises UserError `webhook_delivery_not_found` or
+        `webhook_endpoint_disabled`."""
+        endpoint = self.endpoint(endpoint_id)
+        self._delivery_row(endpoint_id, event_id)
+        if not endpoint.enabled:
+            raise UserError(
+                "webhook_endpoint_disabled", "the endpoint answered 410 Gone and is disabled: update it first"
+            )
+        with self._db:
+            self._db.execute(
+                "UPDATE deliveries SET status = 'pending', attempts = 0, next_attempt_at = ? "
+                "WHERE endpoint_id = ? AND event_id = ?",
+                (now, endpoint_id, event_id),
+            )
+        return _delivery(self._delivery_row(endpoint_id, event_id))
+
+    def cursor(self) -> Cursor:
+        row = self._one("SELECT position, event_id FROM cursor")
+        return Cursor(0, "") if row is None else Cursor(*row)
+
+    def note(self, notices: Sequence[Notice], cursor: Cursor) -> None:
+        """What the log says up to `cursor`. A notice that is known already, or older than an endpoint, is none."""
+        with self._db:
+            for row in self._db.execute("SELECT * FROM endpoints WHERE enabled").fetchall():
+                endpoint = _endpoint(row)
+                self._db.executemany(
+                    "INSERT OR IGNORE INTO deliveries (endpoint_id, event_id, event_type, job_id, created_at, "
+                    "next_attempt_at) VALUES (?, ?, ?, ?, ?, ?)",
+                    [
+                        (endpoint.id, *notice, notice.time)
+                        for notice in notices
+                        if notice.event_type in endpoint.event_types and notice.time >= endpoint.created_at
+                    ],
+                )
+            self._move(cursor)
+
+    def claim(
+        self, now: float, in_flight: Mapping[str, int], most: int, hold_s: Callable[[int], float]
+    ) -> tuple[list[Attempt], float | None]:
+        """What is due now, as long as no endpoint has more than `most` in flight; and when the next will be due.
+
+        The attempt counts from here on, and if nobody `settle`s it, it is due again after `hold_s(attempts)`.
+        """
+        claimed: list[Attempt] = []
+        due: list[float] = []
+        with self._db:
+            for row in self._db.execute("SELECT * FROM endpoints WHERE enabled").fetchall():
+                room = most - in_flight.get(row["id"], 0)
+                if room <= 0:
+                    continue  # the end of one of its attempts is what to wait for
+                pending = self._db.execute(
+                    "SELECT * FROM deliveries WHERE endpoint_id = ? AND status = 'pending' "
+                    "ORDER BY next_attempt_at LIMIT ?",
+                    (row["id"], room),
+                ).fetchall()
+                ready = [delivery for delivery in pending if delivery["next_attempt_at"] <= now]
+                claimed += [self._claimed(row, delivery, now, hold_s) for delivery in ready]
+                due += [delivery["next_attempt_at"] for delivery in pending[len(ready) :]]
+        return claimed, min(due, default=None)
+
+    def _claimed(
+        self, endpoint: sqlite3.Row, delivery: sqlite3.Row, now: float, hold_s: Callable[[int], float]
+    ) -> Attempt:
+        attempts = delivery["attempts"] + 1
+        self._db.execute(
+            "UPDATE deliveries SET attempts = ?, last_attempt_at = ?, next_attempt_at = ? WHERE number = ?",
+            (attempts, now, now + hold_s(attempts), delivery["number"]),
+        )
+        return Attempt(endpoint["id"], endpoint["url"], _notice(delivery), attempts, _secrets(endpoint, now))
+
+    def settle(self, attempt: Attempt, outcome: Outcome) -> None:
+        """What became of it. Nothing, if the endpoint was deleted meanwhile."""
+        key = attempt.endpoint_id, attempt.notice.event_id
+        with self._db:
+            if outcome.disable:
+                self._db.execute("UPDATE endpoints SET enabled = 0 WHERE id = ?", (attempt.endpoint_id,))
+            self._db.execute(
+                "UPDATE deliveries SET status = ?, last_status_code = ?, last_error = ?, next_attempt_at = ? "
+                "WHERE endpoint_id = ? AND event_id = ?",
+                (outcome.status, outcome.status_code, outcome.error, outcome.next_attempt_at, *key),
+            )
+            # Those that were in flight when the endpoint was disabled come here, too.
+            self._db.execute(
+                "UPDATE deliveries SET status = 'failed', next_attempt_at = NULL WHERE status = 'pending' "
+                "AND endpoint_id = (SELECT id FROM endpoints WHERE id = ? AND NOT enabled)",
+                (attempt.endpoint_id,),
+            )
+
+    def prune(self, before: float) -> None:
+        """Forgets deliveries of events before that time, but for those that are under way."""
+        with self._db:
+            self._db.execute("DELETE FROM deliveries WHERE status != 'pending' AND created_at < ?", (before,))
+
+    def _move(self, cursor: Cursor) -> None:
+        self._db.execute("INSERT OR REPLACE INTO cursor VALUES (1, ?, ?)", cursor)
+
+    def _one(self, query: str, *values: object) -> Any:  # noqa: ANN401  -- a row, or None
+        return self._db.execute(query, values).fetchone()
+
+    def _endpoint_row(self, endpoint_id: str) -> sqlite3.Row:
+        row: sqlite3.Row | None = self._one("SELECT * FROM endpoints WHERE id = ?", endpoint_id)
+        if row is None:
+            raise UserError(
+                "webhook_endpoint_not_found", f"there is no webhook endpoint {endpoint_id!a}", "webhook_endpoint_id"
+            )
+        return row
+
+    def _delivery_row(self, endpoint_id: str, event_id: str) -> sqlite3.Row:
+        query = "SELECT * FROM deliveries WHERE endpoint_id = ? AND event_id = ?"
+        row: sqlite3.Row | None = self._one(query, endpoint_id, event_id)
+        if row is None:
+            message = f"the endpoint has no delivery {event_id!a}: it is too old, or never was"
+            raise UserError("webhook_delivery_not_found", message, "delivery_id")
+        return row
+
+    def _number(self, query: str, after: str | None, *values: object) -> int:
+        """The number that a page ends before."""
+        if after is None:
+            return 1 << 62
+        row = self._one(query, *values)
+        if row is None:
+            raise UserError("unknown_after", f"after: there is no {after!a} in this list", "after")
+        return int(row[0])
+
+
+def new_endpoint_id() -> str:
+    """Make it, and the secret, once: a try that is repeated with the same makes no second endpoint."""
+    return f"we_{ULID()}"
+
+
+def new_secret() -> str:
+    return f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
+
+
+def _secrets(row: sqlite3.Row, now: float) -> tuple[str, ...]:
+    if row["old_secret"] is not None and now < row["old_secret_until"]:
+        return row["secret"], row["old_secret"]
+    return (row["secret"],)
+
+
+def _endpoint(row: sqlite3.Row) -> Endpoint:
+    return Endpoint(
+        id=row["id"],
+        name=row["name"],
+        url=row["url"],
+        event_types=tuple(json.loads(row["event_types"])),
+        created_at=row["created_at"],
+        updated_at=row["updated_at"],
+        enabled=bool(row["enabled"]),
+        signing_secret_hint=f"whsec_...{row['secret'][-4:]}",
+    )
+
+
+def _notice(row: sqlite3.Row) -> Notice:
+    return Notice(row["event_id"], row["event_type"], row["job_id"], row["created_at"])
+
+
+def _delivery(row: sqlite3.Row) -> Delivery:
+    return Delivery(
+        notice=_notice(row),
+        status=row["status"],
+        attempts=row["attempts"],
+        last_attempt_at=row["last_attempt_at"],
+        next_attempt_at=row["next_attempt_at"],
+        last_status_code=row["last_status_code"],
+        last_error=row["last_error"],
+    )
