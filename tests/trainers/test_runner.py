@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from events.config import Config
-from events.facts import JobSubmitted, Resources
+from events.facts import DataRejected, JobSubmitted, Resources
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog
 from events.memory import MemoryStore
 from tests.tiny_models import make_tiny_model
 from trainers.data.dataset import TokenisedDataset
+from trainers.data.prepare import DataInvalid
 from trainers.plan import Plan, make_plan
 from trainers.retrying import retrying
-from trainers.runner import _make_data_ready, latest_checkpoint
+from trainers.runner import _failure, _make_data_ready, latest_checkpoint
 from trainers.settings import Settings
 from trainers.tenure import Tenure
 
@@ -88,6 +89,20 @@ def test_jobs_on_the_same_data_share_its_tokens(runner: Runner) -> None:
     first, second = (runner.make_ready(*runner.submit(job_id)) for job_id in ("ftjob-1", "ftjob-2"))
     assert first.data == second.data
     assert (runner.data(first) / "tokens.bin").samefile(runner.data(second) / "tokens.bin")
+
+
+def test_bad_data_is_told_with_the_field_and_the_line(runner: Runner, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(f"{runner.file.read_text().splitlines()[0]}\n\nnope\n")
+    job, plan = runner.submit("ftjob-1")
+    with pytest.raises(DataInvalid) as caught:
+        runner.make_ready(job, plan.model_copy(update={"validation_data": str(bad)}))
+    error = caught.value.error
+    assert (error.code, error.param, error.line, error.fault) == ("invalid_data", "validation_data", 3, "user")
+    failed = _failure(job, tmp_path, error, "details", {"validation_data": caught.value.report})
+    assert isinstance(failed, DataRejected)
+    assert failed.data is None
+    assert failed.validation_data == caught.value.report
 
 
 def job_with(checkpoints: list[Path]) -> FineTuningJob:
