@@ -17,6 +17,12 @@ class JobProblem(Exception):
         super().__init__(error)
         self.error = error
 
+    @staticmethod
+    def of(error: JobError) -> "JobProblem":
+        """The problem that shows this error."""
+        kinds = {"user": UserError, "capacity": CapacityError, "infrastructure": InfrastructureError}
+        return _rebuilt(kinds[error.fault], {"error": error})
+
     def __str__(self) -> str:
         return self.error.message
 

@@ -180,6 +180,11 @@ def make_plan(config: Config) -> Plan:
     )
 
 
+def step_items(plan: Plan) -> int:
+    """Rows, pairs or packs of a step, over all workers."""
+    return plan.batch_size * plan.workers * plan.gradient_accumulation_steps
+
+
 def needing_less(plan: Plan) -> list[str]:
     """What can be changed about the plan so that a worker needs less memory, the least costly first."""
     advice = []

@@ -26,6 +26,7 @@ from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
 from trainers.errors import CapacityError, UserError
 from trainers.load import build_schedule, drops, pack_size
+from trainers.memory import check_states
 from trainers.methods import method_of
 from trainers.models.architecture import inspect_model_dir
 from trainers.optimization import build_optimizer, build_scheduler
@@ -63,6 +64,8 @@ def train(
         ranks = Ranks.current()
         dtype = choose_dtype(plan, ranks.device)
         arch = inspect_model_dir(model_dir)
+        if ranks.device.type == "cuda":  # on the CPU it was checked before the worker was there
+            check_states(plan, arch, ranks.memory_bytes())
         data = TokenisedDataset(train_data)
         valid = TokenisedDataset(valid_data) if valid_data else None
         schedule = build_schedule(plan, data, ranks.rank, ranks.world)

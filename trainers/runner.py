@@ -8,7 +8,7 @@ import importlib
 import logging
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -30,13 +30,16 @@ from events.facts import (
     RunInterrupted,
 )
 from events.job import FineTuningJob
-from trainers.admission import describe
+from trainers.admission import Capacity, describe, worker_memory
+from trainers.cluster import Cluster
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
+from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid, prepare, prepared
 from trainers.data.source import check_data_uri
 from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem
 from trainers.job_output import JobOutput
+from trainers.memory import check_memory
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, make_plan
@@ -81,7 +84,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     try:
         plan = make_plan(Config.model_validate(job.input_config))
         model_dir = resolve_model(plan.model, settings, logger.info)
-        job = _make_data_ready(job, plan, model_dir, tenure, settings)
+        job = _make_data_ready(job, plan, model_dir, tenure, settings, Cluster().capacity)
         while True:
             job = _wait_until_admitted(job, log, tenure)
             try:
@@ -95,7 +98,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
         logger.warning("this runner ends here: %s", reason)
         return None
     except DataInvalid as problem:
-        return _failure(job, job_dir, problem.error, str(problem), {problem.error.param or "data": problem.report})
+        return _failure(job, job_dir, problem.error, str(problem), problem.report)
     except JobProblem as problem:
         return _failure(job, job_dir, problem.error, traceback.format_exc())
     except Exception as error:  # noqa: BLE001  -- whatever it is, the job must end with it and not hang
@@ -106,9 +109,15 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
 
 
 def _make_data_ready(
-    job: FineTuningJob, plan: Plan, model_dir: Path, tenure: Tenure, settings: Settings
+    job: FineTuningJob,
+    plan: Plan,
+    model_dir: Path,
+    tenure: Tenure,
+    settings: Settings,
+    capacity: Callable[[], Capacity],
 ) -> FineTuningJob:
-    """Every row of both files read, checked and tokenised to the job's directory, once."""
+    """Every row of both files read, checked and tokenised to the job's directory, once; and the job found to fit the
+    memory of a node."""
     architecture = inspect_model_dir(model_dir)
     check_suitable(plan, architecture)
     tokenizer = ChatTokenizer.from_dir(model_dir)
@@ -148,6 +157,11 @@ def _make_data_ready(
     validation_data = ready(plan.validation_data, "valid") if plan.validation_data else None
     if job.data is not None:
         return job
+    if (worker_bytes := worker_memory(needed(job), capacity())) is not None:
+        from trainers.load import load_of  # imports torch, as a thread does since the start
+
+        prepared_rows = TokenisedDataset(settings.job_dir(job.job_id) / "data" / "train")
+        check_memory(plan, architecture, load_of(plan, architecture, prepared_rows), worker_bytes)
     return tenure.append(DataValidated(data=data, validation_data=validation_data))
 
 
@@ -223,14 +237,20 @@ def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, t
 
 
 def _failure(
-    job: FineTuningJob, job_dir: Path, error: JobError, details: str, reports: Mapping[str, DataReport] | None = None
+    job: FineTuningJob, job_dir: Path, error: JobError, details: str, report: DataReport | None = None
 ) -> DataRejected | JobFailed:
     logger.error("job failed (%s, %s): %s", error.code, f"fault of the {error.fault}", error.message)
     job_dir.mkdir(parents=True, exist_ok=True)
     path = job_dir / ERROR_FILE
     path.write_text(details + "\n", encoding="utf-8")
     if job.data is None and error.fault == "user":
-        return DataRejected(error=error, error_path=path.as_uri(), **(reports or {}))
+        of_validation = error.param == "validation_data"
+        return DataRejected(
+            error=error,
+            error_path=path.as_uri(),
+            data=None if of_validation else report,
+            validation_data=report if of_validation else None,
+        )
     return JobFailed(error=error, error_path=path.as_uri())
 
 

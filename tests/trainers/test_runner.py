@@ -14,6 +14,7 @@ from events.job import FineTuningJob
 from events.log import EventLog
 from events.memory import MemoryStore
 from tests.tiny_models import make_tiny_model
+from trainers.admission import Capacity, Node
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid
 from trainers.plan import Plan, make_plan
@@ -32,6 +33,7 @@ class Runner:
         self.settings = Settings(storage=root / "storage", data_roots=(root,))
         self.model = make_tiny_model(root / "model")
         self.log = EventLog(MemoryStore())
+        self.capacity = Capacity(nodes=(Node(4, 0, memory=8 << 30),), free=())
         self.file = root / "rows.jsonl"
         words = ("the children read a story about the sea " * length for length in (1, 40))
         dialogs = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in words]
@@ -51,7 +53,9 @@ class Runner:
         return retrying(lambda: self.log.submit(job_id, event, new_event_id(), 10)), make_plan(config)
 
     def make_ready(self, job: FineTuningJob, plan: Plan) -> FineTuningJob:
-        return _make_data_ready(job, plan, self.model, Tenure(self.log, job.job_id, 0), self.settings)
+        return _make_data_ready(
+            job, plan, self.model, Tenure(self.log, job.job_id, 0), self.settings, lambda: self.capacity
+        )
 
     def data(self, job: FineTuningJob) -> Path:
         return self.settings.job_dir(job.job_id) / "data" / "train"
@@ -99,7 +103,7 @@ def test_bad_data_is_told_with_the_field_and_the_line(runner: Runner, tmp_path: 
         runner.make_ready(job, plan.model_copy(update={"validation_data": str(bad)}))
     error = caught.value.error
     assert (error.code, error.param, error.line, error.fault) == ("invalid_data", "validation_data", 3, "user")
-    failed = _failure(job, tmp_path, error, "details", {"validation_data": caught.value.report})
+    failed = _failure(job, tmp_path, error, "details", caught.value.report)
     assert isinstance(failed, DataRejected)
     assert failed.data is None
     assert failed.validation_data == caught.value.report
