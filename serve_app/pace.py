@@ -43,35 +43,35 @@ async def time_of(plan: Plan, resources: Resources, found: Found, log: JobLog) -
 
 async def _speeds(plan: Plan, resources: Resources, log: JobLog) -> list[float]:
     """Tokens a second of jobs like it, the newest first; of several devices, only those on the newest one's."""
-    wanted = _kind(plan, resources)
+    wanted = _kind(plan)
     after: str | None = None
     found: list[tuple[str | None, float]] = []
     for _ in range(PAGES):
         jobs, more = await log.jobs(100, after)
-        found += [(job.device, speed) for job in jobs if (speed := _speed(job, wanted)) is not None]
+        alike = [job for job in jobs if job.input_config.get("model") == plan.model and job.resources == resources]
+        found += [(job.device, speed) for job in alike if (speed := _speed(job, wanted)) is not None]
         if not more or len(found) >= MOST_JOBS:
             break
         after = jobs[-1].job_id
     return [speed for device, speed in found if device == found[0][0]][:MOST_JOBS]
 
 
-def _kind(plan: Plan, resources: Resources) -> tuple[object, ...]:
-    """Jobs of which this is the same run at the same speed, more or less."""
-    same = (plan.method, plan.dtype, plan.enable_activation_checkpointing, plan.compile, plan.packed, plan.pairs)
-    return plan.model, *same, resources.workers, resources.nodes, resources.cpus_per_worker, resources.gpus_per_worker
+def _kind(plan: Plan) -> tuple[object, ...]:
+    """Jobs of one model with the same of these, on the same resources, run at one speed, more or less."""
+    return plan.method, plan.dtype, plan.enable_activation_checkpointing, plan.compile, plan.packed, plan.pairs
 
 
 def _speed(job: FineTuningJob, wanted: tuple[object, ...]) -> float | None:
     """Of the steps of the job's last run after its first; None for a job that has none, or is of another kind."""
-    pace, resources = job.pace, job.resources
-    if pace is None or job.data is None or resources is None or pace.steps < FEWEST_STEPS:
+    pace = job.pace
+    if pace is None or job.data is None or pace.steps < FEWEST_STEPS:
         return None
     try:
         plan = make_plan(Config.model_validate(job.input_config))
     except (ConfigProblems, ValueError):  # of another version
         return None
     seconds = pace.steps_s - pace.first_s
-    if _kind(plan, resources) != wanted or seconds <= 0 or plan.packed:
+    if _kind(plan) != wanted or seconds <= 0 or plan.packed:
         return None
     tokens_a_step = job.data.tokens / job.data.rows * min(step_items(plan), job.data.rows)
     return tokens_a_step * (pace.steps - 1) / seconds

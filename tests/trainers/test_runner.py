@@ -17,6 +17,7 @@ from tests.tiny_models import make_tiny_model
 from trainers.admission import Capacity, Node
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid
+from trainers.errors import UserError
 from trainers.plan import Plan, make_plan
 from trainers.retrying import retrying
 from trainers.runner import _failure, _make_data_ready, latest_checkpoint
@@ -107,6 +108,15 @@ def test_bad_data_is_told_with_the_field_and_the_line(runner: Runner, tmp_path: 
     assert isinstance(failed, DataRejected)
     assert failed.data is None
     assert failed.validation_data == caught.value.report
+
+
+def test_a_job_that_no_node_has_the_memory_for_is_refused_before_it_stands_in_line(runner: Runner) -> None:
+    runner.capacity = Capacity(nodes=(Node(4, 0, memory=1 << 20),), free=())
+    job, plan = runner.submit("ftjob-1")
+    with pytest.raises(UserError, match="a worker needs about") as caught:
+        runner.make_ready(job, plan)
+    assert caught.value.error.code == "does_not_fit"
+    assert retrying(lambda: runner.log.job("ftjob-1")).status == "validation"
 
 
 def job_with(checkpoints: list[Path]) -> FineTuningJob:
