@@ -1,5 +1,6 @@
 """The formula for a worker's memory: what autograd keeps, tensor by tensor; and jobs that fit no node are refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ LOAD = Load(steps=1, items=8, positions=1600, trained=800, segment=400)
 def test_a_job_is_refused_only_beyond_the_margin_and_with_what_would_make_it_fit(
     arch: Architecture, tmp_path: Path
 ) -> None:
+    arch = replace(arch, hidden_size=512, intermediate_size=1536, num_layers=30, windows=(None,) * 30)
     plan = plan_for(tmp_path / "m", FULL)
     needed = memory_of(plan, arch, LOAD, "cpu").peak_bytes
     check_memory(plan, arch, LOAD, int(needed / MARGIN) + 1)
@@ -146,9 +148,12 @@ def test_a_job_is_refused_only_beyond_the_margin_and_with_what_would_make_it_fit
         check_memory(plan, arch, LOAD, int(needed / MARGIN) - 1)
     error = caught.value.error
     assert (error.code, error.fault, error.retryable) == ("does_not_fit", "user", False)
-    assert "set enable_activation_checkpointing" in (error.suggestion or "")
     easier = plan.model_copy(update={"enable_activation_checkpointing": True})
     assert memory_of(easier, arch, LOAD, "cpu").peak_bytes <= needed / MARGIN
+    assert "set enable_activation_checkpointing" in (error.suggestion or "")
+    # To what no single change is enough for, none is proposed.
+    with pytest.raises(UserError, match="take a smaller model"):
+        check_memory(plan, arch, LOAD, 10 << 20)
 
 
 def test_a_request_is_refused_at_once_for_its_weights_and_optimizer_only(arch: Architecture, tmp_path: Path) -> None:
