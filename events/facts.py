@@ -31,12 +31,21 @@ class Fact(_Value):
 
 
 class JobError(_Value):
-    """Why a job failed. `fault` says who can act: the `user`, or whoever runs the `infrastructure`."""
+    """Why a job failed. `fault` says who can act: the `user`; whoever runs the `infrastructure`; or either, where a
+    smaller job or larger machines would do (`capacity`). docs/errors.md lists the codes."""
 
-    code: str = Field(description="A stable word for programs: `invalid_data`, `model_not_found`, `worker_died`, ...")
+    code: str = Field(description="A stable word for programs: `invalid_data`, `model_not_found`, `runner_died`, ...")
     message: Text = Field(description="What happened and what to do next, for people.")
     param: str | None = Field(default=None, description="The field of the request that is to blame, if one is.")
-    fault: Literal["user", "infrastructure"] = Field(description="Who can act on it.")
+    fault: Literal["user", "capacity", "infrastructure"] = Field(description="Who can act on it.")
+    rank: int | None = Field(default=None, ge=0, description="The worker that failed first, if one did.")
+    line: int | None = Field(default=None, ge=1, description="The first bad line of the data file, from 1.")
+    suggestion: Text | None = Field(default=None, description="What to do next; the message ends with it.")
+    retryable: bool | None = Field(
+        default=None,
+        description="Whether the same request may succeed when it is submitted again unchanged. Absent in jobs that "
+        "failed before this was recorded.",
+    )
 
 
 class LineError(_Value):

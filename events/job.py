@@ -184,6 +184,7 @@ class FineTuningJob(BaseModel):
     idempotency_key: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     request_digest: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     openai: SkipJsonSchema[dict[str, Any] | None] = Field(default=None, exclude=True)
+    device: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     pace: SkipJsonSchema[Pace | None] = Field(default=None, exclude=True)
     saved: SkipJsonSchema[_Saved] = Field(default=_Saved(), exclude=True)
     version: SkipJsonSchema[int] = Field(default=-1, exclude=True)
@@ -303,6 +304,7 @@ def _started(job: FineTuningJob, event: RunStarted, time: datetime) -> dict[str,
         "logs": event.logs,
         "progress": progress,
         "pace": Pace(at=time),
+        "device": event.device,
         "metrics": job.saved.metrics,
         "why": _ending(job),
     }

@@ -8,6 +8,8 @@ from events.job import FineTuningJob
 from events.log import LiveJobs
 from events.log_queue import LogBatch
 from events.store import Recorded
+from trainers.estimate import Found
+from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 from trainers.settings import Settings
 from trainers.webhooks.store import Delivery, Endpoint, EventType
@@ -67,6 +69,10 @@ class Backend(Protocol):
         """Why each job that waits does so, by job id."""
         ...
 
-    async def resources(self, plan: Plan) -> Resources:
+    async def resources(self, plan: Plan, architecture: Architecture | None) -> Resources:
         """What the plan's workers will hold. Raises ConfigProblems when this cluster can never provide it."""
+        ...
+
+    async def estimate(self, plan: Plan, resources: Resources) -> Found:
+        """What a job of the plan would take. Raises ConfigProblems and JobProblem."""
         ...

@@ -33,7 +33,7 @@ from starlette.responses import Response
 from events.decide import Refused
 from events.log import LogUnavailable
 from serve_app.wire import ErrorBody, ErrorEnvelope, ErrorType, ProblemDetail
-from trainers.errors import ConfigProblems, Problem, UserError
+from trainers.errors import ConfigProblems, InfrastructureError, Problem, UserError
 from trainers.preflight import problems_of
 from trainers.webhooks.deliverer import WebhooksUnavailable
 
@@ -150,6 +150,11 @@ def _user_error(exc: UserError) -> Answer:
     return _problems([Problem(error.param, error.message, error.code)])
 
 
+def _infrastructure_error(exc: InfrastructureError) -> Answer:
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return Answer(503, "service_unavailable_error", exc.error.code, exc.error.message, exc.error.param, headers=headers)
+
+
 def _http(exc: HTTPException) -> Answer:
     headers = dict(exc.headers or {})
     if exc.status_code == 404:
@@ -168,6 +173,7 @@ TABLE: dict[type[Exception], Callable[[Any], Answer]] = {
     RequestRefused: lambda exc: exc.answer,
     ConfigProblems: _config_problems,
     UserError: _user_error,
+    InfrastructureError: _infrastructure_error,
     RequestValidationError: _parameters,
     Refused: _refused,
     LogUnavailable: _log_unavailable,

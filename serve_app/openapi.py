@@ -26,19 +26,20 @@ from serve_app.wire import (
     TailLine,
 )
 from trainers.data.dialog import PreferenceDataItem, TrainingDataItem
+from trainers.estimate import Estimate
 
 TITLE = "Fine Tuning API"
 DESCRIPTION = """API for managing fine tuning jobs for machine learning models.
 
-Submit a job, read its status, tail its log, pause and resume it, cancel it, submit it again from one of its
-checkpoints. Every error, of every route, has one form: `ErrorEnvelope`; its
+Estimate what a job would take, submit it, read its status, tail its log, pause and resume it, cancel it, submit it
+again from one of its checkpoints. Every error, of every route, has one form: `ErrorEnvelope`; its
 `type` goes with the status code, and a 422 names everything that is wrong with the request. Every response carries an
 `x-request-id`."""
 
 Responses = dict[int | str, dict[str, Any]]
 
 _MODELS = (
-    *(CancelRequest, Config, ErrorEnvelope, FineTuningJob, FineTuningJobList, Health, TailLine),
+    *(CancelRequest, Config, ErrorEnvelope, Estimate, FineTuningJob, FineTuningJobList, Health, TailLine),
     *(PauseRequest, PreferenceDataItem, ResubmitRequest, ResumeRequest, TrainingDataItem),
     *(kind for name, kind in vars(objects).items() if name.startswith("OpenAI")),
 )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from events.config import Config
-from events.facts import CancelRequested, JobResumed, JobSubmitted, PauseRequested
+from events.facts import CancelRequested, JobResumed, JobSubmitted, PauseRequested, Resources
 from events.ids import new_event_id, new_job_id
 from events.job import FineTuningJob
 from events.log import LogUnavailable
@@ -19,6 +19,7 @@ from serve_app.backend import Backend
 from serve_app.body import read_object
 from serve_app.delivery import Deliveries, digest_of, says_it_is_a_retry
 from serve_app.openapi import documented, documented_stream, json_body
+from serve_app.pace import time_of
 from serve_app.tail import tail
 from serve_app.wire import (
     CancelRequest,
@@ -30,7 +31,8 @@ from serve_app.wire import (
     TailLine,
 )
 from trainers.errors import ConfigProblems, Problem
-from trainers.preflight import examine, problems_of
+from trainers.estimate import Estimate
+from trainers.preflight import Examined, examine, problems_of
 from trainers.resubmit import problem_of_resubmission, resubmission
 
 router = APIRouter(default_response_class=Response)  # whose type and schema the routes document themselves
@@ -82,6 +84,28 @@ async def submit(request: Request, backend: TheBackend, idempotency_key: Idempot
     if submitted is None or problems:
         raise ConfigProblems(problems)
     return await begun(request, backend, submitted.model_copy(update={"idempotency_key": idempotency_key}))
+
+
+@router.post(
+    f"{JOBS}/estimate",
+    summary="Estimate what a job would take",
+    openapi_extra=json_body(Config),
+    responses=documented(Estimate, "What the job would take.", 404, 413, 415, 422),
+)
+async def estimate(request: Request, backend: TheBackend) -> Response:
+    """Say what a job of this configuration would take. Nothing runs, and nothing is recorded.
+
+    The rows of the data are read and tokenised (of a large file a sample: `sampled`), as the job's own validation does
+    it, and what is wrong with them is answered with their line numbers. That takes seconds, a minute at most. A model
+    that isn't here yet is looked at without its weights.
+    """
+    document = await read_object(request, backend.settings.max_body_bytes)
+    planned, resources = await _planned(backend, document)
+    if planned.plan is None or resources is None or planned.problems:
+        raise ConfigProblems(planned.problems)
+    found = await backend.estimate(planned.plan, resources)
+    time = await time_of(planned.plan, resources, found, backend.log)
+    return JSONResponse(found.estimate(resources, time).model_dump(mode="json", exclude_none=True))
 
 
 @router.get(
@@ -246,18 +270,24 @@ async def root(request: Request) -> Response:
 
 async def examined(backend: Backend, document: dict[str, Any]) -> tuple[JobSubmitted | None, list[Problem]]:
     """What a good request begins a job with, and everything that is wrong with the request. Its id is still missing."""
-    found = await asyncio.to_thread(examine, document, backend.settings)
-    problems = list(found.problems)
-    if found.plan is None:
-        return None, problems
-    try:
-        resources = await backend.resources(found.plan)
-    except ConfigProblems as infeasible:
-        return None, problems + infeasible.problems
+    found, resources = await _planned(backend, document)
+    if found.plan is None or resources is None:
+        return None, found.problems
     submitted = JobSubmitted(
         config=found.document, resources=resources, max_restarts=found.plan.max_restarts, submission_id=""
     )
-    return submitted, problems
+    return submitted, found.problems
+
+
+async def _planned(backend: Backend, document: dict[str, Any]) -> tuple[Examined, Resources | None]:
+    """What a request means, with everything that is wrong with it, and what its job would hold."""
+    found = await asyncio.to_thread(examine, document, backend.settings)
+    if found.plan is None:
+        return found, None
+    try:
+        return found, await backend.resources(found.plan, found.architecture)
+    except ConfigProblems as infeasible:
+        return found._replace(problems=[*found.problems, *infeasible.problems]), None
 
 
 async def begun(

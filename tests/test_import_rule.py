@@ -23,6 +23,7 @@ TRAINING_MODULES = (
     "trainers.distributed",
     "trainers.export",
     "trainers.fit",
+    "trainers.load",
     "trainers.loss",
     "trainers.methods",
     "trainers.methods.dora",

@@ -6,17 +6,18 @@ behind it is: a small job never delays a big one that came first.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from events.facts import Resources
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one node has (or has free). Quantities are Ray's logical resources."""
+    """What one node has (or has free). Quantities are Ray's logical resources; `memory` in bytes, 0: not known."""
 
     cpus: float
     gpus: float
+    memory: float = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def place(resources: Resources, nodes: Sequence[Node]) -> tuple[Node, ...] | Non
         return None
     left = list(nodes)
     for i in chosen:
-        left[i] = Node(nodes[i].cpus - cpus, nodes[i].gpus - gpus)
+        left[i] = replace(nodes[i], cpus=nodes[i].cpus - cpus, gpus=nodes[i].gpus - gpus)
     return tuple(left)
 
 
@@ -92,6 +93,15 @@ def infeasible(resources: Resources, capacity: Capacity) -> str | None:
         f"{len(capacity.largest())} nodes, the largest with {_amount(biggest.cpus, 'CPU')} and "
         f"{_amount(biggest.gpus, 'GPU')}; ask for fewer workers with --nproc_per_node or --nnodes"
     )
+
+
+def worker_memory(resources: Resources, capacity: Capacity) -> int | None:
+    """Bytes that each worker of a job on CPUs may take on the roomiest node that could hold it; None: nobody knows."""
+    share = -(-resources.workers // resources.nodes)
+    nodes = [node for node in capacity.largest() if node.cpus >= share * resources.cpus_per_worker]
+    if resources.gpus_per_worker or not nodes or not all(node.memory for node in nodes):
+        return None
+    return int(max(node.memory for node in nodes) / share)
 
 
 def decide(waiting: Iterable[Waiting], free: Sequence[Node]) -> Decision:

@@ -96,7 +96,7 @@ class Schedule:
         self._grouping = self._step_rows if group_by_length else 0
         self._rank, self._world = rank, world
         self._packs = self._packed(pack_to) if pack_to else None
-        self._n_items = len(self._lengths) if self._packs is None else len(self._packs)
+        self.n_items = len(self._lengths) if self._packs is None else len(self._packs)
 
     def total_steps(self, progress: Progress) -> int:
         """Steps done and to come, for a run that has come as far as `progress`."""
@@ -122,7 +122,7 @@ class Schedule:
 
     def _steps_left(self, progress: Progress) -> int:
         """Steps to come in the epoch under way; at least one."""
-        left = -(-(self._n_items - progress.epoch_items) // self._step_rows)
+        left = -(-(self.n_items - progress.epoch_items) // self._step_rows)
         if self._max_steps is not None:
             left = min(left, self._max_steps - progress.epoch_steps)
         return max(left, 1)
@@ -134,12 +134,12 @@ class Schedule:
         shuffled. What doesn't fill a step stays at the end.
         """
         if self._seed is None:
-            return np.arange(self._n_items)
+            return np.arange(self.n_items)
         generator = torch.Generator().manual_seed(self._seed + epoch)
-        order = torch.randperm(self._n_items, generator=generator).numpy()
+        order = torch.randperm(self.n_items, generator=generator).numpy()
         if not grouping:
             return order
-        n_steps = self._n_items // grouping
+        n_steps = self.n_items // grouping
         rows, tail = order[: n_steps * grouping], order[n_steps * grouping :]
         window = np.arange(len(rows)) // (_WINDOW_STEPS * grouping)
         steps = rows[np.lexsort((self._lengths[rows], window))].reshape(n_steps, grouping)

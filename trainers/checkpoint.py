@@ -174,7 +174,9 @@ def load_progress(checkpoint: Path) -> tuple[Progress, Validation]:
         return Progress(**state["progress"]), Validation(**state.get("validation", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InfrastructureError(
-            "checkpoint_unreadable", f"can't resume from {checkpoint}: {type(error).__name__}: {error}"
+            "checkpoint_unreadable",
+            f"can't resume from {checkpoint}: {type(error).__name__}: {error}.",
+            suggestion="submit the job again, or resubmit it from an earlier checkpoint",
         ) from None
 
 

@@ -160,4 +160,10 @@ def _untyped(module: Any) -> Any:  # noqa: ANN401  -- that is the point
 
 
 def _node(resources: dict[str, Any]) -> Node:
-    return Node(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+    """Ray's two kinds of memory are together what was available when the node started."""
+    memory = resources.get("memory", 0.0)
+    return Node(
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        memory=memory + resources.get("object_store_memory", 0.0) if memory else 0.0,
+    )

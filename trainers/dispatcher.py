@@ -25,7 +25,6 @@ from events.facts import (
     Event,
     JobAdmitted,
     JobCancelled,
-    JobError,
     JobFailed,
     JobPaused,
     JobSubmitted,
@@ -40,6 +39,7 @@ from events.store import Recorded
 from trainers import admission
 from trainers.admission import Capacity, Waiting
 from trainers.cluster import Cluster, Runner
+from trainers.errors import AGAIN, InfrastructureError
 from trainers.settings import ERROR_FILE, Settings
 from trainers.webhooks.deliverer import Webhooks
 
@@ -159,7 +159,8 @@ class Dispatcher:
         rest = [sight for sight in sights if not sight.unsettled]
         await self._pause(rest)
         await asyncio.gather(*(self._free_groups(sight) for sight in rest if not sight.job.admitted))
-        whys = await self._start_runners(rest)
+        whys = {sight.job.job_id: why for sight in sights if (why := _doing(sight)) is not None}
+        whys |= await self._start_runners(rest)
         whys |= await self._admit(rest)
         self._whys = whys
         self._settling = bool(unsettled) or any(sight.job.pausing and sight.job.status == "running" for sight in rest)
@@ -245,13 +246,13 @@ class Dispatcher:
         else:
             reason = f"its runner ended without an outcome: {_gist(runner.message)}"
         if job.interruptions >= job.max_restarts:
-            error = JobError(
-                code="runner_died",
-                message=f"{reason}; it was restarted {job.interruptions} times, which is all --max-restarts allows",
-                fault="infrastructure",
+            death = InfrastructureError(
+                "runner_died",
+                f"{reason}; it was restarted {job.interruptions} times, which is all --max-restarts allows",
+                suggestion=AGAIN,
             )
             details = await asyncio.to_thread(_write_details, self._settings.job_dir(job.job_id), runner.message)
-            await self._append(job, JobFailed(error=error, error_path=details))
+            await self._append(job, JobFailed(error=death.error, error_path=details))
             return
         if runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job.job_id):
             await self._append(job, RunInterrupted(attempt=job.attempt, reason=reason))
@@ -274,7 +275,8 @@ class Dispatcher:
                 await _alone(sight.job.job_id, start)
                 whys[sight.job.job_id] = "its runner is starting"
             else:
-                whys[sight.job.job_id] = f"waits for its turn to be validated; {waiting + behind} jobs ahead"
+                turn = "to be started again" if sight.job.validated else "to be validated"
+                whys[sight.job.job_id] = f"waits for its turn {turn}; {waiting + behind} jobs ahead"
                 behind += 1
         return whys
 
@@ -315,6 +317,17 @@ class Dispatcher:
                 for recorded in news
             ):
                 return
+
+
+def _doing(sight: Sight) -> str | None:
+    """What is being done about a job that waits, where that is not for a decision of this dispatcher's."""
+    if sight.job.cancel_requested or sight.job.pausing:
+        return None  # the log says that
+    if sight.runner.state == "ended":
+        return "its runner ended without an outcome and is being replaced"
+    if sight.job.status == "validation" and sight.runner.state == "alive":
+        return "its model is being fetched and its data read, checked and tokenised; its log says how far that is"
+    return None
 
 
 async def _alone(job_id: str, work: Coroutine[Any, Any, T]) -> T | None:

@@ -1,8 +1,13 @@
 """The errors a job can end with, and the errors of a request. All survive pickling, so they may cross Ray."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from events.facts import JobError
+
+REPORT = "the traceback is in the job's error.txt: give it to whoever runs the service"
+"""The suggestion for an error that nobody foresaw."""
+AGAIN = "submit it again, or go on from its last checkpoint with /fine_tuning/jobs/resubmit; --max-restarts allows more"
+"""The suggestion for a job that was interrupted too often."""
 
 
 class JobProblem(Exception):
@@ -12,28 +17,101 @@ class JobProblem(Exception):
         super().__init__(error)
         self.error = error
 
+    @staticmethod
+    def of(error: JobError) -> "JobProblem":
+        """The problem that shows this error."""
+        kinds = {"user": UserError, "capacity": CapacityError, "infrastructure": InfrastructureError}
+        return _rebuilt(kinds[error.fault], {"error": error})
+
     def __str__(self) -> str:
         return self.error.message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.__dict__)
+
+    def placed(self, *, param: str | None = None, rank: int | None = None) -> Self:
+        """This problem, which now knows the field of the request and the worker, unless it knew better."""
+        given = {"param": param, "rank": rank}
+        self.error = self.error.model_copy(
+            update={name: value for name, value in given.items() if getattr(self.error, name) is None}
+        )
+        return self
+
+
+def _rebuilt(kind: type[JobProblem], state: dict[str, Any]) -> JobProblem:
+    problem = kind.__new__(kind, state["error"])
+    problem.__dict__.update(state)
+    return problem
+
+
+def _told(message: str, suggestion: str | None) -> str:
+    if suggestion is None:
+        return message
+    if message.endswith("."):
+        return f"{message} {suggestion[:1].upper()}{suggestion[1:]}."
+    return f"{message}: {suggestion}"
+
 
 class UserError(JobProblem):
-    """The request, the data or the model is to blame: trying again unchanged can't help."""
+    """The request, the data or the model is to blame: trying again unchanged can't help, unless it is `retryable`.
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(JobError(code=code, message=message, param=param, fault="user"))
+    `suggestion` reads on after the message and a colon, or is a sentence after one; it has no full stop of its own.
+    """
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str | None]]:
-        return type(self), (self.error.code, self.error.message, self.error.param)
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        param: str | None = None,
+        *,
+        suggestion: str | None = None,
+        rank: int | None = None,
+        line: int | None = None,
+        retryable: bool = False,
+    ) -> None:
+        super().__init__(
+            JobError(
+                code=code,
+                message=_told(message, suggestion),
+                param=param,
+                fault="user",
+                rank=rank,
+                line=line,
+                suggestion=suggestion,
+                retryable=retryable,
+            )
+        )
+
+
+class CapacityError(JobProblem):
+    """The job needs more than a machine has: a smaller job helps, or a larger machine; trying again unchanged can't."""
+
+    def __init__(self, code: str, message: str, param: str | None = None, *, suggestion: str) -> None:
+        super().__init__(
+            JobError(
+                code=code,
+                message=_told(message, suggestion),
+                param=param,
+                fault="capacity",
+                suggestion=suggestion,
+                retryable=False,
+            )
+        )
 
 
 class InfrastructureError(JobProblem):
-    """The machines are to blame: the same job may well succeed another time."""
+    """The machines are to blame: the same job may well succeed another time, unless it is not `retryable`."""
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(JobError(code=code, message=message, fault="infrastructure"))
-
-    def __reduce__(self) -> tuple[type["InfrastructureError"], tuple[str, str]]:
-        return type(self), (self.error.code, self.error.message)
+    def __init__(self, code: str, message: str, *, suggestion: str, retryable: bool = True) -> None:
+        super().__init__(
+            JobError(
+                code=code,
+                message=_told(message, suggestion),
+                fault="infrastructure",
+                suggestion=suggestion,
+                retryable=retryable,
+            )
+        )
 
 
 MOST_PROBLEMS = 100

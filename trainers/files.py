@@ -169,7 +169,11 @@ class FileStore:
         """Raises UserError `file_not_found`, also when it has expired."""
         file = self._read(file_id)
         if file is None or file.expired(time.time()):
-            raise UserError("file_not_found", f"there is no file {file_id}: it was deleted, has expired, or never was")
+            raise UserError(
+                "file_not_found",
+                f"there is no file {file_id} (it was deleted, has expired, or never was)",
+                suggestion="upload it again",
+            )
         return file
 
     def locate(self, file_id: str) -> str:
@@ -177,7 +181,7 @@ class FileStore:
         `file_not_found`."""
         file = self._read(file_id)
         if file is None:
-            raise UserError("file_not_found", f"the file {file_id} was deleted")
+            raise UserError("file_not_found", f"the file {file_id} was deleted", suggestion="upload it again")
         return self.objects.uri(file.content)
 
     def files(self) -> list[File]:
@@ -247,7 +251,11 @@ def check_jsonl(head: bytes) -> None:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise UserError("not_jsonl", "the file is not JSONL: its first line is not a JSON object")
+            raise UserError(
+                "not_jsonl",
+                "the file is not JSONL, as its first line is not a JSON object",
+                suggestion='write each row as one line, e.g. {"dialog": [...]}',
+            )
         return
     raise UserError("file_empty", "the file is empty")
 

@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from events.facts import Resources
-from trainers.errors import InfrastructureError, JobProblem, UserError
+from trainers.errors import REPORT, CapacityError, InfrastructureError, JobProblem
 from trainers.naming import NameAfterJob, take_over_runs
 from trainers.reporting import Paused
 from trainers.tenure import Superseded
@@ -100,25 +100,33 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
     """What the workers' failures amount to. When one rank dies the others fail too, in collective calls: the order
     of the rules tells cause from consequence."""
     causes = {rank: _unwrapped(failure) for rank, failure in sorted(failures.items())}
-    for cause in causes.values():
-        if isinstance(cause, JobProblem | Superseded):
+    for rank, cause in causes.items():
+        if isinstance(cause, JobProblem):
+            return cause.placed(rank=rank)
+        if isinstance(cause, Superseded):
             return cause
     for rank, cause in causes.items():
         if isinstance(cause, ray.exceptions.OutOfMemoryError):
-            return UserError(
+            return CapacityError(
                 "out_of_memory",
-                f"rank {rank} was killed because its node ran out of memory: lower batch_size or max_seq_len, set "
-                "enable_activation_checkpointing, or use LoRA",
-            )
+                f"rank {rank} was killed because its node ran out of memory",
+                param="fine_tuning_options.batch_size",
+                suggestion="lower batch_size or max_seq_len, set enable_activation_checkpointing, or use LoRA",
+            ).placed(rank=rank)
     for rank, cause in causes.items():
         if isinstance(cause, _DEATHS):
             return Interrupted(f"rank {rank} died: {_first_line(cause)}")
     rank, cause = next(iter(causes.items()))
     if type(cause).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return Interrupted(f"rank {rank} lost its connection to the others: {_first_line(cause)}")
-    problem = InfrastructureError("training_error", f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}")
+    problem = InfrastructureError(
+        "training_error",
+        f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}",
+        suggestion=REPORT,
+        retryable=False,
+    )
     problem.__cause__ = failures[rank]
-    return problem
+    return problem.placed(rank=rank)
 
 
 _DEATHS = (ray.exceptions.RayActorError, WorkerHealthCheckTimeoutError)

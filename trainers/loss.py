@@ -17,13 +17,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TiedLinear
 
+from trainers.memory import CHUNK_ELEMENTS, MODULE_CHUNKS
 from trainers.models.decoder import Head
-
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits in a chunk: small enough to be no matter of memory (64 and 512 MB in float32), large enough for the matrix
-products to run at full speed."""
-MODULE_CHUNKS = 8
-"""Chunks for a head that autograd goes through, unless the plan says otherwise."""
 
 
 class HeadLoss:

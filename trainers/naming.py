@@ -45,7 +45,8 @@ def take_over_runs(job_id: str) -> None:
     Of a submission with several drivers the dashboard knows the last one only, and it answers a list with a run of an
     unknown driver (/api/train/v2/runs/v1) with 500: one job that was resumed would hide the runs of all.
     """
-    if (state := get_state_actor()) is None:  # no run yet in this cluster, or state tracking is off
+    state: Any = get_state_actor()
+    if state is None:  # no run yet in this cluster, or state tracking is off
         return
     driver = ray.get_runtime_context().get_job_id()
     try:

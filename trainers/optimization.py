@@ -26,14 +26,20 @@ def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.opt
     """
     name, kwargs, parameters = plan.optimizer.component, dict(plan.optimizer.kwargs), list(parameters)
     if package := missing_package(name):
-        message = f"{name} needs the package {package}, which isn't installed on this node: install it on every node"
-        raise UserError("component_not_installed", message, param=f"{EXTRAS}.optimizer")
-    if not shardable(name) and any(isinstance(parameter, DTensor) for parameter in parameters):
-        message = (
-            f"the model takes too much of a worker's memory for each to hold all of it, and the state of {name} isn't "
-            "sharded: use torch.optim.AdamW, or quantize_base."
+        raise UserError(
+            "component_not_installed",
+            f"{name} needs the package {package}, which isn't installed on this node",
+            param=f"{EXTRAS}.optimizer",
+            suggestion="install it on every node, or use torch.optim.AdamW",
         )
-        raise UserError("optimizer_not_sharded", message, param=f"{EXTRAS}.optimizer")
+    if not shardable(name) and any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise UserError(
+            "optimizer_not_sharded",
+            f"the model takes too much of a worker's memory for each to hold all of it, and the state of {name} isn't "
+            "sharded",
+            param=f"{EXTRAS}.optimizer",
+            suggestion="use torch.optim.AdamW, or quantize_base",
+        )
     module, _, kind = name.rpartition(".")
     if kind in ("Adam", "AdamW") and not kwargs.keys() & {"fused", "foreach"}:
         kwargs["fused"] = True

@@ -180,6 +180,28 @@ def make_plan(config: Config) -> Plan:
     )
 
 
+def step_items(plan: Plan) -> int:
+    """Rows, pairs or packs of a step, over all workers."""
+    return plan.batch_size * plan.workers * plan.gradient_accumulation_steps
+
+
+def needing_less(plan: Plan) -> list[str]:
+    """What can be changed about the plan so that a worker needs less memory, the least costly first."""
+    advice = []
+    if plan.batch_size > 1:
+        advice.append(f"lower batch_size (it is {plan.batch_size}) and raise gradient_accumulation_steps")
+    advice.append("lower max_seq_len")
+    if not plan.enable_activation_checkpointing:
+        advice.append("set enable_activation_checkpointing")
+    if plan.lora is None:
+        advice.append("train with LoRA")
+    elif plan.method == "lora":
+        advice.append("set quantize_base")
+    if plan.method != "qlora":
+        advice.append("use more workers")
+    return advice
+
+
 def _component(part: tuple[str, dict[str, Any]] | None) -> ComponentSpec | None:
     return None if part is None else ComponentSpec(component=part[0], kwargs=part[1])
 

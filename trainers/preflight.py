@@ -22,7 +22,7 @@ from events.config import (
 from trainers.data.source import check_data_uri
 from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem, UserError
 from trainers.files import file_store, is_file_id
-from trainers.models.architecture import inspect_model_dir
+from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.models.names import classify_model, local_directory
 from trainers.plan import Plan, make_plan
 from trainers.settings import Settings
@@ -43,10 +43,12 @@ _OPAQUE = ("metadata", "extras")  # what stands in them is the user's, null incl
 
 
 class Examined(NamedTuple):
-    """A request, what it means, and everything that is wrong with it. `plan` is None where no plan can be made."""
+    """A request, what it means, and everything that is wrong with it. `plan` is None where no plan can be made,
+    `architecture` where the model isn't a directory that is here."""
 
     document: dict[str, Any]
     plan: Plan | None
+    architecture: Architecture | None
     problems: list[Problem]
 
 
@@ -60,7 +62,7 @@ def examine(document: Mapping[str, Any], settings: Settings) -> Examined:
         config = Config.model_validate(sent)
     except ValidationError as error:
         errors = error.errors(include_input=False, include_url=False)
-        return Examined(sent, None, problems_of(errors) + _beyond(sent, errors, settings))
+        return Examined(sent, None, None, problems_of(errors) + _beyond(sent, errors, settings))
     return Examined(sent, *_examine(config, settings))
 
 
@@ -132,6 +134,7 @@ def _beyond(document: dict[str, Any], errors: Sequence[Mapping[str, Any]], setti
 
 class _Outcome(NamedTuple):
     plan: Plan | None
+    architecture: Architecture | None
     problems: list[Problem]
 
 
@@ -140,11 +143,12 @@ def _examine(config: Config, settings: Settings) -> _Outcome:
         plan, problems = make_plan(config), list[Problem]()
     except ConfigProblems as found:
         plan, problems = None, list(found.problems)
-    problems += _check_model(config.model, plan, settings)
+    architecture, model_problems = _check_model(config.model, plan, settings)
+    problems += model_problems
     problems += _check_data("data", config.data, settings)
     if config.validation_data is not None:
         problems += _check_data("validation_data", config.validation_data, settings)
-    return _Outcome(plan, problems)
+    return _Outcome(plan, architecture, problems)
 
 
 def _remove(document: dict[str, Any], path: tuple[Any, ...]) -> None:
@@ -171,18 +175,18 @@ def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
     return []
 
 
-def _check_model(model: str, plan: Plan | None, settings: Settings) -> list[Problem]:
+def _check_model(model: str, plan: Plan | None, settings: Settings) -> tuple[Architecture | None, list[Problem]]:
     try:
         if classify_model(model) != "local":
-            return []
+            return None, []
         architecture = inspect_model_dir(local_directory(model, settings.allowed_model_roots))
         if plan is not None:
             check_suitable(plan, architecture)
     except UserError as error:
-        return [Problem(error.error.param or "model", error.error.message, error.error.code)]
+        return None, [Problem(error.error.param or "model", error.error.message, error.error.code)]
     except _NOT_A_PATH as error:
-        return [Problem("model", _no_path(error), "model_not_found")]
-    return []
+        return None, [Problem("model", _no_path(error), "model_not_found")]
+    return architecture, []
 
 
 def _no_path(error: Exception) -> str:

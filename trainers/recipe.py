@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainers.batches import Progress, Schedule, StepItems, evaluation_batches
+from trainers.batches import Progress, StepItems, evaluation_batches
 from trainers.checkpoint import CheckpointWriter, Validation, load_optimizer, load_progress
 from trainers.collate import Batch, collate
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
-from trainers.errors import UserError
+from trainers.errors import CapacityError, UserError
+from trainers.load import build_schedule, drops, pack_size
+from trainers.memory import check_states
 from trainers.methods import method_of
-from trainers.models.architecture import Architecture, inspect_model_dir
+from trainers.models.architecture import inspect_model_dir
 from trainers.optimization import build_optimizer, build_scheduler
-from trainers.plan import Plan
+from trainers.plan import Plan, needing_less
 from trainers.progress_log import ProgressLog, log_summary
 from trainers.reference import reference_of
 from trainers.reporting import Reporter, Stopped
@@ -54,16 +56,19 @@ def train(
     `train_data` and `valid_data` are directories of prepared data; `output_dir` is shared by all ranks. Each epoch ends
     with an evaluation (where there is `valid_data`) and a checkpoint; an evaluation within one that is the best so far
     is followed by a checkpoint too. Raises Stopped, after a checkpoint, when the reporter says so before the last step,
-    and UserError for what the job's author can mend: `loss_not_finite`, `out_of_memory`, a model that can't be built.
+    UserError for what the job's author can mend (`loss_not_finite`, a model that can't be built), and CapacityError
+    `out_of_memory`.
     """
     with _advice_when_out_of_memory(plan), ExitStack() as stack:
         # ---- configure
         ranks = Ranks.current()
         dtype = choose_dtype(plan, ranks.device)
         arch = inspect_model_dir(model_dir)
+        if ranks.device.type == "cuda":  # on the CPU it was checked before the worker was there
+            check_states(plan, arch, ranks.memory_bytes())
         data = TokenisedDataset(train_data)
         valid = TokenisedDataset(valid_data) if valid_data else None
-        schedule = build_schedule(plan, data, ranks)
+        schedule = build_schedule(plan, data, ranks.rank, ranks.world)
         progress, validation = load_progress(resume_from) if resume_from else (Progress(), Validation())
         total_steps = schedule.total_steps(progress)
 
@@ -259,34 +264,6 @@ def evaluate(
     return Evaluation(loss / trained, means.get("token_accuracy"))
 
 
-def build_schedule(plan: Plan, data: TokenisedDataset, ranks: Ranks) -> Schedule:
-    """The steps of `plan` over `data`, as this rank takes part in them."""
-    return Schedule(
-        data.lengths,
-        data.trained,
-        n_epochs=plan.n_epochs,
-        batch_size=plan.batch_size,
-        accumulation=plan.gradient_accumulation_steps,
-        max_steps_per_epoch=plan.max_steps_per_epoch,
-        shuffle_seed=plan.seed if plan.shuffle else None,
-        pack_to=pack_size(plan),
-        group_by_length=plan.group_by_length and plan.shuffle and not plan.packed,
-        pairs=plan.pairs,
-        rank=ranks.rank,
-        world=ranks.world,
-    )
-
-
-def pack_size(plan: Plan) -> int | None:
-    """Tokens in a pack; None where rows aren't packed."""
-    return plan.max_seq_len if plan.packed else None
-
-
-def drops(plan: Plan, arch: Architecture) -> bool:
-    """Whether dropout is at work: then a position comes out differently in each row, and rows can't share it."""
-    return arch.attention_dropout > 0 or (plan.lora is not None and plan.lora.dropout > 0)
-
-
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout depends on seed, step and rank only: there is no random state to save with a checkpoint."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
@@ -319,9 +296,10 @@ def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ran
     raise UserError(
         "loss_not_finite",
         f"the loss of step {items.after.step} is {outcome.loss}: training has diverged, first in micro-batch "
-        f"{number + 1} of rank {rank} (the job's log names its rows). Lower lr (it was {outcome.lr:g} here), set "
-        "extras.clip_grad_norm, e.g. to 1.0, or use dtype fp32.",
+        f"{number + 1} of rank {rank} (the job's log names its rows).",
         param="fine_tuning_options.lr",
+        rank=rank,
+        suggestion=f"lower lr (it was {outcome.lr:g} here), set extras.clip_grad_norm, e.g. to 1.0, or use dtype fp32",
     )
 
 
@@ -333,17 +311,9 @@ def _advice_when_out_of_memory(plan: Plan) -> Iterator[None]:
         first_line = str(error).partition("\n")[0]
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in first_line:
             raise
-        advice = [
-            f"lower batch_size (it is {plan.batch_size}) and raise gradient_accumulation_steps",
-            "lower max_seq_len",
-        ]
-        if not plan.enable_activation_checkpointing:
-            advice.append("set enable_activation_checkpointing")
-        if plan.lora is None:
-            advice.append("train with LoRA")
-        elif plan.method == "lora":
-            advice.append("set quantize_base")
-        if plan.method != "qlora":
-            advice.append("use more workers")
-        message = f"a worker ran out of memory ({first_line}). To need less: {', '.join(advice)}."
-        raise UserError("out_of_memory", message, param="fine_tuning_options.batch_size") from error
+        raise CapacityError(
+            "out_of_memory",
+            f"a worker ran out of memory ({first_line})",
+            param="fine_tuning_options.batch_size",
+            suggestion="; or ".join(needing_less(plan)),
+        ) from error

@@ -8,6 +8,7 @@ import importlib
 import logging
 import threading
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -29,27 +30,28 @@ from events.facts import (
     RunInterrupted,
 )
 from events.job import FineTuningJob
-from trainers.admission import describe
+from trainers.admission import Capacity, describe, worker_memory
+from trainers.cluster import Cluster
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
+from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid, prepare, prepared
 from trainers.data.source import check_data_uri
-from trainers.errors import InfrastructureError, JobProblem
+from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem
 from trainers.job_output import JobOutput
+from trainers.memory import check_memory
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, make_plan
 from trainers.reporting import Paused
 from trainers.retrying import retrying
 from trainers.settings import ERROR_FILE, Settings
-from trainers.suitability import check_suitable
+from trainers.suitability import check_suitable, longest_row
 from trainers.tenure import Superseded, Tenure
 
 logger = logging.getLogger("tunewright.runner")
 
 WAIT_S = 30.0
-MAX_SEQ_LEN = 4096
-"""Longest row, in tokens, where the user sets no max_seq_len and the model would take more."""
 
 
 def run(job_id: str, settings: Settings) -> int:
@@ -82,7 +84,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     try:
         plan = make_plan(Config.model_validate(job.input_config))
         model_dir = resolve_model(plan.model, settings, logger.info)
-        job = _make_data_ready(job, plan, model_dir, tenure, settings)
+        job = _make_data_ready(job, plan, model_dir, tenure, settings, Cluster().capacity)
         while True:
             job = _wait_until_admitted(job, log, tenure)
             try:
@@ -100,33 +102,44 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     except JobProblem as problem:
         return _failure(job, job_dir, problem.error, traceback.format_exc())
     except Exception as error:  # noqa: BLE001  -- whatever it is, the job must end with it and not hang
-        cause = JobError(code="internal_error", message=f"{type(error).__name__}: {error}", fault="infrastructure")
-        return _failure(job, job_dir, cause, traceback.format_exc())
+        cause = InfrastructureError(
+            "internal_error", f"{type(error).__name__}: {error}", suggestion=REPORT, retryable=False
+        )
+        return _failure(job, job_dir, cause.error, traceback.format_exc())
 
 
 def _make_data_ready(
-    job: FineTuningJob, plan: Plan, model_dir: Path, tenure: Tenure, settings: Settings
+    job: FineTuningJob,
+    plan: Plan,
+    model_dir: Path,
+    tenure: Tenure,
+    settings: Settings,
+    capacity: Callable[[], Capacity],
 ) -> FineTuningJob:
-    """Every row of both files read, checked and tokenised to the job's directory, once."""
+    """Every row of both files read, checked and tokenised to the job's directory, once; and the job found to fit the
+    memory of a node."""
     architecture = inspect_model_dir(model_dir)
     check_suitable(plan, architecture)
     tokenizer = ChatTokenizer.from_dir(model_dir)
-    max_seq_len = min(plan.max_seq_len or MAX_SEQ_LEN, architecture.max_seq_len)
+    max_seq_len = longest_row(plan, architecture)
 
     def ready(uri: str, name: str) -> DataReport:
         logger.info("validating %s", uri)
         out_dir = settings.job_dir(job.job_id) / "data" / name
         # A resumed job goes on with the data it started with, whatever has become of the file.
-        report = prepared(out_dir, max_seq_len) or prepare(
-            check_data_uri(uri, settings),
-            tokenizer,
-            max_seq_len=max_seq_len,
-            pairs=plan.pairs,
-            out_dir=out_dir,
-            cache=DataCache(settings.data_cache, settings.data_cache_bytes),
-            max_invalid_fraction=plan.max_invalid_fraction,
-            progress=logger.info,
-        )
+        try:
+            report = prepared(out_dir, max_seq_len) or prepare(
+                check_data_uri(uri, settings),
+                tokenizer,
+                max_seq_len=max_seq_len,
+                pairs=plan.pairs,
+                out_dir=out_dir,
+                cache=DataCache(settings.data_cache, settings.data_cache_bytes),
+                max_invalid_fraction=plan.max_invalid_fraction,
+                progress=logger.info,
+            )
+        except JobProblem as problem:
+            raise problem.placed(param="data" if name == "train" else "validation_data") from None
         logger.info(
             "%s: %s %s, %s tokens, %s of them trained, %s rows truncated to %s tokens, %s invalid rows skipped",
             uri,
@@ -144,6 +157,11 @@ def _make_data_ready(
     validation_data = ready(plan.validation_data, "valid") if plan.validation_data else None
     if job.data is not None:
         return job
+    if (worker_bytes := worker_memory(needed(job), capacity())) is not None:
+        from trainers.load import load_of  # imports torch, as a thread does since the start
+
+        prepared_rows = TokenisedDataset(settings.job_dir(job.job_id) / "data" / "train")
+        check_memory(plan, architecture, load_of(plan, architecture, prepared_rows), worker_bytes)
     return tenure.append(DataValidated(data=data, validation_data=validation_data))
 
 
@@ -187,7 +205,12 @@ def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings
 def needed(job: FineTuningJob) -> Resources:
     """What the job was submitted with. A job of this service always has it; the fold allows for logs that lack it."""
     if job.resources is None:
-        raise InfrastructureError("damaged_log", f"the log of {job.job_id} does not begin with its submission")
+        raise InfrastructureError(
+            "damaged_log",
+            f"the log of {job.job_id} does not begin with its submission",
+            suggestion="have a backup of the event log restored, or submit the job anew",
+            retryable=False,
+        )
     return job.resources
 
 
@@ -208,6 +231,7 @@ def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, t
         raise InfrastructureError(
             "interrupted_too_often",
             f"{reason}; that was interruption {job.interruptions + 1}, and --max-restarts is {job.max_restarts}",
+            suggestion=AGAIN,
         )
     return tenure.append(RunInterrupted(attempt=job.attempt, reason=reason))
 
@@ -220,7 +244,13 @@ def _failure(
     path = job_dir / ERROR_FILE
     path.write_text(details + "\n", encoding="utf-8")
     if job.data is None and error.fault == "user":
-        return DataRejected(error=error, error_path=path.as_uri(), data=report)
+        of_validation = error.param == "validation_data"
+        return DataRejected(
+            error=error,
+            error_path=path.as_uri(),
+            data=None if of_validation else report,
+            validation_data=report if of_validation else None,
+        )
     return JobFailed(error=error, error_path=path.as_uri())
 
 

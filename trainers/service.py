@@ -2,9 +2,12 @@
 
 from events.actors import connect
 from events.facts import Resources
-from trainers.admission import Capacity, for_workers, infeasible
+from trainers.admission import Capacity, for_workers, infeasible, worker_memory
 from trainers.dispatcher import start_dispatcher
 from trainers.errors import ConfigProblems, Problem
+from trainers.estimate import Estimator, Found
+from trainers.memory import states_fit
+from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 from trainers.recent import Recent
 from trainers.settings import Settings
@@ -23,13 +26,14 @@ class Service:
         self.webhooks = WebhooksClient(dispatcher)
         self._whys = Recent[dict[str, str]](lambda: dispatcher.whys.remote(), fresh_s=0.5, stale_s=2)
         self._capacity = Recent[Capacity](lambda: dispatcher.capacity.remote(), fresh_s=5, stale_s=15)
+        self._estimator = Estimator(settings)
 
     async def whys(self) -> dict[str, str]:
         """For each job that waits, why."""
         return await self._whys.get()
 
-    async def resources(self, plan: Plan) -> Resources:
-        """What the plan's workers will hold on this cluster.
+    async def resources(self, plan: Plan, architecture: Architecture | None) -> Resources:
+        """What the plan's workers will hold on this cluster. `architecture`: None where the model isn't here yet.
 
         Raises ConfigProblems when neither the cluster nor its autoscaler could ever provide that.
         """
@@ -39,7 +43,15 @@ class Service:
         reason = infeasible(resources, capacity)
         if reason:
             raise ConfigProblems([Problem("overrides", reason, "infeasible_resources")])
+        memory = worker_memory(resources, capacity)
+        if architecture is not None and memory is not None and (problem := states_fit(plan, architecture, memory)):
+            raise ConfigProblems([problem])
         return resources
+
+    async def estimate(self, plan: Plan, resources: Resources) -> Found:
+        """What a job of the plan would take. Raises ConfigProblems and JobProblem."""
+        memory = worker_memory(resources, await self._capacity.get())
+        return await self._estimator.find(plan, "cuda" if resources.gpus_per_worker else "cpu", memory)
 
 
 def start(settings: Settings) -> Service:

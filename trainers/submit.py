@@ -85,7 +85,7 @@ async def _examined(service: Service, job_id: str, document: dict[str, Any], set
         raise ConfigProblems(list(examined.problems))
     return JobSubmitted(
         config=examined.document,
-        resources=await service.resources(examined.plan),
+        resources=await service.resources(examined.plan, examined.architecture),
         max_restarts=examined.plan.max_restarts,
         submission_id=job_id,
     )

@@ -9,7 +9,14 @@ NF4_BLOCK = 64 * 256
 """Numbers of a layer that share one scale of their scales; torchao quantises whole blocks only."""
 DEFAULT_GROUPSIZE = 256
 """torchao's."""
+MAX_SEQ_LEN = 4096
+"""Longest row, in tokens, where the user sets no max_seq_len and the model would take more."""
 _CUSTOM = "fine_tuning_options.custom_training_options"
+
+
+def longest_row(plan: Plan, arch: Architecture) -> int:
+    """Tokens that a row of data keeps at most."""
+    return min(plan.max_seq_len or MAX_SEQ_LEN, arch.max_seq_len)
 
 
 def check_suitable(plan: Plan, arch: Architecture) -> None:
@@ -19,6 +26,7 @@ def check_suitable(plan: Plan, arch: Architecture) -> None:
             f"{_CUSTOM}.apply_lora_to_output",
             "apply_lora_to_output can't be used with this model: its output head is tied to its embedding "
             "(tie_word_embeddings), so there is no separate layer to adapt.",
+            "leave it out",
         )
     if plan.method == "qlora":
         _check_nf4(arch)
@@ -33,8 +41,8 @@ def _check_nf4(arch: Architecture) -> None:
                 raise _unsuitable(
                     f"{EXTRAS}.quantize_base",
                     f"quantize_base can't be used with this model: NF4 is made of blocks of {NF4_BLOCK:,} numbers, and "
-                    f"the layer {part.name} with its {part.rows} x {linear.columns} is no multiple of that. Train it "
-                    "with plain LoRA.",
+                    f"the layer {part.name} with its {part.rows} x {linear.columns} is no multiple of that.",
+                    "train it with plain LoRA",
                 )
 
 
@@ -45,9 +53,10 @@ def _check_groups(plan: Plan, arch: Architecture) -> None:
             raise _unsuitable(
                 f"{EXTRAS}.quantizer.groupsize",
                 f"groupsize {size} can't be used with this model: the layer {linear.parts[0].name} has "
-                f"{linear.columns} inputs, no multiple of it. Choose one that divides the inputs of every layer.",
+                f"{linear.columns} inputs, no multiple of it.",
+                "choose one that divides the inputs of every layer",
             )
 
 
-def _unsuitable(param: str, message: str) -> UserError:
-    return UserError("unsupported_for_model", message, param=param)
+def _unsuitable(param: str, message: str, suggestion: str) -> UserError:
+    return UserError("unsupported_for_model", message, param=param, suggestion=suggestion)

@@ -22,14 +22,12 @@ from torchtune.training.precision import set_default_dtype
 from trainers.collate import Batch
 from trainers.distributed import Ranks, like
 from trainers.loss import HeadLoss
+from trainers.memory import FITS
 from trainers.methods import Method
 from trainers.models.architecture import Architecture
 from trainers.models.decoder import build_decoder, causal, init_rope
 from trainers.objectives import Measured, objective_of
 from trainers.plan import Plan
-
-FITS = 0.5
-"""A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
 
 
 class TrainingModel(nn.Module):

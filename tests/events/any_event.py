@@ -45,7 +45,11 @@ errors = st.builds(
     code=text,
     message=any_character,
     param=st.none() | text,
-    fault=st.sampled_from(["user", "infrastructure"]),
+    fault=st.sampled_from(["user", "capacity", "infrastructure"]),
+    rank=st.none() | st.integers(0, 8),
+    line=st.none() | st.integers(1),
+    suggestion=st.none() | any_character,
+    retryable=st.none() | st.booleans(),
 )
 reports = st.builds(
     DataReport,

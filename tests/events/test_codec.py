@@ -8,7 +8,7 @@ from hypothesis import given
 
 from events import codec
 from events.codec import CorruptEventError, UnknownEvent, decode, encode
-from events.facts import Event, JobError, MetricsRecorded, RunStarted
+from events.facts import Event, JobError, JobFailed, MetricsRecorded, RunStarted
 from tests.events.any_event import events
 from tests.events.facts_of_a_job import SUCCEEDED, started
 
@@ -48,6 +48,13 @@ def test_metrics_of_a_version_without_rewards_read_back() -> None:
     event = decode(f'{{"v":1,"type":"MetricsRecorded","attempt":1,"steps":[{step}]}}')
     assert isinstance(event, MetricsRecorded)
     assert (event.steps[0].loss, event.steps[0].rewards_margin) == (0.5, None)
+
+
+def test_a_failure_of_a_version_without_a_diagnosis_reads_back() -> None:
+    error = '{"code":"out_of_memory","message":"m","param":null,"fault":"user"}'
+    event = decode(f'{{"v":1,"type":"JobFailed","attempt":1,"error":{error},"error_path":null}}')
+    assert isinstance(event, JobFailed)
+    assert (event.error.fault, event.error.retryable, event.error.suggestion) == ("user", None, None)
 
 
 def test_a_field_that_a_newer_version_added_is_left_out() -> None:

@@ -15,6 +15,9 @@ from events.log_queue import LogQueue
 from events.sqlite import SqliteStore
 from serve_app.api import build_api
 from trainers.errors import ConfigProblems, Problem
+from trainers.estimate import Asked, Found, answer
+from trainers.memory import states_fit
+from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 from trainers.settings import Settings
 from trainers.webhooks.deliverer import Webhooks
@@ -25,7 +28,10 @@ LARGEST_JOB = 4
 
 
 class Parts:
-    """The service without a cluster. Its capacity is `LARGEST_JOB` workers; nobody runs the jobs but the test."""
+    """The service without a cluster. Its capacity is `LARGEST_JOB` workers of `worker_bytes`; nobody runs the jobs but
+    the test. Estimates are made in this process: one of their own takes seconds to import what it needs."""
+
+    worker_bytes = 1 << 30
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -37,10 +43,16 @@ class Parts:
     async def whys(self) -> dict[str, str]:
         return self.waiting
 
-    async def resources(self, plan: Plan) -> Resources:
+    async def resources(self, plan: Plan, architecture: Architecture | None) -> Resources:
         if plan.workers > LARGEST_JOB:
             raise ConfigProblems([Problem("overrides", "this cluster can never hold the job", "infeasible_resources")])
+        if architecture is not None and (problem := states_fit(plan, architecture, self.worker_bytes)):
+            raise ConfigProblems([problem])
         return Resources(workers=plan.workers, nodes=plan.nnodes, cpus_per_worker=1, gpus_per_worker=0)
+
+    async def estimate(self, plan: Plan, resources: Resources) -> Found:
+        asked = Asked(plan=plan, device="cpu", worker_bytes=self.worker_bytes)
+        return (await asyncio.to_thread(answer, asked, self.settings)).result()
 
 
 class Server:

@@ -20,6 +20,7 @@ from events.facts import JobSubmitted, Resources
 from events.job import FineTuningJob
 from events.log import EventLog
 from tests.serve_app.live_server import Parts, Serve, Server
+from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 from trainers.settings import Settings
 
@@ -35,10 +36,10 @@ class _Gated(Parts):
         self.open.set()
         self.arrived = threading.Semaphore(0)
 
-    async def resources(self, plan: Plan) -> Resources:
+    async def resources(self, plan: Plan, architecture: Architecture | None) -> Resources:
         self.arrived.release()
         await self.open.wait()
-        return await super().resources(plan)
+        return await super().resources(plan, architecture)
 
     async def shut(self) -> None:
         self.open.clear()

@@ -113,7 +113,7 @@ class _Broken(Parts):
         super().__init__(settings)  # type: ignore[arg-type]
         self.log.__class__ = _Lost
 
-    async def resources(self, plan: object) -> object:  # type: ignore[override]
+    async def resources(self, plan: object, architecture: object) -> object:  # type: ignore[override]
         raise RuntimeError("password=hunter2")
 
 

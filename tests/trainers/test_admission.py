@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from events.facts import Resources
-from trainers.admission import Capacity, Node, NodeGroup, Waiting, decide, for_workers, infeasible, place
+from trainers.admission import (
+    Capacity,
+    Node,
+    NodeGroup,
+    Waiting,
+    decide,
+    for_workers,
+    infeasible,
+    place,
+    worker_memory,
+)
 
 
 def cpus(workers: int, nodes: int = 1) -> Resources:
@@ -72,6 +82,17 @@ def test_what_an_autoscaler_may_add_makes_a_job_feasible() -> None:
     assert infeasible(gpus(16, nodes=2), capacity) is None
     assert infeasible(gpus(24, nodes=3), capacity) is not None
     assert capacity.has_gpus
+
+
+def test_a_worker_may_take_its_share_of_the_roomiest_node_that_could_hold_the_job() -> None:
+    roomy, small = Node(4, 0, memory=8e9), Node(2, 0, memory=4e9)
+    capacity = Capacity(nodes=(roomy, small), free=())
+    assert worker_memory(cpus(1), capacity) == 8e9
+    assert worker_memory(cpus(4), capacity) == 2e9
+    assert worker_memory(cpus(4, nodes=2), capacity) == 4e9
+    assert worker_memory(cpus(8), capacity) is None
+    assert worker_memory(gpus(1), capacity) is None
+    assert worker_memory(cpus(1), Capacity(nodes=(roomy, Node(4, 0)), free=())) is None  # one that doesn't say
 
 
 @given(

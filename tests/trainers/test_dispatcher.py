@@ -193,6 +193,35 @@ async def test_only_so_many_jobs_wait_with_a_process_and_the_others_say_why(worl
 
 
 @in_world
+async def test_a_job_says_what_is_being_done_about_it_in_every_state_before_it_runs(world: World) -> None:
+    job_id = await world.submit()
+    await world.pass_()
+    assert world.dispatcher.whys()[job_id] == "its runner is starting"
+    await world.pass_()
+    assert "its data read, checked and tokenised" in world.dispatcher.whys()[job_id]
+    await world.tell(job_id, DataValidated(data=REPORT))
+    world.cluster.runners[job_id] = "ended"
+    await world.pass_()
+    assert world.dispatcher.whys()[job_id] == "its runner ended without an outcome and is being replaced"
+    await world.pass_()
+    assert world.dispatcher.whys()[job_id] == "its runner is starting"
+    await world.pass_()
+    assert world.dispatcher.whys()[job_id] == "its resources are free and are being reserved"
+
+
+@in_world
+async def test_a_job_that_was_validated_before_waits_to_be_started_again(world: World) -> None:
+    job_id = await world.validated()
+    await world.tell(job_id, PauseRequested())
+    world.cluster.runners[job_id] = "ended"
+    await world.pass_()
+    await world.tell(job_id, JobResumed())
+    world.cluster.runners = dict.fromkeys([await world.submit() for _ in range(4)], "alive")
+    await world.pass_()
+    assert world.dispatcher.whys()[job_id] == "waits for its turn to be started again; 4 jobs ahead"
+
+
+@in_world
 async def test_two_jobs_that_need_the_whole_machine_run_one_after_the_other(world: World) -> None:
     first = await world.validated(workers=2)
     second = await world.validated(workers=2)
@@ -265,7 +294,7 @@ async def test_a_job_whose_runner_dies_too_often_fails_and_the_fault_is_not_the_
     job = await world.job(job_id)
     assert job.status == "failed"
     assert job.error is not None
-    assert (job.error.code, job.error.fault) == ("runner_died", "infrastructure")
+    assert (job.error.code, job.error.fault, job.error.retryable) == ("runner_died", "infrastructure", True)
     assert "killed by the test" in read_details(job)
 
 

@@ -5,7 +5,7 @@ import ray.exceptions
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
 from trainers.admission import for_workers
-from trainers.errors import InfrastructureError, JobProblem, UserError
+from trainers.errors import CapacityError, InfrastructureError, JobProblem, UserError
 from trainers.fit import Interrupted, cause_of, placement_strategy
 from trainers.tenure import Superseded
 
@@ -19,7 +19,7 @@ COLLATERAL = UserExceptionWithTraceback(RuntimeError("Connection closed by peer"
 def test_a_fault_of_the_user_ends_the_job_also_when_it_took_the_other_ranks_down() -> None:
     cause = cause_of({0: COLLATERAL, 1: DIVERGED})
     assert isinstance(cause, JobProblem)
-    assert cause.error.code == "loss_not_finite"
+    assert (cause.error.code, cause.error.rank) == ("loss_not_finite", 1)
 
 
 @pytest.mark.parametrize("failures", [{0: KILLED}, {0: COLLATERAL, 1: KILLED}])
@@ -28,10 +28,11 @@ def test_a_lost_worker_interrupts_the_run_whatever_the_others_say(failures: dict
 
 
 def test_a_worker_that_ray_killed_for_memory_says_what_to_change() -> None:
-    cause = cause_of({0: WorkerHealthCheckFailedError("Worker 0 failed", ray.exceptions.OutOfMemoryError("killed"))})
-    assert isinstance(cause, UserError)
-    assert cause.error.code == "out_of_memory"
-    assert "batch_size" in cause.error.message
+    killed = WorkerHealthCheckFailedError("Worker 1 failed", ray.exceptions.OutOfMemoryError("killed"))
+    cause = cause_of({0: COLLATERAL, 1: killed})
+    assert isinstance(cause, CapacityError)
+    assert (cause.error.code, cause.error.rank, cause.error.fault) == ("out_of_memory", 1, "capacity")
+    assert "batch_size" in (cause.error.suggestion or "")
 
 
 def test_an_attempt_that_was_replaced_is_neither_a_failure_nor_an_interruption() -> None:
@@ -43,6 +44,7 @@ def test_an_unknown_error_is_ours_and_is_not_tried_again() -> None:
     cause = cause_of({0: UserExceptionWithTraceback(KeyError("layers.0"), "Traceback ...")})
     assert isinstance(cause, InfrastructureError)
     assert "KeyError" in cause.error.message
+    assert (cause.error.rank, cause.error.retryable) == (0, False)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
-from trainers.errors import UserError
+from trainers.errors import CapacityError, UserError
 from trainers.methods import method_of
 from trainers.methods.lora import adapter_parameters, initial_adapter
 from trainers.models.architecture import inspect_model_dir
@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_ends_the_job_and_names_the_step(bench: Bench)
     sgd = ComponentSpec(component="torch.optim.SGD")
     with pytest.raises(UserError, match=r"the loss of step \d+ is (nan|inf)") as caught:
         bench.case("full", lr=1e30, optimizer=sgd, lr_scheduler=None).run()
-    assert caught.value.error.code == "loss_not_finite"
+    assert (caught.value.error.code, caught.value.error.rank) == ("loss_not_finite", 0)
 
 
 def test_running_out_of_memory_comes_with_advice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_running_out_of_memory_comes_with_advice(bench: Bench, monkeypatch: pyte
         torch.empty(1 << 60)
 
     monkeypatch.setattr("trainers.recipe.training_step", allocate)
-    with pytest.raises(UserError, match="lower batch_size") as caught:
+    with pytest.raises(CapacityError, match="lower batch_size") as caught:
         bench.case().run()
     assert caught.value.error.code == "out_of_memory"
 

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 
 from events.config import Config
-from events.facts import JobSubmitted, Resources
+from events.facts import DataRejected, JobSubmitted, Resources
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog
 from events.memory import MemoryStore
 from tests.tiny_models import make_tiny_model
+from trainers.admission import Capacity, Node
 from trainers.data.dataset import TokenisedDataset
+from trainers.data.prepare import DataInvalid
+from trainers.errors import UserError
 from trainers.plan import Plan, make_plan
 from trainers.retrying import retrying
-from trainers.runner import _make_data_ready, latest_checkpoint
+from trainers.runner import _failure, _make_data_ready, latest_checkpoint
 from trainers.settings import Settings
 from trainers.tenure import Tenure
 
@@ -31,6 +34,7 @@ class Runner:
         self.settings = Settings(storage=root / "storage", data_roots=(root,))
         self.model = make_tiny_model(root / "model")
         self.log = EventLog(MemoryStore())
+        self.capacity = Capacity(nodes=(Node(4, 0, memory=8 << 30),), free=())
         self.file = root / "rows.jsonl"
         words = ("the children read a story about the sea " * length for length in (1, 40))
         dialogs = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in words]
@@ -50,7 +54,9 @@ class Runner:
         return retrying(lambda: self.log.submit(job_id, event, new_event_id(), 10)), make_plan(config)
 
     def make_ready(self, job: FineTuningJob, plan: Plan) -> FineTuningJob:
-        return _make_data_ready(job, plan, self.model, Tenure(self.log, job.job_id, 0), self.settings)
+        return _make_data_ready(
+            job, plan, self.model, Tenure(self.log, job.job_id, 0), self.settings, lambda: self.capacity
+        )
 
     def data(self, job: FineTuningJob) -> Path:
         return self.settings.job_dir(job.job_id) / "data" / "train"
@@ -88,6 +94,29 @@ def test_jobs_on_the_same_data_share_its_tokens(runner: Runner) -> None:
     first, second = (runner.make_ready(*runner.submit(job_id)) for job_id in ("ftjob-1", "ftjob-2"))
     assert first.data == second.data
     assert (runner.data(first) / "tokens.bin").samefile(runner.data(second) / "tokens.bin")
+
+
+def test_bad_data_is_told_with_the_field_and_the_line(runner: Runner, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(f"{runner.file.read_text().splitlines()[0]}\n\nnope\n")
+    job, plan = runner.submit("ftjob-1")
+    with pytest.raises(DataInvalid) as caught:
+        runner.make_ready(job, plan.model_copy(update={"validation_data": str(bad)}))
+    error = caught.value.error
+    assert (error.code, error.param, error.line, error.fault) == ("invalid_data", "validation_data", 3, "user")
+    failed = _failure(job, tmp_path, error, "details", caught.value.report)
+    assert isinstance(failed, DataRejected)
+    assert failed.data is None
+    assert failed.validation_data == caught.value.report
+
+
+def test_a_job_that_no_node_has_the_memory_for_is_refused_before_it_stands_in_line(runner: Runner) -> None:
+    runner.capacity = Capacity(nodes=(Node(4, 0, memory=1 << 20),), free=())
+    job, plan = runner.submit("ftjob-1")
+    with pytest.raises(UserError, match="a worker needs about") as caught:
+        runner.make_ready(job, plan)
+    assert caught.value.error.code == "does_not_fit"
+    assert retrying(lambda: runner.log.job("ftjob-1")).status == "validation"
 
 
 def job_with(checkpoints: list[Path]) -> FineTuningJob:

@@ -148,6 +148,22 @@ class ChatTokenizer:
         """Text of `ids` without control tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each of `ids`, control tokens by their names; together they are the text of all. Of a character
+        that takes several tokens, the last one has it."""
+        found: list[str] = []
+        begin = done = 0  # the text of ids[begin:done] is told; what is decoded after it keeps its leading blank
+        for end in range(1, len(ids) + 1):
+            before, now = (
+                self._tokenizer.decode(list(ids[begin:stop]), skip_special_tokens=False) for stop in (done, end)
+            )
+            if now.endswith("\ufffd") and end < len(ids):
+                found.append("")
+                continue
+            found.append(now[len(before) :])
+            begin, done = done, end
+        return found
+
     def _assistant_end(self) -> set[int]:
         turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
         end = self._spans.turn_end(Dialog(turns, (False, True)), "assistant").strip()

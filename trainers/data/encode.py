@@ -26,7 +26,7 @@ class Chunk:
     `tokens` and `mask` are bytes as in the files of `trainers.data.dataset`; `lengths` their tokens by row. A line
     gives one row, or two behind one another, chosen and rejected. `valid`, `truncated` and `invalid` count lines;
     `histogram` counts them by the next power of two of their (longer) row before truncation. `errors` are the first of
-    the `invalid`.
+    the `invalid`, `truncated_lines` the first of the `truncated`.
     """
 
     tokens: bytes = b""
@@ -38,6 +38,7 @@ class Chunk:
     histogram: Counter[int] = field(default_factory=Counter)
     invalid: int = 0
     errors: list[LineError] = field(default_factory=list)
+    truncated_lines: list[int] = field(default_factory=list)
 
 
 def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Line], pairs: bool = False) -> Chunk:
@@ -49,6 +50,7 @@ def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Lin
     tokens: list[NDArray[np.int32]] = []
     masks: list[NDArray[np.bool_]] = []
     for (line, _), rows in zip(lines, read, strict=True):
+        cut = chunk.truncated
         try:
             kept = _admitted(rows if isinstance(rows, RowError) else [next(encoded) for _ in rows], max_seq_len, chunk)
         except RowError as error:
@@ -56,6 +58,8 @@ def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Lin
             if len(chunk.errors) < ERRORS_KEPT:
                 chunk.errors.append(LineError(line=line, message=str(error)))
             continue
+        if chunk.truncated > cut and len(chunk.truncated_lines) < ERRORS_KEPT:
+            chunk.truncated_lines.append(line)
         for ids, mask in kept:
             tokens.append(ids)
             masks.append(mask)

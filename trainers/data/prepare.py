@@ -34,6 +34,8 @@ _CHUNK_BYTES = 1 << 18
 _WORTH_PROCESSES = 4 << 20  # bytes of a file that take longer to tokenise than processes take to start
 _PROGRESS_S = 5.0
 
+_SUGGESTION = "mend the lines that the report lists, or allow some with extras.max_invalid_fraction"
+
 Progress = Callable[[str], None]
 
 
@@ -41,11 +43,8 @@ class DataInvalid(UserError):
     """More rows are invalid than the job allows, or all of them are. `report` has the first ones with line numbers."""
 
     def __init__(self, report: DataReport, message: str) -> None:
-        super().__init__("invalid_data", message)
+        super().__init__("invalid_data", message, line=report.errors[0].line, suggestion=_SUGGESTION)
         self.report = report
-
-    def __reduce__(self) -> tuple[type["DataInvalid"], tuple[DataReport, str]]:  # type: ignore[override]
-        return type(self), (self.report, self.error.message)
 
 
 def prepared(out_dir: Path, max_seq_len: int) -> DataReport | None:
@@ -89,7 +88,7 @@ def prepare(
         )
         # The cached report names the URI that was tokenised first.
         report = DataReport.model_validate_json((scratch / REPORT).read_bytes()).model_copy(update={"uri": uri})
-        _judge(report, max_invalid_fraction)
+        judge(report, max_invalid_fraction)
         (scratch / REPORT).unlink()  # it is a hard link: the cache's must stay as it is
         _write_report(report, scratch)
         scratch.chmod(0o755)
@@ -132,7 +131,7 @@ def _tokenise(
     size = data_size(uri)
     read = hashlib.sha256()
     chunks = _chunks(open_lines(uri, read), _Meter(size, progress))
-    tally = _Tally()
+    tally = Tally()
     with _Writer(directory) as writer:
         if usable_cores() > 1 and (size is None or size >= _WORTH_PROCESSES):
             encoded = encode_in_parallel(chunks, tokenizer, max_seq_len, pairs)
@@ -142,16 +141,24 @@ def _tokenise(
             tally.add(chunk)
             writer.append(chunk)
     if read.hexdigest() != digest:
-        raise UserError("data_changed", f"{uri} changed while it was read: submit the job again when it is complete")
+        raise UserError(
+            "data_changed",
+            f"{uri} changed while it was read",
+            suggestion="submit the job again when it is complete",
+            retryable=True,
+        )
     report = tally.report(uri, max_seq_len)
-    _judge(report, max_invalid_fraction=1.0)
+    judge(report, max_invalid_fraction=1.0)
     _write_report(report, directory)
 
 
-def _judge(report: DataReport, max_invalid_fraction: float) -> None:
+def judge(report: DataReport, max_invalid_fraction: float) -> None:
+    """Raises DataInvalid when more of the rows (or all of them) are invalid, UserError `data_empty` for none."""
     total = report.rows + report.invalid_rows
     if total == 0:
-        raise UserError("data_empty", f"{report.uri} has only blank lines")
+        raise UserError(
+            "data_empty", f"{report.uri} has only blank lines", suggestion="write a JSON object a line into it"
+        )
     if report.rows and report.invalid_rows <= max_invalid_fraction * total:
         return
     first = report.errors[0]
@@ -159,7 +166,7 @@ def _judge(report: DataReport, max_invalid_fraction: float) -> None:
     verb = "row is" if total == 1 else "rows are"
     raise DataInvalid(
         report,
-        f"{report.invalid_rows} of {total} {verb} invalid{allowed}; the first is line {first.line}: {first.message}",
+        f"{report.invalid_rows} of {total} {verb} invalid{allowed}; the first is line {first.line}: {first.message}.",
     )
 
 
@@ -198,7 +205,7 @@ class _Meter:
 
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """Adds chunks up to a report."""
 
     rows: int = 0

@@ -50,10 +50,14 @@ def check_data_uri(uri: str, settings: Settings) -> str:
         return _check_local(_path_of(uri), settings).as_uri()
     if scheme not in REMOTE_SCHEMES:
         known = ", ".join(f"{name}://" for name in ("file", *REMOTE_SCHEMES))
-        raise UserError("unsupported_scheme", f"data can't be read from this kind of URI: use a path or one of {known}")
+        raise UserError(
+            "unsupported_scheme", "data can't be read from this kind of URI", suggestion=f"use a path or one of {known}"
+        )
     if "@" in rest.partition("/")[0]:
         raise UserError(
-            "credentials_in_uri", "the URI holds credentials: give them to the workers' environment instead"
+            "credentials_in_uri",
+            "the URI holds credentials",
+            suggestion="give them to the workers' environment instead",
         )
     if "::" in rest:
         raise UserError("unsupported_scheme", f"{uri}: '::' would chain file systems; data is one object of one store")
@@ -103,13 +107,15 @@ def _check_local(path: str, settings: Settings) -> Path:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError("data_not_found", f"{path!r} can't be opened: {reason}") from None
     if stat.S_ISDIR(info.st_mode):
-        raise UserError("data_is_directory", f"{path} is a directory, not a JSONL file")
+        raise UserError("data_is_directory", f"{path} is a directory", suggestion="name a JSONL file in it")
     if not stat.S_ISREG(info.st_mode):
         raise UserError("data_not_a_file", f"{path} is not a regular file")
     if not os.access(found, os.R_OK):
-        raise UserError("data_not_readable", f"{path} can't be read: permission denied")
+        raise UserError(
+            "data_not_readable", f"{path} can't be read, permission is denied", suggestion="let the service read it"
+        )
     if info.st_size == 0:
-        raise UserError("data_empty", f"{path} is empty")
+        raise UserError("data_empty", f"{path} is empty", suggestion="write a JSON object a line into it")
     return found
 
 
@@ -120,7 +126,11 @@ def _resolve(path: str, settings: Settings) -> Path:
     inside = [real for real in candidates if any(real.is_relative_to(root) for root in roots)]
     found = next((real for real in inside if real.exists()), None)
     if found is None and len(inside) < len(candidates):
-        raise UserError("path_outside_roots", f"{path} lies outside the directories that data may be read from")
+        raise UserError(
+            "path_outside_roots",
+            f"{path} lies outside the directories that data may be read from",
+            suggestion="move it into one, upload it, or have its directory added to TUNEWRIGHT_DATA_ROOTS",
+        )
     return found or inside[0]
 
 
@@ -155,13 +165,19 @@ def _blocks(uri: str, digest: Hash | None) -> Iterator[bytes]:
     except FileNotFoundError:
         raise UserError("data_not_found", f"there is no file {uri}") from None
     except IsADirectoryError:
-        raise UserError("data_is_directory", f"{uri} is a directory, not a JSONL file") from None
+        raise UserError("data_is_directory", f"{uri} is a directory", suggestion="name a JSONL file in it") from None
     except PermissionError:
-        raise UserError("data_not_readable", f"{uri} can't be read: permission denied") from None
+        raise UserError(
+            "data_not_readable", f"{uri} can't be read, permission is denied", suggestion="let the nodes read it"
+        ) from None
     except Exception as error:  # noqa: BLE001  -- storage libraries raise what they like, and put signed URLs into it
-        raise InfrastructureError("data_unreachable", f"{uri} can't be read: {type(error).__name__}") from None
+        raise InfrastructureError(
+            "data_unreachable",
+            f"{uri} can't be read: {type(error).__name__}.",
+            suggestion="check the workers' network and credentials, and submit the job again",
+        ) from None
     if empty:
-        raise UserError("data_empty", f"{uri} is empty")
+        raise UserError("data_empty", f"{uri} is empty", suggestion="write a JSON object a line into it")
 
 
 def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:

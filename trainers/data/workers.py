@@ -88,6 +88,7 @@ class _Pool:
             raise InfrastructureError(
                 "tokenising_failed",
                 f"the process that tokenised lines {lines[0][0]} to {lines[-1][0]} ended with {worker.process.wait()}",
+                suggestion="submit the job again; if it fails there again, look at these lines",
             ) from None
         self._idle.put(worker)
         return chunk

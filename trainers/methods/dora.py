@@ -13,9 +13,10 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear
 
 from trainers.methods.lora import Lora
-from trainers.models.adapters import MAGNITUDE, adapts, untouched_magnitudes
+from trainers.models.adapters import MAGNITUDE, untouched_magnitudes
 from trainers.models.architecture import Architecture
 from trainers.models.decoder import plain_linear
+from trainers.models.layout import adapts
 from trainers.models.weights import load_weights
 from trainers.plan import LoraSpec
 

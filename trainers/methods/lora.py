@@ -11,9 +11,10 @@ from torchtune.modules.peft import LoRALinear
 
 from trainers.export import export_model
 from trainers.methods.method import Method
-from trainers.models.adapters import adapts, load_peft_adapter, merge_lora, save_peft_adapter
+from trainers.models.adapters import load_peft_adapter, merge_lora, save_peft_adapter
 from trainers.models.architecture import Architecture
 from trainers.models.decoder import MakeLinear, plain_linear
+from trainers.models.layout import adapts
 from trainers.models.weights import load_weights
 from trainers.plan import LoraSpec, Plan
 

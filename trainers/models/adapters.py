@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainers.models.architecture import Architecture
 from trainers.models.export_files import write_json, write_safetensors
-from trainers.models.layout import Linear, Part, linears
+from trainers.models.layout import Linear, Part, adapts, linears
 from trainers.models.model_files import incomplete
 from trainers.plan import LoraSpec
 
@@ -103,12 +103,6 @@ def untouched_magnitudes(
         for part in parts
         if f"{part.name}{MAGNITUDE}" not in adapter_state
     }
-
-
-def adapts(lora: LoraSpec, layer: str) -> bool:
-    """Whether the linear layer of that name (`layers.0.attn.q_proj`, `mlp.w1`, `output`) has an adapter."""
-    *_, block, module = ("", *layer.split("."))
-    return {"attn": module in lora.attn_modules, "mlp": lora.mlp}.get(block, lora.output)
 
 
 def _adapted_parts(linear: Linear, state: Mapping[str, Tensor]) -> list[Part]:

@@ -203,8 +203,9 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def inspect_model_dir(path: Path) -> Architecture:
-    """The architecture of a model directory in Hugging Face layout that is complete and can be trained.
+def inspect_model_dir(path: Path, *, weights: bool = True) -> Architecture:
+    """The architecture of a model directory in Hugging Face layout that is complete (but for its `weights`, where they
+    are not asked for) and can be trained.
 
     Cheap: reads config.json and the headers of the weight files, no tensor. Raises UserError (param "model"):
     `model_not_found`, `model_incomplete` naming the file, `model_unsupported` naming the architecture or setting.
@@ -212,7 +213,8 @@ def inspect_model_dir(path: Path) -> Architecture:
     if not path.is_dir():
         raise UserError("model_not_found", f"there is no model directory {path}.", param="model")
     arch = read_architecture(read_json_object(path / "config.json"))
-    check_weights(path, arch)
+    if weights:
+        check_weights(path, arch)
     if not (path / "tokenizer.json").is_file():
         raise incomplete(
             f"{path} has no tokenizer.json. If it has a tokenizer of another format, load it with transformers' "

@@ -48,8 +48,9 @@ def wanted(name: str) -> bool:
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in WANTED_FILES)
 
 
-def download(model: HubModel, cache_dir: Path, log: Log) -> Path:
-    """The directory of the model at the commit that its revision means now; downloaded where it isn't cached.
+def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
+    """The directory of the model at the commit that its revision means now; downloaded where it isn't cached. Without
+    `weights`, a directory that lacks them will do.
 
     The commit goes to `log`. When the hub can't be reached, the commit that the revision meant last time is used if
     it is cached, and `log` says so. An architecture that can't be trained is refused before its weights are fetched.
@@ -69,7 +70,11 @@ def download(model: HubModel, cache_dir: Path, log: Log) -> Path:
         log(f"{error} Using commit {cached.name} of {model.repo}, which was downloaded before.")
         return cached
     log(f"model {model.repo}: {model.revision} is commit {commit}")
-    path = make_once(home / commit, lambda partial: _fetch(model.repo, commit, files, partial, log), log)
+    path = home / commit
+    if not weights and not path.is_dir():
+        path = home / f"{commit}-without-weights"
+        files = {name: size for name, size in files.items() if not name.endswith(".safetensors")}
+    path = make_once(path, lambda partial: _fetch(model.repo, commit, files, partial, log), log)
     _remember(remembered, commit)
     return path
 
@@ -140,14 +145,18 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
     except GatedRepoError as error:
         raise UserError(
             "model_access_denied",
-            f"{model.repo} is gated: accept its licence on the hub, and give the workers an HF_TOKEN of that account.",
+            f"{model.repo} is gated",
             param="model",
+            suggestion="accept its licence on the hub, and give the workers an HF_TOKEN of that account",
         ) from error
     except RepositoryNotFoundError as error:
         raise _not_found(model) from error
     except RevisionNotFoundError as error:
         raise UserError(
-            "model_not_found", f"{model.repo} has no revision {model.revision!r}.", param="model"
+            "model_not_found",
+            f"{model.repo} has no revision {model.revision!r}",
+            param="model",
+            suggestion="name a branch, tag or commit that it has",
         ) from error
     except LocalEntryNotFoundError as error:
         raise _unreachable(model, error) from error
@@ -162,9 +171,9 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
 def _not_found(model: HubModel) -> UserError:
     return UserError(
         "model_not_found",
-        f"the hub has no model {model.repo}, or it is private and the workers' HF_TOKEN doesn't open it. (A local "
-        "directory is given as a path that starts with '/' or './'.)",
+        f"the hub has no model {model.repo}, or it is private and the workers' HF_TOKEN doesn't open it",
         param="model",
+        suggestion="check the name; a local directory is given as a path that starts with '/' or './'",
     )
 
 
@@ -174,8 +183,8 @@ def _by_status(model: HubModel, error: "HfHubHTTPError") -> JobProblem:
     if status == 401 and "Invalid credentials" not in reason:
         return _not_found(model)
     if status in (401, 403):
-        message = f"the hub refuses access to {model.repo}: {reason or _reason(error)}. Check the workers' HF_TOKEN."
-        return UserError("model_access_denied", message, param="model")
+        message = f"the hub refuses access to {model.repo}: {reason or _reason(error)}."
+        return UserError("model_access_denied", message, param="model", suggestion="check the workers' HF_TOKEN")
     return _unreachable(model, error)
 
 
@@ -183,8 +192,9 @@ def _unreachable(model: HubModel, error: Exception) -> InfrastructureError:
     endpoint = _SECRETS.sub("", _endpoint() or "the Hugging Face hub")
     return InfrastructureError(
         "hub_unreachable",
-        f"{model.repo} could not be fetched from {endpoint}: {_reason(error)}. Check the workers' network "
-        "(HF_ENDPOINT, proxy, HF_HUB_OFFLINE), or give the model as a local directory.",
+        f"{model.repo} could not be fetched from {endpoint}: {_reason(error)}.",
+        suggestion="check the workers' network (HF_ENDPOINT, proxy, HF_HUB_OFFLINE), or give the model as a local "
+        "directory",
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # `architecture` imports this module
     from trainers.models.architecture import Architecture
+    from trainers.plan import LoraSpec
 
 
 class Part(NamedTuple):
@@ -59,6 +60,12 @@ def linears(arch: Architecture) -> Iterator[Linear]:
         yield from _layer_linears(arch, layer)
     if not arch.tied:
         yield _head(arch)
+
+
+def adapts(lora: LoraSpec, layer: str) -> bool:
+    """Whether the linear layer of that name (`layers.0.attn.q_proj`, `mlp.w1`, `output`) has an adapter."""
+    *_, block, module = ("", *layer.split("."))
+    return {"attn": module in lora.attn_modules, "mlp": lora.mlp}.get(block, lora.output)
 
 
 def _whole(name: str, ours: str, shape: tuple[int, ...]) -> CheckpointTensor:

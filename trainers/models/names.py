@@ -119,8 +119,9 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
         shown = ", ".join(map(str, allowed)) or "none are configured"
         raise UserError(
             "path_not_allowed",
-            f"{model!r} is outside the directories that local models may lie in (TUNEWRIGHT_MODEL_ROOTS: {shown}).",
+            f"{model!r} is outside the directories that local models may lie in (TUNEWRIGHT_MODEL_ROOTS: {shown})",
             param="model",
+            suggestion="move it into one of them, or have its directory added",
         )
     if not _is_directory(path):
         raise UserError("model_not_found", f"there is no model directory {path}.", param="model")

@@ -18,8 +18,9 @@ Log = Callable[[str], None]
 _IDENTITY_KEYS = ("size", "ETag", "etag", "md5Hash", "generation", "mtime")
 
 
-def copy(uri: str, cache_dir: Path, log: Log) -> Path:
-    """A local copy of the model directory at `uri`; copied again when any of its files has changed.
+def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
+    """A local copy of the model directory at `uri`; copied again when any of its files has changed. Without `weights`,
+    a copy that lacks them will do.
 
     Raises UserError `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
     InfrastructureError `model_unreachable`. Credentials come from the environment.
@@ -41,7 +42,11 @@ def copy(uri: str, cache_dir: Path, log: Log) -> Path:
         for entry in files.values():
             _get(fs, uri, entry, partial)
 
-    return make_once(cache_dir / "remote" / key, fetch, log)
+    path = cache_dir / "remote" / key
+    if not weights and not path.is_dir():
+        path = path.with_name(f"{key}-without-weights")
+        files = {name: entry for name, entry in files.items() if not name.endswith(".safetensors")}
+    return make_once(path, fetch, log)
 
 
 def _get(fs: fsspec.AbstractFileSystem, uri: str, entry: dict[str, object], folder: Path) -> None:
@@ -57,9 +62,19 @@ def _store_errors(uri: str) -> Iterator[None]:
     except JobProblem:
         raise
     except FileNotFoundError as error:
-        raise UserError("model_not_found", f"there is no model directory at {uri}.", param="model") from error
+        raise UserError(
+            "model_not_found", f"there is no model directory at {uri}", param="model", suggestion="check the URI"
+        ) from error
     except PermissionError as error:
-        raise UserError("model_access_denied", f"the workers' credentials don't open {uri}.", param="model") from error
+        raise UserError(
+            "model_access_denied",
+            f"the workers' credentials don't open {uri}",
+            param="model",
+            suggestion="have the nodes' credentials changed, or use a model that they open",
+        ) from error
     except Exception as error:  # each store's client has errors of its own, and may put signed URLs into them
-        message = f"{uri} could not be read: {type(error).__name__}. Check the workers' network and credentials."
-        raise InfrastructureError("model_unreachable", message) from error
+        raise InfrastructureError(
+            "model_unreachable",
+            f"{uri} could not be read: {type(error).__name__}.",
+            suggestion="check the workers' network and credentials",
+        ) from error

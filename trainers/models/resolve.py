@@ -11,8 +11,9 @@ from trainers.settings import Settings
 __all__ = ["classify_model", "resolve_model"]
 
 
-def resolve_model(model: str, settings: Settings, log: Callable[[str], None]) -> Path:
-    """The local directory of `model`, fetched or converted into `settings.model_cache` where that is needed.
+def resolve_model(model: str, settings: Settings, log: Callable[[str], None], *, weights: bool = True) -> Path:
+    """The local directory of `model`, fetched or converted into `settings.model_cache` where that is needed. Without
+    `weights`, what would have to be fetched may lack them.
 
     A cached directory is complete: it gets its name only when all of it is there, and jobs that want the same model
     at once fetch it once. What was chosen (alias, commit) goes to `log`. Use `inspect_model_dir` to check the result.
@@ -23,13 +24,13 @@ def resolve_model(model: str, settings: Settings, log: Callable[[str], None]) ->
     if kind == "local":
         return local_directory(model, settings.allowed_model_roots)
     if kind == "remote":
-        return remote.copy(model, settings.model_cache, log)
+        return remote.copy(model, settings.model_cache, log, weights=weights)
     if model.lower() == smollm2.MODEL_NAME and (packaged := smollm2.packaged_gguf()):
         return _embedded(packaged, settings.model_cache, log)
     target = hub_model(model)
     if kind == "alias":
         log(f"{model} stands for {target.repo}")
-    return hub.download(target, settings.model_cache, log)
+    return hub.download(target, settings.model_cache, log, weights=weights)
 
 
 def _embedded(gguf_file: Path, cache_dir: Path, log: Callable[[str], None]) -> Path:

@@ -1,0 +1,77 @@
+"""How long a job will train, from how fast jobs like it were."""
+
+from statistics import median
+
+from events.config import Config
+from events.facts import Resources
+from events.job import FineTuningJob
+from serve_app.backend import JobLog
+from trainers.errors import ConfigProblems
+from trainers.estimate import Found, TimeEstimate
+from trainers.plan import Plan, make_plan, step_items
+
+PAGES = 5
+"""Of a hundred jobs each, the last ones, that are looked through for jobs like it."""
+FEWEST_STEPS = 2
+"""Of a run whose speed says something: the first step is slower than the others."""
+MOST_JOBS = 20
+CPU_FLOPS, GPU_FLOPS = 20e9, 100e12
+"""Operations a second that are assumed of each CPU core and each GPU a job holds, where no job like it has run."""
+EVALUATED = 1 / 3
+"""Of the work for a trained token: an evaluation is a forward pass."""
+
+
+async def time_of(plan: Plan, resources: Resources, found: Found, log: JobLog) -> TimeEstimate:
+    """The steps' tokens and those of the evaluations, at the median speed of the last jobs like it, or at the one that
+    is assumed of the device."""
+    speeds = await _speeds(plan, resources, log)
+    if speeds:
+        speed = median(speeds)
+        basis = f"measured on {len(speeds)} {'job' if len(speeds) == 1 else 'jobs'}"
+    elif resources.gpus_per_worker:
+        speed = plan.workers * resources.gpus_per_worker * GPU_FLOPS / found.flops_per_token
+        basis = f"assumed: {GPU_FLOPS:.0e} operations a second on each GPU, no job like it has run here"
+    else:
+        speed = plan.workers * resources.cpus_per_worker * CPU_FLOPS / found.flops_per_token
+        basis = f"assumed: {CPU_FLOPS:.0e} operations a second on each CPU, no job like it has run here"
+    tokens = found.steps * found.tokens_a_step
+    if found.validation_data is not None:
+        evaluations = 1 + plan.n_epochs + found.steps // (plan.run_val_every_n_steps or found.steps + 1)
+        tokens += EVALUATED * evaluations * found.validation_data.tokens
+    return TimeEstimate(seconds=round(tokens / speed, 1), tokens_per_second=round(speed, 1), basis=basis)
+
+
+async def _speeds(plan: Plan, resources: Resources, log: JobLog) -> list[float]:
+    """Tokens a second of jobs like it, the newest first; of several devices, only those on the newest one's."""
+    wanted = _kind(plan)
+    after: str | None = None
+    found: list[tuple[str | None, float]] = []
+    for _ in range(PAGES):
+        jobs, more = await log.jobs(100, after)
+        alike = [job for job in jobs if job.input_config.get("model") == plan.model and job.resources == resources]
+        found += [(job.device, speed) for job in alike if (speed := _speed(job, wanted)) is not None]
+        if not more or len(found) >= MOST_JOBS:
+            break
+        after = jobs[-1].job_id
+    return [speed for device, speed in found if device == found[0][0]][:MOST_JOBS]
+
+
+def _kind(plan: Plan) -> tuple[object, ...]:
+    """Jobs of one model with the same of these, on the same resources, run at one speed, more or less."""
+    return plan.method, plan.dtype, plan.enable_activation_checkpointing, plan.compile, plan.packed, plan.pairs
+
+
+def _speed(job: FineTuningJob, wanted: tuple[object, ...]) -> float | None:
+    """Of the steps of the job's last run after its first; None for a job that has none, or is of another kind."""
+    pace = job.pace
+    if pace is None or job.data is None or pace.steps < FEWEST_STEPS:
+        return None
+    try:
+        plan = make_plan(Config.model_validate(job.input_config))
+    except (ConfigProblems, ValueError):  # of another version
+        return None
+    seconds = pace.steps_s - pace.first_s
+    if _kind(plan) != wanted or seconds <= 0 or plan.packed:
+        return None
+    tokens_a_step = job.data.tokens / job.data.rows * min(step_items(plan), job.data.rows)
+    return tokens_a_step * (pace.steps - 1) / seconds

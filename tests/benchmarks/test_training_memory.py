@@ -1,0 +1,32 @@
+"""The estimate of a worker's memory is held against what the kernel counts (the large table: benchmarks/README.md)."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.training_memory import CASES, estimated, measured
+from trainers.memory import TOLERANCE
+
+SHAPE = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 16384,
+    "max_position_embeddings": 2048,
+}
+"""25 million parameters: enough that the libraries' own memory is not what is measured."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+@pytest.mark.parametrize(
+    "name",
+    ["full, fp32", "full, fp32, checkpointing", "full, fp32, 2 workers", "LoRA, fp32", "DoRA, fp32", "full, bf16"],
+)
+def test_the_estimate_is_what_a_worker_needs_at_its_peak(name: str, tmp_path: Path) -> None:
+    case = replace(CASES[name], shape=SHAPE, row_tokens=32 if "bf16" in name else 96)
+    peak = measured(case, tmp_path)["peak"]
+    assert estimated(case, tmp_path).peak_bytes == pytest.approx(peak, rel=TOLERANCE)

@@ -1,0 +1,131 @@
+"""An estimate is made in a process of its own, within limits, and of a large file from a sample."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from events.config import Config
+from tests.small_hub import small_hub
+from tests.tiny_models import make_tiny_model
+from trainers import estimate
+from trainers.data.chat import ChatTokenizer
+from trainers.errors import ConfigProblems, InfrastructureError
+from trainers.estimate import Asked, Estimator, answer, read_sample
+from trainers.plan import Plan, make_plan
+from trainers.settings import Settings
+
+ROWS = 4000
+
+
+def row(number: int) -> str:
+    said = "the sea " * (1 + number * 20 // ROWS)
+    return json.dumps({"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]})
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    make_tiny_model(tmp_path / "tiny")
+    (tmp_path / "rows.jsonl").write_text("".join(f"{row(number)}\n" for number in range(ROWS)))
+    return Settings(storage=tmp_path / "storage", data_roots=(tmp_path,), model_roots=(tmp_path,))
+
+
+def plan(settings: Settings, **changes: Any) -> Plan:
+    root = settings.data_roots[0]
+    return make_plan(Config.model_validate({"model": str(root / "tiny"), "data": str(root / "rows.jsonl"), **changes}))
+
+
+def test_the_process_answers_what_is_found_in_this_one(settings: Settings) -> None:
+    asked = plan(settings)
+    found = asyncio.run(Estimator(settings).find(asked, "cpu", 1 << 30))
+    assert found == answer(Asked(plan=asked, device="cpu", worker_bytes=1 << 30), settings).found
+    assert found.data.rows == ROWS
+
+
+def test_the_process_passes_on_what_is_wrong(settings: Settings) -> None:
+    (settings.data_roots[0] / "rows.jsonl").write_text("nope\n")
+    with pytest.raises(ConfigProblems, match="line 1: the line is not JSON"):
+        asyncio.run(Estimator(settings).find(plan(settings), "cpu", None))
+
+
+def test_an_estimate_that_takes_too_long_is_given_up(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "LIMIT_S", 0.01)
+    with pytest.raises(InfrastructureError) as caught:
+        asyncio.run(Estimator(settings).find(plan(settings), "cpu", None))
+    assert caught.value.error.code == "estimate_failed"
+
+
+def test_only_so_many_estimates_wait(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "WAITING", 1)
+    running = 0
+
+    class Held(Estimator):
+        async def _run(self, asked: Asked) -> estimate.Answer:
+            nonlocal running
+            running += 1
+            assert running <= estimate.AT_A_TIME
+            await asyncio.sleep(0.01)
+            running -= 1
+            return estimate.Answer(problems=[(None, "no", "no")])
+
+    async def crowd() -> list[str]:
+        estimator = Held(settings)
+        calls = [estimator.find(plan(settings), "cpu", None) for _ in range(5)]
+        return [type(end).__name__ for end in await asyncio.gather(*calls, return_exceptions=True)]
+
+    assert sorted(asyncio.run(crowd())) == ["ConfigProblems"] * 3 + ["InfrastructureError"] * 2
+
+
+def test_a_sample_of_a_large_file_tells_nearly_what_the_whole_tells(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = ChatTokenizer.from_dir(settings.model_roots[0] / "tiny")
+    uri = (settings.data_roots[0] / "rows.jsonl").as_uri()
+    whole = read_sample(uri, tokenizer, 512, pairs=False).counted()
+    monkeypatch.setattr(estimate, "SAMPLE_BYTES", 100_000)
+    some = read_sample(uri, tokenizer, 512, pairs=False).counted()
+    assert (whole.sampled, some.sampled) == (False, True)
+    assert some.rows_seen < ROWS / 4
+    assert some.rows == whole.rows  # all lines were counted
+    assert some.tokens == pytest.approx(whole.tokens, rel=0.1)
+    assert some == read_sample(uri, tokenizer, 512, pairs=False).counted()
+
+
+def test_where_reading_takes_too_long_the_rest_of_the_file_is_taken_to_be_like_what_was_read(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = ChatTokenizer.from_dir(settings.model_roots[0] / "tiny")
+    uri = (settings.data_roots[0] / "rows.jsonl").as_uri()
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: next(ticks) / 100)
+    found = read_sample(uri, tokenizer, 512, pairs=False).counted()
+    assert found.sampled
+    assert found.rows_seen == pytest.approx(100 * estimate.READ_S, abs=5)
+    assert ROWS / 2 < found.rows < 2 * ROWS
+
+
+def test_a_model_of_the_hub_is_looked_at_without_its_weights(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_hub() as hub:
+        hub.add("someone/tiny", settings.model_roots[0] / "tiny")
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        asked = plan(settings).model_copy(update={"model": "someone/tiny"})
+        found = answer(Asked(plan=asked, device="cpu", worker_bytes=None), settings)
+        assert found.found is not None
+        assert (
+            found.found.memory
+            == answer(Asked(plan=plan(settings), device="cpu", worker_bytes=None), settings).result().memory
+        )
+        assert not any(name.endswith(".safetensors") for name in hub.downloads())
+
+
+def test_the_text_of_tokens_joins_to_the_text_of_all(settings: Settings) -> None:
+    tokenizer = ChatTokenizer.from_dir(settings.model_roots[0] / "tiny")
+    text = "née ☂ the 海 sea"
+    ids = tokenizer.encode_prompt([{"role": "user", "content": text}])
+    texts = tokenizer.texts(ids)
+    assert "".join(texts) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    assert "" in texts  # the bytes of a character that takes several tokens

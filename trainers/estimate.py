@@ -1,0 +1,397 @@
+"""What a job would take, known before it is one: rows, tokens, steps, memory, and the first rows as they are trained.
+
+`python -m trainers.estimate` is a process of its own, so that tokenising stalls no request, and a time-out can end it:
+an `Asked` as JSON on its standard input, an `Answer` on its standard output. `Estimator` runs it.
+
+A file of up to `SAMPLE_BYTES` is read and encoded whole, by the very code that the job's validation uses; counts are
+those of its report then. Of a larger file a random sample of lines of about that size is encoded, the same lines
+every time, and the counts are extrapolated. Where reading takes longer than `READ_S`, the rest of the file is taken to
+be like what was read.
+"""
+
+import asyncio
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from events.config import optional
+from events.facts import DataReport, JobError, Resources
+from trainers.data.chat import ChatTokenizer
+from trainers.data.dataset import MASK_TYPE, TOKEN_TYPE
+from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
+from trainers.data.prepare import DataInvalid, Tally, judge
+from trainers.data.source import check_data_uri, data_size, open_lines
+from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError
+from trainers.memory import MARGIN, Device, Memory, flops_per_token, memory_of
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.resolve import resolve_model
+from trainers.plan import Plan, step_items
+from trainers.priority import give_way
+from trainers.settings import Settings
+from trainers.suitability import check_suitable, longest_row
+
+if TYPE_CHECKING:
+    from trainers.load import Load
+
+SAMPLE_BYTES = 8 << 20
+READ_S = 20.0
+LIMIT_S = 60.0
+"""An estimate that takes longer is given up: its model or its data can't be reached at a useful speed."""
+PREVIEW_ROWS = 3
+PREVIEW_TOKENS = 1024
+"""Of each previewed row."""
+PREVIEWED_AMONG = 100
+"""Lines: where so many are invalid, nobody needs a preview."""
+AT_A_TIME = 2
+WAITING = 16
+"""More at a time are refused."""
+_CHUNK_BYTES = 1 << 18
+_SEED = 0
+logger = logging.getLogger("tunewright.estimate")
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class PreviewToken(_Wire):
+    """One token."""
+
+    text: str = Field(description="Empty where its character ends with a later token.")
+    id: int
+    trained: bool = Field(description="Whether predicting it counts in the loss.")
+
+
+class PreviewRow(_Wire):
+    """A row of the data as it will be trained on: template applied, truncated, with its loss mask."""
+
+    line: int = Field(description="Line number in the file, from 1.")
+    side: Literal["chosen", "rejected"] | None = optional("With DPO: which of the row's two answers it has.")
+    n_tokens: int = Field(description="Of the row, after truncation.")
+    truncated: bool = Field(description="Its end is cut off at `max_seq_len`.")
+    tokens: list[PreviewToken] = Field(description=f"The first {PREVIEW_TOKENS}.")
+
+
+class DataEstimate(_Wire):
+    """One data file. Counts are of the whole file: exact, or with `sampled` extrapolated."""
+
+    rows: int = Field(description="Rows that will be trained on (or evaluated); a row of preferences is one.")
+    invalid_rows: int
+    tokens: int = Field(description="Tokens after truncation.")
+    trained_tokens: int = Field(description="Tokens that carry loss, after truncation.")
+    truncated_rows: int
+    truncated_lines: list[int] = Field(description="Line numbers of the first 20 truncated rows that were seen.")
+    max_seq_len: int = Field(description="Longest row allowed, in tokens.")
+    longest_row: int = Field(description="Tokens of the longest row that was seen, after truncation.")
+    sampled: bool = Field(description="Only some of the rows were looked at.")
+    rows_seen: int = Field(description="Rows that were looked at, invalid ones included.")
+
+
+class MemoryEstimate(Memory):
+    """What each worker will need, and what there is for it."""
+
+    available_bytes: int | None = optional("Of a worker, on the roomiest node. Absent where nobody knows: on GPUs.")
+    fits: bool | None = optional(
+        f"Whether that is enough. A job is refused only where it needs {MARGIN} times as much as there is."
+    )
+
+
+class TimeEstimate(_Wire):
+    """How long the job will train, its waiting and starting left out."""
+
+    seconds: float
+    tokens_per_second: float = Field(description="All workers together; what `seconds` is made of.")
+    basis: str = Field(
+        description="How this is known: `measured on 3 jobs` of the same model, method, type and workers, or what is "
+        "assumed where there are none."
+    )
+
+
+class Estimate(_Wire):
+    """What a job would take. Nothing runs, and nothing is recorded."""
+
+    data: DataEstimate
+    validation_data: DataEstimate | None = optional("Present where the request names such a file.")
+    steps: int = Field(description="Optimizer steps.")
+    resources: Resources
+    memory: MemoryEstimate
+    time: TimeEstimate
+    preview: list[PreviewRow] = Field(description=f"The first {PREVIEW_ROWS} valid rows of the training data.")
+
+
+class Asked(_Wire):
+    plan: Plan
+    device: Device
+    worker_bytes: int | None
+
+
+class Found(_Wire):
+    """An Estimate without its time, which follows from the jobs of the past."""
+
+    data: DataEstimate
+    validation_data: DataEstimate | None = None
+    steps: int
+    memory: MemoryEstimate
+    preview: list[PreviewRow]
+    tokens_a_step: float
+    flops_per_token: float
+
+    def estimate(self, resources: Resources, time: TimeEstimate) -> Estimate:
+        return Estimate(
+            data=self.data,
+            validation_data=self.validation_data,
+            steps=self.steps,
+            resources=resources,
+            memory=self.memory,
+            time=time,
+            preview=self.preview,
+        )
+
+
+class Answer(_Wire):
+    """What the process says: what it found, or everything that is wrong with the request, or why it failed."""
+
+    found: Found | None = None
+    problems: list[tuple[str | None, str, str]] = []
+    error: JobError | None = None
+
+    def result(self) -> Found:
+        """Raises ConfigProblems or JobProblem where that is the answer."""
+        if self.problems:
+            raise ConfigProblems([Problem(*problem) for problem in self.problems])
+        if self.error is not None:
+            raise JobProblem.of(self.error)
+        assert self.found is not None  # noqa: S101  -- one of the three
+        return self.found
+
+
+class Estimator:
+    """Runs estimates, `AT_A_TIME` of them side by side, each in a process that ends with its answer or its time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._places = asyncio.Semaphore(AT_A_TIME)
+        self._here = 0
+
+    async def find(self, plan: Plan, device: Device, worker_bytes: int | None) -> Found:
+        """Raises ConfigProblems for all that is wrong with the model and the data, JobProblem where they can't be had,
+        and InfrastructureError `estimate_failed` or `too_many_estimates`."""
+        if self._here >= AT_A_TIME + WAITING:
+            raise InfrastructureError(
+                "too_many_estimates", f"{self._here} estimates are under way or wait", suggestion="try again"
+            )
+        self._here += 1
+        try:
+            async with self._places:
+                return (await self._run(Asked(plan=plan, device=device, worker_bytes=worker_bytes))).result()
+        finally:
+            self._here -= 1
+
+    async def _run(self, asked: Asked) -> Answer:
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        process = subprocess.Popen(  # noqa: ASYNC220  -- starting takes a millisecond; a thread waits for the end
+            [sys.executable, "-m", "trainers.estimate"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | self._settings.as_env() | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        try:
+            out, _ = await asyncio.to_thread(process.communicate, asked.model_dump_json().encode(), LIMIT_S)
+        except subprocess.TimeoutExpired:
+            why = f"it took longer than {LIMIT_S:g} s"
+        else:
+            if process.returncode == 0:
+                return Answer.model_validate_json(out)
+            why = f"its process ended with {process.returncode}"
+        finally:
+            process.kill()  # also when nobody waits for the answer any more; no matter where it has ended
+        raise InfrastructureError(
+            "estimate_failed",
+            f"the estimate was given up, {why}",
+            suggestion="try again, or submit the job: its own validation has no limit of time",
+        )
+
+
+def main() -> None:
+    give_way()
+    logging.basicConfig(level=logging.WARNING)
+    asked = Asked.model_validate_json(sys.stdin.buffer.read())
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever prints must not get into the answer
+    out.write(answer(asked, Settings()).model_dump_json())
+    out.close()
+
+
+def answer(asked: Asked, settings: Settings) -> Answer:
+    """What the process finds out."""
+    try:
+        return Answer(found=_find(asked, settings))
+    except ConfigProblems as refused:
+        return Answer(problems=[(problem.param, problem.message, problem.code) for problem in refused.problems])
+    except JobProblem as problem:
+        return Answer(error=problem.error)
+
+
+def _find(asked: Asked, settings: Settings) -> Found:
+    plan = asked.plan
+    model_dir = resolve_model(plan.model, settings, logger.info, weights=False)
+    arch = inspect_model_dir(model_dir, weights=any(model_dir.glob("*.safetensors")))
+    check_suitable(plan, arch)
+    tokenizer, max_seq_len = ChatTokenizer.from_dir(model_dir), longest_row(plan, arch)
+
+    def read(param: str, uri: str) -> Sample:
+        try:
+            return read_sample(check_data_uri(uri, settings), tokenizer, max_seq_len, plan.pairs)
+        except JobProblem as problem:
+            raise problem.placed(param=param) from None
+
+    samples = {"data": read("data", plan.data)}
+    if plan.validation_data:
+        samples["validation_data"] = read("validation_data", plan.validation_data)
+    problems = [problem for param, sample in samples.items() for problem in _problems(param, sample, plan)]
+    if problems:
+        raise ConfigProblems(problems)
+
+    from trainers.load import load_of  # torch takes seconds to import: not before all is well
+
+    train = samples["data"]
+    load = load_of(plan, arch, train)
+    memory, there = memory_of(plan, arch, load, asked.device, asked.worker_bytes), asked.worker_bytes
+    fits = None if there is None else memory.peak_bytes <= there
+    valid = samples.get("validation_data")
+    return Found(
+        data=train.counted(),
+        validation_data=valid.counted() if valid else None,
+        steps=load.steps if train.scale == 1 else _steps(plan, load, train),
+        memory=MemoryEstimate(**memory.model_dump(), available_bytes=there, fits=fits),
+        preview=train.preview,
+        tokens_a_step=float(train.lengths.sum()) / load.items * min(step_items(plan), load.items * train.scale),
+        flops_per_token=flops_per_token(plan, arch),
+    )
+
+
+def _problems(param: str, sample: "Sample", plan: Plan) -> list[Problem]:
+    try:
+        judge(sample.report, plan.max_invalid_fraction)
+    except DataInvalid as invalid:
+        errors = invalid.report.errors
+        told = [Problem(param, f"line {error.line}: {error.message}", "invalid_data") for error in errors]
+        if len(errors) < invalid.report.invalid_rows:
+            told.append(Problem(param, f"and {invalid.report.invalid_rows - len(errors)} more lines", "invalid_data"))
+        return told
+    except UserError as error:
+        return [Problem(param, error.error.message, error.error.code)]
+    return []
+
+
+def _steps(plan: Plan, load: "Load", sample: "Sample") -> int:
+    """Of the whole file, of which only a sample was seen."""
+    an_epoch = -(-round(load.items * sample.scale) // step_items(plan))
+    return plan.n_epochs * min(an_epoch, plan.max_steps_per_epoch or an_epoch)
+
+
+class Sample:
+    """Rows of a data file in memory, as `TokenisedDataset` has them on disk, and what is known of the whole file."""
+
+    def __init__(self, chunks: Sequence[Chunk], report: DataReport, *, seen: int, scale: float) -> None:
+        """`seen`: the lines that were encoded; `scale`: how many there are to each of them."""
+        self.report, self.seen, self.scale = report, seen, scale
+        self.truncated_lines = [line for chunk in chunks for line in chunk.truncated_lines][:ERRORS_KEPT]
+        self.lengths = np.array([length for chunk in chunks for length in chunk.lengths], dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._tokens = np.frombuffer(b"".join(chunk.tokens for chunk in chunks), dtype=TOKEN_TYPE)
+        self._mask = np.frombuffer(b"".join(chunk.mask for chunk in chunks), dtype=MASK_TYPE)
+        self.trained = np.array([int(self[row][1].sum()) for row in range(len(self))], dtype=np.int64)
+        self.preview: list[PreviewRow] = []
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        end = self._ends[index]
+        rows = slice(end - self.lengths[index], end)
+        return self._tokens[rows], self._mask[rows].view(np.bool_)
+
+    def counted(self) -> DataEstimate:
+        names = ("rows", "invalid_rows", "tokens", "trained_tokens", "truncated_rows")
+        return DataEstimate(
+            **{name: round(getattr(self.report, name) * self.scale) for name in names},
+            truncated_lines=self.truncated_lines,
+            max_seq_len=self.report.max_seq_len,
+            longest_row=int(self.lengths.max()),
+            sampled=self.scale != 1,
+            rows_seen=self.seen,
+        )
+
+
+def read_sample(uri: str, tokenizer: ChatTokenizer, max_seq_len: int, pairs: bool) -> Sample:
+    """Of the checked `uri`. Raises as `open_lines` does."""
+    size, began = data_size(uri), time.monotonic()
+    share = 1.0 if size is None else min(1.0, SAMPLE_BYTES / max(size, 1))
+    drawn = random.Random(_SEED)  # noqa: S311  -- a sample, no secret
+    tally, chunks, preview = Tally(), list[Chunk](), list[PreviewRow]()
+    waiting: list[Line] = []
+    lines = seen = read = taken = gathered = 0
+    ended = True
+
+    def encode(some: list[Line]) -> Chunk:
+        chunk = encode_lines(tokenizer, max_seq_len, some, pairs)
+        tally.add(chunk)
+        chunks.append(chunk)
+        return chunk
+
+    for number, raw in open_lines(uri):
+        lines, read = lines + 1, read + len(raw) + 1
+        if time.monotonic() - began > READ_S:
+            ended = False
+            break
+        looked_at = lines <= PREVIEWED_AMONG and len(preview) < PREVIEW_ROWS
+        if not looked_at and (taken > 2 * SAMPLE_BYTES or drawn.random() >= share):
+            continue
+        seen, taken, gathered = seen + 1, taken + len(raw), gathered + len(raw)
+        if looked_at:
+            preview += _previewed(encode([(number, raw)]), number, tokenizer, max_seq_len)
+            continue
+        waiting.append((number, raw))
+        if gathered > _CHUNK_BYTES:
+            encode(waiting)
+            waiting, gathered = [], 0
+    if waiting:
+        encode(waiting)
+    total = lines if ended or not size else max(lines, round(lines * size / read))
+    sample = Sample(chunks, tally.report(uri, max_seq_len), seen=seen, scale=total / max(seen, 1))
+    sample.preview = preview
+    return sample
+
+
+def _previewed(chunk: Chunk, line: int, tokenizer: ChatTokenizer, max_seq_len: int) -> list[PreviewRow]:
+    """The rows of a chunk of one line: none where it is invalid, two for preferences."""
+    tokens, mask = np.frombuffer(chunk.tokens, TOKEN_TYPE), np.frombuffer(chunk.mask, MASK_TYPE)
+    rows, end = [], 0
+    for number, length in enumerate(chunk.lengths):
+        ids, trained = tokens[end : end + length].tolist(), mask[end : end + length].tolist()
+        end += length
+        shown = zip(tokenizer.texts(ids[:PREVIEW_TOKENS]), ids, trained, strict=False)
+        rows.append(
+            PreviewRow(
+                line=line,
+                side=(("chosen", "rejected")[number]) if len(chunk.lengths) > 1 else None,
+                n_tokens=length,
+                truncated=bool(chunk.truncated) and length == max_seq_len,
+                tokens=[PreviewToken(text=text, id=id_, trained=bool(bit)) for text, id_, bit in shown],
+            )
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""How much memory a training worker needs, from its plan, the model's shapes and the heaviest micro-batch.
+
+What is estimated is the growth of a worker's resident memory (on CUDA: of the device's) from the moment everything is
+imported and nothing of the model is loaded, to its largest over the whole run, checkpoints included; of rank 0, which
+writes those. `benchmarks.training_memory` measures the same, and a test holds the two within `TOLERANCE` of each other.
+
+With N parameters of b bytes each (4, or 2 in bf16), T of them trained, n workers of which each holds 1 / n where the
+model is sharded (otherwise n = 1 below), P positions in the widest line of a micro-batch, of which L carry loss, and d
+the width of the model:
+
+weights      N b / n. QLoRA holds the linear layers of the blocks in NF4: half a byte, a byte of scale for each 64
+             numbers and 4 for each 16384. Sharded, embedding and head are whole while they are used, and two layers; on
+             CPUs all of the model, as what was gathered of each layer is freed between activations and stays resident.
+optimizer    Its state, of the type of the weights: AdamW keeps two moments, 2 T b / n (three with amsgrad), SGD with
+             momentum one; AdamW of 8 and 4 bits 1 and 1/2 byte for each number and moment.
+activations  What autograd keeps of each layer for the backward pass, by position:
+             - norms compute in float32 and keep their input, its root mean square, and where their scale is trained
+               the normed input: 4 (2 d + 1) or 4 (d + 1) bytes; those of queries and keys likewise;
+             - linear layers that are trained, or beside which an adapter is, keep their input, once for those that
+               share it (q, k and v; gate and up); adapters their low-rank product, DoRA the output it scales;
+             - rotations keep sine and cosine of queries and of keys, 4 tables of half a head in float32;
+             - attention keeps q, k, v, its output, and a normaliser for each head; with a soft-cap or dropout its
+               scores instead, a matrix of the segment's positions for each head, and keys and values for every head;
+             - the gated unit keeps the gate, the gate after its activation, and the value it is multiplied with.
+             With activation checkpointing only each layer's input, d b, and one layer as above while it is computed
+             again. Once more comes what one layer's backward pass has in hand at a time: its gradients.
+output head  A chunk of logits and the temporary of its normaliser, both float32 (at most `CHUNK_ELEMENTS`, at most L
+             rows, see trainers.loss), the gradient of L hidden states, and where the matrix is trained that of the
+             matrix, which is there twice when the backward pass begins.
+gradients    T b / n, beside all activations only where micro-batches are accumulated: otherwise they grow as the
+             activations shrink, so the largest moment is one of the two ends of the backward pass. At the second an
+             embedding's gradient is there once more, dense, before it is added to the head's.
+checkpoint   For adapters, beside training: a copy of adapters and moments, the base model's file as it is read, with
+             QLoRA what its 4-bit numbers stand for, and the adapted matrices merged, one of them in float32. Where
+             there is only the last one, half of that (`REUSED`) finds room in what training has left. Full fine-tuning
+             waits for its checkpoint and writes what is there; sharded, rank 0 gathers all weights and moments for it.
+overhead     Buffers of the libraries (`BUFFERS`), and what the allocator can't use. With one that gives back all that
+             is freed (glibc's, told to map each tensor by itself) the sum of all the above is what is measured, to 2 %.
+             As it is, memory that is freed in pieces of one size and asked for in another stays resident: a measured
+             share `FRAGMENTED` of activations and head, which is smaller where gradients find room in what they leave;
+             with activation checkpointing a share of what the layers have in hand one after the other, between whose
+             gradients the next one's activations don't fit.
+
+On CUDA the formula has not been held against measurements: there nothing is refused on it but what weights and
+optimizer alone make impossible.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainers.components import shardable
+from trainers.errors import Problem, UserError
+from trainers.models.architecture import Architecture
+from trainers.models.layout import Part, adapts, checkpoint_tensors, linears
+from trainers.plan import LoraSpec, Plan
+from trainers.suitability import longest_row
+
+Device = Literal["cpu", "cuda"]
+Moment = Literal["backward", "update", "checkpoint"]
+TOLERANCE = 0.15
+MARGIN = 1.25
+"""A job is refused only where the estimate exceeds the memory there is by this factor: more than it was ever off by."""
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+"""Logits in a chunk: small enough to be no matter of memory (64 and 512 MB in float32), large enough for the matrix
+products to run at full speed."""
+MODULE_CHUNKS = 8
+"""Chunks for a head that autograd goes through, unless the plan says otherwise."""
+FITS = 0.5
+"""A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
+BUFFERS = 20 << 20  # bytes
+FRAGMENTED = {"full": 0.15, "adapters": 0.33, "checkpointing": 0.22}
+REUSED = 0.5
+
+
+class Memory(BaseModel):
+    """Bytes that the first worker needs at the moment it needs most. The parts add up to the peak."""
+
+    model_config = ConfigDict(frozen=True)
+
+    peak_bytes: int
+    moment: Moment = Field(
+        description="When that is: as a backward pass begins, as gradients are complete, or as a checkpoint is written."
+    )
+    weights: int
+    optimizer: int = Field(description="Its states.")
+    gradients: int
+    activations: int
+    output_head: int = Field(description="Chunks of logits, and the gradients they leave.")
+    checkpoint: int = Field(description="What is gathered, merged or copied to be written.")
+    overhead: int = Field(description="Buffers of libraries, and memory that the allocator can't use.")
+
+
+class Load(Protocol):
+    """What `trainers.load` finds out."""
+
+    @property
+    def positions(self) -> int: ...
+    @property
+    def trained(self) -> int: ...
+    @property
+    def segment(self) -> int: ...
+
+
+def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker_bytes: int | None = None) -> Memory:
+    """`worker_bytes`: memory that each worker may take, which decides whether a frozen model is sharded; None: enough
+    not to."""
+    size = _Size(plan, arch, device, worker_bytes)
+    saved, in_hand = size.saved_per_position(load), size.in_hand_per_position()
+    head = size.head_rows(load) * arch.vocab_size * (16 if size.adapts_head else 8)
+    head_gradient = arch.vocab_size * arch.hidden_size * size.width if size.trains_head else 0
+    d_hidden = load.trained * arch.hidden_size * size.width
+    kept = load.positions * (
+        arch.num_layers * (arch.hidden_size * size.width if plan.enable_activation_checkpointing else saved)
+    )
+    one_layer = load.positions * (in_hand + (saved if plan.enable_activation_checkpointing else 0))
+    accumulates = plan.gradient_accumulation_steps > 1
+    gathered = size.unit_bytes if size.shards > 1 else 0
+    checkpoint = size.checkpoint_bytes()
+    between = plan.n_epochs > 1 or plan.save_every_n_steps or plan.run_val_every_n_steps
+    beside = 0 if plan.lora is None else checkpoint if between else REUSED * checkpoint
+    moments: dict[Moment, dict[str, float]] = {
+        "backward": {
+            "gradients": size.gradient_bytes(whole=accumulates) if accumulates else 0,
+            "activations": kept + one_layer,
+            "output_head": d_hidden + max(head + head_gradient, 2 * head_gradient),
+            "checkpoint": beside,
+        },
+        "update": {
+            "gradients": size.gradient_bytes(whole=accumulates) + head_gradient,
+            "activations": one_layer,
+            "output_head": 0,
+            "checkpoint": beside,
+        },
+        "checkpoint": {"gradients": 0, "activations": 0, "output_head": 0, "checkpoint": checkpoint},
+    }
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = {"weights": size.weight_bytes + gathered, "optimizer": size.optimizer_bytes, **moments[moment]}
+    if plan.enable_activation_checkpointing:
+        lost = FRAGMENTED["checkpointing"] * arch.num_layers * one_layer
+    else:
+        lost = FRAGMENTED["full" if plan.lora is None else "adapters"] * (sum(moments["backward"].values()) - beside)
+    parts["overhead"] = BUFFERS + lost
+    whole = {name: round(part) for name, part in parts.items()}
+    return Memory(peak_bytes=sum(whole.values()), moment=moment, **whole)
+
+
+def states_of(plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None = None) -> int:
+    """Bytes of weights and optimizer on each worker: less no job of this plan can do with."""
+    if device == "cuda" and (plan.fsdp_cpu_offload or "Paged" in plan.optimizer.component):
+        return 0  # they may lie in the host's memory
+    size = _Size(plan, arch, device, worker_bytes)
+    return round(size.weight_bytes + size.optimizer_bytes)
+
+
+def states_fit(plan: Plan, arch: Architecture, worker_bytes: int) -> Problem | None:
+    """What is wrong with a request for CPUs whose weights and optimizer alone exceed the memory a worker may take;
+    None where they don't, by the `MARGIN`."""
+    needed = states_of(plan, arch, "cpu", worker_bytes)
+    if needed <= MARGIN * worker_bytes:
+        return None
+    error = does_not_fit(plan, arch, _Nothing(), "cpu", needed, worker_bytes, "for weights and optimizer alone").error
+    return Problem(error.param, error.message, error.code)
+
+
+def check_memory(plan: Plan, arch: Architecture, load: Load, worker_bytes: int) -> None:
+    """Raises UserError `does_not_fit` for a job on CPUs that needs more than a worker may take, by the `MARGIN`."""
+    needed = memory_of(plan, arch, load, "cpu", worker_bytes).peak_bytes
+    if needed > MARGIN * worker_bytes:
+        raise does_not_fit(plan, arch, load, "cpu", needed, worker_bytes, "at its peak")
+
+
+def check_states(plan: Plan, arch: Architecture, worker_bytes: int) -> None:
+    """Raises UserError `does_not_fit` where weights and optimizer alone exceed the memory of a worker's GPU."""
+    needed = states_of(plan, arch, "cuda", worker_bytes)
+    if needed > worker_bytes:
+        raise does_not_fit(plan, arch, _Nothing(), "cuda", needed, worker_bytes, "for weights and optimizer alone")
+
+
+class _Nothing(NamedTuple):
+    """The least of a load: what holds without any is true of each."""
+
+    positions: int = 1
+    trained: int = 1
+    segment: int = 1
+
+
+def does_not_fit(
+    plan: Plan, arch: Architecture, load: Load, device: Device, needed: int, worker_bytes: int, when: str
+) -> UserError:
+    """The error of a plan whose workers need `needed` bytes, with the changes of which each would make it fit."""
+    enough = [
+        advice
+        for advice, changed, share in _alternatives(plan, arch)
+        if memory_of(changed, arch, _Share(load, share), device, worker_bytes).peak_bytes <= worker_bytes
+    ]
+    return UserError(
+        "does_not_fit",
+        f"a worker needs about {_gib(needed)} of memory {when}, and there are {_gib(worker_bytes)} for it at most",
+        param="fine_tuning_options",
+        suggestion="; or ".join(enough or ["take a smaller model, or larger nodes"]),
+    )
+
+
+class _Share:
+    """A load of smaller micro-batches."""
+
+    def __init__(self, load: Load, share: float) -> None:
+        self.positions = max(1, int(load.positions * share))
+        self.trained = max(1, int(load.trained * share))
+        self.segment = load.segment
+
+
+def _alternatives(plan: Plan, arch: Architecture) -> Iterator[tuple[str, Plan, float]]:
+    """What could be changed about a plan, the plan then, and the share of its micro-batches that is left."""
+    if not plan.enable_activation_checkpointing:
+        changed = plan.model_copy(update={"enable_activation_checkpointing": True})
+        yield "set enable_activation_checkpointing", changed, 1
+    if plan.batch_size > 1:
+        changed = plan.model_copy(
+            update={"batch_size": 1, "gradient_accumulation_steps": plan.gradient_accumulation_steps * plan.batch_size}
+        )
+        yield "set batch_size 1 and gradient_accumulation_steps instead", changed, 1 / plan.batch_size
+    now = longest_row(plan, arch)
+    if now >= 256:
+        changed = plan.model_copy(update={"max_seq_len": now // 4})
+        yield f"set max_seq_len to {now // 4} (it is {now})", changed, 1 / 4
+    if plan.lora is None:
+        yield "train with LoRA", plan.model_copy(update={"method": "lora", "lora": LoraSpec(), "quantizer": None}), 1
+    if plan.dtype != "bf16":
+        yield "set dtype to bf16", plan.model_copy(update={"dtype": "bf16"}), 1
+    if plan.lora is None and shardable(plan.optimizer.component):
+        for factor in (2, 4, 8):
+            changed = plan.model_copy(update={"nproc_per_node": 1, "nnodes": plan.workers * factor})
+            yield f"use {changed.workers} workers, each on a node of its own", changed, 1
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def flops_per_token(plan: Plan, arch: Architecture) -> float:
+    """Floating-point operations of training on one token: 2 for each number of the matrices forward, 2 for the gradient
+    of what they are applied to, 2 for their own where they are trained, 2 to compute the forward pass again."""
+    size = _Size(plan, arch, "cpu", None)
+    passes = 4 + (2 if plan.lora is None else 0) + (2 if plan.enable_activation_checkpointing else 0)
+    return float(passes * size.numbers)
+
+
+class _Size:
+    """Sizes that don't depend on the data, in bytes unless they say otherwise."""
+
+    def __init__(self, plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None) -> None:
+        self._plan, self._arch, self._device = plan, arch, device
+        self.width = {"fp32": 4, "bf16": 2, None: 2 if device == "cuda" else 4}[plan.dtype]
+        self._linears = list(linears(arch))
+        of_tensors = {tensor.name: _product(tensor.shape) for tensor in checkpoint_tensors(arch)}
+        self.numbers = sum(of_tensors.values())
+        adapter = [part for linear in self._linears for part in linear.parts if self._adapted(part)]
+        columns = {part: linear.columns for linear in self._linears for part in linear.parts}
+        lora = plan.lora
+        self.trained = (
+            self.numbers
+            if lora is None
+            else sum(lora.rank * (part.rows + columns[part]) for part in adapter)
+            + (sum(part.rows for part in adapter) if plan.method == "dora" else 0)
+        )
+        self.trains_head = lora is None
+        self.shards = plan.workers if self._is_sharded(worker_bytes) else 1
+
+    @property
+    def adapts_head(self) -> bool:
+        """Then autograd goes through it, and keeps more."""
+        return self._plan.lora is not None and self._plan.lora.output
+
+    def head_rows(self, load: Load) -> int:
+        """Of a chunk of logits, as `trainers.loss` makes them."""
+        chunks = self._plan.loss.kwargs.get("num_output_chunks") or (MODULE_CHUNKS if self.adapts_head else None)
+        if chunks is not None:
+            return -(-load.trained // int(chunks))
+        return max(1, min(load.trained, CHUNK_ELEMENTS[self._device] // self._arch.vocab_size))
+
+    def _adapted(self, part: Part) -> bool:
+        return self._plan.lora is not None and adapts(self._plan.lora, part.name)
+
+    def _is_sharded(self, worker_bytes: int | None) -> bool:
+        """As `trainers.training_model` decides it."""
+        plan = self._plan
+        if plan.workers == 1 or plan.method == "qlora":
+            return False
+        if plan.lora is None or plan.fsdp_cpu_offload or plan.memory_efficient_fsdp_wrap:
+            return True
+        return worker_bytes is not None and self.numbers * self.width > FITS * worker_bytes
+
+    @property
+    def _quantised(self) -> int:
+        """Numbers that are held in 4 bits."""
+        if self._plan.method != "qlora":
+            return 0
+        return sum(linear.rows * linear.columns for linear in self._linears if linear.parts[0].name != "output")
+
+    @property
+    def weight_bytes(self) -> float:
+        if self._plan.lora is None:
+            return self.numbers * self.width / self.shards
+        frozen = float(self.numbers * self.width)
+        frozen += self._quantised * (0.5 + 1 / 64 + 4 / 16384 - self.width)
+        return (frozen + self.trained * self.width) / self.shards
+
+    @property
+    def optimizer_bytes(self) -> float:
+        name, kwargs = self._plan.optimizer.component, self._plan.optimizer.kwargs
+        moments = 2 + bool(kwargs.get("amsgrad"))
+        if name == "torch.optim.SGD":
+            moments = int(bool(kwargs.get("momentum")))
+        each = {"4bit": 0.5, "8bit": 1.0, "Fp8": 1.0}.get(name[-4:] if name.endswith("bit") else name[-3:], self.width)
+        if name.endswith("PagedAdamW"):
+            each = 4
+        return self.trained * moments * each / self.shards
+
+    def gradient_bytes(self, *, whole: bool) -> float:
+        """`whole`: of a sharded model, before they are added up over the ranks."""
+        return self.trained * self.width / (1 if whole else self.shards)
+
+    @property
+    def unit_bytes(self) -> int:
+        """What of a sharded model takes memory as a whole."""
+        arch = self._arch
+        if self._device == "cpu":
+            return self.numbers * self.width
+        layer = sum(linear.rows * linear.columns for linear in self._linears if linear.parts[0].name != "output")
+        head = arch.vocab_size * arch.hidden_size * (1 if arch.tied else 2)
+        return (head + 2 * layer // arch.num_layers) * self.width
+
+    def checkpoint_bytes(self) -> float:
+        if self._plan.lora is None:
+            whole = self.shards * (self.numbers * self.width / self.shards + self.optimizer_bytes)
+            return whole if self.shards > 1 else 0
+        stored = 4 if "32" in str(self._arch.json.get("torch_dtype", self._arch.json.get("dtype", "float32"))) else 2
+        adapted = [
+            part.rows * linear.columns for linear in self._linears for part in linear.parts if self._adapted(part)
+        ]
+        copies = (self.trained + self._quantised) * self.width + self.optimizer_bytes * self.shards
+        return copies + self.numbers * stored + sum(adapted) * stored + 12 * max(adapted, default=0)
+
+    def saved_per_position(self, load: Load) -> float:
+        """Of one layer."""
+        arch, plan, b = self._arch, self._plan, self.width
+        d, f, queries, keys = self._widths
+        scales = 2 if plan.lora is None else 1  # tensors that a norm keeps
+        norms = (4 if arch.post_norms else 2) * 4 * (scales * d + 1)
+        if arch.qk_norm:
+            norms += 4 * (scales * (queries + keys) + arch.num_heads + arch.num_kv_heads)
+        return norms + b * self._inputs + 8 * arch.head_dim + self._attention(load) + 3 * f * b
+
+    @property
+    def _widths(self) -> tuple[int, int, int, int]:
+        arch = self._arch
+        return (
+            arch.hidden_size,
+            arch.intermediate_size,
+            arch.num_heads * arch.head_dim,
+            arch.num_kv_heads * arch.head_dim,
+        )
+
+    @property
+    def _inputs(self) -> float:
+        """Numbers that the linear layers of one layer keep for a position, and what adapters keep."""
+        of_one = self._linears[: (len(self._linears) - (not self._arch.tied)) // self._arch.num_layers]
+        by_input: dict[str, int] = {}
+        own = 0.0
+        lora = self._plan.lora
+        for linear in of_one:
+            for part in linear.parts:
+                if lora is None or self._adapted(part):
+                    by_input[_shared_input(part)] = linear.columns
+                if lora is not None and self._adapted(part):
+                    own += lora.rank + (part.rows if self._plan.method == "dora" else 0)
+                    own += linear.columns * (1 + 1 / self.width) if lora.dropout else 0
+        return sum(by_input.values()) + own
+
+    def _attention(self, load: Load) -> float:
+        arch, b = self._arch, self.width
+        _, _, queries, keys = self._widths
+        if arch.attention_softcap is None and not arch.attention_dropout:
+            return b * (2 * queries + 2 * keys) + 4 * arch.num_heads
+        return 3 * queries * b + load.segment * (arch.num_heads * (4 + b) + 1)
+
+    def in_hand_per_position(self) -> float:
+        """Gradients that one layer's backward pass holds at a time: of the gated unit, and of what leads to it."""
+        d, f, _, _ = self._widths
+        return (3 * f + 4 * d) * self.width
+
+
+def _shared_input(part: Part) -> str:
+    """Names the input of a linear layer: the same for layers that share it."""
+    module = part.name.rpartition(".")[2]
+    return {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "w1": "gated", "w3": "gated"}.get(module, module)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
