@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -29,7 +29,7 @@ import ray
 from benchmarks.report import table, write_section
 from benchmarks.service import machine
 from events import EventLog, SqliteStore, new_event_id, new_job_id
-from events.actors import EventLogClient, blocking, connect
+from events.actors import EventLogClient, blocking, collect_rarely, connect
 from events.facts import (
     DataReport,
     DataValidated,
@@ -145,7 +145,8 @@ def through_ray(storage: Path, writers: int, seconds: float) -> Iterator[tuple[i
     with a_ray_cluster():
         log = connect(storage).log
         actor = psutil.Process(blocking(log.about()).pid)
-        processes = [ray.remote(num_cpus=0)(Writers).remote(log) for _ in range(PROCESSES)]
+        process_of_writers: Any = ray.remote(num_cpus=0)(Writers)  # Ray's types can't tell that it is a class
+        processes = [process_of_writers.remote(log) for _ in range(PROCESSES)]
         job_ids = blocking(running_jobs(log, writers))
         ray.get([process.pid.remote() for process in processes], timeout=120)
         for at_once in (1, 10):
@@ -222,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     header = [f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, `python -m benchmarks.event_log`."]
     rows: list[tuple[str, Speed]] = []
+    collect_rarely()  # as the log's own process
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-", dir=Path.cwd()) as folder:
         scratch = Path(folder)
         rows.append(("the disk alone: 4 KiB and fdatasync", syncs(scratch / "sync", arguments.seconds)))
