@@ -44,7 +44,7 @@ def main() -> int:
 
 def measure(service: LocalService, inputs: Path, kinds: Sequence[str]) -> list[Recovery]:
     faults = Faults(Api(service, inputs / "tiny", inputs / "rows.jsonl"))
-    options = {"n_epochs": 100_000, "extras": {"save_every_n_steps": INTERVAL, "keep_last_n_checkpoints": 2}}
+    options = {"n_epochs": 10_000, "extras": {"save_every_n_steps": INTERVAL, "keep_last_n_checkpoints": 2}}
     job_id = faults.submit(fine_tuning_options=options)
     recoveries = []
     for kind in kinds:
