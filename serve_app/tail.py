@@ -14,7 +14,8 @@ A replica that is about to end closes the streams that follow a job: a last line
 import asyncio
 import json
 from asyncio import FIRST_COMPLETED, Task
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,14 +39,20 @@ class Together:
         self._asking: dict[Task[Any], int] = {}
 
     async def ask(self, question: Hashable, ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` returns or raises. It is cancelled when nobody waits for the answer any more."""
+        """What `ask` returns or raises."""
+        with self.asking(question, ask) as task:
+            return await asyncio.shield(task)
+
+    @contextmanager
+    def asking(self, question: Hashable, ask: Callable[[], Awaitable[T]]) -> Iterator[Task[T]]:
+        """The question under way, to be waited for and not cancelled: it is when nobody wants the answer any more."""
         task = self._under_way.get(question)
         if task is None or task.done():
             task = self._under_way[question] = asyncio.ensure_future(_awaited(ask))
             self._asking[task] = 0
         self._asking[task] += 1
         try:
-            return await asyncio.shield(task)
+            yield task
         finally:
             self._asking[task] -= 1
             if not self._asking[task]:
@@ -121,16 +128,15 @@ async def _read(
         batch = await backend.logs.read(job_id, after, BATCH_LINES, wait_s)
         return _Read(batch.next, _line(batch.next, batch) if batch.lines else None)
 
-    reading = asyncio.create_task(together.ask((job_id, after, wait_s), read))
-    try:
+    # One that was under way before the job was over may have missed its last lines.
+    question = (job_id, after) if news else object()
+    with together.asking(question, read) as reading:
         await asyncio.wait({reading, *news}, timeout=0.9 * heartbeat_s, return_when=FIRST_COMPLETED)
         if reading.done():
             return reading.result()
         if not news:
             raise LogUnavailable("the log lines don't come")
         return None if any(task.done() for task in news) else _Read(after, None)
-    finally:
-        reading.cancel()  # Reading consumes nothing, so nothing is lost.
 
 
 async def _until_over(backend: Backend, job: FineTuningJob, together: Together) -> FineTuningJob:
@@ -138,7 +144,7 @@ async def _until_over(backend: Backend, job: FineTuningJob, together: Together) 
     while not job.over:
         news = partial(backend.log.wait, job.job_id, job.version, WATCH_S)
         try:
-            job = await together.ask((job.job_id, job.version), news)
+            job = await together.ask((job.job_id, "news", job.version), news)
         except LogUnavailable:
             await asyncio.sleep(RETRY_S)
     return job

@@ -6,11 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 
 from events.facts import CancelRequested, JobCancelled, JobError, JobFailed
+from events.job import FineTuningJob
 from events.log import LogUnavailable
 from events.log_queue import LogBatch
 from serve_app import tail as tail_module
@@ -197,6 +200,31 @@ def test_readers_at_the_same_place_share_one_read_which_ends_when_the_last_of_th
         await asyncio.wait([alone])
         while ended < 3:  # noqa: ASYNC110  -- as above
             await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_read_that_ends_a_stream_is_not_shared_for_lines_may_have_come_since_the_other_began() -> None:
+    async def scenario() -> None:
+        asked = 0
+
+        async def read(*_: object) -> LogBatch:
+            nonlocal asked
+            asked += 1
+            while asked < 2:  # noqa: ASYNC110  -- answered once the other one is asked too
+                await asyncio.sleep(0)
+            return LogBatch([], 0)
+
+        backend: Any = SimpleNamespace(logs=SimpleNamespace(read=read))
+        job = FineTuningJob(job_id="a", created=datetime.now(UTC), status="success", input_config={})
+        together = Together()
+        options: dict[str, Any] = {"after": 0, "follow": True, "heartbeat_s": 20, "closing": asyncio.Event()}
+
+        async def lines_of_a_reader() -> list[Any]:
+            return [json.loads(line) async for line in tail_module.tail(backend, job, together, **options)]
+
+        end = {"logs": [], "next": 0, "status": "success"}
+        assert await asyncio.gather(lines_of_a_reader(), lines_of_a_reader()) == [[end], [end]]
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
