@@ -5,6 +5,9 @@ appends again; an event is one step's metrics, as a training worker sends it. Be
 written to the same table without group commit, a transaction and an fsync each; and the disk alone, one 4 KiB write and
 fdatasync after the other: with one append in flight each, 64 writers can't have more than 64 acknowledgements an fsync.
 
+Through Ray: the same writers in PROCESSES processes of their own and the log in its actor, on a cluster with nothing
+else. CPU is then that of the actor.
+
 `--rows N` opens a log of N events (default a million). Writes its section of benchmarks/README.md.
 """
 
@@ -14,15 +17,19 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import psutil
+import ray
 
 from benchmarks.report import table, write_section
 from benchmarks.service import machine
-from events import EventLog, SqliteStore, new_event_id
+from events import EventLog, SqliteStore, new_event_id, new_job_id
+from events.actors import EventLogClient, blocking, collect_rarely, connect
 from events.facts import (
     DataReport,
     DataValidated,
@@ -35,9 +42,13 @@ from events.facts import (
     StepMetrics,
 )
 from events.store import NewEvent, StreamAppend
+from tests.conftest import a_ray_cluster
 
 README = Path(__file__).parent / "README.md"
 JOBS = 1000
+PROCESSES = 4
+SNAPSHOT_S = 300.0
+"""How long a log may take to write its snapshot."""
 RESOURCES = Resources(workers=1, nodes=1, cpus_per_worker=1, gpus_per_worker=0)
 SUBMITTED = JobSubmitted(
     config={"model": "smollm2-135m-instruct", "data": "file:///data/train.jsonl"},
@@ -82,24 +93,71 @@ def measured(step: int) -> MetricsRecorded:
 async def appends(file: Path, writers: int, at_once: int, seconds: float) -> Speed:
     """`at_once`: events in each append."""
     log = EventLog(SqliteStore(file))
-    for number in range(writers):
-        await log.submit(f"ftjob-{number}", SUBMITTED, new_event_id(), writers)
-        await log.append(f"ftjob-{number}", RUNNING, [new_event_id() for _ in RUNNING])
-    latencies: list[float] = []
-    end = time.perf_counter() + seconds
-
-    async def write(job_id: str) -> None:
-        events: list[Event] = [measured(number + 1) for number in range(at_once)]
-        while (began := time.perf_counter()) < end:
-            # Ids that sort by time, as ULIDs do. Making events and ids is the work of other processes.
-            await log.append(job_id, events, [f"{time.time_ns()}:{job_id}:{number}" for number in range(at_once)])
-            latencies.append(time.perf_counter() - began)
-
+    job_ids = await running_jobs(log, writers)
     began, cpu = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(write(f"ftjob-{number}") for number in range(writers)))
+    latencies = await write(log, job_ids, at_once, seconds)
     elapsed, cpu = time.perf_counter() - began, time.process_time() - cpu
     await log.close()
     return speed(latencies, len(latencies) * at_once, elapsed, cpu)
+
+
+async def running_jobs(log: EventLog | EventLogClient, count: int) -> list[str]:
+    """Their ids."""
+    job_ids = [new_job_id() for _ in range(count)]
+    for job_id in job_ids:
+        await log.submit(job_id, SUBMITTED, new_event_id(), JOBS)
+        await log.append(job_id, RUNNING, [new_event_id() for _ in RUNNING])
+    return job_ids
+
+
+async def write(log: EventLog | EventLogClient, job_ids: Sequence[str], at_once: int, seconds: float) -> list[float]:
+    """A writer for each job. How long each append took, in seconds."""
+    latencies: list[float] = []
+    end = time.perf_counter() + seconds
+    events: list[Event] = [measured(number + 1) for number in range(at_once)]
+
+    async def append(job_id: str) -> None:
+        while (began := time.perf_counter()) < end:
+            # Ids that sort by time, as ULIDs do. Making events and ids is the work of other processes.
+            await log.append(job_id, events, [f"{time.time_ns()}:{job_id[-8:]}:{number}" for number in range(at_once)])
+            latencies.append(time.perf_counter() - began)
+
+    await asyncio.gather(*map(append, job_ids))
+    return latencies
+
+
+class Writers:
+    """A process of writers."""
+
+    def __init__(self, log: EventLogClient) -> None:
+        self._log = log
+
+    def pid(self) -> int:
+        """Answers once the process is there."""
+        return os.getpid()
+
+    def write(self, job_ids: list[str], at_once: int, seconds: float) -> list[float]:
+        return asyncio.run(write(self._log, job_ids, at_once, seconds))
+
+
+def through_ray(storage: Path, writers: int, seconds: float) -> Iterator[tuple[int, Speed]]:
+    """With one and with ten events in each append."""
+    with a_ray_cluster():
+        log = connect(storage).log
+        actor = psutil.Process(blocking(log.about()).pid)
+        process_of_writers: Any = ray.remote(num_cpus=0)(Writers)  # Ray's types can't tell that it is a class
+        processes = [process_of_writers.remote(log) for _ in range(PROCESSES)]
+        job_ids = blocking(running_jobs(log, writers))
+        ray.get([process.pid.remote() for process in processes], timeout=120)
+        for at_once in (1, 10):
+            began, cpu = time.perf_counter(), sum(actor.cpu_times()[:2])
+            parts = [
+                process.write.remote(job_ids[number::PROCESSES], at_once, seconds)
+                for number, process in enumerate(processes)
+            ]
+            latencies = [one for part in ray.get(parts, timeout=seconds + 120) for one in part]
+            elapsed, cpu = time.perf_counter() - began, sum(actor.cpu_times()[:2]) - cpu
+            yield at_once, speed(latencies, len(latencies) * at_once, elapsed, cpu)
 
 
 def single_appends(file: Path, seconds: float) -> Speed:
@@ -151,8 +209,9 @@ async def open_and_close(file: Path, *, wait_for_snapshot: bool = False) -> floa
     assert jobs
     if wait_for_snapshot:
         snapshot = file.with_name(file.name + ".snapshot")
-        while not snapshot.exists():  # noqa: ASYNC110  -- another thread writes it
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(SNAPSHOT_S):  # none is written of fewer than 20,000 events
+            while not snapshot.exists():  # noqa: ASYNC110  -- another thread writes it
+                await asyncio.sleep(0.1)
     await log.close()
     return elapsed
 
@@ -164,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     header = [f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, `python -m benchmarks.event_log`."]
     rows: list[tuple[str, Speed]] = []
+    collect_rarely()  # as the log's own process
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-", dir=Path.cwd()) as folder:
         scratch = Path(folder)
         rows.append(("the disk alone: 4 KiB and fdatasync", syncs(scratch / "sync", arguments.seconds)))
@@ -174,6 +234,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 what = f"{writers} writer{'s' * (writers > 1)}, {at_once} event{'s' * (at_once > 1)} an append"
                 rows.append((what, asyncio.run(appends(file, writers, at_once, arguments.seconds))))
                 print(what, rows[-1][1], flush=True)
+        for at_once, one in through_ray(scratch / "storage", 64, arguments.seconds):
+            what = f"64 writers through Ray, {at_once} event{'s' * (at_once > 1)} an append"
+            rows.append((what, one))
+            print(what, one, flush=True)
         rows.append(("the disk alone, again", syncs(scratch / "sync", arguments.seconds)))
         without, with_snapshot, size = opening(scratch / "many.db", arguments.rows)
     cells = [

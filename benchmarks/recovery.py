@@ -1,40 +1,53 @@
-"""`python -m benchmarks.recovery`: how long a job and the door stand still after each kind of process is killed.
+"""`python -m benchmarks.recovery [kind ...]`: how long a job and the door stand still after a process is killed.
 
-A service of its own on this machine, one job that trains for ever, and each kind killed TIMES times (SIGKILL).
+A service of its own on this machine, one job that trains for ever, and each kind of process (all, unless some are
+named) killed so many times (SIGKILL). With `--times 3`, all of them take a quarter of an hour.
 """
 
+import argparse
+import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from serve_app.local import LocalService
 from tests.faults.killing import INTERVAL, OTHERS, OWNERS, Faults, Recovery, a_service, make_inputs, step_of
 from tests.service.conftest import Api
 
-TIMES = 3
+KINDS = [*OWNERS, *OTHERS]
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.recovery")
+    parser.add_argument("kinds", nargs="*", metavar="kind", help=f"one of: {', '.join(KINDS)}")
+    parser.add_argument("--times", type=int, default=3, help="how often each is killed")
+    arguments = parser.parse_args()
+    kinds: list[str] = arguments.kinds or KINDS
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"no such kind: {', '.join(unknown)}")
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-") as folder:
         (inputs := Path(folder) / "inputs").mkdir()
         make_inputs(inputs)
         with a_service(Path(folder) / "storage", inputs) as service:
-            recoveries = measure(service, inputs)
-    print("| killed | no longer `running` after | trains again after | door shut for |\n|---|---|---|---|")
-    for kind in OWNERS | OTHERS:
+            recoveries = measure(service, inputs, kinds * arguments.times)
+    print("| killed | times | no longer `running` after | trains again after | door shut for | load |")
+    print("|---|---|---|---|---|---|")
+    for kind in kinds:
         of_kind = [recovery for recovery in recoveries if recovery.kind == kind]
         unowned, resumed, door = (statistics.median(values) for values in list(zip(*of_kind, strict=True))[1:])
-        print(f"| {kind} | {_seconds(unowned)} | {_seconds(resumed)} | {_seconds(door)} |")
+        numbers = f"{_seconds(unowned)} | {_seconds(resumed)} | {_seconds(door)} | {os.getloadavg()[1]:.0f}"
+        print(f"| {kind} | {len(of_kind)} | {numbers} |")
     return 0
 
 
-def measure(service: LocalService, inputs: Path) -> list[Recovery]:
+def measure(service: LocalService, inputs: Path, kinds: Sequence[str]) -> list[Recovery]:
     faults = Faults(Api(service, inputs / "tiny", inputs / "rows.jsonl"))
-    options = {"n_epochs": 100_000, "extras": {"save_every_n_steps": INTERVAL, "keep_last_n_checkpoints": 2}}
+    options = {"n_epochs": 10_000, "extras": {"save_every_n_steps": INTERVAL, "keep_last_n_checkpoints": 2}}
     job_id = faults.submit(fine_tuning_options=options)
     recoveries = []
-    for kind in [*OWNERS, *OTHERS] * TIMES:
+    for kind in kinds:
         _wait_for_a_checkpoint(faults, job_id)
         recoveries.append(faults.kill_and_recover(kind, job_id))
         print(recoveries[-1], file=sys.stderr)

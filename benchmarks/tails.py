@@ -20,6 +20,8 @@ from examples.client import Client
 from serve_app.local import LocalService
 
 LINES, PER_SECOND = 300, 10
+FOLLOW_S = 180.0
+"""All readers together may take so long."""
 WRITER = """
 import asyncio, sys, time
 from pathlib import Path
@@ -46,17 +48,15 @@ def main() -> int:
         model, data = make_material(Path(folder), 64)
         env = {"TUNEWRIGHT_DATA_ROOTS": folder, "TUNEWRIGHT_MODEL_ROOTS": folder}
         with LocalService(Path(folder) / "storage", env=env) as service:
-            # One that can't start, so that nothing but the readers and the lines keeps this machine busy.
+            # A paused one, so that nothing but the readers and the lines keeps this machine busy.
             client = Client(service.url)
-            holder = client.submit(job(model, data, n_epochs=100_000) | {"overrides": "--nproc_per_node 2"})["job_id"]
-            while client.status(holder)["status"] != "running":
-                time.sleep(0.2)
-            job_id = client.submit(job(model, data) | {"overrides": "--nproc_per_node 2"})["job_id"]
-            while client.status(job_id)["status"] != "queued":
+            job_id = client.submit(job(model, data))["job_id"]
+            client.pause(job_id)
+            while not client.status(job_id).get("why", "").startswith("paused"):
                 time.sleep(0.2)
             arguments = [service.ray_address, str(service.storage), job_id, str(LINES), str(PER_SECOND)]
             with subprocess.Popen([sys.executable, "-c", WRITER, *arguments], env=service.env, stdin=-1) as writer:
-                latency = asyncio.run(follow(service.url, job_id, readers, writer))
+                latency = asyncio.run(asyncio.wait_for(follow(service.url, job_id, readers, writer), FOLLOW_S))
     print(f"{readers:,} readers, {latency.n:,} lines read: p50 {latency.p50_ms:.0f} ms, p99 {latency.p99_ms:.0f} ms")
     return 0
 

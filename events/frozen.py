@@ -14,7 +14,8 @@ def changed(model: M, update: Mapping[str, Any]) -> M:
     copy = model.__class__.__new__(model.__class__)
     set_attribute = object.__setattr__  # the models are frozen
     set_attribute(copy, "__dict__", {**model.__dict__, **update})
-    set_attribute(copy, "__pydantic_fields_set__", model.__pydantic_fields_set__ | update.keys())
+    known = model.__pydantic_fields_set__
+    set_attribute(copy, "__pydantic_fields_set__", known if update.keys() <= known else known | update.keys())
     set_attribute(copy, "__pydantic_extra__", None)
     set_attribute(copy, "__pydantic_private__", None)
     return copy

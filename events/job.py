@@ -99,7 +99,7 @@ class Pace(_Part):
 
     def after(self, measured: list[StepMetrics]) -> "Pace":
         """A checkpoint's time counts with the step after it."""
-        at, changes = self.at, self.model_dump()
+        at, changes = self.at, dict(self.__dict__)
         for metrics in measured:
             try:
                 end = datetime.fromisoformat(metrics.time)
@@ -114,7 +114,7 @@ class Pace(_Part):
                 changes["first_s"] = changes["first_s"] if changes["steps"] else took
                 changes["steps"] += 1
                 changes["steps_s"] += took
-        return Pace.model_validate({**changes, "at": at})
+        return changed(self, {**changes, "at": at})
 
     def remaining_s(self, steps: int, evaluations: float) -> float | None:
         """Seconds that so many more will take; None before the first step."""

@@ -25,9 +25,8 @@ class Jobs:
         self._live: dict[str, None] = {}
         self._by_key: dict[str, str] = {}
         self._damaged: dict[str, str] = {}  # why; set by the store's thread at any time, and never unset
-        self._by_digest: dict[str, str] = {}
-        self.answered: set[str] = set()
-        """Jobs whose submitter has been told of them, as far as this process knows."""
+        self._by_digest: dict[str, str] = {}  # of the last minute, oldest first
+        self._answered: set[str] = set()  # of these, those whose submitter was told, as far as this process knows
 
     @classmethod
     def of(cls, position: int, time: datetime | None, jobs: Iterable[FineTuningJob]) -> "Jobs":
@@ -67,6 +66,15 @@ class Jobs:
     def with_digest(self, request_digest: str) -> str | None:
         return self._by_digest.get(request_digest)
 
+    def answer(self, job_id: str) -> None:
+        """Whoever submitted the job has been told of it."""
+        job = self._jobs.get(job_id)
+        if job is not None and self._by_digest.get(job.request_digest or "") == job_id:
+            self._answered.add(job_id)
+
+    def is_answered(self, job_id: str) -> bool:
+        return job_id in self._answered
+
     def live(self) -> list[FineTuningJob]:
         """Jobs without an outcome, oldest first. Damaged ones are left out."""
         return [self._jobs[job_id] for job_id in self._live if job_id not in self._damaged]
@@ -99,9 +107,21 @@ class Jobs:
             else:
                 self._live[job_id] = None
         self._by_key.update(draft.keys)
-        self._by_digest.update(draft.digests)
         self.position = draft.position
         self.time = draft.time
+        self._adopt_digests(draft.digests)
+
+    def _adopt_digests(self, digests: Mapping[str, str]) -> None:
+        """And forgets those that no request can repeat any more."""
+        for digest, job_id in digests.items():
+            self._answered.discard(self._by_digest.pop(digest, ""))
+            self._by_digest[digest] = job_id
+        while self._by_digest and self.time is not None:
+            digest, job_id = next(iter(self._by_digest.items()))
+            if self.time - self._jobs[job_id].created <= REPETITION:
+                return
+            del self._by_digest[digest]
+            self._answered.discard(job_id)
 
 
 class Draft:
@@ -122,7 +142,7 @@ class Draft:
     def replay(self, history: Iterable[Recorded]) -> None:
         """Events that are in the store already."""
         for recorded in history:
-            self._put(recorded, evolve(self._get(recorded.job_id), recorded))
+            self._put(evolve(self._get(recorded.job_id), recorded), recorded.position, recorded.time)
 
     def know(self, event_ids: Iterable[str]) -> None:
         """These were written before: proposing them again changes nothing."""
@@ -153,22 +173,19 @@ class Draft:
         actual = NO_STREAM if job is None else job.version
         if fresh and expected_version not in (None, actual):
             raise ExpectedVersionError(job_id, expected_version, actual)
-        accepted: list[tuple[NewEvent, Recorded, FineTuningJob]] = []
-        position = self.position
+        accepted: list[NewEvent] = []
         for new in fresh:
             if decide(job, new.event):  # type: ignore[arg-type]  # only Event comes in here
-                position += 1
                 version = NO_STREAM + 1 if job is None else job.version + 1
-                recorded = Recorded(position, job_id, version, new.event_id, time, new.event)
-                job = evolve(job, recorded)
-                accepted.append((new, recorded, job))
+                position = self.position + len(accepted) + 1
+                job = evolve(job, Recorded(position, job_id, version, new.event_id, time, new.event))
+                accepted.append(new)
         if job is None:
             raise Refused("unknown_job", f"no job {job_id}")
-        for _, recorded, then in accepted:
-            self._put(recorded, then)
         if accepted:
-            self.appends.append(StreamAppend(job_id, [new for new, _, _ in accepted], actual))
-            self._known.update(new.event_id for new, _, _ in accepted)
+            self._put(job, self.position + len(accepted), time)
+            self.appends.append(StreamAppend(job_id, accepted, actual))
+            self._known.update([new.event_id for new in accepted])
         return job
 
     def put(self, job: FineTuningJob) -> None:
@@ -179,12 +196,13 @@ class Draft:
         if before is None and job.idempotency_key is not None:
             self.keys[job.idempotency_key] = job.job_id
         if before is None and job.request_digest is not None:
+            self.digests.pop(job.request_digest, None)  # the order is that of the submits
             self.digests[job.request_digest] = job.job_id
 
-    def _put(self, recorded: Recorded, job: FineTuningJob) -> None:
+    def _put(self, job: FineTuningJob, position: int, time: datetime) -> None:
         self.put(job)
-        self.position = recorded.position
-        self.time = recorded.time
+        self.position = position
+        self.time = time
 
     def _get(self, job_id: str) -> FineTuningJob | None:
         return self.changed.get(job_id) or self._jobs.get(job_id)
@@ -204,7 +222,7 @@ class Draft:
         if job is None or time - job.created > REPETITION:
             return None
         self._jobs.check(job.job_id)
-        return job if retried or job.job_id not in self._jobs.answered else None
+        return job if retried or not self._jobs.is_answered(job.job_id) else None
 
 
 def _same_config(job: FineTuningJob, event: JobSubmitted) -> FineTuningJob:

@@ -110,7 +110,7 @@ class EventLog:
 
         In memory only. After a restart nobody knows, so within the minute the same job is returned.
         """
-        self._jobs.answered.add(job_id)
+        self._jobs.answer(job_id)
 
     async def append(
         self, job_id: str, events: list[Event], event_ids: list[str], expected_version: int | None = None
@@ -233,12 +233,14 @@ class EventLog:
         except StoreFailedError as error:
             raise LogUnavailable(f"the event log can't be read: {error}") from error
 
-    async def _propose(self, event_ids: list[str], draft: Callable[[Draft, datetime], FineTuningJob]) -> FineTuningJob:
+    def _propose(
+        self, event_ids: list[str], draft: Callable[[Draft, datetime], FineTuningJob]
+    ) -> asyncio.Future[FineTuningJob]:
         done: asyncio.Future[FineTuningJob] = asyncio.get_running_loop().create_future()
         self._proposals.append(_Proposal(event_ids, draft, done))
         if self._committing is None:
             self._committing = asyncio.create_task(self._commit_until_idle())
-        return await done
+        return done
 
     async def _commit_until_idle(self) -> None:
         while self._proposals:

@@ -62,8 +62,10 @@ SELECT position, job_id FROM events AS e WHERE position > ? AND position <= ? AN
     OR e.version > 0
        AND NOT EXISTS (SELECT 1 FROM events INDEXED BY {_BY_JOB} WHERE job_id = e.job_id AND version = e.version - 1)
 )"""  # noqa: S608  -- constants of this module
-_WAL_BYTES = 4 << 20
-"""The write-ahead log goes into the database file when it has grown beyond this."""
+_WAL_BYTES = 16 << 20
+"""The write-ahead log goes into the database file when it has grown beyond this. A page that many commits changed is
+then written once."""
+_CACHE_KIB = 16 << 10
 _BACKUP_PAGES = 64  # copied at a time: an append waits for as long as that takes
 
 Row = tuple[int, str, int, str, str, str, int]
@@ -102,7 +104,8 @@ class SqliteStore:
             versions = self._versions({stream.job_id for stream in batch})
             placed, new = place(batch, known, versions, self._last, time)
             if new:
-                self._write([_row(recorded, body) for recorded, body in new])
+                moment = time.isoformat()
+                self._write([_row(recorded, moment, body) for recorded, body in new])
         except sqlite3.Error as error:
             self._failed = True
             raise StoreFailedError(f"{self._path}: {error}") from error
@@ -261,6 +264,7 @@ class SqliteStore:
         db.execute("PRAGMA locking_mode=EXCLUSIVE")  # before the first access: then no shared memory is ever used
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
+        db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         db.execute("PRAGMA wal_autocheckpoint=0")  # `events.wal` wants it emptied as a whole: `_empty_wal`
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > _SCHEMA_VERSION:
@@ -382,11 +386,10 @@ class SqliteStore:
             raise StoreFailedError(f"{self._path}: {error}") from error
 
     def _versions(self, job_ids: Collection[str]) -> dict[str, int]:
-        last = (
-            "SELECT job_id, max(version) FROM events WHERE job_id IN (SELECT value FROM json_each(?)) GROUP BY job_id"
-        )
+        # For each job a look at the end of its stream: with GROUP BY SQLite would go through all of it.
+        last = "SELECT value, (SELECT max(version) FROM events WHERE job_id = value) FROM json_each(?)"
         rows = self._db.execute(last, [json.dumps(list(job_ids))])
-        return dict.fromkeys(job_ids, NO_STREAM) | dict(rows.fetchall())
+        return {job_id: NO_STREAM if version is None else version for job_id, version in rows}
 
 
 def lock(path: Path) -> int:
@@ -434,8 +437,8 @@ def _is_damage(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def _row(recorded: Recorded, body: str) -> Row:
-    columns = recorded.position, recorded.job_id, recorded.version, recorded.event_id, recorded.time.isoformat(), body
+def _row(recorded: Recorded, time: str, body: str) -> Row:
+    columns = recorded.position, recorded.job_id, recorded.version, recorded.event_id, time, body
     return *columns, _checksum(*columns)
 
 

@@ -14,6 +14,7 @@ from serve_app.delivery import Deliveries
 from serve_app.middleware import RequestContext
 from serve_app.openai import files, jobs, uploads, webhooks
 from serve_app.routes import router as our_router
+from serve_app.tail import Together
 
 ROUTERS = (our_router, files.router, uploads.router, jobs.router, webhooks.router)
 
@@ -32,6 +33,7 @@ def build_api(backend: Backend, *, sends_request_id: bool = True, closing: async
     app.state.backend = backend
     app.state.closing = closing or asyncio.Event()
     app.state.deliveries = Deliveries()
+    app.state.together = Together()
     for router in ROUTERS:
         app.include_router(router)
 

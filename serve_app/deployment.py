@@ -13,8 +13,8 @@ from serve_app.api import build_api
 from trainers import service
 from trainers.settings import Settings, settings
 
-MAX_ONGOING_REQUESTS = 1000
-"""Requests one replica works on at a time. Each open tail is one, and waits more than it works; a few hundred of them
+MAX_ONGOING_REQUESTS = 2000
+"""Requests one replica works on at a time. Each open tail is one, and waits more than it works; a thousand of them
 must leave room for everybody else."""
 
 

@@ -226,8 +226,10 @@ async def tail_logs(
     without one ends because the service is being restarted: go on from its last `next`.
     """
     job = await backend.log.job(job_id)
-    closing: asyncio.Event = request.app.state.closing
-    lines = tail(backend, job, after=after, follow=follow, heartbeat_s=backend.settings.heartbeat_s, closing=closing)
+    state, heartbeat_s = request.app.state, backend.settings.heartbeat_s
+    lines = tail(
+        backend, job, state.together, after=after, follow=follow, heartbeat_s=heartbeat_s, closing=state.closing
+    )
     return StreamingResponse(lines, media_type="application/x-ndjson")
 
 

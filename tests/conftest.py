@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,6 +78,12 @@ class RayCluster(NamedTuple):
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[RayCluster]:
+    with a_ray_cluster() as cluster:
+        yield cluster
+
+
+@contextmanager
+def a_ray_cluster() -> Iterator[RayCluster]:
     """One node with four logical CPUs, on free loopback ports, in a directory of its own. This process is connected."""
     import ray
 

@@ -136,6 +136,20 @@ def test_a_minute_later_an_identical_request_is_another_job(retried: bool) -> No
         jobs.adopt(draft)
 
 
+def test_requests_and_their_answers_are_forgotten_once_no_repetition_can_come() -> None:
+    jobs = Jobs()
+    for number in range(200):
+        event = SUBMITTED.model_copy(update={"request_digest": f"d{number}"})
+        draft = Draft(jobs)
+        draft.submit(f"j{number}", NewEvent.of(f"e{number}", event), 1000, START + timedelta(seconds=number))
+        jobs.adopt(draft)
+        jobs.answer(f"j{number}")
+    remembered = [number for number in range(200) if jobs.with_digest(f"d{number}") is not None]
+    assert remembered == [number for number in range(200) if jobs.is_answered(f"j{number}")] == [*range(139, 200)]
+    jobs.answer("j0")  # told late: nobody will ask
+    assert not jobs.is_answered("j0")
+
+
 def test_only_so_many_jobs_may_be_unfinished() -> None:
     async def scenario() -> None:
         async with opened(MemoryStore()) as log:

@@ -71,9 +71,7 @@ def _read_in_pieces(faults: Faults, job_id: str, rng: random.Random) -> tuple[li
 
 
 @pytest.mark.timeout(3600)
-def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults, long: bool) -> None:
-    if not long:
-        pytest.skip("fails: ten readers that stall at 36 MB each cost 274 MiB; docs/reliability.md")
+def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults) -> None:
     job_id = faults.submit()
     faults.until(job_id, lambda job: step_of(job) > 0)
     service = faults.api.service
@@ -93,6 +91,7 @@ def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults, 
     done.set()
     other.join()
     assert read >= LINES
+    print(f"grown by {grown / 2**20:.0f} MiB, a status took at most {max(longest):.2f} s")  # noqa: T201
     assert grown < MAY_GROW, f"{grown / 2**20:.0f} MiB more"
     assert max(longest) < 5, f"a status took {max(longest):.1f} s"
     for reader in stalled:

@@ -1,17 +1,23 @@
 """GET /fine_tuning/jobs/tail: every line once, in order, whenever and however often one reads."""
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 
 from events.facts import CancelRequested, JobCancelled, JobError, JobFailed
+from events.job import FineTuningJob
+from events.log import LogUnavailable
 from events.log_queue import LogBatch
 from serve_app import tail as tail_module
+from serve_app.tail import Together
 from tests.serve_app.live_server import Serve, Server
 
 TAIL = "/fine_tuning/jobs/tail"
@@ -157,6 +163,84 @@ def test_a_reader_that_does_not_read_holds_up_nobody_and_is_not_read_ahead_for(s
             assert httpx.get(server.url + "/healthz").status_code == 200
     finally:
         server.parts.logs.read = read  # type: ignore[method-assign]
+
+
+def test_readers_at_the_same_place_share_one_read_which_ends_when_the_last_of_them_leaves() -> None:
+    async def scenario() -> None:
+        together, answer = Together(), asyncio.Event()
+        asked = ended = 0
+
+        async def ask() -> str:
+            nonlocal asked, ended
+            asked += 1
+            try:
+                await answer.wait()
+            finally:
+                ended += 1
+            return "line"
+
+        async def until_asked(times: int) -> None:
+            while asked < times:  # noqa: ASYNC110  -- one turn of the loop or two
+                await asyncio.sleep(0)
+
+        first, *others = [asyncio.create_task(together.ask("place", ask)) for _ in range(3)]
+        await until_asked(1)
+        first.cancel()
+        await asyncio.wait([first])
+        answer.set()
+        assert await asyncio.gather(*others) == ["line", "line"]
+        assert (asked, ended) == (1, 1)
+        assert await together.ask("place", ask) == "line"  # who comes after an answer asks anew
+        assert asked == 2
+
+        answer.clear()
+        alone = asyncio.create_task(together.ask("place", ask))
+        await until_asked(3)
+        alone.cancel()
+        await asyncio.wait([alone])
+        while ended < 3:  # noqa: ASYNC110  -- as above
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_read_that_ends_a_stream_is_not_shared_for_lines_may_have_come_since_the_other_began() -> None:
+    async def scenario() -> None:
+        asked = 0
+
+        async def read(*_: object) -> LogBatch:
+            nonlocal asked
+            asked += 1
+            while asked < 2:  # noqa: ASYNC110  -- answered once the other one is asked too
+                await asyncio.sleep(0)
+            return LogBatch([], 0)
+
+        backend: Any = SimpleNamespace(logs=SimpleNamespace(read=read))
+        job = FineTuningJob(job_id="a", created=datetime.now(UTC), status="success", input_config={})
+        together = Together()
+        options: dict[str, Any] = {"after": 0, "follow": True, "heartbeat_s": 20, "closing": asyncio.Event()}
+
+        async def lines_of_a_reader() -> list[Any]:
+            return [json.loads(line) async for line in tail_module.tail(backend, job, together, **options)]
+
+        end = {"logs": [], "next": 0, "status": "success"}
+        assert await asyncio.gather(lines_of_a_reader(), lines_of_a_reader()) == [[end], [end]]
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_question_that_fails_fails_for_all_who_asked_it() -> None:
+    async def scenario() -> None:
+        together = Together()
+
+        async def fail() -> None:
+            await asyncio.sleep(0)
+            raise LogUnavailable("gone")
+
+        outcomes = await asyncio.gather(*(together.ask("place", fail) for _ in range(3)), return_exceptions=True)
+        assert [str(outcome) for outcome in outcomes] == ["gone"] * 3
+
+    asyncio.run(scenario())
 
 
 def until_quiet(asked: list[int]) -> None:
