@@ -12,14 +12,19 @@ from serve_app import errors, openapi, reference
 from serve_app.backend import Backend
 from serve_app.delivery import Deliveries
 from serve_app.middleware import RequestContext
-from serve_app.openai import files, jobs, uploads
+from serve_app.openai import chat, checkpoints, files, jobs, models, uploads
 from serve_app.routes import router as our_router
+from trainers.answers import Answers
 
-ROUTERS = (our_router, files.router, uploads.router, jobs.router)
+ROUTERS = (our_router, files.router, uploads.router, jobs.router, checkpoints.router, models.router, chat.router)
 
 
-def build_api(backend: Backend, *, sends_request_id: bool = True, closing: asyncio.Event | None = None) -> FastAPI:
+def build_api(
+    backend: Backend, answers: Answers, *, sends_request_id: bool = True, closing: asyncio.Event | None = None
+) -> FastAPI:
     """The HTTP API in front of `backend`. Holds no state of its own, but for the answers that are on their way.
+
+    `answers`: who answers POST /v1/chat/completions.
 
     `sends_request_id`: whether responses get their x-request-id here; False where the server in front adds it.
     `closing`: set when this server is about to end, for the streams that would hold it up.
@@ -30,6 +35,7 @@ def build_api(backend: Backend, *, sends_request_id: bool = True, closing: async
         exception_handlers=dict.fromkeys(errors.TABLE, errors.handle),
     )
     app.state.backend = backend
+    app.state.answers = answers
     app.state.closing = closing or asyncio.Event()
     app.state.deliveries = Deliveries()
     for router in ROUTERS:
