@@ -21,6 +21,7 @@ must leave room for everybody else."""
 class Api:
     """One replica: connects to the service's actors, starting what isn't there, and serves the API in front of them."""
 
+    # Serve awaits it.
     async def __init__(self, settings: Settings, answers: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         listen_on_node_address_only()
         loop, self._closing = asyncio.get_running_loop(), asyncio.Event()

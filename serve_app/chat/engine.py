@@ -33,8 +33,11 @@ class Engine:
             prompt = await self._run(lambda: model.prompt(question))
             yield Begun(len(prompt))
             pieces = model.answer(prompt, question)
-            while (piece := await self._run(lambda: next(pieces, None))) is not None:
-                yield piece
+            try:
+                while (piece := await self._run(lambda: next(pieces, None))) is not None:
+                    yield piece
+            finally:
+                self._thread.submit(pieces.close)  # after the token it is at; its keys and values go with it
         except JobProblem as problem:
             yield Failed(problem.error)
 

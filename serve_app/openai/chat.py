@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 from ulid import ULID
 
@@ -27,6 +27,7 @@ from serve_app.openai.chat_objects import (
 from serve_app.openai.models import source_of, unknown_model
 from serve_app.openapi import documented_events, json_body
 from serve_app.routes import TheBackend, parsed
+from serve_app.streaming import Stream
 from trainers.answers import Answers, Begun, Failed, Part, Piece, Question, Sampling
 from trainers.data.dialog import RowError, check_order, for_template
 from trainers.errors import ConfigProblems, Problem
@@ -67,7 +68,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
     try:
         prompt_tokens = await _while_connected(request, _begun(parts))
         if asked.stream:
-            return StreamingResponse(answer.events(parts, prompt_tokens), media_type="text/event-stream")
+            return Stream(answer.events(parts, prompt_tokens), "text/event-stream")
         whole = await _while_connected(request, answer.whole(parts, prompt_tokens))
         await parts.aclose()
     except BaseException:
@@ -101,7 +102,7 @@ class _Answering:
             usage=_usage(prompt_tokens, tokens),
         )
 
-    async def events(self, parts: AsyncGenerator[Part, None], prompt_tokens: int) -> AsyncIterator[bytes]:
+    async def events(self, parts: AsyncGenerator[Part, None], prompt_tokens: int) -> AsyncGenerator[bytes, None]:
         tokens = 0
         try:
             yield self._chunk(OpenAIChatDelta(role="assistant", content=""))

@@ -1,7 +1,7 @@
 """/v1/fine_tuning/checkpoints/{id}/content: a checkpoint's weights, as one download."""
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -9,12 +9,13 @@ from typing import Annotated, BinaryIO, Literal
 from anyio import to_thread
 from fastapi import APIRouter, Query
 from fastapi import Path as InPath
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai.models import Checkpoint, checkpoint_of, unknown_model
 from serve_app.openapi import documented_bytes
 from serve_app.routes import TheBackend
+from serve_app.streaming import Stream
 from trainers.errors import Problem
 from trainers.resubmit import model_dir_of, step_of
 
@@ -53,7 +54,7 @@ async def content(
         "Content-Disposition": f'attachment; filename="{archive.name}.tar"',
         "Content-Length": str(archive.size),
     }
-    return StreamingResponse(archive.read(), media_type=MEDIA_TYPE, headers=headers)
+    return Stream(archive.read(), MEDIA_TYPE, headers)
 
 
 class _Archive:
@@ -71,14 +72,14 @@ class _Archive:
             self._files = stack.pop_all()
         self.size = sum(len(header) + size + _padding(size) for header, _, size in self._members) + len(_END)
 
-    def read(self) -> Iterator[bytes]:
+    async def read(self) -> AsyncGenerator[bytes, None]:
         """Closes the files when it ends, however it does."""
         with self._files:
             for header, file, size in self._members:
                 yield header
                 left = size
                 while left:
-                    chunk = file.read(min(left, CHUNK))
+                    chunk = await to_thread.run_sync(file.read, min(left, CHUNK))
                     if not chunk:
                         raise EOFError(f"{file.name} became shorter while it was sent")
                     left -= len(chunk)

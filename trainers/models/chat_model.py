@@ -1,6 +1,6 @@
 """A model that answers dialogs: a directory in Hugging Face layout, with its chat template, its tokens and its text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -59,7 +59,7 @@ class ChatModel:
             raise UserError("context_length_exceeded", message, "messages")
         return prompt
 
-    def answer(self, prompt: Sequence[int], question: Question) -> Iterator[Piece]:
+    def answer(self, prompt: Sequence[int], question: Question) -> Generator[Piece, None, None]:
         """The answer to a `prompt` of this model's, piece by piece: one for each token, though its text may come with a
         later one."""
         max_tokens = question.max_tokens or self._decoder.max_seq_len - len(prompt)

@@ -197,7 +197,7 @@ def test_an_answer_can_be_sent_back_as_a_message(client: openai.OpenAI, model: s
 
 
 def test_a_question_waits_for_no_longer_one(client: openai.OpenAI, model: str, endless: str) -> None:
-    with client.chat.completions.create(model=endless, messages=ASKED, stream=True) as stream:
+    with client.chat.completions.create(model=endless, messages=ASKED, temperature=0, stream=True) as stream:
         next(iter(stream))
         began = time.monotonic()
         ask(client, model, max_completion_tokens=2)
@@ -223,7 +223,7 @@ def test_generation_stops_when_the_client_goes_away(server: Server, endless: str
 
     loaded.answer = watched  # type: ignore[method-assign]
     try:
-        body = {"model": endless, "messages": ASKED, "stream": stream}
+        body = {"model": endless, "messages": ASKED, "stream": stream, "temperature": 0}
         with httpx.Client() as http:
             request = http.build_request("POST", f"{server.url}/v1/chat/completions", json=body)
             asking = threading.Thread(target=lambda: _ask_for_a_moment(http, request, lambda: len(pieces) > 3))
@@ -376,7 +376,7 @@ def test_every_field_of_openai_s_request_is_taken_or_refused_by_name(client: ope
     assert len(fields) > 30
     for field in fields:
         with pytest.raises(openai.BadRequestError) as refused:
-            client.chat.completions.create(model=model, messages=ASKED, extra_body={field: {"no": "such value"}})
+            client.chat.completions.create(model=model, messages=ASKED, extra_body={field: {"no": {"such": "value"}}})
         assert refused.value.param == field or str(refused.value.param).startswith(f"{field}."), field
     nulls = dict.fromkeys(fields)
     asked = {"temperature": 0, "max_completion_tokens": 24}
