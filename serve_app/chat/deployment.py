@@ -1,6 +1,7 @@
 """Chat on Ray Serve: a deployment without a replica while nobody asks, and the API's way to it."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from trainers.settings import Settings
 if TYPE_CHECKING:
     from trainers.models.chat_model import ChatModel
 
+logger = logging.getLogger("tunewright.chat")
+
 START_S = 180.0
 """A replica is there within seconds, unless what it reserves is held by jobs, or a node has to come first."""
 ONGOING, QUEUED = 8, 64
@@ -37,7 +40,7 @@ class Chat:
         give_way()
 
         async def load_chat_model(model: str) -> "ChatModel":
-            return await asyncio.to_thread(load, model, settings)
+            return await asyncio.to_thread(_load_here, model, settings)
 
         keep = serve.multiplexed(max_num_models_per_replica=settings.chat_models)
         self._engine = Engine(keep(load_chat_model))
@@ -49,12 +52,16 @@ class Chat:
 
 def load(model: str, settings: Settings) -> "ChatModel":
     """What `Question.model` names, fetched where it must be. Takes as long as that takes."""
-    import torch
-
     from trainers.models.chat_model import ChatModel
 
-    torch.set_num_threads(max(1, int(settings.chat_cpus)))
-    return ChatModel.load(resolve_model(model, settings, lambda _: None))
+    return ChatModel.load(resolve_model(model, settings, logger.info))
+
+
+def _load_here(model: str, settings: Settings) -> "ChatModel":
+    import torch
+
+    torch.set_num_threads(max(1, int(settings.chat_cpus)))  # the machine's cores are those of jobs
+    return load(model, settings)
 
 
 class RemoteAnswers:
@@ -75,7 +82,9 @@ class RemoteAnswers:
         except BackPressureError:
             raise _refused(429, f"{QUEUED} questions wait already; try again") from None
         except TimeoutError:
-            raise _refused(503, f"no replica could start within {START_S:.0f} s; jobs hold what it needs") from None
+            message = f"nobody could take the question within {START_S:.0f} s: others are worked on, or jobs hold the "
+            message += "GPU or the CPUs that the model's process needs"
+            raise _refused(503, message) from None
         except RayTaskError:
             raise  # a bug of ours, which nobody mends by asking again
         except (RayError, RayServeException) as error:
@@ -103,7 +112,8 @@ def deployment(settings: Settings) -> Deployment:
             target_ongoing_requests=ONGOING / 2,
             upscale_delay_s=0,
             downscale_delay_s=settings.chat_idle_s,
-            look_back_period_s=min(30.0, max(1.0, settings.chat_idle_s)),
+            metrics_interval_s=1,
+            look_back_period_s=3,  # idle is who had nothing to do for this long; the delay begins then
         ),
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": gpus(settings)},

@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from events.config import optional
@@ -174,8 +181,12 @@ class OpenAIChatCompletion(_Answer):
 class OpenAIChatDelta(_Answer):
     """What is new. Without fields in the chunk that ends the answer."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Literal["assistant"] | None = optional("In the first chunk.")
+    content: str | None = optional("Of the answer.")
+
+    @model_serializer(mode="wrap")
+    def _without_nulls(self, serialise: SerializerFunctionWrapHandler) -> dict[str, str]:
+        return {name: value for name, value in serialise(self).items() if value is not None}
 
 
 class OpenAIChunkChoice(_Answer):

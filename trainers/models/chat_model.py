@@ -1,22 +1,26 @@
 """A model that answers dialogs: a directory in Hugging Face layout, with its chat template, its tokens and its text."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import psutil
 import torch
+from torch import Tensor
 from torchtune.modules import TransformerDecoder
 from torchtune.training.precision import set_default_dtype
 
 from trainers.answers import Piece, Question
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dialog import RowError
-from trainers.errors import UserError
+from trainers.errors import InfrastructureError, UserError
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder, init_rope
 from trainers.models.generate import stream
 from trainers.models.weights import load_weights
 
+FITS = 0.8
+"""Of the free memory, what weights may take: answers need some, and so do the neighbours."""
 _UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
 
 
@@ -32,7 +36,7 @@ class ChatModel:
         """On the GPU in bf16 where this process has one, else on the CPU in fp32: what training does by default.
 
         On the CPU, weights stored in fp32 are mapped from their files, not copied. Raises UserError for a directory
-        that holds no model.
+        that holds no model, InfrastructureError `no_room` where memory is short: a model must not push out a job.
         """
         arch = inspect_model_dir(directory)
         tokenizer = ChatTokenizer.from_dir(directory)
@@ -40,7 +44,9 @@ class ChatModel:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with set_default_dtype(dtype), torch.device("meta"):
             decoder = build_decoder(arch)
-        weights = {name: value.to(device) for name, value in load_weights(directory, arch, dtype).items()}
+        stored = load_weights(directory, arch)
+        _check_room(stored, device, dtype)
+        weights = {name: value.to(device=device, dtype=dtype) for name, value in stored.items()}
         decoder.load_state_dict(weights, assign=True)
         init_rope(decoder, device)
         return cls(decoder.requires_grad_(False).eval(), tokenizer)
@@ -82,6 +88,16 @@ class ChatModel:
             sent = max(sent, ready)
         text = self._tokenizer.decode(ids)
         yield Piece(text[sent:], len(ids), "length" if len(ids) == max_tokens else "stop")
+
+
+def _check_room(stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """What is mapped from a file as it is needs no memory of its own."""
+    on_gpu = device.type == "cuda"
+    needed = sum(value.numel() * dtype.itemsize for value in stored.values() if on_gpu or value.dtype != dtype)
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > FITS * free:
+        message = f"the model needs {needed / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free"
+        raise InfrastructureError("no_room", message)
 
 
 def _stopped(text: str, stop: Sequence[str], sent: int) -> int | None:

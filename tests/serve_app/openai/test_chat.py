@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from safetensors.torch import load_file, save_file
 
 from events.facts import CheckpointSaved, CheckpointsDeleted, JobSucceeded
 from tests.serve_app.live_server import Serve, Server
@@ -21,6 +23,7 @@ from tests.serve_app.openai.test_jobs import running
 from tests.tiny_models import make_tiny_model
 from trainers.answers import Piece, Question
 from trainers.data.chat import ChatTokenizer
+from trainers.models import chat_model
 from trainers.models.chat_model import ChatModel
 from trainers.models.generate import generate
 
@@ -115,7 +118,16 @@ def test_a_stream_on_the_wire_is_server_sent_events_with_an_end(server: Server, 
     assert answer.headers["content-type"].startswith("text/event-stream")
     *events, end, nothing = answer.text.split("\n\n")
     assert (end, nothing) == ("data: [DONE]", "")
-    assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events)
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert all("usage" not in chunk for chunk in chunks)
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-1]["choices"][0]["delta"] == {}
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk)
+    whole = httpx.post(f"{server.url}/v1/chat/completions", json=body | {"stream": False}, timeout=WAIT_S).json()
+    ChatCompletion.model_validate(whole)  # the client itself doesn't check what it gets
+    for model_object in httpx.get(f"{server.url}/v1/models").json()["data"]:
+        Model.model_validate(model_object)
 
 
 def test_the_client_s_own_helpers_and_the_async_client_work(server: Server, client: openai.OpenAI, model: str) -> None:
@@ -386,9 +398,22 @@ def test_every_field_of_openai_s_request_is_taken_or_refused_by_name(client: ope
     assert ask(client, model, **neutral).choices == answer.choices
 
 
-def test_a_model_whose_weights_are_broken_says_so(server: Server, client: openai.OpenAI) -> None:
-    from safetensors.numpy import load_file, save_file
+def test_a_model_that_memory_has_no_room_for_is_refused_before_it_takes_any(
+    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = make_tiny_model(server.parts.settings.storage / "half")  # in bf16, so that it can't be mapped as it is
+    tensors = {name: value.bfloat16() for name, value in load_file(half / "model.safetensors").items()}
+    save_file(tensors, half / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(chat_model, "FITS", 1e-9)
+    with pytest.raises(openai.InternalServerError, match="GB in memory") as refused:
+        ask(client.with_options(max_retries=0), str(half))
+    assert (refused.value.status_code, refused.value.code) == (503, "no_room")
+    assert refused.value.response.headers["retry-after"]
+    monkeypatch.undo()
+    assert ask(client, str(half)).choices[0].message.content == greedy(str(half))[1]
 
+
+def test_a_model_whose_weights_are_broken_says_so(server: Server, client: openai.OpenAI) -> None:
     broken = make_tiny_model(server.parts.settings.storage / "nan")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][:] = float("nan")
