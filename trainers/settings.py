@@ -14,6 +14,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 ERROR_FILE = "error.txt"
 """In a failed job's directory: the traceback, or whatever else is known of what went wrong."""
 
+SHORTEST_IDLE_S = 15
+"""Serve measures how much a replica has to do every 10 s."""
+
 Paths = Annotated[tuple[Path, ...], NoDecode]
 
 
@@ -66,7 +69,7 @@ class Settings(BaseSettings):
     )
     chat_idle_s: float = Field(
         default=300,
-        ge=0,
+        ge=SHORTEST_IDLE_S,
         description="Seconds without a question after which that process ends, with its models.",
     )
     chat_cpus: float = Field(

@@ -19,7 +19,7 @@ from serve_app.replica import listen_on_node_address_only
 from trainers.answers import Part, Question
 from trainers.models.resolve import resolve_model
 from trainers.priority import give_way
-from trainers.settings import Settings
+from trainers.settings import SHORTEST_IDLE_S, Settings
 
 if TYPE_CHECKING:
     from trainers.models.chat_model import ChatModel
@@ -30,6 +30,8 @@ START_S = 180.0
 """A replica is there within seconds, unless what it reserves is held by jobs, or a node has to come first."""
 ONGOING, QUEUED = 8, 64
 """Questions that a replica works on in turn, and those that wait for one before further ones get a 429."""
+LOOK_BACK_S = SHORTEST_IDLE_S
+"""Idle, to Serve, is who had nothing to do on an average over this; the delay begins then."""
 
 
 class Chat:
@@ -101,7 +103,7 @@ def _refused(status: int, message: str) -> RequestRefused:
 
 
 def deployment(settings: Settings) -> Deployment:
-    """Scales to zero after `chat_idle_s`, and then holds no memory and no processor."""
+    """Scales to zero after about `chat_idle_s`, and then holds no memory and no processor."""
     return serve.deployment(
         name="chat",
         max_ongoing_requests=ONGOING,
@@ -111,9 +113,8 @@ def deployment(settings: Settings) -> Deployment:
             max_replicas=1,
             target_ongoing_requests=ONGOING / 2,
             upscale_delay_s=0,
-            downscale_delay_s=settings.chat_idle_s,
-            metrics_interval_s=1,
-            look_back_period_s=3,  # idle is who had nothing to do for this long; the delay begins then
+            look_back_period_s=LOOK_BACK_S,
+            downscale_delay_s=settings.chat_idle_s - LOOK_BACK_S,
         ),
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": gpus(settings)},

@@ -25,11 +25,12 @@ class Engine:
         """`load` takes `Question.model`; it may raise UserError and InfrastructureError, and keeps what it likes."""
         self._load = load
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat")
+        self._loading: set[asyncio.Future[ChatModel]] = set()
 
     async def answer(self, question: Question) -> AsyncGenerator[Part, None]:
         yield Accepted()
         try:
-            model = await self._load(question.model)
+            model = await self._loaded(question.model)
             prompt = await self._run(lambda: model.prompt(question))
             yield Begun(len(prompt))
             pieces = model.answer(prompt, question)
@@ -40,6 +41,14 @@ class Engine:
                 self._thread.submit(pieces.close)  # after the token it is at; its keys and values go with it
         except JobProblem as problem:
             yield Failed(problem.error)
+
+    async def _loaded(self, name: str) -> "ChatModel":
+        """Loading goes on for the next one when who asked first goes away: a model that takes longer than a client
+        waits would else be loaded again and again, several times at once."""
+        loading = asyncio.ensure_future(self._load(name))
+        self._loading.add(loading)  # the loop itself keeps only weak references to tasks
+        loading.add_done_callback(self._loading.discard)
+        return await asyncio.shield(loading)
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

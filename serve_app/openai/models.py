@@ -116,12 +116,13 @@ def unknown_model(message: str, code: str = "model_not_found") -> RequestRefused
 
 async def _by_id(log: JobLog, name: str, ulid: str, version: int) -> Checkpoint:
     job = await _job(log, ulid)
-    for recorded in await log.read(job.job_id, version - 1, 1) if job is not None else ():
-        if job is not None and recorded.version == version and isinstance(recorded.event, CheckpointSaved):
-            if recorded.event.uri in job.checkpoints:
-                return Checkpoint(job, recorded.event.uri)
-            raise unknown_model(f"job {job.job_id} has deleted checkpoint {name}", "checkpoint_deleted")
-    raise unknown_model(f"there is no checkpoint {name}")
+    found = await log.read(job.job_id, version - 1, 1) if job is not None else []
+    event = found[0].event if found and found[0].version == version else None
+    if job is None or not isinstance(event, CheckpointSaved):
+        raise unknown_model(f"there is no checkpoint {name}")
+    if event.uri not in job.checkpoints:
+        raise unknown_model(f"job {job.job_id} has deleted checkpoint {name}", "checkpoint_deleted")
+    return Checkpoint(job, event.uri)
 
 
 async def _job(log: JobLog, ulid: str) -> FineTuningJob | None:

@@ -39,9 +39,9 @@ def test_the_door_takes_no_cpu_from_training() -> None:
 
 
 def test_nobody_who_asks_means_no_replica_for_chat_and_no_cpu_either() -> None:
-    chat = chat_deployment(Settings(chat_idle_s=7))
+    chat = chat_deployment(Settings(chat_idle_s=60))
     scaling = chat._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.downscale_delay_s) == (0, 7)
+    assert (scaling.min_replicas, scaling.look_back_period_s + scaling.downscale_delay_s) == (0, 60)
     assert chat.ray_actor_options["num_cpus"] == chat.ray_actor_options["num_gpus"] == 0
     reserved = chat_deployment(Settings(chat_cpus=2, chat_gpus=0.5)).ray_actor_options
     assert (reserved["num_cpus"], reserved["num_gpus"]) == (2, 0.5)

@@ -120,7 +120,7 @@ def local_service(storage: Path, inputs: Path) -> LocalService:
         "TUNEWRIGHT_DATA_ROOTS": str(inputs),
         "TUNEWRIGHT_MODEL_ROOTS": str(inputs),
         "TUNEWRIGHT_HEARTBEAT_S": "1",
-        "TUNEWRIGHT_CHAT_IDLE_S": "5",
+        "TUNEWRIGHT_CHAT_IDLE_S": "15",
         "OMP_NUM_THREADS": "1",
     }
     return LocalService(storage, num_cpus=CPUS, env=env)

@@ -5,7 +5,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from safetensors.torch import load_file, save_file
 
 from events.facts import CheckpointSaved, CheckpointsDeleted, JobSucceeded
+from serve_app.chat.engine import Engine
 from tests.serve_app.live_server import Serve, Server
 from tests.serve_app.openai.conftest import connected
 from tests.serve_app.openai.test_jobs import running
 from tests.tiny_models import make_tiny_model
-from trainers.answers import Piece, Question
+from trainers.answers import Part, Piece, Question
 from trainers.data.chat import ChatTokenizer
 from trainers.models import chat_model
 from trainers.models.chat_model import ChatModel
@@ -249,6 +250,33 @@ def test_generation_stops_when_the_client_goes_away(server: Server, endless: str
     assert pieces[-1].end is None
     ask(connected(server), endless, max_completion_tokens=1)  # the thread is free, and nothing was added meanwhile
     assert len(pieces) == count
+
+
+def test_a_model_goes_on_loading_when_who_asked_goes_away(model: str) -> None:
+    async def journey() -> None:
+        started, go, loaded = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def load(name: str) -> ChatModel:
+            started.set()
+            await go.wait()
+            found = await asyncio.to_thread(ChatModel.load, Path(name))
+            loaded.set()
+            return found
+
+        engine = Engine(load)
+        asking = asyncio.create_task(_all(engine.answer(Question(model, tuple(ASKED), 1))))
+        await asyncio.wait_for(started.wait(), WAIT_S)
+        asking.cancel()
+        await asyncio.wait({asking})
+        assert asking.cancelled()
+        go.set()
+        await asyncio.wait_for(loaded.wait(), WAIT_S)
+
+    asyncio.run(journey())
+
+
+async def _all(parts: AsyncIterator[Part]) -> list[Part]:
+    return [part async for part in parts]
 
 
 def _ask_for_a_moment(http: httpx.Client, request: httpx.Request, enough: Callable[[], bool]) -> None:
