@@ -12,15 +12,23 @@ from serve_app import errors, openapi, reference
 from serve_app.backend import Backend
 from serve_app.delivery import Deliveries
 from serve_app.middleware import RequestContext
-from serve_app.openai import files, jobs, uploads, webhooks
+from serve_app.openai import chat, checkpoints, files, jobs, models, uploads, webhooks
 from serve_app.routes import router as our_router
 from serve_app.tail import Together
+from trainers.answers import Answers
 
-ROUTERS = (our_router, files.router, uploads.router, jobs.router, webhooks.router)
+ROUTERS = (
+    our_router,
+    *(part.router for part in (files, uploads, jobs, checkpoints, models, chat, webhooks)),
+)
 
 
-def build_api(backend: Backend, *, sends_request_id: bool = True, closing: asyncio.Event | None = None) -> FastAPI:
+def build_api(
+    backend: Backend, answers: Answers, *, sends_request_id: bool = True, closing: asyncio.Event | None = None
+) -> FastAPI:
     """The HTTP API in front of `backend`. Holds no state of its own, but for the answers that are on their way.
+
+    `answers`: who answers POST /v1/chat/completions.
 
     `sends_request_id`: whether responses get their x-request-id here; False where the server in front adds it.
     `closing`: set when this server is about to end, for the streams that would hold it up.
@@ -31,6 +39,7 @@ def build_api(backend: Backend, *, sends_request_id: bool = True, closing: async
         exception_handlers=dict.fromkeys(errors.TABLE, errors.handle),
     )
     app.state.backend = backend
+    app.state.answers = answers
     app.state.closing = closing or asyncio.Event()
     app.state.deliveries = Deliveries()
     app.state.together = Together()

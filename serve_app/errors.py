@@ -4,14 +4,15 @@
 
     status  type                       when
     400     invalid_request_error      what is a 422 elsewhere, under /v1
-    404     not_found_error            unknown job or file, unknown route
+    404     not_found_error            unknown job, file, model or checkpoint, unknown route
     405     invalid_request_error      the route exists, the method doesn't
     409     conflict_error             cancelling a job that has succeeded or failed; pausing or resuming one that is
-                                       over or being cancelled
+                                       over or being cancelled; asking the model of a job that has not succeeded
     413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES
     415     invalid_request_error      the body is not application/json
     422     invalid_request_error      anything wrong with the request; `errors` lists it, up to a hundred of a kind
-    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs; Retry-After says when to try again
+    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions at a model;
+                                       Retry-After says when to try again
     500     server_error               a bug; the operator's log has the traceback under the request's id
     503     service_unavailable_error  the event log or the cluster can't be reached; nothing was recorded, or a retry
                                        with the same Idempotency-Key finds it; or the job's history is damaged

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute
 
 from events.config import Config
 from events.job import FineTuningJob
-from serve_app.openai import objects
+from serve_app.openai import chat_objects, objects
 from serve_app.wire import (
     CancelRequest,
     ErrorEnvelope,
@@ -41,7 +41,7 @@ Responses = dict[int | str, dict[str, Any]]
 _MODELS = (
     *(CancelRequest, Config, ErrorEnvelope, Estimate, FineTuningJob, FineTuningJobList, Health, TailLine),
     *(PauseRequest, PreferenceDataItem, ResubmitRequest, ResumeRequest, TrainingDataItem),
-    *(kind for name, kind in vars(objects).items() if name.startswith("OpenAI")),
+    *(kind for module in (objects, chat_objects) for name, kind in vars(module).items() if name.startswith("OpenAI")),
 )
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "Config": {
@@ -66,15 +66,16 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 _REF = "#/components/schemas/{model}"
 _WHEN = {
     400: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
-    404: "`not_found_error`: there is no such job, file, upload or webhook endpoint.",
-    409: "`conflict_error`: the job is over, or being cancelled; the file is in use; the upload is over; the "
-    "endpoint is disabled.",
+    404: "`not_found_error`: there is no such job, file, upload, model, checkpoint or webhook endpoint.",
+    409: "`conflict_error`: the job is over, or being cancelled; the file is in use; the upload is over; the job has "
+    "no model yet; the endpoint is disabled.",
     413: "`invalid_request_error`: the body is larger than TUNEWRIGHT_MAX_BODY_BYTES (1 MiB).",
     415: "`invalid_request_error`: the body is not `application/json` in UTF-8.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
-    429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already.",
+    429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already, or "
+    "too many questions to answer.",
     500: "`server_error`: a bug; the operator finds it in the log under the request's id.",
-    503: "`service_unavailable_error`: the event log can't be reached; try again. "
+    503: "`service_unavailable_error`: the event log, or the process of a model, can't be reached; try again. "
     "`job_damaged`: the job's history can't be read as it was written; only its operator can help.",
 }
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait before the next try.", "schema": {"type": "integer"}}}
@@ -96,9 +97,15 @@ def documented_stream(line: type[BaseModel], description: str, *errors: int) -> 
     return {200: stream} | _errors(errors)
 
 
-def documented_bytes(description: str, *errors: int) -> Responses:
+def documented_events(model: type[BaseModel], description: str, *errors: int) -> Responses:
+    """The same for a route that answers with `model`, or with server-sent events where they are asked for."""
+    content = _content("application/json", model) | {"text/event-stream": {"schema": {"type": "string"}}}
+    return {200: {"description": description, "content": content}} | _errors(errors)
+
+
+def documented_bytes(description: str, *errors: int, media_type: str = "application/octet-stream") -> Responses:
     """The same for a route that answers with bytes."""
-    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
     return {200: {"description": description, "content": content}} | _errors(errors)
 
 

@@ -34,6 +34,7 @@ TRAINING_MODULES = (
     "trainers.methods.qlora",
     "trainers.models.adapters",
     "trainers.models.attention",
+    "trainers.models.chat_model",
     "trainers.models.decoder",
     "trainers.models.export_files",
     "trainers.models.generate",

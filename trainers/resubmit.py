@@ -41,7 +41,7 @@ def resubmission(job: FineTuningJob, checkpoint: str | int | None, changes: Mapp
     chosen = _chosen(job, checkpoint)
     if isinstance(chosen, Problem):
         return Resubmission(document, None, [*problems, chosen])
-    document["model"] = str(_model_dir(chosen))
+    document["model"] = str(model_dir_of(chosen))
     return Resubmission(document, Origin(job_id=job.job_id, checkpoint=chosen), problems)
 
 
@@ -59,24 +59,26 @@ def _chosen(job: FineTuningJob, wanted: str | int | None) -> str | Problem:
     if wanted is None:
         found = job.checkpoints[-1:]
     elif isinstance(wanted, int):
-        found = [uri for uri in job.checkpoints if _step(uri) == wanted]
+        found = [uri for uri in job.checkpoints if step_of(uri) == wanted]
     else:
         found = [uri for uri in job.checkpoints if uri == wanted]
     if not found:
-        steps = ", ".join(str(_step(uri)) for uri in job.checkpoints)
+        steps = ", ".join(str(step_of(uri)) for uri in job.checkpoints)
         message = f"job {job.job_id} has no such checkpoint, or deleted it; it has those of the steps {steps}"
         return Problem("checkpoint", message, "checkpoint_not_found")
-    if not _model_dir(found[0]).is_dir():
+    if not model_dir_of(found[0]).is_dir():
         return Problem("checkpoint", "it is no longer in the storage directory", "checkpoint_not_found")
     return found[0]
 
 
-def _step(uri: str) -> int | None:
+def step_of(uri: str) -> int | None:
+    """The step that a checkpoint was written after."""
     match = _STEP.search(uri)
     return None if match is None else int(match[1])
 
 
-def _model_dir(uri: str) -> Path:
+def model_dir_of(uri: str) -> Path:
+    """A checkpoint's model; of an adapter's, the merged one. It may be gone."""
     path = Path(unquote(urlsplit(uri).path))
     merged = path / "merged"
     return merged if merged.is_dir() else path

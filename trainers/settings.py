@@ -15,6 +15,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 ERROR_FILE = "error.txt"
 """In a failed job's directory: the traceback, or whatever else is known of what went wrong."""
 
+SHORTEST_IDLE_S = 15
+"""Serve measures how much a replica has to do every 10 s."""
+
 Paths = Annotated[tuple[Path, ...], NoDecode]
 
 
@@ -61,6 +64,26 @@ class Settings(BaseSettings):
         ge=0,
         description="Tokenised data is kept for later jobs on the same data, up to this size; the least recently used "
         "goes first. Files that a job uses are shared with it and stay.",
+    )
+    chat_models: int = Field(
+        default=2, ge=1, description="Models that the process behind /v1/chat/completions holds; the last ones asked."
+    )
+    chat_idle_s: float = Field(
+        default=300,
+        ge=SHORTEST_IDLE_S,
+        description="Seconds without a question after which that process ends, with its models.",
+    )
+    chat_cpus: float = Field(
+        default=0,
+        ge=0,
+        description="CPUs it reserves. 0: none. It then starts whatever jobs hold, and takes one core at most, at the "
+        "priority of training.",
+    )
+    chat_gpus: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs it reserves; 0: it computes on the CPU. Unset: 1 where the cluster has any when the service "
+        "is deployed, or TUNEWRIGHT_USE_GPU says so.",
     )
     heartbeat_s: float = Field(default=15, gt=0, description="An idle tail gets an empty line this often, in seconds.")
     webhook_networks: str = Field(

@@ -14,10 +14,14 @@ from events.log import EventLog
 from events.log_queue import LogQueue
 from events.sqlite import SqliteStore
 from serve_app.api import build_api
+from serve_app.chat.deployment import load
+from serve_app.chat.engine import Engine
+from trainers.answers import Answers
 from trainers.errors import ConfigProblems, Problem
 from trainers.estimate import Asked, Found, answer
 from trainers.memory import states_fit
 from trainers.models.architecture import Architecture
+from trainers.models.chat_model import ChatModel
 from trainers.plan import Plan
 from trainers.settings import Settings
 from trainers.webhooks.deliverer import Webhooks
@@ -39,6 +43,14 @@ class Parts:
         self.logs = LogQueue(settings.storage)
         self.webhooks = Webhooks(self.log, settings)
         self.waiting: dict[str, str] = {}
+        self.models: dict[str, ChatModel] = {}
+        self.answers: Answers = Engine(self._model)
+
+    async def _model(self, name: str) -> ChatModel:
+        """As in a replica, but kept for good and without Ray."""
+        if name not in self.models:
+            self.models[name] = await asyncio.to_thread(load, name, self.settings)
+        return self.models[name]
 
     async def whys(self) -> dict[str, str]:
         return self.waiting
@@ -63,7 +75,7 @@ class Server:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._closing = asyncio.Event()
-        api = build_api(parts, closing=self._closing)
+        api = build_api(parts, parts.answers, closing=self._closing)
         self._server = uvicorn.Server(uvicorn.Config(api, log_level="warning", timeout_graceful_shutdown=1))
         self._loop: asyncio.AbstractEventLoop
         started = threading.Event()

@@ -62,7 +62,7 @@ def test_no_generated_request_meets_a_server_error_or_an_answer_that_is_not_docu
     job_id = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=good).json()["job_id"]
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 37
+    assert len(operations) == 41
     operations.sort(key=lambda operation: operation.method == "delete")  # so that the others find what there is
     rows = {"file": ("rows.jsonl", b'{"messages": []}\n')}
     file_id = httpx.post(f"{server.url}/v1/files", files=rows, data={"purpose": "fine-tune"}).json()["id"]
@@ -107,6 +107,9 @@ def exercise(operation: schemathesis.APIOperation[Any, Any, Any, Any], real: dic
             for part in (case.query, case.body, case.path_parameters):
                 if isinstance(part, dict):
                     part.update({name: real[name] for name in part.keys() & real.keys()})
+        if operation.path.endswith("/chat/completions") and isinstance(case.body, dict) and "model" in case.body:
+            case.body["max_tokens"] = 3
+            case.body.pop("max_completion_tokens", None)
         if operation.path.endswith("/tail"):
             case.query["follow"] = "false"  # or the stream would not end
         case.call_and_validate(checks=list(CHECKS))

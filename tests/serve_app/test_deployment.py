@@ -13,7 +13,9 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 import serve_app
+from serve_app.chat.deployment import deployment as chat_deployment
 from serve_app.deployment import MAX_ONGOING_REQUESTS, deployment
+from trainers.settings import Settings
 
 HERE = Path(serve_app.__file__).parent
 RAY_ENV = HERE / "ray.env"
@@ -34,6 +36,16 @@ def test_hundreds_of_tails_leave_room_for_short_requests() -> None:
 
 def test_the_door_takes_no_cpu_from_training() -> None:
     assert deployment.ray_actor_options["num_cpus"] == 0
+
+
+def test_nobody_who_asks_means_no_replica_for_chat_and_no_cpu_either() -> None:
+    chat = chat_deployment(Settings(chat_idle_s=60))
+    scaling = chat._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.look_back_period_s + scaling.downscale_delay_s) == (0, 60)
+    assert chat.ray_actor_options["num_cpus"] == chat.ray_actor_options["num_gpus"] == 0
+    reserved = chat_deployment(Settings(chat_cpus=2, chat_gpus=0.5)).ray_actor_options
+    assert (reserved["num_cpus"], reserved["num_gpus"]) == (2, 0.5)
+    assert chat_deployment(Settings(use_gpu=True)).ray_actor_options["num_gpus"] == 1
 
 
 def test_the_config_file_deploys_this_application_on_loopback_and_cuts_no_tail() -> None:

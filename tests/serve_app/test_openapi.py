@@ -133,7 +133,7 @@ def test_building_the_api_brings_in_no_torch() -> None:
     script = (
         "import sys\n"
         "from serve_app.api import build_api\n"
-        "build_api(object()).openapi()\n"
+        "build_api(object(), object()).openapi()\n"
         "found = {'torch', 'torchtune', 'ray.train'} & sys.modules.keys()\n"
         "assert not found, found\n"
     )

@@ -121,6 +121,7 @@ def local_service(storage: Path, inputs: Path) -> LocalService:
         "TUNEWRIGHT_MODEL_ROOTS": str(inputs),
         "TUNEWRIGHT_HEARTBEAT_S": "1",
         "TUNEWRIGHT_WEBHOOK_NETWORKS": "127.0.0.0/8",
+        "TUNEWRIGHT_CHAT_IDLE_S": "15",
         "OMP_NUM_THREADS": "1",
     }
     return LocalService(storage, num_cpus=CPUS, env=env)

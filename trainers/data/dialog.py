@@ -251,6 +251,20 @@ def parse_row(raw: bytes) -> Dialog:
     return _normalised(item.dialog, item.mask, item.tools, lambda i: f"{field}[{i}]")
 
 
+def check_order(messages: Sequence[Message]) -> None:
+    """Raises RowError where messages follow one another as no dialog does."""
+    try:
+        _check_order(messages)
+    except PydanticCustomError as error:
+        raise RowError(error.message()) from None
+
+
+def for_template(messages: Sequence[Message], where: str) -> tuple[dict[str, Any], ...]:
+    """The messages as chat templates take them (`Dialog.messages`); `where` is what the user calls the list. Raises
+    RowError for arguments of a tool call that are no JSON object."""
+    return tuple(_for_template(message, f"{where}[{i}]") for i, message in enumerate(messages))
+
+
 _PREFERENCE_KEYS = ("chosen", "rejected", "preferred_output", "non_preferred_output")
 
 

@@ -1,4 +1,5 @@
-"""Greedy generation for a batch of prompts, with keys and values kept: what the demo and the tests ask a model."""
+"""Generation with keys and values kept: greedy for a batch of prompts, as the demo and the tests ask a model, or token
+by token for one, as the chat endpoint does."""
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
+from trainers.answers import Sampling
+from trainers.errors import UserError
 from trainers.models.attention import Rules, attend
 
 MAX_BATCH = 64
@@ -46,6 +49,64 @@ def generate(
     return answers
 
 
+@torch.inference_mode()
+def stream(
+    model: TransformerDecoder,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    sampling: Sampling,
+) -> Iterator[int]:
+    """The tokens of one continuation of `prompt`, each as soon as it is known; ends before the first token of `eos_ids`
+    and after `max_new_tokens`. With temperature 0 they are those of `generate`. `model` must be in eval mode.
+
+    Memory grows with what was generated, not with what may be. Raises ValueError as `generate` does, and UserError
+    `model_broken` when the model's output is not a number.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: there is nothing to continue")
+    if len(prompt) + max_new_tokens > model.max_seq_len:
+        raise ValueError(
+            f"prompt and answer take up to {len(prompt) + max_new_tokens} tokens, the model allows {model.max_seq_len}"
+        )
+    random = torch.Generator()
+    if sampling.seed is None:
+        random.seed()
+    else:
+        random.manual_seed(sampling.seed)
+    device = model.tok_embeddings.weight.device
+    pads = torch.zeros(1, dtype=torch.long, device=device)
+    caches = [_Cache(1, len(prompt)) for _ in model.layers]
+    tokens, start = torch.tensor([prompt], device=device), 0
+    for _ in range(max_new_tokens):
+        logits = _next_logits(model, tokens, start, pads, caches)[0]
+        start += tokens.shape[1]
+        token = _chosen(logits, sampling, random)
+        if token in eos_ids:
+            return
+        yield token
+        tokens = torch.tensor([[token]], device=device)
+
+
+def _chosen(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:
+    """One token out of `logits` [vocab]. It is drawn on the CPU, so that a seed means the same everywhere."""
+    if logits.isnan().any():
+        message = "the model's output is not a number: its weights are broken, as those of a run that diverged are"
+        raise UserError("model_broken", message, "model")
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits = logits.float().cpu()
+    # The highest is taken off first: divided by next to nothing, it would be infinite.
+    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ordered, places = probabilities.sort(descending=True, stable=True)
+        left_out = ordered.cumsum(-1) - ordered >= sampling.top_p  # those that are likelier suffice
+        left_out[0] = False
+        probabilities = torch.zeros_like(ordered).scatter(0, places, ordered.masked_fill(left_out, 0.0))
+    return int(torch.multinomial(probabilities, 1, generator=random))
+
+
 def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Row numbers, sorted by length of the prompt so that little is padded."""
     rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -67,8 +128,9 @@ def _generate_batch(
     caches = [_Cache(len(prompts), total) for _ in model.layers]
     start = 0
     for _ in range(max_new_tokens):
-        fed, tokens = tokens.shape[1], _next_tokens(model, tokens, start, pads, caches)  # [b, 1]
-        start += fed
+        logits = _next_logits(model, tokens, start, pads, caches)
+        start += tokens.shape[1]
+        tokens = logits.argmax(dim=-1, keepdim=True)  # [b, 1]
         done |= torch.isin(tokens[:, 0], stops)
         for answer, token, ended in zip(answers, tokens[:, 0].tolist(), done.tolist(), strict=True):
             if not ended:
@@ -79,27 +141,32 @@ def _generate_batch(
 
 
 class _Cache:
-    """Keys and values of one layer, for `rows` rows of up to `slots` tokens."""
+    """Keys and values of one layer, for `rows` rows. There is room for `slots` tokens of each; it doubles when it is
+    full."""
 
     def __init__(self, rows: int, slots: int) -> None:
-        self._shape = (rows, slots)
+        self._rows, self._slots = rows, slots
         self._kept: tuple[Tensor, ...] | None = None  # [b, slots, kv, d] each
 
     def attend(self, start: int, visible: Tensor, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
         """Keeps `k` and `v` [b, s, kv, d] from slot `start` on; the outputs for `q` over all slots so far."""
-        if self._kept is None:
-            self._kept = tuple(x.new_empty(*self._shape, *x.shape[2:]) for x in (k, v))
         end = start + k.shape[1]
+        if self._kept is None or end > self._slots:
+            old, self._slots = self._kept, max(end, self._slots if self._kept is None else 2 * self._slots)
+            self._kept = tuple(x.new_empty(self._rows, self._slots, *x.shape[2:]) for x in (k, v))
+            for kept, before in zip(self._kept, old or (), strict=False):
+                kept[:, :start] = before[:, :start]
         for kept, new in zip(self._kept, (k, v), strict=True):
             kept[:, start:end] = new
         keys, values = (kept[:, :end] for kept in self._kept)
         return attend(q, keys, values, visible, rules)
 
 
-def _next_tokens(
+def _next_logits(
     model: TransformerDecoder, tokens: Tensor, start: int, pads: Tensor, caches: Sequence[_Cache]
 ) -> Tensor:
-    """Feeds `tokens` [b, s], which take the slots from `start` on; the most likely next token of each row, [b, 1].
+    """Feeds `tokens` [b, s], which take the slots from `start` on; the logits of the next token of each row,
+    [b, vocab].
 
     Prompts are padded on the left by `pads` [b], so a token's position is its slot minus the padding of its row.
     """
@@ -112,7 +179,7 @@ def _next_tokens(
         hidden = layer(hidden, mask=partial(cache.attend, start, visible[window]), input_pos=positions)
     # Only the last position is asked for: on a short prompt the head would cost more than a few layers.
     logits: Tensor = model.unembed(hidden[:, -1:])
-    return logits.argmax(dim=-1)
+    return logits[:, -1]
 
 
 def _visible(queries: Tensor, keys: Tensor, pads: Tensor, window: int | None) -> Tensor:

@@ -8,8 +8,9 @@ from torchtune.modules import TransformerDecoder
 
 from tests.tiny_models import FAMILIES, make_tiny_model
 from tests.trainers.models.conftest import BuildModel
+from trainers.answers import Sampling
 from trainers.models import generate as generation
-from trainers.models.generate import generate
+from trainers.models.generate import generate, stream
 
 PROMPTS = [[5, 6, 7], [300], [17, 400, 23, 9, 211, 34, 76, 12, 500], [44, 45, 46, 47], [8, 9]]
 
@@ -31,6 +32,38 @@ def test_a_batch_answers_as_each_prompt_does_alone(family: str, tmp_path: Path, 
     model = build_model(make_tiny_model(tmp_path, family))
     answers = generate(model, PROMPTS, max_new_tokens=12, eos_ids=set(), pad_id=0)
     assert answers == [by_hand(model, prompt, 12, set()) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_by_token_the_answer_is_the_same(family: str, tmp_path: Path, build_model: BuildModel) -> None:
+    """Over several growths of the cache, and windows."""
+    model = build_model(make_tiny_model(tmp_path, family))
+    for prompt in PROMPTS:
+        (whole,) = generate(model, [prompt], max_new_tokens=40, eos_ids=set(), pad_id=0)
+        tokens = stream(model, prompt, max_new_tokens=40, eos_ids=set(), sampling=Sampling(temperature=0))
+        assert list(tokens) == whole
+        eos_ids = {whole[20]}
+        ended = stream(model, prompt, max_new_tokens=40, eos_ids=eos_ids, sampling=Sampling(temperature=0))
+        assert list(ended) == whole[: whole.index(whole[20])]
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
+    probabilities = torch.tensor([0.1, 0.4, 0.3, 0.0, 0.2])
+    draws = 4000
+
+    def shares(sampling: Sampling) -> torch.Tensor:
+        random = torch.Generator().manual_seed(5)
+        drawn = [generation._chosen(probabilities.log(), sampling, random) for _ in range(draws)]
+        return torch.bincount(torch.tensor(drawn), minlength=5) / draws
+
+    assert shares(Sampling()).allclose(probabilities, atol=0.03)
+    sharper = probabilities.square() / probabilities.square().sum()
+    assert shares(Sampling(temperature=0.5)).allclose(sharper, atol=0.03)
+    nucleus = torch.tensor([0.0, 4 / 7, 3 / 7, 0.0, 0.0])  # 0.4 is less than the half asked for, 0.4 + 0.3 is enough
+    assert shares(Sampling(top_p=0.5)).allclose(nucleus, atol=0.03)
+    likeliest = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
+    for sampling in (Sampling(top_p=0), Sampling(temperature=1e-30), Sampling(temperature=0)):
+        assert shares(sampling).equal(likeliest)
 
 
 def test_windows_move_along_with_the_answer(tmp_path: Path, build_model: BuildModel) -> None:

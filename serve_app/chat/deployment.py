@@ -1,0 +1,131 @@
+"""Chat on Ray Serve: a deployment without a replica while nobody asks, and the API's way to it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve import Deployment
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.chat.engine import Engine
+from serve_app.errors import RETRY_AFTER_S, Answer, RequestRefused
+from serve_app.replica import listen_on_node_address_only
+from trainers.answers import Part, Question
+from trainers.models.resolve import resolve_model
+from trainers.priority import give_way
+from trainers.settings import SHORTEST_IDLE_S, Settings
+
+if TYPE_CHECKING:
+    from trainers.models.chat_model import ChatModel
+
+logger = logging.getLogger("tunewright.chat")
+
+START_S = 180.0
+"""A replica is there within seconds, unless what it reserves is held by jobs, or a node has to come first."""
+ONGOING, QUEUED = 8, 64
+"""Questions that a replica works on in turn, and those that wait for one before further ones get a 429."""
+LOOK_BACK_S = SHORTEST_IDLE_S
+"""Idle, to Serve, is who had nothing to do on an average over this; the delay begins then."""
+
+
+class Chat:
+    """One replica. Holds the `chat_models` models that were asked last; the first question to one loads it."""
+
+    def __init__(self, settings: Settings) -> None:
+        listen_on_node_address_only()
+        give_way()
+
+        async def load_chat_model(model: str) -> "ChatModel":
+            return await asyncio.to_thread(_load_here, model, settings)
+
+        keep = serve.multiplexed(max_num_models_per_replica=settings.chat_models)
+        self._engine = Engine(keep(load_chat_model))
+
+    async def answer(self, question: Question) -> AsyncGenerator[Part, None]:
+        async for part in self._engine.answer(question):
+            yield part
+
+
+def load(model: str, settings: Settings) -> "ChatModel":
+    """What `Question.model` names, fetched where it must be. Takes as long as that takes."""
+    from trainers.models.chat_model import ChatModel
+
+    return ChatModel.load(resolve_model(model, settings, logger.info))
+
+
+def _load_here(model: str, settings: Settings) -> "ChatModel":
+    import torch
+
+    torch.set_num_threads(max(1, int(settings.chat_cpus)))  # the machine's cores are those of jobs
+    return load(model, settings)
+
+
+class RemoteAnswers:
+    """`Answers` by the deployment. Also raises RequestRefused, where it can't be reached or has too much to do."""
+
+    def __init__(self, chat: DeploymentHandle[Any]) -> None:
+        self._chat = chat
+
+    async def answer(self, question: Question) -> AsyncGenerator[Part, None]:
+        chat = self._chat.options(stream=True, multiplexed_model_id=question.model)
+        parts: Any = chat.answer.remote(question)  # its kind depends on `stream`, which a type checker can't see
+        try:
+            async with asyncio.timeout(START_S):
+                accepted: Part = await anext(parts)
+            yield accepted
+            async for part in parts:
+                yield part
+        except BackPressureError:
+            raise _refused(429, f"{QUEUED} questions wait already; try again") from None
+        except TimeoutError:
+            message = f"nobody could take the question within {START_S:.0f} s: others are worked on, or jobs hold the "
+            message += "GPU or the CPUs that the model's process needs"
+            raise _refused(503, message) from None
+        except RayTaskError:
+            raise  # a bug of ours, which nobody mends by asking again
+        except (RayError, RayServeException) as error:
+            raise _refused(503, f"the model's process ended ({type(error).__name__}); try again") from error
+        finally:
+            parts.cancel()
+
+
+def _refused(status: int, message: str) -> RequestRefused:
+    retry = {"Retry-After": str(RETRY_AFTER_S)}
+    if status == 429:
+        return RequestRefused(Answer(429, "rate_limit_error", "too_many_questions", message, headers=retry))
+    return RequestRefused(Answer(503, "service_unavailable_error", "chat_unavailable", message, headers=retry))
+
+
+def deployment(settings: Settings) -> Deployment:
+    """Scales to zero after about `chat_idle_s`, and then holds no memory and no processor."""
+    return serve.deployment(
+        name="chat",
+        max_ongoing_requests=ONGOING,
+        max_queued_requests=QUEUED,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=0,
+            max_replicas=1,
+            target_ongoing_requests=ONGOING / 2,
+            upscale_delay_s=0,
+            look_back_period_s=LOOK_BACK_S,
+            downscale_delay_s=settings.chat_idle_s - LOOK_BACK_S,
+        ),
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": gpus(settings)},
+    )(Chat)
+
+
+def gpus(settings: Settings) -> float:
+    """What a replica reserves, by what the cluster has where this process is connected to one."""
+    if settings.chat_gpus is not None:
+        return settings.chat_gpus
+    if settings.use_gpu is not None or not ray.is_initialized():
+        return float(bool(settings.use_gpu))
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return min(1.0, resources.get("GPU", 0.0))

@@ -1,0 +1,133 @@
+"""/v1/fine_tuning/checkpoints/{id}/content: a checkpoint's weights, as one download."""
+
+import tarfile
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Query
+from fastapi import Path as InPath
+from fastapi.responses import Response
+
+from serve_app.errors import Answer, RequestRefused
+from serve_app.openai.models import Checkpoint, checkpoint_of, unknown_model
+from serve_app.openapi import documented_bytes
+from serve_app.routes import TheBackend
+from serve_app.streaming import Stream
+from trainers.errors import Problem
+from trainers.resubmit import model_dir_of, step_of
+
+router = APIRouter(prefix="/v1", default_response_class=Response)
+Variant = Literal["merged", "adapter"]
+MEDIA_TYPE = "application/x-tar"
+CHUNK = 1 << 20
+_END = b"\0" * 2 * tarfile.BLOCKSIZE
+_DIRECTORIES = ("additional_chat_templates",)
+"""What else than files a model's directory has in Hugging Face layout."""
+
+
+@router.get(
+    "/fine_tuning/checkpoints/{checkpoint_id}/content",
+    summary="Download a checkpoint's weights",
+    responses=documented_bytes("A tar of the model's directory.", 400, 404, 409, media_type=MEDIA_TYPE),
+)
+async def content(
+    backend: TheBackend,
+    checkpoint_id: Annotated[
+        str, InPath(min_length=1, max_length=1024, description="The checkpoint's id, or the name of a tuned model.")
+    ],
+    variant: Annotated[
+        Variant, Query(description="The whole model, or (of LoRA, DoRA and QLoRA) the adapter in PEFT's layout.")
+    ] = "merged",
+) -> Response:
+    """A directory in Hugging Face layout, as a tar: weights in safetensors, configs, tokenizer. No training state.
+
+    What is sent was there, all of it, when the first byte was: deleting the checkpoint meanwhile changes nothing.
+    """
+    found = await checkpoint_of(backend.log, checkpoint_id)
+    if found is None:
+        raise unknown_model(f"there is no checkpoint {checkpoint_id[:300]!a}", "checkpoint_not_found")
+    archive = await to_thread.run_sync(_open, found, variant)
+    headers = {
+        "Content-Disposition": f'attachment; filename="{archive.name}.tar"',
+        "Content-Length": str(archive.size),
+    }
+    return Stream(archive.read(), MEDIA_TYPE, headers)
+
+
+class _Archive:
+    """The tar of some open files, none of which is ever in memory."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        """`name` is the directory in the tar. Raises OSError for what isn't there any more."""
+        self.name = name
+        self._members: list[tuple[bytes, BinaryIO, int]] = []
+        with ExitStack() as stack:
+            for path in _files(directory):
+                file = stack.enter_context(path.open("rb"))
+                info = _member(f"{name}/{path.relative_to(directory)}", file)
+                self._members.append((info.tobuf(tarfile.PAX_FORMAT), file, info.size))
+            self._files = stack.pop_all()
+        self.size = sum(len(header) + size + _padding(size) for header, _, size in self._members) + len(_END)
+
+    async def read(self) -> AsyncGenerator[bytes, None]:
+        """Closes the files when it ends, however it does."""
+        with self._files:
+            for header, file, size in self._members:
+                yield header
+                left = size
+                while left:
+                    chunk = await to_thread.run_sync(file.read, min(left, CHUNK))
+                    if not chunk:
+                        raise EOFError(f"{file.name} became shorter while it was sent")
+                    left -= len(chunk)
+                    yield chunk
+                yield b"\0" * _padding(size)
+            yield _END
+
+
+def _open(found: Checkpoint, variant: Variant) -> _Archive:
+    model = model_dir_of(found.uri)
+    merged = model.name == "merged"
+    try:
+        if variant == "merged":
+            return _Archive(f"{found.name}-merged" if merged else found.name, model)
+        adapter = model.with_name("adapter")
+        if merged and adapter.is_dir():
+            return _Archive(f"{found.name}-adapter", adapter)
+        if model.is_dir():
+            raise _no_adapter(found)
+    except FileNotFoundError:
+        pass  # deleted while it was opened
+    message = f"the checkpoint of step {step_of(found.uri)} of {found.job.job_id} is no longer in the storage directory"
+    raise unknown_model(message, "checkpoint_deleted")
+
+
+def _no_adapter(found: Checkpoint) -> RequestRefused:
+    message = f"{found.job.job_id} was no LoRA job: its checkpoints have no adapter; leave variant out for the model"
+    problem = Problem("variant", message, "no_adapter")
+    return RequestRefused(Answer(400, "invalid_request_error", "no_adapter", message, "variant", [problem]))
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.iterdir()):
+        if path.is_file():
+            yield path
+        elif path.name in _DIRECTORIES:
+            yield from sorted(inner for inner in path.iterdir() if inner.is_file())
+
+
+def _member(name: str, file: BinaryIO) -> tarfile.TarInfo:
+    """Readable by everyone, owned by nobody: where the file came from is nobody's business."""
+    info = tarfile.TarInfo(name)
+    file.seek(0, 2)
+    info.size = file.tell()
+    file.seek(0)
+    info.mode = 0o644
+    return info
+
+
+def _padding(size: int) -> int:
+    return -size % tarfile.BLOCKSIZE

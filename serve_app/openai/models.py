@@ -1,0 +1,208 @@
+"""/v1/models: what can be asked and trained, by name; and what each name stands for.
+
+A job's model has one name, the `fine_tuned_model` that both APIs show once it has succeeded. Each checkpoint has its
+`fine_tuned_model_checkpoint`, and its id. Everything else is the name of a base model, as jobs take it.
+"""
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from fastapi import APIRouter
+from fastapi import Path as InPath
+from fastapi.responses import JSONResponse, Response
+
+from events.decide import Refused
+from events.facts import CheckpointSaved
+from events.job import FineTuningJob
+from serve_app.backend import JobLog
+from serve_app.errors import Answer, RequestRefused
+from serve_app.openai import mapping
+from serve_app.openai.chat_objects import OpenAIModel, OpenAIModelList
+from serve_app.openai.files import all_jobs
+from serve_app.openapi import documented
+from serve_app.routes import TheBackend
+from trainers.errors import UserError
+from trainers.models.names import ALIASES, classify_model, hub_model, local_directory
+from trainers.resubmit import model_dir_of, step_of
+from trainers.settings import Settings
+
+router = APIRouter(prefix="/v1", default_response_class=Response)
+ModelName = Annotated[str, InPath(min_length=1, max_length=1024, description="The model's name; '/' and ':' included.")]
+_TUNED = re.compile(r"ft:.*:([0-9A-Za-z]+?)(?::ckpt-step-(\d{1,12}))?")
+_CHECKPOINT = re.compile(r"ftckpt_([0-9A-Za-z]+)-(\d{1,12})")
+_OWNER = "tunewright"
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was on disk when the log was asked."""
+
+    job: FineTuningJob
+    uri: str
+
+    @property
+    def name(self) -> str:
+        """For files: the job and the step."""
+        return f"{self.job.job_id}-step-{step_of(self.uri)}"
+
+
+@router.get("/models", summary="List models", responses=documented(OpenAIModelList, "The models."))
+async def list_models(backend: TheBackend) -> Response:
+    """Models of jobs that have succeeded and checkpoints, newest job first; directories of TUNEWRIGHT_MODEL_ROOTS;
+    aliases. Hugging Face ids and URIs, which are models as well, aren't listed."""
+    tuned = [model for job in await all_jobs(backend.log) for model in _models_of(job)]
+    base = await asyncio.to_thread(_base_models, backend.settings)
+    return JSONResponse(OpenAIModelList(data=[*tuned, *base]).model_dump(mode="json"))
+
+
+@router.get(
+    "/models/{model:path}",
+    summary="Retrieve a model",
+    responses=documented(OpenAIModel, "The model.", 400, 404, 409),
+)
+async def retrieve(backend: TheBackend, model: ModelName) -> Response:
+    """A model of the list, or a checkpoint by its id. A Hugging Face id is there once it was trained or asked."""
+    found = await checkpoint_of(backend.log, model)
+    if found is not None:
+        shown = OpenAIModel(id=model, created=_created(found.job), owned_by=_OWNER)
+    else:
+        shown = await asyncio.to_thread(_base_model, model, backend.settings)
+    return JSONResponse(shown.model_dump(mode="json"))
+
+
+async def source_of(log: JobLog, settings: Settings, name: str) -> str:
+    """What `trainers.models.resolve.resolve_model` takes for the model of that name. Raises RequestRefused."""
+    found = await checkpoint_of(log, name)
+    if found is None:
+        return await asyncio.to_thread(_base_source, name, settings)
+    directory = model_dir_of(found.uri)
+    if not await asyncio.to_thread(directory.is_dir):
+        raise unknown_model(f"{found.name} is no longer in the storage directory", "checkpoint_deleted")
+    return str(directory)
+
+
+async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
+    """What the name of a tuned model, or the id of a checkpoint, stands for; None for the name of another model.
+
+    Raises RequestRefused: 404 where there is no such job or checkpoint, 409 where the job has no model yet.
+    """
+    if (of_id := _CHECKPOINT.fullmatch(name)) is not None:
+        return await _by_id(log, name, of_id[1], int(of_id[2]))
+    if (of_name := _TUNED.fullmatch(name)) is None:
+        return None
+    job = await _job(log, of_name[1])
+    step = None if of_name[2] is None else int(of_name[2])
+    if job is None or mapping.model_name(job, step) != name:
+        raise unknown_model(f"there is no tuned model {name[:300]!a}; GET /v1/models lists those there are")
+    if step is not None:
+        uris = [uri for uri in job.checkpoints if step_of(uri) == step]
+        if not uris:
+            raise unknown_model(f"job {job.job_id} has no checkpoint of step {step}, or deleted it")
+        return Checkpoint(job, uris[-1])
+    if job.status != "success":
+        message = f"job {job.job_id} is {mapping.status_of(job)}: its model has this name once it has succeeded"
+        if job.checkpoints:
+            message += f"; the last checkpoint is {mapping.model_name(job, step_of(job.checkpoints[-1]))}"
+        raise RequestRefused(Answer(409, "conflict_error", "job_not_succeeded", message, "model"))
+    if not job.checkpoints:
+        raise unknown_model(f"job {job.job_id} has kept no checkpoint")
+    return Checkpoint(job, job.checkpoints[-1])
+
+
+def unknown_model(message: str, code: str = "model_not_found") -> RequestRefused:
+    return RequestRefused(Answer(404, "not_found_error", code, message, "model"))
+
+
+async def _by_id(log: JobLog, name: str, ulid: str, version: int) -> Checkpoint:
+    job = await _job(log, ulid)
+    found = await log.read(job.job_id, version - 1, 1) if job is not None else []
+    event = found[0].event if found and found[0].version == version else None
+    if job is None or not isinstance(event, CheckpointSaved):
+        raise unknown_model(f"there is no checkpoint {name}")
+    if event.uri not in job.checkpoints:
+        raise unknown_model(f"job {job.job_id} has deleted checkpoint {name}", "checkpoint_deleted")
+    return Checkpoint(job, event.uri)
+
+
+async def _job(log: JobLog, ulid: str) -> FineTuningJob | None:
+    try:
+        return await log.job(f"ftjob-{ulid}")
+    except Refused as refused:
+        if refused.code == "unknown_job":
+            return None
+        raise
+
+
+def _models_of(job: FineTuningJob) -> list[OpenAIModel]:
+    steps = dict.fromkeys(step for uri in reversed(job.checkpoints) if (step := step_of(uri)) is not None)
+    names = [mapping.model_name(job)] if job.status == "success" and job.checkpoints else []
+    names += [mapping.model_name(job, step) for step in steps]
+    return [OpenAIModel(id=name, created=_created(job), owned_by=_OWNER) for name in names]
+
+
+def _created(job: FineTuningJob) -> int:
+    return int((job.finished_at or job.created).timestamp())
+
+
+def _base_models(settings: Settings) -> list[OpenAIModel]:
+    places = [place for root in (settings.model_cache, *settings.model_roots) for place in (root, *_entries(root))]
+    directories = [_in_directory(place) for place in dict.fromkeys(places) if (place / "config.json").is_file()]
+    return [*directories, *(_alias(name, settings) for name in ALIASES)]
+
+
+def _entries(root: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _in_directory(directory: Path) -> OpenAIModel:
+    return OpenAIModel(
+        id=str(directory), created=int((directory / "config.json").stat().st_mtime), owned_by="this machine"
+    )
+
+
+def _alias(name: str, settings: Settings) -> OpenAIModel:
+    repo = hub_model(name).repo
+    return OpenAIModel(id=name, created=_fetched(repo, settings) or 0, owned_by=repo.partition("/")[0])
+
+
+def _fetched(repo: str, settings: Settings) -> int | None:
+    """When the model of a hub was fetched; None: it wasn't."""
+    home = settings.model_cache / "hub" / repo.replace("/", "--")
+    return int(home.stat().st_mtime) if home.is_dir() else None
+
+
+def _base_model(name: str, settings: Settings) -> OpenAIModel:
+    kind = _kind(name)
+    if kind == "local":
+        return _in_directory(Path(_base_source(name, settings))).model_copy(update={"id": name})
+    if kind == "alias":
+        return _alias(name, settings).model_copy(update={"id": name})
+    if kind == "hub" and (created := _fetched(hub_model(name).repo, settings)) is not None:
+        return OpenAIModel(id=name, created=created, owned_by=name.partition("/")[0])
+    raise unknown_model(f"{name[:300]!a} was not fetched yet: that happens when it is first trained or asked")
+
+
+def _base_source(name: str, settings: Settings) -> str:
+    if _kind(name) != "local":
+        return name
+    try:
+        directory = local_directory(name, settings.allowed_model_roots)
+    except UserError as error:
+        raise unknown_model(error.error.message, error.error.code) from None
+    if not (directory / "config.json").is_file():
+        raise unknown_model(f"{directory} holds no model")
+    return str(directory)
+
+
+def _kind(name: str) -> str:
+    try:
+        return classify_model(name)
+    except (UserError, ValueError):
+        raise unknown_model(
+            f"there is no model {name[:300]!a}: GET /v1/models lists tuned models, aliases and directories; Hugging "
+            "Face ids ('org/name') and s3:// or gs:// URIs are models too"
+        ) from None

@@ -1,0 +1,167 @@
+"""Downloads of checkpoints."""
+
+import io
+import shutil
+import socket
+import tarfile
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from safetensors.numpy import load_file
+
+from events.facts import CheckpointSaved
+from tests.serve_app.live_server import Serve, Server
+from tests.serve_app.openai.conftest import connected
+from tests.serve_app.openai.test_jobs import running
+from tests.tiny_models import make_tiny_model
+from trainers.models.architecture import inspect_model_dir
+
+BIG = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def server(serve: Serve) -> Server:
+    return serve()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with connected(server) as client:
+        yield client
+
+
+@pytest.fixture
+def job_id(server: Server) -> str:
+    """A job that runs and has two checkpoints on disk: step 1 of LoRA, step 2 as of a full fine-tuning."""
+    settings = server.parts.settings
+    config = {"model": "smollm2-135m-instruct", "data": str(settings.storage / "rows.jsonl")}
+    job_id: str = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=config).json()["job_id"]
+    lora, full = (settings.job_dir(job_id) / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
+    make_tiny_model(lora / "merged", seed=1)
+    make_tiny_model(lora / "adapter", seed=2)
+    make_tiny_model(full, seed=3)
+    (full / "additional_chat_templates").mkdir()
+    (full / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    for checkpoint in (lora, full):
+        (checkpoint / "training_state").mkdir()
+        (checkpoint / "training_state" / "optimizer.safetensors").write_bytes(b"secret")
+    saved = [
+        CheckpointSaved(attempt=1, step=step, epoch=1, uri=path.as_uri(), metrics={})
+        for step, path in ((1, lora), (2, full))
+    ]
+    server.append(job_id, *running(), *saved)
+    return job_id
+
+
+def checkpoint(client: openai.OpenAI, job_id: str, step: int) -> tuple[str, Path]:
+    """Its id and its directory."""
+    (found,) = (one for one in client.fine_tuning.jobs.checkpoints.list(job_id) if one.step_number == step)
+    return found.id, Path(found.uri.removeprefix("file://"))  # type: ignore[attr-defined]
+
+
+def url(server: Server, checkpoint_id: str) -> str:
+    return f"{server.url}/v1/fine_tuning/checkpoints/{checkpoint_id}/content"
+
+
+@pytest.mark.parametrize(
+    ("step", "variant", "below", "name"),
+    [(1, None, "merged", "step-1-merged"), (1, "adapter", "adapter", "step-1-adapter"), (2, "merged", "", "step-2")],
+)
+def test_a_checkpoint_unpacks_to_its_directory_bit_for_bit(
+    server: Server,
+    client: openai.OpenAI,
+    job_id: str,
+    tmp_path: Path,
+    step: int,
+    variant: str | None,
+    below: str,
+    name: str,
+) -> None:
+    checkpoint_id, path = checkpoint(client, job_id, step)
+    answer = httpx.get(url(server, checkpoint_id), params={"variant": variant} if variant else {})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/x-tar"
+    assert answer.headers["content-disposition"] == f'attachment; filename="{job_id}-{name}.tar"'
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+        assert all(member.isfile() and member.mode == 0o644 for member in tar)
+        tar.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    assert unpacked.name == f"{job_id}-{name}"
+    sent = {file.relative_to(unpacked): file.read_bytes() for file in unpacked.rglob("*") if file.is_file()}
+    kept = {file.relative_to(path / below): file.read_bytes() for file in (path / below).rglob("*") if file.is_file()}
+    assert sent == {name: data for name, data in kept.items() if name.parts[0] != "training_state"}
+    inspect_model_dir(unpacked)
+    tensors = load_file(unpacked / "model.safetensors")
+    assert all((tensors[name] == value).all() for name, value in load_file(path / below / "model.safetensors").items())
+
+
+def test_a_checkpoint_is_found_by_every_name_it_has(server: Server, client: openai.OpenAI, job_id: str) -> None:
+    (full, _) = client.fine_tuning.jobs.checkpoints.list(job_id)
+    by_id, by_name = (httpx.get(url(server, name)) for name in (full.id, full.fine_tuned_model_checkpoint))
+    assert by_id.content == by_name.content
+
+
+def test_a_full_fine_tuning_has_no_adapter(server: Server, client: openai.OpenAI, job_id: str) -> None:
+    checkpoint_id, _ = checkpoint(client, job_id, 2)
+    answer = httpx.get(url(server, checkpoint_id), params={"variant": "adapter"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "no_adapter", "variant")
+
+
+def test_a_checkpoint_that_is_gone_or_never_was_is_a_404(server: Server, client: openai.OpenAI, job_id: str) -> None:
+    checkpoint_id, path = checkpoint(client, job_id, 1)
+    shutil.rmtree(path)
+    for variant in ("merged", "adapter"):
+        answer = httpx.get(url(server, checkpoint_id), params={"variant": variant})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "checkpoint_deleted")
+    for name in ("ftckpt_0-1", "smollm2-135m-instruct", "x"):
+        assert httpx.get(url(server, name)).status_code == 404
+    assert httpx.get(url(server, checkpoint_id), params={"variant": "base"}).status_code == 400
+
+
+def test_a_download_is_whole_though_the_checkpoint_is_deleted_meanwhile_and_takes_no_memory(
+    server: Server, client: openai.OpenAI, job_id: str
+) -> None:
+    checkpoint_id, path = checkpoint(client, job_id, 1)
+    with (path / "merged" / "model.safetensors").open("r+b") as file:
+        file.truncate(BIG)
+    tracemalloc.start()
+    try:
+        with httpx.stream("GET", url(server, checkpoint_id)) as answer:
+            received = 0
+            for chunk in answer.iter_raw(1 << 16):
+                if not received:
+                    shutil.rmtree(path)
+                received += len(chunk)
+            _, peak = tracemalloc.get_traced_memory()  # of the server, too: it is in this process
+    finally:
+        tracemalloc.stop()
+    assert received == int(answer.headers["content-length"]) > BIG
+    assert peak < BIG / 4
+
+
+def test_a_client_that_goes_away_leaves_no_file_open(server: Server, client: openai.OpenAI, job_id: str) -> None:
+    checkpoint_id, path = checkpoint(client, job_id, 1)
+    with (path / "merged" / "model.safetensors").open("r+b") as file:
+        file.truncate(BIG)
+
+    def held() -> bool:
+        return any(str(path) in str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        route = url(server, checkpoint_id).removeprefix(server.url)
+        connection.sendall(f"GET {route} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert connection.recv(1 << 16)
+        assert held()
+    for _ in range(600):
+        if not held():
+            break
+        threading.Event().wait(0.1)
+    assert not held()

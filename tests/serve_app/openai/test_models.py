@@ -1,0 +1,66 @@
+"""The list of models through the real client."""
+
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from tests.serve_app.live_server import Serve, Server
+from tests.serve_app.openai.conftest import MODEL, connected
+from tests.tiny_models import make_tiny_model
+from trainers.models.names import ALIASES
+
+
+@pytest.fixture(scope="module")
+def server(serve: Serve) -> Server:
+    return serve()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with connected(server) as client:
+        yield client
+
+
+def test_base_models_are_the_aliases_and_the_directories_that_local_models_may_lie_in(
+    server: Server, client: openai.OpenAI
+) -> None:
+    root = server.parts.settings.storage
+    mine = make_tiny_model(root / "mine")
+    kept = make_tiny_model(server.parts.settings.model_cache / "kept")
+    (root / "empty").mkdir()
+    listed = {model.id: model for model in client.models.list()}
+    assert listed.keys() == {*ALIASES, str(mine), str(kept)}
+    assert all(model.object == "model" for model in listed.values())
+    assert listed[str(mine)].created == int((mine / "config.json").stat().st_mtime)
+    assert listed[MODEL].owned_by == "HuggingFaceTB"
+    for name in (MODEL, str(mine)):
+        assert client.models.retrieve(name) == listed[name]
+    assert client.models.retrieve(mine.as_uri()).created == listed[str(mine)].created
+
+
+def test_a_model_of_a_hub_is_there_once_it_was_fetched(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="first trained or asked"):
+        client.models.retrieve("org/name")
+    (server.parts.settings.model_cache / "hub" / "org--name").mkdir(parents=True)
+    assert client.models.retrieve("org/name").owned_by == "org"
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "/etc", "ft:x:y:z:01ARZ3NDEKTSV4RRFFQ69G5FAV"])
+def test_what_is_no_model_is_a_404(client: openai.OpenAI, name: str) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.models.retrieve(name)
+    assert refused.value.param == "model"
+
+
+def test_models_can_t_be_deleted(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.models.delete(MODEL)
+    assert (refused.value.status_code, refused.value.code) == (405, "method_not_allowed")
+
+
+def test_a_model_s_name_may_hold_anything_a_path_may(server: Server) -> None:
+    for name in ("%2Fetc", "..%2F..%2Fx", "a%00b", "%F0%9F%98%80"):
+        answer = httpx.get(f"{server.url}/v1/models/{name}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")

@@ -1,0 +1,117 @@
+"""A model that answers dialogs: a directory in Hugging Face layout, with its chat template, its tokens and its text."""
+
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import psutil
+import torch
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+from torchtune.training.precision import set_default_dtype
+
+from trainers.answers import Piece, Question
+from trainers.data.chat import ChatTokenizer
+from trainers.data.dialog import RowError
+from trainers.errors import InfrastructureError, UserError
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.decoder import build_decoder, init_rope
+from trainers.models.generate import stream
+from trainers.models.weights import load_weights
+
+FITS = 0.8
+"""Of the free memory, what weights may take: answers need some, and so do the neighbours."""
+_UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
+
+
+class ChatModel:
+    """Made by `load`. One thread at a time."""
+
+    def __init__(self, decoder: TransformerDecoder, tokenizer: ChatTokenizer) -> None:
+        self._decoder = decoder
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """On the GPU in bf16 where this process has one, else on the CPU in fp32: what training does by default.
+
+        On the CPU, weights stored in fp32 are mapped from their files, not copied. Raises UserError for a directory
+        that holds no model, InfrastructureError `no_room` where memory is short: a model must not push out a job.
+        """
+        arch = inspect_model_dir(directory)
+        tokenizer = ChatTokenizer.from_dir(directory)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with set_default_dtype(dtype), torch.device("meta"):
+            decoder = build_decoder(arch)
+        stored = load_weights(directory, arch)
+        _check_room(stored, device, dtype)
+        weights = {name: value.to(device=device, dtype=dtype) for name, value in stored.items()}
+        decoder.load_state_dict(weights, assign=True)
+        init_rope(decoder, device)
+        return cls(decoder.requires_grad_(False).eval(), tokenizer)
+
+    def prompt(self, question: Question) -> list[int]:
+        """The tokens that the answer starts from: the template that the model was trained with. Raises UserError
+        (param `messages`) where the template refuses them, or the context has no room for them and the answer."""
+        try:
+            prompt = self._tokenizer.encode_prompt(question.messages)
+        except RowError as error:
+            raise UserError("invalid_messages", f"{error}", "messages") from None
+        context = self._decoder.max_seq_len
+        if len(prompt) + (question.max_tokens or 1) > context:
+            answer = f" and up to {question.max_tokens} of the answer" if question.max_tokens else ""
+            message = f"the model takes {context} tokens; the messages are {len(prompt)}{answer}: send less"
+            raise UserError("context_length_exceeded", message, "messages")
+        return prompt
+
+    def answer(self, prompt: Sequence[int], question: Question) -> Generator[Piece, None, None]:
+        """The answer to a `prompt` of this model's, piece by piece: one for each token, though its text may come with a
+        later one."""
+        max_tokens = question.max_tokens or self._decoder.max_seq_len - len(prompt)
+        ids: list[int] = []
+        sent = 0
+        for token in stream(
+            self._decoder,
+            prompt,
+            max_new_tokens=max_tokens,
+            eos_ids=self._tokenizer.eos_ids,
+            sampling=question.sampling,
+        ):
+            ids.append(token)
+            text = self._tokenizer.decode(ids)
+            if (end := _stopped(text, question.stop, sent)) is not None:
+                yield Piece(text[sent:end], len(ids), "stop")
+                return
+            ready = len(text) - _held_back(text, question.stop)
+            yield Piece(text[sent:ready], len(ids))
+            sent = max(sent, ready)
+        text = self._tokenizer.decode(ids)
+        yield Piece(text[sent:], len(ids), "length" if len(ids) == max_tokens else "stop")
+
+
+def _check_room(stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """What is mapped from a file as it is needs no memory of its own."""
+    on_gpu = device.type == "cuda"
+    needed = sum(value.numel() * dtype.itemsize for value in stored.values() if on_gpu or value.dtype != dtype)
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > FITS * free:
+        message = f"the model needs {needed / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free"
+        suggestion = "ask again when less runs on that machine, or ask a smaller model"
+        raise InfrastructureError("no_room", message, suggestion=suggestion)
+
+
+def _stopped(text: str, stop: Sequence[str], sent: int) -> int | None:
+    """Where the first of the stop texts begins; None where there is none. None begins in what was `sent` already."""
+    found = [at for word in stop if (at := text.find(word, sent)) >= 0]
+    return min(found, default=None)
+
+
+def _held_back(text: str, stop: Sequence[str]) -> int:
+    """How many of the last characters may yet change: the beginning of a character or of a stop text."""
+    unfinished = len(text) - len(text.rstrip(_UNFINISHED))
+    begun = max(
+        (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])),
+        default=0,
+    )
+    return max(unfinished, begun)
