@@ -11,7 +11,7 @@
     413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES
     415     invalid_request_error      the body is not application/json
     422     invalid_request_error      anything wrong with the request; `errors` lists it, up to a hundred of a kind
-    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions at a model;
+    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions to models;
                                        Retry-After says when to try again
     500     server_error               a bug; the operator's log has the traceback under the request's id
     503     service_unavailable_error  the event log or the cluster can't be reached; nothing was recorded, or a retry

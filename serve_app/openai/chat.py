@@ -125,7 +125,7 @@ class _Answering:
     ) -> bytes:
         choices = [] if delta is None else [OpenAIChunkChoice(delta=delta, finish_reason=end)]
         chunk = OpenAIChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
-        document = chunk.model_dump_json(exclude=None if self._with_usage else {"usage"}, exclude_none=False)
+        document = chunk.model_dump_json(exclude=None if self._with_usage else {"usage"})
         return b"data: " + document.encode() + b"\n\n"
 
 
