@@ -26,7 +26,8 @@ activations  What autograd keeps of each layer for the backward pass, by positio
              again. Once more comes what one layer's backward pass has in hand at a time: its gradients.
 output head  A chunk of logits and the temporary of its normaliser, both float32 (at most `CHUNK_ELEMENTS`, at most L
              rows, see trainers.loss), the gradient of L hidden states, and where the matrix is trained that of the
-             matrix, which is there twice when the backward pass begins.
+             matrix, which is there twice when the backward pass begins; on CPUs a bf16 one once in float32 while a
+             chunk's share is added to it.
 gradients    T b / n, beside all activations only where micro-batches are accumulated: otherwise they grow as the
              activations shrink, so the largest moment is one of the two ends of the backward pass. At the second an
              embedding's gradient is there once more, dense, before it is added to the head's.
@@ -110,6 +111,7 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     saved, in_hand = size.saved_per_position(load), size.in_hand_per_position()
     head = size.head_rows(load) * arch.vocab_size * (16 if size.adapts_head else 8)
     head_gradient = arch.vocab_size * arch.hidden_size * size.width if size.trains_head else 0
+    in_float = 4 * head_gradient / size.width if size.width < 4 and device == "cpu" else 0
     d_hidden = load.trained * arch.hidden_size * size.width
     kept = load.positions * (
         arch.num_layers * (arch.hidden_size * size.width if plan.enable_activation_checkpointing else saved)
@@ -124,7 +126,7 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
         "backward": {
             "gradients": size.gradient_bytes(whole=accumulates) if accumulates else 0,
             "activations": kept + one_layer,
-            "output_head": d_hidden + max(head + head_gradient, 2 * head_gradient),
+            "output_head": d_hidden + max(head + head_gradient + in_float, 2 * head_gradient),
             "checkpoint": beside,
         },
         "update": {

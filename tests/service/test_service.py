@@ -94,6 +94,15 @@ def test_a_submitted_job_trains_and_hands_over_its_checkpoints(api: Api) -> None
     messages = [log["message"] for line in lines for log in line["logs"]]
     assert any(message.startswith("step 12/12") for message in messages)
 
+    answer = api.http.post("/fine_tuning/jobs/estimate", json=config, timeout=WAIT_S)
+    assert answer.status_code == 200, answer.text
+    estimate = answer.json()
+    for name in ("rows", "tokens", "trained_tokens", "truncated_rows", "invalid_rows"):
+        assert estimate["data"][name] == job["data"][name]
+    assert estimate["steps"] == 12
+    assert estimate["time"]["basis"].startswith("measured on")
+    assert estimate["memory"]["fits"] is True
+
 
 def test_a_full_fine_tuning_on_two_workers_trains(api: Api) -> None:
     custom = {"finetuning_type": "FullFineTuneOptions", "fsdp_cpu_offload": True, "memory_efficient_fsdp_wrap": True}
@@ -126,6 +135,7 @@ def test_bad_rows_fail_the_job_with_their_line_numbers_before_it_holds_anything(
     job_id = api.submit(api.config(data=str(bad_rows)))
     job = api.until_status(job_id, "failed")
     assert (job["error"]["code"], job["error"]["fault"]) == ("invalid_data", "user")
+    assert (job["error"]["param"], job["error"]["line"], job["error"]["retryable"]) == ("data", 1, False)
     assert [error["line"] for error in job["data"]["errors"]] == [1, 2, 3]
     assert job["attempt"] == 0
     assert "line 1" in path_of(job["error_path"]).read_text()
