@@ -48,7 +48,7 @@ class Together:
         """The question under way, to be waited for and not cancelled: it is when nobody wants the answer any more."""
         task = self._under_way.get(question)
         if task is None or task.done():
-            task = self._under_way[question] = asyncio.ensure_future(_awaited(ask))
+            task = self._under_way[question] = asyncio.create_task(_awaited(ask))
             self._asking[task] = 0
         self._asking[task] += 1
         try:
