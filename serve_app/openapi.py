@@ -99,7 +99,8 @@ def documented_stream(line: type[BaseModel], description: str, *errors: int) -> 
 
 def documented_events(model: type[BaseModel], description: str, *errors: int) -> Responses:
     """The same for a route that answers with `model`, or with server-sent events where they are asked for."""
-    content = _content("application/json", model) | {"text/event-stream": {"schema": {"type": "string"}}}
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}  # each of them
+    content = _content("application/json", model) | {"text/event-stream": {"schema": event}}
     return {200: {"description": description, "content": content}} | _errors(errors)
 
 
