@@ -264,6 +264,20 @@ def test_a_cancelled_upload_takes_no_part(client: openai.OpenAI) -> None:
         client.uploads.cancel("upload_none")
 
 
+def test_513_megabytes_are_refused_before_they_are_sent(serve: Serve, tmp_path: Path) -> None:
+    server = serve()  # with the limit as it is unless it is set: 512 MiB
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
+    with (tmp_path / "large.jsonl").open("wb") as large:
+        large.truncate(513 << 20)
+    before = time.monotonic()
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.files.create(file=tmp_path / "large.jsonl", purpose="fine-tune")
+    assert (refused.value.status_code, refused.value.code) == (413, "file_too_large")
+    assert str(512 << 20) in refused.value.message
+    assert time.monotonic() - before < 20
+    assert client.files.list().data == []
+
+
 def test_an_upload_over_the_limit_is_a_413(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as refused:
         begin(client, (4 << 20) + 1)
