@@ -11,12 +11,12 @@ import pytest
 from events.facts import (
     CheckpointSaved,
     CheckpointsDeleted,
-    DataReport,
     DataValidated,
     JobAdmitted,
     JobSucceeded,
     RunStarted,
 )
+from tests.events.facts_of_a_job import REPORT
 from tests.serve_app.live_server import Server
 from tests.tiny_models import make_tiny_model
 
@@ -28,17 +28,6 @@ OPTIONS = {
     "custom_training_options": {"finetuning_type": "lora", "lora_rank": 4},
     "extras": {"max_seq_len": 64},
 }
-REPORT = DataReport(
-    uri="file:///d.jsonl",
-    rows=1,
-    invalid_rows=0,
-    tokens=2,
-    trained_tokens=1,
-    truncated_rows=0,
-    max_seq_len=16,
-    length_histogram={},
-    errors=[],
-)
 
 
 class Earlier:

@@ -10,7 +10,6 @@ import pytest
 
 from events.facts import (
     CancelRequested,
-    DataReport,
     DataValidated,
     Event,
     JobResumed,
@@ -24,22 +23,11 @@ from events.ids import new_event_id, new_job_id
 from events.job import FineTuningJob
 from events.log import EventLog
 from events.memory import MemoryStore
+from tests.events.facts_of_a_job import REPORT
 from trainers.admission import Capacity, Node, for_workers
 from trainers.cluster import Runner, RunnerState
 from trainers.dispatcher import Dispatcher
 from trainers.settings import Settings
-
-REPORT = DataReport(
-    uri="file:///data.jsonl",
-    rows=1,
-    invalid_rows=0,
-    tokens=2,
-    trained_tokens=1,
-    truncated_rows=0,
-    max_seq_len=16,
-    length_histogram={"2": 1},
-    errors=[],
-)
 
 
 @dataclass

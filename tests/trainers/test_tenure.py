@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from events.facts import (
-    DataReport,
     DataValidated,
     Event,
     JobAdmitted,
@@ -25,21 +24,11 @@ from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog
 from events.memory import MemoryStore
+from tests.events.facts_of_a_job import REPORT
 from trainers.retrying import retrying
 from trainers.tenure import Superseded, Tenure
 
 JOB = "ftjob-1"
-REPORT = DataReport(
-    uri="file:///data.jsonl",
-    rows=1,
-    invalid_rows=0,
-    tokens=2,
-    trained_tokens=1,
-    truncated_rows=0,
-    max_seq_len=16,
-    length_histogram={"2": 1},
-    errors=[],
-)
 DIED = JobError(code="internal_error", message="it broke", fault="infrastructure")
 
 

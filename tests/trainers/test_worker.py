@@ -8,7 +8,6 @@ import pytest
 
 from events.actors import EventLogClient
 from events.facts import (
-    DataReport,
     DataValidated,
     Event,
     JobAdmitted,
@@ -21,6 +20,7 @@ from events.facts import (
 from events.ids import new_event_id
 from events.log import EventLog
 from events.memory import MemoryStore
+from tests.events.facts_of_a_job import REPORT
 from tests.trainers.test_runner import RESOURCES
 from trainers import tenure
 from trainers.retrying import retrying
@@ -28,17 +28,6 @@ from trainers.tenure import Superseded, Tenure, Watch
 from trainers.worker import Assignment, RayReporter
 
 JOB = "ftjob-1"
-REPORT = DataReport(
-    uri="file:///d.jsonl",
-    rows=1,
-    invalid_rows=0,
-    tokens=2,
-    trained_tokens=1,
-    truncated_rows=0,
-    max_seq_len=16,
-    length_histogram={},
-    errors=[],
-)
 
 
 class Running:

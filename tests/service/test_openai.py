@@ -1,0 +1,45 @@
+"""OpenAI's client from the file to the results, on the whole service."""
+
+import csv
+import io
+import json
+
+import httpx
+import openai
+
+from tests.service.conftest import WAIT_S, Api
+
+
+def test_a_job_of_uploaded_files_ends_with_its_metrics_as_a_file(api: Api) -> None:
+    client = openai.OpenAI(
+        base_url=f"{api.service.url}/v1", api_key="none", timeout=WAIT_S, http_client=httpx.Client(trust_env=False)
+    )
+    dialogs = [json.loads(line)["dialog"] for line in api.data.read_text().splitlines()]
+    rows = "".join(json.dumps({"messages": dialog}) + "\n" for dialog in dialogs).encode()
+    files = [client.files.create(file=(f"{name}.jsonl", rows), purpose="fine-tune") for name in ("train", "valid")]
+    job = client.fine_tuning.jobs.create(
+        model=str(api.model),
+        training_file=files[0].id,
+        validation_file=files[1].id,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        suffix="end-to-end",
+        metadata={"why": "to see it work"},
+    )
+    assert api.until_status(job.id, "success")["job_id"] == job.id  # one job, one identity on both faces
+
+    done = client.fine_tuning.jobs.retrieve(job.id)
+    assert (done.status, done.metadata) == ("succeeded", {"why": "to see it work"})
+    assert done.fine_tuned_model is not None
+    assert "end-to-end" in done.fine_tuned_model
+    (result,) = done.result_files
+    first, *table = csv.DictReader(io.StringIO(client.files.content(result).text))
+    assert (first["step"], first["train_loss"]) == ("0", "")  # the model as it was, on the validation file
+    assert first["full_valid_loss"] != ""
+    steps = api.job(job.id)["progress"]["total_steps"]
+    assert [int(row["step"]) for row in table] == list(range(1, steps + 1))
+    assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
+    assert all(0 <= float(row["train_mean_token_accuracy"]) <= 1 for row in table)
+    assert table[-1]["full_valid_loss"] != ""
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=5))  # pages of five, to the last
+    assert sum(event.type == "metrics" for event in events) >= len(table)
+    client.files.delete(files[0].id)
