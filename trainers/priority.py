@@ -20,6 +20,10 @@ def give_way() -> None:
     session as well. (A session that others share is left alone.)
     """
     os.nice(max(0, NICENESS - os.nice(0)))
+    with suppress(FileNotFoundError):  # Linux counts by thread, and this may not be the first one
+        for thread in Path("/proc/self/task").iterdir():
+            with suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), NICENESS)
     if os.getsid(0) in (os.getpid(), os.getppid()):
         with suppress(OSError):  # not Linux, or no autogroups
             AUTOGROUP.write_text(str(SESSION_NICENESS))

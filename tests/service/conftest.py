@@ -131,3 +131,16 @@ def local_service(storage: Path, inputs: Path) -> LocalService:
 def api(storage: Path, inputs: Path) -> Iterator[Api]:
     with local_service(storage, inputs) as service:
         yield Api(service, inputs / "tiny", inputs / "rows.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def no_job_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that fails leaves its jobs; holding CPUs, they would fail the tests after it."""
+    yield
+    if "api" not in request.fixturenames:
+        return
+    api: Api = request.getfixturevalue("api")
+    for job in api.http.get("/fine_tuning/jobs", params={"limit": 100}).json()["data"]:
+        if job["status"] in ("validation", "queued", "running"):
+            api.http.post("/fine_tuning/jobs/cancel", json={"job_id": job["job_id"]})
+            api.until_status(job["job_id"], "cancelled", "failed", "success")

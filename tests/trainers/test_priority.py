@@ -40,6 +40,19 @@ def test_a_driver_lowers_itself_and_the_session_that_ray_gave_it() -> None:
         assert group == str(SESSION_NICENESS)
 
 
+def test_every_thread_of_the_process_gives_way_whichever_of_them_asks() -> None:
+    script = """
+import os, threading
+from trainers.priority import give_way
+asking = threading.Thread(target=give_way)
+asking.start()
+asking.join()
+print(os.getpriority(os.PRIO_PROCESS, os.getpid()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(NICENESS)
+
+
 def test_a_session_that_others_share_is_left_alone() -> None:
     before = niceness_of_this_session()
     assert told(new_session=False) == (NICENESS, before)
