@@ -60,9 +60,9 @@ def load(model: str, settings: Settings) -> "ChatModel":
 
 
 def _load_here(model: str, settings: Settings) -> "ChatModel":
-    import torch
+    from trainers.models.chat_model import compute_on
 
-    torch.set_num_threads(max(1, int(settings.chat_cpus)))  # the machine's cores are those of jobs
+    compute_on(max(1, int(settings.chat_cpus)))  # the machine's cores are those of jobs
     return load(model, settings)
 
 

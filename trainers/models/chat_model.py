@@ -90,6 +90,11 @@ class ChatModel:
         yield Piece(text[sent:], len(ids), "length" if len(ids) == max_tokens else "stop")
 
 
+def compute_on(cores: int) -> None:
+    """All models of this process together, from now on."""
+    torch.set_num_threads(cores)
+
+
 def _check_room(stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
     """What is mapped from a file as it is needs no memory of its own."""
     on_gpu = device.type == "cuda"
