@@ -49,6 +49,8 @@ optimizer alone make impossible.
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainers.components import shardable
@@ -171,6 +173,27 @@ def check_memory(plan: Plan, arch: Architecture, load: Load, worker_bytes: int) 
     needed = memory_of(plan, arch, load, "cpu", worker_bytes).peak_bytes
     if needed > MARGIN * worker_bytes:
         raise does_not_fit(plan, arch, load, "cpu", needed, worker_bytes, "at its peak")
+
+
+class _Most(NamedTuple):
+    """No micro-batch is heavier."""
+
+    positions: int
+    trained: int
+    segment: int
+
+
+def surely_fits(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> bool:
+    """Whether `check_memory` passes however rows of `lengths` come together: the longest ones in one micro-batch, with
+    nothing in common. Needs no torch, which takes seconds to import; where it says no, `trainers.load` looks closer."""
+    longest = int(lengths.max())
+    if plan.packed:
+        positions = plan.batch_size * (plan.max_seq_len or longest)
+    else:
+        rows = plan.batch_size * (2 if plan.pairs else 1)
+        positions = int(np.sort(lengths)[-rows:].sum())
+    most = _Most(positions, positions, longest)
+    return memory_of(plan, arch, most, "cpu", worker_bytes).peak_bytes <= MARGIN * worker_bytes
 
 
 def check_states(plan: Plan, arch: Architecture, worker_bytes: int) -> None:

@@ -39,7 +39,7 @@ from trainers.data.prepare import DataInvalid, prepare, prepared
 from trainers.data.source import check_data_uri
 from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem
 from trainers.job_output import JobOutput
-from trainers.memory import check_memory
+from trainers.memory import check_memory, surely_fits
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, make_plan
@@ -158,10 +158,11 @@ def _make_data_ready(
     if job.data is not None:
         return job
     if (worker_bytes := worker_memory(needed(job), capacity())) is not None:
-        from trainers.load import load_of  # imports torch, as a thread does since the start
+        rows = TokenisedDataset(settings.job_dir(job.job_id) / "data" / "train")
+        if not surely_fits(plan, architecture, rows.lengths, worker_bytes):
+            from trainers.load import load_of  # imports torch: seconds that a job which surely fits needn't wait
 
-        prepared_rows = TokenisedDataset(settings.job_dir(job.job_id) / "data" / "train")
-        check_memory(plan, architecture, load_of(plan, architecture, prepared_rows), worker_bytes)
+            check_memory(plan, architecture, load_of(plan, architecture, rows), worker_bytes)
     return tenure.append(DataValidated(data=data, validation_data=validation_data))
 
 

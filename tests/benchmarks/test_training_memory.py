@@ -15,10 +15,12 @@ SHAPE = {
     "num_hidden_layers": 12,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "vocab_size": 16384,
+    "vocab_size": 49152,
     "max_position_embeddings": 2048,
 }
-"""25 million parameters: enough that the libraries' own memory is not what is measured."""
+"""37 million parameters: enough that the libraries' own memory is not what is measured. As of any real model, the
+embedding is larger than what glibc keeps on its heap when it is freed (32 MiB at most): with a smaller one, and two
+workers that exchange it in threads, a quarter more or less stays resident from one run to the next."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
@@ -27,6 +29,6 @@ SHAPE = {
     ["full, fp32", "full, fp32, checkpointing", "full, fp32, 2 workers", "LoRA, fp32", "DoRA, fp32", "full, bf16"],
 )
 def test_the_estimate_is_what_a_worker_needs_at_its_peak(name: str, tmp_path: Path) -> None:
-    case = replace(CASES[name], shape=SHAPE, row_tokens=32 if "bf16" in name else 96)
+    case = replace(CASES[name], shape=SHAPE, row_tokens=32 if "bf16" in name else 256)
     peak = measured(case, tmp_path)["peak"]
     assert estimated(case, tmp_path).peak_bytes == pytest.approx(peak, rel=TOLERANCE)

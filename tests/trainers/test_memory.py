@@ -15,8 +15,8 @@ from tests.tiny_models import make_tiny_model
 from trainers.collate import collate
 from trainers.distributed import Ranks
 from trainers.errors import UserError
-from trainers.load import Load
-from trainers.memory import MARGIN, _Size, check_memory, memory_of, states_fit
+from trainers.load import Load, load_of
+from trainers.memory import MARGIN, _Size, check_memory, memory_of, states_fit, surely_fits
 from trainers.methods import method_of
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.optimization import build_optimizer
@@ -42,6 +42,10 @@ class Rows:
     @property
     def lengths(self) -> np.ndarray:
         return np.full(ROWS, ROW)
+
+    @property
+    def trained(self) -> np.ndarray:
+        return np.full(ROWS, ROW // 2)
 
 
 def plan_for(model: Path, custom: dict[str, Any], **extras: Any) -> Plan:
@@ -154,6 +158,21 @@ def test_a_job_is_refused_only_beyond_the_margin_and_with_what_would_make_it_fit
     # To what no single change is enough for, none is proposed.
     with pytest.raises(UserError, match="take a smaller model"):
         check_memory(plan, arch, LOAD, 10 << 20)
+
+
+@pytest.mark.parametrize("extras", [{}, {"batch_size": 3}, {"dataset": {"packed": True}, "max_seq_len": 64}])
+def test_what_surely_fits_is_never_refused_by_the_closer_look(
+    arch: Architecture, tmp_path: Path, extras: dict[str, Any]
+) -> None:
+    plan = plan_for(tmp_path / "m", FULL, **extras)
+    rows = Rows()
+    load = load_of(plan, arch, rows)
+    needed = memory_of(plan, arch, load, "cpu").peak_bytes
+    for there in np.linspace(needed / MARGIN / 2, 4 * needed, 50).astype(int):
+        if surely_fits(plan, arch, rows.lengths, int(there)):
+            check_memory(plan, arch, load, int(there))
+    assert surely_fits(plan, arch, rows.lengths, 4 * needed)
+    assert not surely_fits(plan, arch, rows.lengths, int(needed / MARGIN) - 1)
 
 
 def test_a_request_is_refused_at_once_for_its_weights_and_optimizer_only(arch: Architecture, tmp_path: Path) -> None:
