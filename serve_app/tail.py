@@ -3,7 +3,7 @@
 Each line is a `TailLine`: `{"logs": [{"message", "timestamp"}, ...], "next": offset}`. `next` is where the line ends,
 so a reader that reconnects with the last `next` it saw loses and repeats nothing. Nothing is kept for a reader between
 two lines, and the next batch is read only when the last one has been sent: a slow reader delays nobody. Readers at the
-same place share one question to the log (`Together`).
+same place wait together (`Together`): of what a line costs, only the sending is done for each of them.
 
 The end: a job's lines are all in the queue before its terminal event is in the log. So once the job is known to be
 over, whatever a read finds is the rest, and an empty read means that everything was sent.
@@ -15,7 +15,7 @@ import asyncio
 import json
 from asyncio import FIRST_COMPLETED, Task
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -87,19 +87,22 @@ async def tail(
     Ends after the job's last line, or without `follow` when what is there now has been sent; and once `closing` is set,
     if more might come.
     """
-    watch = asyncio.create_task(_until_over(backend, job, together)) if follow and not job.over else None
-    closed = asyncio.create_task(closing.wait())
-    try:
+    end = partial(_until_over, backend, job)
+    with together.asking((job.job_id, "over"), end) if follow and not job.over else nullcontext() as over:
         while True:
-            if watch is not None and watch.done():
-                job, watch = watch.result(), None
-            if watch is not None and closed.done():
+            if over is not None and over.done():
+                job, over = over.result(), None
+            # From here on, no watch means that nothing more is worth waiting for.
+            if over is not None and closing.is_set():
                 yield _line(after)
                 return
-            # From here on, no watch means that nothing more is worth waiting for.
             try:
-                news = {watch, closed} if watch else set()
-                read = await _read(backend, job.job_id, after, heartbeat_s, news, together)
+                if over is not None:
+                    waiting = partial(_wait, backend, job.job_id, after, heartbeat_s, over, closing)
+                    read = await together.ask((job.job_id, after), waiting)
+                else:
+                    # Not shared: one that was under way before the job was over may have missed its last lines.
+                    read = await _read(backend, job.job_id, after, heartbeat_s)
             except LogUnavailable:
                 yield _line(after)
                 await asyncio.sleep(RETRY_S)
@@ -107,44 +110,52 @@ async def tail(
             if read is None:
                 continue
             after = read.next
-            if read.line is None and watch is None:
+            if read.line is None and over is None:
                 yield _line(after, status=job.status if job.over else None)
                 return
             yield read.line or _line(after)
-    finally:
-        closed.cancel()
-        if watch is not None:
-            watch.cancel()
 
 
-async def _read(
-    backend: Backend, job_id: str, after: int, heartbeat_s: float, news: set[Task[Any]], together: Together
+async def _wait(
+    backend: Backend,
+    job_id: str,
+    after: int,
+    heartbeat_s: float,
+    over: Task[FineTuningJob],
+    closing: asyncio.Event,
 ) -> _Read | None:
-    """The lines after `after`; none when it is time for a heartbeat. Where there may be other `news`, waits for some
-    lines: None once there is such news. Raises LogUnavailable."""
-    wait_s = heartbeat_s if news else 0.0
-
-    async def read() -> _Read:
-        batch = await backend.logs.read(job_id, after, BATCH_LINES, wait_s)
-        return _Read(batch.next, _line(batch.next, batch) if batch.lines else None)
-
-    # One that was under way before the job was over may have missed its last lines.
-    question = (job_id, after) if news else object()
-    with together.asking(question, read) as reading:
-        await asyncio.wait({reading, *news}, timeout=0.9 * heartbeat_s, return_when=FIRST_COMPLETED)
+    """The lines after `after` as soon as there are some; none when it is time for a heartbeat. None once the job is
+    `over`, or the streams are closing."""
+    reading = asyncio.create_task(backend.logs.read(job_id, after, BATCH_LINES, heartbeat_s))
+    closed = asyncio.create_task(closing.wait())
+    try:
+        await asyncio.wait({reading, over, closed}, timeout=0.9 * heartbeat_s, return_when=FIRST_COMPLETED)
         if reading.done():
-            return reading.result()
-        if not news:
-            raise LogUnavailable("the log lines don't come")
-        return None if any(task.done() for task in news) else _Read(after, None)
+            return _as_read(reading.result())
+        return None if over.done() or closed.done() else _Read(after, None)
+    finally:
+        reading.cancel()
+        closed.cancel()
 
 
-async def _until_over(backend: Backend, job: FineTuningJob, together: Together) -> FineTuningJob:
+async def _read(backend: Backend, job_id: str, after: int, patience_s: float) -> _Read:
+    """The lines after `after` that are there now. Raises LogUnavailable."""
+    try:
+        async with asyncio.timeout(patience_s):
+            return _as_read(await backend.logs.read(job_id, after, BATCH_LINES, 0.0))
+    except TimeoutError:
+        raise LogUnavailable("the log lines don't come") from None
+
+
+def _as_read(batch: LogBatch) -> _Read:
+    return _Read(batch.next, _line(batch.next, batch) if batch.lines else None)
+
+
+async def _until_over(backend: Backend, job: FineTuningJob) -> FineTuningJob:
     """The job as it is once it has ended."""
     while not job.over:
-        news = partial(backend.log.wait, job.job_id, job.version, WATCH_S)
         try:
-            job = await together.ask((job.job_id, "news", job.version), news)
+            job = await backend.log.wait(job.job_id, job.version, WATCH_S)
         except LogUnavailable:
             await asyncio.sleep(RETRY_S)
     return job
