@@ -1,6 +1,9 @@
 """The ASGI application: routes + middleware + exception handlers, each from a module of its own."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import cache
 from typing import Any
 
@@ -21,6 +24,9 @@ ROUTERS = (
     our_router,
     *(part.router for part in (files, uploads, jobs, checkpoints, models, chat, webhooks)),
 )
+THREADS = 64
+"""For what blocks: files, mostly. Python's own number is four more than there are cores, and as many uploads to a
+storage that doesn't answer would hold up every submit."""
 
 
 def build_api(
@@ -36,6 +42,7 @@ def build_api(
     app = FastAPI(
         openapi_url=None,  # The document is served by a route of ours, and FastAPI's pages load scripts from a CDN.
         middleware=[Middleware(RequestContext, sends_id=sends_request_id)],
+        lifespan=_with_threads,
         exception_handlers=dict.fromkeys(errors.TABLE, errors.handle),
     )
     app.state.backend = backend
@@ -60,3 +67,9 @@ def build_api(
 
     app.openapi = document  # type: ignore[method-assign]
     return app
+
+
+@asynccontextmanager
+async def _with_threads(_: FastAPI) -> AsyncIterator[None]:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="api"))
+    yield

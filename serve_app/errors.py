@@ -11,12 +11,13 @@
     413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES
     415     invalid_request_error      the body is not application/json
     422     invalid_request_error      anything wrong with the request; `errors` lists it, up to a hundred of a kind
-    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions to models;
-                                       Retry-After says when to try again
+    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions to models:
+                                       Retry-After says when to try again. Without it: TUNEWRIGHT_FILES_QUOTA_BYTES of
+                                       files, or fifty webhook endpoints
     500     server_error               a bug; the operator's log has the traceback under the request's id
-    503     service_unavailable_error  the event log or the cluster can't be reached; nothing was recorded, or a retry
-                                       with the same Idempotency-Key finds it; or the job's history is damaged
-                                       (`job_damaged`): only its operator can help
+    503     service_unavailable_error  the event log, the storage of files or the cluster can't be reached; nothing was
+                                       recorded, or a retry with the same Idempotency-Key finds it; or the job's
+                                       history is damaged (`job_damaged`): only its operator can help
 
 Messages never repeat what the request held, except names of fields and jobs, shortened and escaped.
 """
