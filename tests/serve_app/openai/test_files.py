@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,57 @@ def test_a_wrong_md5_size_or_part_is_a_400_and_the_upload_can_still_be_completed
             client.uploads.complete(upload.id, **wrong)  # type: ignore[arg-type]
         assert refused.value.code == code
     assert client.uploads.complete(upload.id, part_ids=[part.id]).status == "completed"
+
+
+def test_the_record_of_an_upload_is_no_part_of_it(client: openai.OpenAI, server: Server) -> None:
+    upload = begin(client)
+    size = file_store(server.parts.settings.files_url).objects.sizes()[f"{upload.id}.json"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.uploads.complete(begin(client, size).id, part_ids=["json"])
+    assert refused.value.code == "unknown_part"
+    assert isinstance(refused.value.body, dict)
+    assert [problem["code"] for problem in refused.value.body["errors"]] == ["unknown_part"]
+
+
+def test_an_upload_that_is_being_completed_can_not_be_cancelled(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = begin(client, len(ROWS))
+    part = client.uploads.parts.create(upload.id, data=ROWS)
+    objects = file_store(server.parts.settings.files_url).objects
+    read, reading, goes_on = objects.read, threading.Event(), threading.Event()
+
+    def slowly(name: str) -> Iterator[bytes]:
+        reading.set()
+        goes_on.wait()
+        yield from read(name)
+
+    monkeypatch.setattr(objects, "read", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            completing = pool.submit(client.uploads.complete, upload.id, part_ids=[part.id])
+            assert reading.wait(60)
+            cancelling = pool.submit(client.uploads.cancel, upload.id)
+            wait([cancelling], timeout=2)  # it has no answer yet, however long that takes
+        finally:
+            goes_on.set()
+        assert completing.result().status == "completed"
+        with pytest.raises(openai.ConflictError):
+            cancelling.result()
+    assert client.files.content(completing.result().file.id).read() == ROWS
+
+
+def test_beginning_an_upload_makes_room_of_what_has_expired(serve: Serve) -> None:
+    server = serve(files_quota_bytes=2000)
+    store = file_store(server.parts.settings.files_url)
+    with connected(server) as client:
+        file = client.files.create(file=("rows.jsonl", ROWS * 5), purpose="fine-tune")
+        record = store.get(file.id).model_copy(update={"expires_at": 1})
+        store.objects.put(f"{file.id}.json", record.model_dump_json().encode())
+        store._records.clear()
+        store._swept = float("-inf")  # ten minutes have passed
+        assert begin(client, 1500).status == "pending"
+        assert record.content not in stored(server)
 
 
 def test_a_cancelled_upload_takes_no_part(client: openai.OpenAI) -> None:
