@@ -50,8 +50,10 @@ async def job_of(log: JobLog, name: str) -> FineTuningJob | None:
         return None
     try:
         job = await log.job(name.removeprefix(_PREFIX))
-    except Refused:
-        return None
+    except Refused as refused:
+        if refused.code == "unknown_job":
+            return None
+        raise
     return job if has_results(job) else None
 
 
