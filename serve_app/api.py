@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -57,13 +57,17 @@ def build_api(
     def document() -> dict[str, Any]:
         return openapi.describe([route for router in ROUTERS for route in router.routes])
 
+    @lru_cache(8)  # by the names that the service is reached under: a page takes longer to make than to send
+    def page(base_url: str) -> str:
+        return reference.page(document(), base_url)
+
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi_json() -> Response:
         return JSONResponse(document())
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        return HTMLResponse(reference.page(document(), str(request.base_url)))
+        return HTMLResponse(page(str(request.base_url)))
 
     app.openapi = document  # type: ignore[method-assign]
     return app
