@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from events.codec import encode
+from events.decide import Refused
 from events.job import fold
 from events.log import LogUnavailable
 from events.sqlite import SqliteStore
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     try:
         code: int = arguments.run(arguments)
-    except (StoreFailedError, StoreLockedError, JobDamagedError, LogUnavailable, OSError) as error:
+    except (StoreFailedError, StoreLockedError, JobDamagedError, Refused, LogUnavailable, OSError) as error:
         _say(str(error))
         return 1
     return code
@@ -84,11 +85,15 @@ def backup(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     def write(log: Source) -> int:
-        position = 0
+        position, missing = 0, list[int]()
         while page := log.read_all(position):
             sys.stdout.writelines(map(_line, page))
-            position = page[-1].position
-        return _report(log.damage) if isinstance(log, SqliteStore) else 0
+            for recorded in page:  # positions have no gaps: what isn't there can't be read
+                missing += range(position + 1, recorded.position)
+                position = recorded.position
+        if isinstance(log, SqliteStore):
+            return _report(log.damage)
+        return _report({position: Damage(position, (), "it is damaged") for position in missing})
 
     return _with_log(arguments.log, write)
 

@@ -3,8 +3,8 @@
 These models are the wire format of POST /fine_tuning/jobs/submit and the payload of `JobSubmitted`. They hold what
 the user typed; what it means for a training run (merged, typed, checked) is `trainers.plan.Plan`.
 
-A field that is absent or null takes its documented default. Unknown fields are refused by name. `Config.as_sent()`
-gives back exactly the fields the user sent.
+A field that is absent or null takes its documented default. Unknown fields are refused by name. What is echoed is the
+JSON as it was sent, which never was a Config.
 """
 
 import math
@@ -264,8 +264,3 @@ class Config(_Wire):
         "takes them. Default: one worker, three restarts."
     )
     metadata: JsonObject = Field(default_factory=dict, description="Yours: stored with the job and given back with it.")
-
-    def as_sent(self) -> dict[str, Any]:
-        """The fields the user sent, and no others: options sent as null are left out (they mean the default), nulls
-        inside `extras` and `metadata` are kept."""
-        return self.model_dump(mode="json", exclude_unset=True)

@@ -33,8 +33,9 @@ class Refused(Exception):
     - `stale_attempt`: the run that reports was replaced or interrupted.
     - `out_of_order`: not in this status.
 
-    and from `EventLog`: `idempotency_key_reused`, `too_many_jobs`, `invalid_event`, and `job_damaged`: events of the
-    job can't be read as they were written, so nothing is said about it and nothing added to it.
+    and from `EventLog`: `idempotency_key_reused`, `too_many_jobs`, `invalid_event`, `unknown_after` (no job to list
+    the older ones of), and `job_damaged`: events of the job can't be read as they were written, so nothing is said
+    about it and nothing added to it.
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -155,12 +155,15 @@ class Draft:
         assert isinstance(event, JobSubmitted)  # noqa: S101  -- EventLog.submit takes nothing else
         if new.event_id not in self._known:
             if event.idempotency_key is not None and (earlier := self._with_key(event.idempotency_key)) is not None:
-                return _same_config(earlier, event)
+                return _same_request(earlier, event)
             if event.request_digest is not None and (same := self._unanswered(event.request_digest, time, retried)):
                 return same
             live = self._jobs.live_count() + self._live_change
             if live >= max_live_jobs:
-                raise Refused("too_many_jobs", f"{live} jobs are unfinished, the limit is {max_live_jobs}")
+                raise Refused(
+                    "too_many_jobs",
+                    f"{live} jobs are unfinished, the limit is {max_live_jobs}: try again when one has ended",
+                )
         return self.append(job_id, [new], None, time)
 
     def append(
@@ -181,7 +184,7 @@ class Draft:
                 job = evolve(job, Recorded(position, job_id, version, new.event_id, time, new.event))
                 accepted.append(new)
         if job is None:
-            raise Refused("unknown_job", f"no job {job_id}")
+            raise Refused("unknown_job", f"no job {ascii(job_id)[1:-1]}")
         if accepted:
             self._put(job, self.position + len(accepted), time)
             self.appends.append(StreamAppend(job_id, accepted, actual))
@@ -225,13 +228,15 @@ class Draft:
         return job if retried or not self._jobs.is_answered(job.job_id) else None
 
 
-def _same_config(job: FineTuningJob, event: JobSubmitted) -> FineTuningJob:
-    if _canonical(job.input_config) != _canonical(event.config):
+def _same_request(job: FineTuningJob, event: JobSubmitted) -> FineTuningJob:
+    """What OpenAI's API takes besides the config, a name for the model, counts as well."""
+    if _canonical([job.input_config, job.openai]) != _canonical([event.config, event.openai]):
         raise Refused(
-            "idempotency_key_reused", f"this Idempotency-Key was used for job {job.job_id}, with another config"
+            "idempotency_key_reused",
+            f"this Idempotency-Key was used for job {job.job_id}, with another config: take a new one for a new job",
         )
     return job
 
 
-def _canonical(config: Mapping[str, object]) -> str:
-    return json.dumps(config, sort_keys=True)
+def _canonical(request: object) -> str:
+    return json.dumps(request, sort_keys=True)

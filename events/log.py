@@ -150,12 +150,12 @@ class EventLog:
     async def jobs(self, limit: int, after: str | None = None) -> tuple[list[FineTuningJob], bool]:
         """Up to `limit` jobs, newest first, those older than `after`; and whether there are more.
 
-        Raises Refused `unknown_job`.
+        Raises Refused `unknown_after`.
         """
         try:
             return self._jobs.page(limit, after)
         except KeyError:
-            raise Refused("unknown_job", f"no job {after}") from None
+            raise Refused("unknown_after", f"after: there is no job {after!a} in this list") from None
 
     async def live_jobs(self) -> LiveJobs:
         """Jobs without an outcome, oldest first, and the position as of which that is so."""
@@ -216,7 +216,7 @@ class EventLog:
         self._jobs.check(job_id)
         job = self._jobs.get(job_id)
         if job is None:
-            raise Refused("unknown_job", f"no job {job_id}")
+            raise Refused("unknown_job", f"no job {ascii(job_id)[1:-1]}")
         return job
 
     async def _in_thread(self, call: Callable[[], T]) -> T:

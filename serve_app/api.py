@@ -1,7 +1,10 @@
 """The ASGI application: routes + middleware + exception handlers, each from a module of its own."""
 
 import asyncio
-from functools import cache
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import cache, lru_cache
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -21,6 +24,9 @@ ROUTERS = (
     our_router,
     *(part.router for part in (files, uploads, jobs, checkpoints, models, chat, webhooks)),
 )
+THREADS = 64
+"""For what blocks: files, mostly. Python's own number is four more than there are cores, and as many uploads to a
+storage that doesn't answer would hold up every submit."""
 
 
 def build_api(
@@ -36,6 +42,7 @@ def build_api(
     app = FastAPI(
         openapi_url=None,  # The document is served by a route of ours, and FastAPI's pages load scripts from a CDN.
         middleware=[Middleware(RequestContext, sends_id=sends_request_id)],
+        lifespan=_with_threads,
         exception_handlers=dict.fromkeys(errors.TABLE, errors.handle),
     )
     app.state.backend = backend
@@ -50,13 +57,23 @@ def build_api(
     def document() -> dict[str, Any]:
         return openapi.describe([route for router in ROUTERS for route in router.routes])
 
+    @lru_cache(8)  # by the names that the service is reached under: a page takes longer to make than to send
+    def page(base_url: str) -> str:
+        return reference.page(document(), base_url)
+
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi_json() -> Response:
         return JSONResponse(document())
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        return HTMLResponse(reference.page(document(), str(request.base_url)))
+        return HTMLResponse(page(str(request.base_url)))
 
     app.openapi = document  # type: ignore[method-assign]
     return app
+
+
+@asynccontextmanager
+async def _with_threads(_: FastAPI) -> AsyncIterator[None]:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="api"))
+    yield

@@ -8,17 +8,18 @@
     405     invalid_request_error      the route exists, the method doesn't
     409     conflict_error             cancelling a job that has succeeded or failed; pausing or resuming one that is
                                        over or being cancelled; asking the model of a job that has not succeeded
-    413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES
-    415     invalid_request_error      the body is not application/json
+    413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES, or a file than its own limit
+    415     invalid_request_error      the body is not application/json, or of a file not multipart/form-data
     422     invalid_request_error      anything wrong with the request; `errors` lists it, up to a hundred of a kind
-    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions to models;
-                                       Retry-After says when to try again
+    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions to models:
+                                       Retry-After says when to try again. Without it: TUNEWRIGHT_FILES_QUOTA_BYTES of
+                                       files, or fifty webhook endpoints
     500     server_error               a bug; the operator's log has the traceback under the request's id
-    503     service_unavailable_error  the event log or the cluster can't be reached; nothing was recorded, or a retry
-                                       with the same Idempotency-Key finds it; or the job's history is damaged
-                                       (`job_damaged`): only its operator can help
+    503     service_unavailable_error  the event log, the storage of files or the cluster can't be reached; nothing was
+                                       recorded, or a retry with the same Idempotency-Key finds it; or the job's
+                                       history is damaged (`job_damaged`): only its operator can help
 
-Messages never repeat what the request held, except names of fields and jobs, shortened and escaped.
+Of what the request held, messages repeat names at most: of fields, jobs, models, files and paths.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,6 +100,7 @@ def _parameters(exc: RequestValidationError) -> Answer:
 
 _REFUSALS: dict[str, tuple[int, ErrorType, str | None]] = {
     "unknown_job": (404, "not_found_error", "job_id"),
+    "unknown_after": (404, "not_found_error", "after"),
     "job_is_over": (409, "conflict_error", "job_id"),
     "cancelling": (409, "conflict_error", "job_id"),
     "too_many_jobs": (429, "rate_limit_error", None),
@@ -107,11 +109,19 @@ _REFUSALS: dict[str, tuple[int, ErrorType, str | None]] = {
 }
 
 
+_NEXT = {
+    "unknown_job": "GET /fine_tuning/jobs lists those there are",
+    "job_is_over": "POST /fine_tuning/jobs/resubmit starts another one from one of its checkpoints",
+}
+"""What the log can't say: it knows no routes."""
+
+
 def _refused(exc: Refused) -> Answer:
     status, kind, param = _REFUSALS[exc.code]
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 429 else {}
-    problems = [Problem(param, exc.message, exc.code)] if status == 422 else []
-    return Answer(status, kind, exc.code, exc.message, param, problems, headers)
+    message = f"{exc.message}; {_NEXT[exc.code]}" if exc.code in _NEXT else exc.message
+    problems = [Problem(param, message, exc.code)] if status == 422 else []
+    return Answer(status, kind, exc.code, message, param, problems, headers)
 
 
 def _log_unavailable(_: LogUnavailable) -> Answer:

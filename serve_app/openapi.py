@@ -69,14 +69,17 @@ _WHEN = {
     404: "`not_found_error`: there is no such job, file, upload, model, checkpoint or webhook endpoint.",
     409: "`conflict_error`: the job is over, or being cancelled; the file is in use; the upload is over; the job has "
     "no model yet; the endpoint is disabled.",
-    413: "`invalid_request_error`: the body is larger than TUNEWRIGHT_MAX_BODY_BYTES (1 MiB).",
-    415: "`invalid_request_error`: the body is not `application/json` in UTF-8.",
+    413: "`invalid_request_error`: JSON is larger than TUNEWRIGHT_MAX_BODY_BYTES (1 MiB), a file than "
+    "TUNEWRIGHT_MAX_FILE_BYTES (512 MiB), a part than 64 MiB, or an upload than TUNEWRIGHT_MAX_UPLOAD_BYTES (8 GiB).",
+    415: "`invalid_request_error`: the body is of another type than the route takes: `application/json` in UTF-8, or "
+    "for files and parts `multipart/form-data`.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
-    429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already, or "
-    "too many questions to answer.",
+    429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already, or too many "
+    "questions to answer. Without a Retry-After: the files hold TUNEWRIGHT_FILES_QUOTA_BYTES, or there are fifty "
+    "webhook endpoints.",
     500: "`server_error`: a bug; the operator finds it in the log under the request's id.",
-    503: "`service_unavailable_error`: the event log, or the process of a model, can't be reached; try again. "
-    "`job_damaged`: the job's history can't be read as it was written; only its operator can help.",
+    503: "`service_unavailable_error`: the event log, the storage of files or the process of a model can't be "
+    "reached; try again. `job_damaged`: the job's history can't be read as it was written; only its operator can help.",
 }
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait before the next try.", "schema": {"type": "integer"}}}
 

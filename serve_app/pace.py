@@ -1,5 +1,6 @@
 """How long a job will train, from how fast jobs like it were."""
 
+import asyncio
 from statistics import median
 
 from events.config import Config
@@ -49,11 +50,15 @@ async def _speeds(plan: Plan, resources: Resources, log: JobLog) -> list[float]:
     for _ in range(PAGES):
         jobs, more = await log.jobs(100, after)
         alike = [job for job in jobs if job.input_config.get("model") == plan.model and job.resources == resources]
-        found += [(job.device, speed) for job in alike if (speed := _speed(job, wanted)) is not None]
+        found += await asyncio.to_thread(_of_kind, alike, wanted)  # a millisecond for each, to make its plan
         if not more or len(found) >= MOST_JOBS:
             break
         after = jobs[-1].job_id
     return [speed for device, speed in found if device == found[0][0]][:MOST_JOBS]
+
+
+def _of_kind(jobs: list[FineTuningJob], wanted: tuple[object, ...]) -> list[tuple[str | None, float]]:
+    return [(job.device, speed) for job in jobs if (speed := _speed(job, wanted)) is not None]
 
 
 def _kind(plan: Plan) -> tuple[object, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
-from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
@@ -20,6 +20,7 @@ from serve_app.body import read_object
 from serve_app.delivery import Deliveries, digest_of, says_it_is_a_retry
 from serve_app.openapi import documented, documented_stream, json_body
 from serve_app.pace import time_of
+from serve_app.streaming import Stream
 from serve_app.tail import tail
 from serve_app.wire import (
     CancelRequest,
@@ -53,16 +54,19 @@ After = Annotated[
     str | SkipJsonSchema[None],
     Query(min_length=1, max_length=128, description="Only jobs older than this one: the last id of the page before."),
 ]
+
+
+def idempotency_header(retried: str) -> Any:  # noqa: ANN401  -- Header() of any type
+    """The header; `retried` says what a retry does."""
+    description = f"Any printable ASCII text of yours. A retry with the same key and the same body {retried}"
+    return Header(alias="Idempotency-Key", min_length=1, max_length=255, pattern=r"^[ -~]+$", description=description)
+
+
 IdempotencyKey = Annotated[
     str | SkipJsonSchema[None],
-    Header(
-        alias="Idempotency-Key",
-        min_length=1,
-        max_length=255,
-        pattern=r"^[ -~]+$",
-        description="Any printable ASCII text of yours. A retry with the same key and the same body returns the job "
-        "that the first request made. Without a key, an identical request within 60 s does so as long as the first "
-        "answer was not delivered, or when `x-stainless-retry-count` says that it is a retry.",
+    idempotency_header(
+        "returns the job that the first request made. Without a key, an identical request within 60 s does so as long "
+        "as the first answer was not delivered, or when `x-stainless-retry-count` says that it is a retry."
     ),
 ]
 
@@ -230,7 +234,7 @@ async def tail_logs(
     lines = tail(
         backend, job, state.together, after=after, follow=follow, heartbeat_s=heartbeat_s, closing=state.closing
     )
-    return StreamingResponse(lines, media_type="application/x-ndjson")
+    return Stream(lines, "application/x-ndjson")
 
 
 @router.get(

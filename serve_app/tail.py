@@ -14,7 +14,7 @@ A replica that is about to end closes the streams that follow a job: a last line
 import asyncio
 import json
 from asyncio import FIRST_COMPLETED, Task
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -81,7 +81,7 @@ async def tail(
     follow: bool,
     heartbeat_s: float,
     closing: asyncio.Event,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The lines of the stream, from offset `after`. `job` is as it was read just now.
 
     Ends after the job's last line, or without `follow` when what is there now has been sent; and once `closing` is set,

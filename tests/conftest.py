@@ -31,6 +31,7 @@ ON_A_LIVE_CLUSTER = (
     "tests/faults/test_submits.py",
     "tests/faults/test_tails.py",
     "tests/faults/test_whole_cluster.py",
+    "tests/serve_app/test_behind_ray.py",
     "tests/service/",
     "tests/test_local_service.py",
 )

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import fsspec
 from pydantic import BaseModel, ConfigDict
 from ulid import ULID
 
-from trainers.errors import UserError
+from trainers.errors import InfrastructureError, UserError
 
 PURPOSE = "fine-tune"
 BLOCK_BYTES = 1 << 20
@@ -54,13 +54,34 @@ class File(BaseModel):
         return self.expires_at is not None and self.expires_at <= now
 
 
-class Objects:
-    """A flat directory of objects. Everything blocks, and raises OSError where the storage can't be reached."""
+@contextmanager
+def _storage() -> Iterator[None]:
+    """Makes an InfrastructureError `files_unreachable` of whatever goes wrong with the storage. Its libraries raise
+    what they like and put signed URLs into it, so nothing of their text is told."""
+    try:
+        yield
+    except InfrastructureError:
+        raise
+    except Exception as error:
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+        raise InfrastructureError(
+            "files_unreachable",
+            f"the storage of uploaded files doesn't work: {why}.",
+            suggestion="try again; if it goes on, the operator finds the reason in what TUNEWRIGHT_FILES names, its "
+            "room, network or credentials",
+        ) from error
 
+
+class Objects:
+    """A flat directory of objects. Everything blocks, and raises InfrastructureError `files_unreachable` where the
+    storage can't be read or written."""
+
+    @_storage()
     def __init__(self, url: str) -> None:
         self._fs, self._root = fsspec.core.url_to_fs(url)
         self._fs.makedirs(self._root, exist_ok=True)
 
+    @_storage()
     def sizes(self) -> dict[str, int]:
         """Every object's name and bytes."""
         try:
@@ -69,6 +90,7 @@ class Objects:
             return {}
         return {info["name"].rpartition("/")[2]: int(info["size"] or 0) for info in found if info["type"] == "file"}
 
+    @_storage()
     def get(self, name: str) -> bytes | None:
         """What a small object holds; None where there is none."""
         try:
@@ -77,6 +99,7 @@ class Objects:
             return None
         return content
 
+    @_storage()
     def put(self, name: str, content: bytes) -> None:
         """Writes a small object, whole or not at all, over what was there."""
         draft = f"draft-{ULID()}"
@@ -85,15 +108,20 @@ class Objects:
             sync(file)
         self._fs.mv(self._path(draft), self._path(name))
 
+    @_storage()
     def open_new(self, name: str) -> Any:  # noqa: ANN401  -- fsspec has no types
         return self._fs.open(self._path(name), "wb", block_size=8 << 20)
 
     def read(self, name: str) -> Iterator[bytes]:
-        """In blocks. Raises FileNotFoundError before the first."""
-        with self._fs.open(self._path(name), "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
+        """In blocks."""
+        with (
+            _storage(),
+            self._fs.open(self._path(name), "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file,
+        ):
             while block := file.read(BLOCK_BYTES):
                 yield block
 
+    @_storage()
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
@@ -109,7 +137,8 @@ class Objects:
 
 
 class NewObject:
-    """Bytes on their way to storage, counted and hashed. `abandon` unless they became part of something."""
+    """Bytes on their way to storage, counted and hashed. `abandon` unless they became part of something. Raises
+    InfrastructureError `files_unreachable`."""
 
     def __init__(self, objects: Objects, name: str) -> None:
         self.name = name
@@ -120,6 +149,7 @@ class NewObject:
         self._objects = objects
         self._file = objects.open_new(name)
 
+    @_storage()
     def write(self, data: bytes) -> None:
         self._file.write(data)
         self.bytes += len(data)
@@ -127,6 +157,7 @@ class NewObject:
         if len(self.head) < BLOCK_BYTES:
             self.head += data[: BLOCK_BYTES - len(self.head)]
 
+    @_storage()
     def close(self) -> None:
         """All of it is on disk, or accepted by the object store, when this returns."""
         sync(self._file)
@@ -140,7 +171,7 @@ class NewObject:
 
 
 class FileStore:
-    """The uploaded files under one URL. Everything blocks."""
+    """The uploaded files under one URL. Everything blocks, and raises InfrastructureError `files_unreachable`."""
 
     def __init__(self, url: str) -> None:
         self.objects = Objects(url)

@@ -17,7 +17,7 @@ from events.facts import CancelRequested, JobSubmitted
 from events.ids import new_event_id, new_job_id
 from events.job import FineTuningJob
 from events.log import LogUnavailable
-from trainers.errors import ConfigProblems
+from trainers.errors import ConfigProblems, InfrastructureError
 from trainers.preflight import examine
 from trainers.service import Service, start
 from trainers.settings import Settings
@@ -40,7 +40,7 @@ def submit_and_follow(path: Path, settings: Settings) -> int:
         return REFUSED
     try:
         return asyncio.run(_submit_and_follow(document, settings))
-    except (ConfigProblems, Refused) as refusal:
+    except (ConfigProblems, Refused, InfrastructureError) as refusal:
         _say(f"{path}: {refusal}")
         return REFUSED
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -92,7 +93,8 @@ class RemoteAnswers:
         except (RayError, RayServeException) as error:
             raise _refused(503, f"the model's process ended ({type(error).__name__}); try again") from error
         finally:
-            parts.cancel()
+            with suppress(RayError, RayServeException):  # of a question that was never taken it raises why, once more
+                parts.cancel()
 
 
 def _refused(status: int, message: str) -> RequestRefused:

@@ -60,8 +60,8 @@ async def create(request: Request, backend: TheBackend) -> Response:
     try:
         expiry = _expiry(form)
         await room_for(store, backend.settings, 0)  # others may have written meanwhile
-    except (ConfigProblems, RequestRefused):
-        await asyncio.to_thread(new.abandon)
+    except BaseException:
+        await asyncio.shield(asyncio.to_thread(new.abandon))
         raise
     file = await keep(store, new, form.filename, expiry)
     return JSONResponse(shown(file).model_dump(mode="json"))

@@ -43,8 +43,8 @@ _WORDS = {
     "fine_tuning_options.n_epochs": "hyperparameters.n_epochs",
     "fine_tuning_options.batch_size": "hyperparameters.batch_size",
     "fine_tuning_options.lr": "hyperparameters.learning_rate_multiplier",
-    "logger.project": "integrations.0.wandb.project",
 }
+_WANDB, _OUR_WANDB = "integrations.0.wandb.", "logger."
 
 
 def config_of(asked: OpenAIJobRequest) -> dict[str, Any]:
@@ -104,13 +104,17 @@ def results_as_data(asked: OpenAIJobRequest) -> list[Problem]:
 
 def in_openai_words(problem: Problem) -> Problem:
     """The problem with the name that the field has in OpenAI's request."""
-    return problem._replace(param=_WORDS.get(problem.param or "", problem.param))
+    name = problem.param or ""
+    if name.startswith(_OUR_WANDB):
+        return problem._replace(param=_WANDB + name.removeprefix(_OUR_WANDB))
+    return problem._replace(param=_WORDS.get(name, problem.param))
 
 
 def shown(job: FineTuningJob) -> OpenAIJob:
     """The job as OpenAI shows it."""
     said = job.openai or {}
-    plan = _plan(json.dumps(job.input_config))
+    # Metadata changes no plan, may be as large as a request, and would be kept with each of them.
+    plan = _plan(json.dumps({name: value for name, value in job.input_config.items() if name != "metadata"}))
     kind: Literal["supervised", "dpo"] = "dpo" if plan is not None and plan.pairs else "supervised"
     hyperparameters = _hyperparameters(plan, kind)
     method = {"type": kind, kind: {"hyperparameters": hyperparameters}}

@@ -147,7 +147,7 @@ def _created(job: FineTuningJob) -> int:
 
 def _base_models(settings: Settings) -> list[OpenAIModel]:
     places = [place for root in (settings.model_cache, *settings.model_roots) for place in (root, *_entries(root))]
-    directories = [_in_directory(place) for place in dict.fromkeys(places) if (place / "config.json").is_file()]
+    directories = [_in_directory(place) for place in dict.fromkeys(places) if _is_model(place)]
     return [*directories, *(_alias(name, settings) for name in ALIASES)]
 
 
@@ -156,6 +156,13 @@ def _entries(root: Path) -> list[Path]:
         return sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
     except OSError:
         return []
+
+
+def _is_model(directory: Path) -> bool:
+    try:
+        return (directory / "config.json").is_file()
+    except OSError:  # a directory that the service may not enter
+        return False
 
 
 def _in_directory(directory: Path) -> OpenAIModel:
@@ -193,8 +200,8 @@ def _base_source(name: str, settings: Settings) -> str:
         directory = local_directory(name, settings.allowed_model_roots)
     except UserError as error:
         raise unknown_model(error.error.message, error.error.code) from None
-    if not (directory / "config.json").is_file():
-        raise unknown_model(f"{directory} holds no model")
+    if not _is_model(directory):
+        raise unknown_model(f"{directory} holds no model, or can't be read: GET /v1/models lists those there are")
     return str(directory)
 
 

@@ -8,6 +8,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from serve_app.errors import Answer, RequestRefused
+from trainers.errors import Problem
 
 WRITE_BYTES = 1 << 20
 """Bytes of the file that are gathered before they are written."""
@@ -170,7 +171,7 @@ class _Parser:
 def _bad_form(message: str, param: str | None = None, code: str = "invalid_form") -> RequestRefused:
     name = None if param is None else ascii(param[:100])[1:-1]
     told = message if name is None else f"{name}: {message}"
-    return RequestRefused(Answer(400, "invalid_request_error", code, told, name))
+    return RequestRefused(Answer(400, "invalid_request_error", code, told, name, [Problem(name, message, code)]))
 
 
 def _too_large(file_field: str, max_bytes: int) -> RequestRefused:

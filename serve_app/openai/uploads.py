@@ -7,6 +7,7 @@ complete it joins the parts, in a stream, to the bytes of a file.
 import asyncio
 import time
 from typing import Annotated
+from weakref import WeakValueDictionary
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,7 +16,7 @@ from ulid import ULID
 
 from serve_app.body import read_object
 from serve_app.errors import Answer, RequestRefused
-from serve_app.openai.files import keep, room_for, shown, store_of
+from serve_app.openai.files import in_use, keep, room_for, shown, store_of
 from serve_app.openai.multipart import receive
 from serve_app.openai.objects import (
     OpenAIPartForm,
@@ -26,6 +27,7 @@ from serve_app.openai.objects import (
 )
 from serve_app.openapi import documented, form_body, json_body
 from serve_app.routes import TheBackend, parsed
+from trainers.errors import Problem
 from trainers.files import FileStore, NewObject
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
@@ -42,7 +44,8 @@ class _Upload(BaseModel):
 
 
 _RECORD: TypeAdapter[_Upload] = TypeAdapter(_Upload)
-_completing: dict[str, asyncio.Lock] = {}
+_ending: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+"""By upload: held by whoever completes or cancels it. A lock is there as long as somebody has or wants it."""
 
 
 @router.post(
@@ -61,6 +64,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
         message = f"bytes: an upload may hold {backend.settings.max_upload_bytes} bytes"
         raise RequestRefused(Answer(413, "invalid_request_error", "file_too_large", message, "bytes"))
     store = await store_of(backend.settings)
+    await asyncio.to_thread(store.sweep, await in_use(backend.log))
     await room_for(store, backend.settings, asked.bytes)
     now = int(time.time())
     upload = OpenAIUpload(
@@ -105,19 +109,16 @@ async def complete(request: Request, backend: TheBackend, upload_id: UploadId) -
     stays as it was. Completing it again returns it."""
     asked = parsed(OpenAIUploadCompletion, await read_object(request, backend.settings.max_body_bytes))
     store = await store_of(backend.settings)
-    async with _completing.setdefault(upload_id, asyncio.Lock()):
-        try:
-            upload = await _read(store, upload_id)
-            if upload.shown.status != "completed":
-                _require_pending(upload.shown)
-                new = await asyncio.to_thread(_joined, store, upload.shown, asked)
-                file = await keep(store, new, upload.shown.filename, upload.request.expires_after)
-                done = upload.shown.model_copy(update={"status": "completed", "file": shown(file)})
-                upload = upload.model_copy(update={"shown": done})
-                await _write(store, upload)
-                await asyncio.to_thread(_drop_parts, store, upload_id)
-        finally:
-            _completing.pop(upload_id, None)
+    async with _ending.setdefault(upload_id, asyncio.Lock()):
+        upload = await _read(store, upload_id)
+        if upload.shown.status != "completed":
+            _require_pending(upload.shown)
+            new = await asyncio.to_thread(_joined, store, upload.shown, asked)
+            file = await keep(store, new, upload.shown.filename, upload.request.expires_after)
+            done = upload.shown.model_copy(update={"status": "completed", "file": shown(file)})
+            upload = upload.model_copy(update={"shown": done})
+            await _write(store, upload)
+            await asyncio.to_thread(_drop_parts, store, upload_id)
     return JSONResponse(upload.shown.model_dump(mode="json"))
 
 
@@ -129,12 +130,13 @@ async def complete(request: Request, backend: TheBackend, upload_id: UploadId) -
 async def cancel(backend: TheBackend, upload_id: UploadId) -> Response:
     """Throw the parts away. Cancelling it again returns it."""
     store = await store_of(backend.settings)
-    upload = await _read(store, upload_id)
-    if upload.shown.status != "cancelled":
-        _require_pending(upload.shown)
-        upload = upload.model_copy(update={"shown": upload.shown.model_copy(update={"status": "cancelled"})})
-        await _write(store, upload)
-        await asyncio.to_thread(_drop_parts, store, upload_id)
+    async with _ending.setdefault(upload_id, asyncio.Lock()):
+        upload = await _read(store, upload_id)
+        if upload.shown.status != "cancelled":
+            _require_pending(upload.shown)
+            upload = upload.model_copy(update={"shown": upload.shown.model_copy(update={"status": "cancelled"})})
+            await _write(store, upload)
+            await asyncio.to_thread(_drop_parts, store, upload_id)
     return JSONResponse(upload.shown.model_dump(mode="json"))
 
 
@@ -142,7 +144,8 @@ def _joined(store: FileStore, upload: OpenAIUpload, asked: OpenAIUploadCompletio
     """The parts in their order, as one object that is complete."""
     sizes = store.objects.sizes()
     names = [f"{upload.id}.{part_id}" for part_id in asked.part_ids]
-    if missing := [part_id for part_id, name in zip(asked.part_ids, names, strict=True) if name not in sizes]:
+    there = {name for name in sizes if name.startswith(f"{upload.id}.part_")}
+    if missing := [part_id for part_id, name in zip(asked.part_ids, names, strict=True) if name not in there]:
         raise _wrong("part_ids", f"the upload has no part {missing[0]!a}", "unknown_part")
     total = sum(sizes[name] for name in names)
     if total != upload.bytes:
@@ -166,7 +169,7 @@ async def _read(store: FileStore, upload_id: str) -> _Upload:
     known = upload_id.startswith("upload_") and upload_id.removeprefix("upload_").isalnum()
     content = await asyncio.to_thread(store.objects.get, f"{upload_id}.json") if known else None
     if content is None:
-        message = f"there is no upload {upload_id!a}"
+        message = f"there is no upload {upload_id!a}: POST /v1/uploads begins one"
         raise RequestRefused(Answer(404, "not_found_error", "unknown_upload", message, "upload_id"))
     upload = _RECORD.validate_json(content)
     if upload.shown.status == "pending" and upload.shown.expires_at <= time.time():
@@ -186,9 +189,10 @@ def _drop_parts(store: FileStore, upload_id: str) -> None:
 
 def _require_pending(upload: OpenAIUpload) -> None:
     if upload.status != "pending":
-        message = f"this upload is {upload.status}"
+        message = f"this upload is {upload.status}: POST /v1/uploads begins another"
         raise RequestRefused(Answer(409, "conflict_error", f"upload_{upload.status}", message, "upload_id"))
 
 
 def _wrong(param: str, message: str, code: str) -> RequestRefused:
-    return RequestRefused(Answer(400, "invalid_request_error", code, f"{param}: {message}", param))
+    problem = Problem(param, message, code)
+    return RequestRefused(Answer(400, "invalid_request_error", code, f"{param}: {message}", param, [problem]))

@@ -1,11 +1,13 @@
 """/v1/webhook_endpoints: who is told when a job is over. `deliveries` and `redeliver` are this service's own."""
 
+import hashlib
 from typing import Annotated, get_args
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic.json_schema import SkipJsonSchema
 
+from events.decide import Refused
 from serve_app.body import read_object
 from serve_app.openai.objects import (
     OpenAIWebhookDelivery,
@@ -23,7 +25,7 @@ from serve_app.openai.objects import (
     page,
 )
 from serve_app.openapi import documented, json_body
-from serve_app.routes import TheBackend, parsed
+from serve_app.routes import TheBackend, idempotency_header, parsed
 from trainers.webhooks.store import Delivery, Endpoint, EventType, new_endpoint_id, new_secret
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
@@ -33,6 +35,10 @@ EndpointId = Annotated[
     str, Path(alias="webhook_endpoint_id", min_length=1, max_length=128, description="The endpoint's id.")
 ]
 DeliveryId = Annotated[str, Path(min_length=1, max_length=128, description="The id of the event.")]
+IdempotencyKey = Annotated[
+    str | SkipJsonSchema[None],
+    idempotency_header("returns the endpoint that the first request made, with its secret."),
+]
 Limit = Annotated[int, Query(ge=1, le=100, description="How many.")]
 After = Annotated[
     str | SkipJsonSchema[None],
@@ -46,11 +52,18 @@ After = Annotated[
     openapi_extra=json_body(OpenAIWebhookRequest),
     responses=documented(OpenAIWebhookEndpointWithSecret, "The endpoint, with its secret.", 400, 413, 415, 429),
 )
-async def create(request: Request, backend: TheBackend) -> Response:
-    """Have the jobs that end from now on told to a URL. The secret, which they are signed with, is shown this once."""
+async def create(request: Request, backend: TheBackend, key: IdempotencyKey = None) -> Response:
+    """Have the jobs that end from now on told to a URL. The secret, which they are signed with, is shown this once, and
+    to a retry with the same Idempotency-Key."""
     asked = parsed(OpenAIWebhookRequest, await read_object(request, backend.settings.max_body_bytes))
     secret, types = new_secret(), list(asked.event_types)
-    endpoint = await backend.webhooks.create(new_endpoint_id(), secret, asked.name, asked.url, types)
+    endpoint_id = new_endpoint_id() if key is None else _id_of(key)
+    endpoint = await backend.webhooks.create(endpoint_id, secret, asked.name, asked.url, types)
+    if key is not None:
+        if (endpoint.name, endpoint.url, list(endpoint.event_types)) != (asked.name, asked.url, types):
+            message = f"this Idempotency-Key has made {endpoint_id}, which is another endpoint: take a new one"
+            raise Refused("idempotency_key_reused", message)
+        secret = await backend.webhooks.secret(endpoint_id)
     return _with_secret(endpoint, secret)
 
 
@@ -160,6 +173,10 @@ async def redeliver(backend: TheBackend, endpoint_id: EndpointId, delivery_id: D
     """Send an event again at once, under the same id, whatever became of it, and try as often as with a new one."""
     delivery = await backend.webhooks.redeliver(endpoint_id, delivery_id)
     return JSONResponse(_delivery(delivery).model_dump(mode="json"))
+
+
+def _id_of(key: str) -> str:
+    return f"we_{hashlib.sha256(key.encode()).hexdigest()[:26]}"
 
 
 def _answer(endpoint: Endpoint) -> Response:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from events import LogUnavailable, SqliteStore, new_event_id
+from events import LogUnavailable, Recorded, Refused, SqliteStore, new_event_id
 from events.__main__ import main
 from events.actors import Handles, blocking
 from events.store import NewEvent, StreamAppend
@@ -107,6 +107,33 @@ def test_a_backup_that_can_not_be_written_leaves_nothing_and_the_log_goes_on(tmp
             await append(log, "a", VALIDATED)
 
     asyncio.run(scenario())
+
+
+class Damaged:
+    """A service whose log has damaged events, as `python -m events` sees it."""
+
+    def __init__(self, _storage: Path) -> None:
+        pass
+
+    def read_all(self, after_position: int) -> list[Recorded]:
+        there = [Recorded(at, "a", at, str(at), START, CANCEL) for at in (2, 5)]
+        return [recorded for recorded in there if recorded.position > after_position]
+
+    def read_stream(self, job_id: str, _after_version: int) -> list[Recorded]:
+        raise Refused("job_damaged", f"the history of job {job_id} is damaged")
+
+
+def test_what_a_running_service_can_not_read_is_said_as_well(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("events.__main__._Service", Damaged)
+    with closing(SqliteStore(file)):
+        assert main(["export"]) == 1
+        said = capsys.readouterr()
+        assert len(said.out.splitlines()) == 2
+        assert [line.split(":")[0] for line in said.err.splitlines()] == ["position 1", "position 3", "position 4"]
+        assert main(["inspect", "a"]) == 1
+        assert capsys.readouterr().err == "the history of job a is damaged\n"
 
 
 def test_the_log_of_a_running_service_is_asked_through_ray(handles: Handles, tmp_path: Path) -> None:

@@ -231,12 +231,14 @@ def test_an_unknown_job_is_refused_everywhere() -> None:
                 log.job("x"),
                 log.job_json("x"),
                 log.append("x", [CANCEL], ["e"]),
-                log.jobs(5, "x"),
                 log.wait("x", -1, 0),
             ):
                 with pytest.raises(Refused) as refused:
                     await call
                 assert refused.value.code == "unknown_job"
+            with pytest.raises(Refused) as refused:
+                await log.jobs(5, "x")
+            assert refused.value.code == "unknown_after"
             assert await log.read("x") == []
 
     asyncio.run(scenario())

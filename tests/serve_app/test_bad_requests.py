@@ -287,7 +287,14 @@ def test_a_job_nobody_submitted_gets_404(http: httpx.Client, job_id: str) -> Non
         error = refused(http.get(f"/fine_tuning/jobs/{route}?job_id={job_id}"), 404)
         assert (error["type"], error["code"]) == ("not_found_error", "unknown_job")
     refused(http.post("/fine_tuning/jobs/cancel", json={"job_id": "nope"}), 404)
-    refused(http.get(f"/fine_tuning/jobs?after={job_id}"), 404)
+    for route in ("/fine_tuning/jobs", "/v1/fine_tuning/jobs"):
+        error = refused(http.get(f"{route}?after={job_id}"), 404)
+        assert (error["type"], error["code"], error["param"]) == ("not_found_error", "unknown_after", "after")
+
+
+def test_an_error_repeats_no_job_id_unescaped_and_says_what_to_do(http: httpx.Client) -> None:
+    message = refused(http.get("/fine_tuning/jobs/status?job_id=a%0Ab%E2%80%AE"), 404)["message"]
+    assert message == r"no job a\nb\u202e; GET /fine_tuning/jobs lists those there are"
 
 
 @pytest.mark.parametrize("body", [{}, {"job_id": 7}, {"job_id": ""}, {"job_id": None}, {"job_id": "x", "force": True}])

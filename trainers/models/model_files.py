@@ -22,8 +22,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes of an element, by the dtypes that can be trained on."""
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_MAX_JSON_BYTES = 64_000_000  # the index of the largest models is a tenth of this
+# The API reads both, and parsing JSON lets nobody else run meanwhile. The largest models that can be built here have
+# some thousand tensors, at about a hundred bytes each; the limit of the safetensors library itself is 100 MB.
+_MAX_HEADER_BYTES = 8_000_000
+_MAX_JSON_BYTES = 16_000_000
 
 
 class TensorEntry(NamedTuple):
@@ -123,7 +125,7 @@ def _header(file: Path) -> dict[str, TensorEntry]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, _MAX_HEADER_BYTES)))
+            header = json.loads(stream.read(_allowed(length)))
         header.pop("__metadata__", None)
         end = 8 + length + _bytes_of_tensors(entry["data_offsets"] for entry in header.values())
         entries = {name: _entry(file, **fields) for name, fields in header.items()}
@@ -133,6 +135,13 @@ def _header(file: Path) -> dict[str, TensorEntry]:
     if size != end:
         raise incomplete(f"{file} has {size} bytes, its header says {end}: was the download cut short?")
     return entries
+
+
+def _allowed(length: int) -> int:
+    """Raises ValueError for the length of a header that isn't read."""
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes, {_MAX_HEADER_BYTES} are read at most")
+    return length
 
 
 def _bytes_of_tensors(offsets: Iterable[tuple[int, int]]) -> int:

@@ -1,19 +1,24 @@
 """`Webhooks`, as the API calls it: in the dispatcher's process."""
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
+from trainers.webhooks.deliverer import WebhooksUnavailable
 from trainers.webhooks.store import Delivery, Endpoint, EventType
 
 if TYPE_CHECKING:
     from trainers.dispatcher import DispatcherActor
 
+CALL_S = 60.0
+"""How long a call waits: longer than a receiver may take to answer, and the dispatcher to start again."""
+
 
 class WebhooksClient:
-    """Raises what `Webhooks` raises, and Ray's errors where the dispatcher can't be reached. A call that was under way
-    when it died is made again by Ray, with the same arguments."""
+    """Raises what `Webhooks` raises, WebhooksUnavailable where the dispatcher doesn't answer, and Ray's errors where it
+    is gone. A call that was under way when it died is made again by Ray, with the same arguments."""
 
     def __init__(self, dispatcher: "ActorHandle[DispatcherActor]") -> None:
         self._dispatcher = dispatcher
@@ -23,6 +28,10 @@ class WebhooksClient:
     ) -> Endpoint:
         created: Endpoint = await self._call("create", endpoint_id, secret, name, url, event_types)
         return created
+
+    async def secret(self, endpoint_id: str) -> str:
+        secret: str = await self._call("secret", endpoint_id)
+        return secret
 
     async def endpoints(self, limit: int, after: str | None) -> tuple[list[Endpoint], bool]:
         page: tuple[list[Endpoint], bool] = await self._call("endpoints", limit, after)
@@ -59,6 +68,9 @@ class WebhooksClient:
 
     async def _call(self, method: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401  -- as the method
         try:
-            return await self._dispatcher.webhooks.remote(method, *arguments, **options)
+            async with asyncio.timeout(CALL_S):
+                return await self._dispatcher.webhooks.remote(method, *arguments, **options)
         except RayTaskError as error:
             raise error.cause from error
+        except TimeoutError as error:
+            raise WebhooksUnavailable(f"the dispatcher does not answer within {CALL_S:g} s") from error

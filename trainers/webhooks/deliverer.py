@@ -137,6 +137,10 @@ class Webhooks:
         self._created.set()
         return created
 
+    async def secret(self, endpoint_id: str) -> str:
+        """What is signed with from now on."""
+        return (await self._do(lambda store: store.secrets(endpoint_id, time.time())))[0]
+
     async def endpoints(self, limit: int, after: str | None) -> tuple[list[Endpoint], bool]:
         return await self._do(lambda store: store.endpoints(limit, after))
 

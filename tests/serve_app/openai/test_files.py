@@ -3,8 +3,10 @@
 import asyncio
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from events.facts import CancelRequested, JobCancelled
 from tests.serve_app.live_server import Serve, Server
@@ -210,6 +213,92 @@ def test_files_may_lie_in_an_object_store(serve: Serve) -> None:
         assert client.files.list().data == []
 
 
+UNREACHABLE = "ftp://127.0.0.1:9/files"  # nobody listens on port 9
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/v1/files", {}),
+        ("GET", f"/v1/files/file-{'0' * 26}", {}),
+        ("GET", f"/v1/files/file-{'0' * 26}/content", {}),
+        ("DELETE", f"/v1/files/file-{'0' * 26}", {}),
+        ("POST", "/v1/files", {"files": {"file": ("rows.jsonl", ROWS)}, "data": {"purpose": "fine-tune"}}),
+        ("POST", f"/v1/uploads/upload_{'0' * 26}/cancel", {}),
+        ("POST", "/fine_tuning/jobs/submit", {"json": {"model": MODEL, "data": f"file-{'0' * 26}"}}),
+    ],
+)
+def test_a_storage_that_can_not_be_reached_is_a_503_that_says_what_to_do(
+    unreachable: Server, method: str, path: str, body: dict[str, Any]
+) -> None:
+    answer = httpx.request(method, unreachable.url + path, **body)
+    assert answer.status_code == 503, answer.text
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("service_unavailable_error", "files_unreachable")
+    assert "Connection refused" in error["message"]
+    assert "TUNEWRIGHT_FILES" in error["message"]
+    assert "127.0.0.1" not in error["message"]
+    assert answer.headers["retry-after"]
+
+
+@pytest.fixture(scope="module")
+def unreachable(serve: Serve) -> Server:
+    return serve(files=UNREACHABLE)
+
+
+def test_a_storage_without_room_is_a_503_and_nothing_is_left(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stored(server)
+    store = file_store(server.parts.settings.files_url)
+
+    def full(_name: str) -> Any:
+        return Path("/dev/full").open("wb", buffering=0)  # the kernel's own full disk
+
+    monkeypatch.setattr(store.objects._fs, "open", lambda path, *_, **__: full(path))
+    answer = httpx.post(
+        f"{server.url}/v1/files", files={"file": ("rows.jsonl", ROWS)}, data={"purpose": "fine-tune"}, timeout=30
+    )
+    monkeypatch.undo()
+    assert answer.status_code == 503, answer.text
+    assert "No space left on device" in answer.json()["error"]["message"]
+    assert stored(server) == before
+
+
+class Hanging(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A storage that doesn't answer until `goes_on`."""
+
+    protocol = "hanging"
+    asked = threading.Semaphore(0)
+    goes_on = threading.Event()
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        self.asked.release()
+        self.goes_on.wait()
+        return super().ls(path, detail, **options)
+
+
+def test_a_storage_that_hangs_holds_up_no_submit(serve: Serve) -> None:
+    fsspec.register_implementation("hanging", Hanging)
+    server = serve(files="hanging://bucket/files")
+    storage = server.parts.settings.storage
+    callers = [
+        threading.Thread(target=httpx.get, args=(f"{server.url}/v1/files",), kwargs={"timeout": None})
+        for _ in range(40)
+    ]
+    try:
+        for caller in callers:
+            caller.start()
+        for _ in callers:
+            assert Hanging.asked.acquire(timeout=60)
+        config = {"model": MODEL, "data": str(storage / "rows.jsonl")}
+        assert httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=config, timeout=60).status_code == 200
+    finally:
+        Hanging.goes_on.set()
+        for caller in callers:
+            caller.join()
+
+
 # ---- uploads
 
 
@@ -250,6 +339,57 @@ def test_a_wrong_md5_size_or_part_is_a_400_and_the_upload_can_still_be_completed
             client.uploads.complete(upload.id, **wrong)  # type: ignore[arg-type]
         assert refused.value.code == code
     assert client.uploads.complete(upload.id, part_ids=[part.id]).status == "completed"
+
+
+def test_the_record_of_an_upload_is_no_part_of_it(client: openai.OpenAI, server: Server) -> None:
+    upload = begin(client)
+    size = file_store(server.parts.settings.files_url).objects.sizes()[f"{upload.id}.json"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.uploads.complete(begin(client, size).id, part_ids=["json"])
+    assert refused.value.code == "unknown_part"
+    assert isinstance(refused.value.body, dict)
+    assert [problem["code"] for problem in refused.value.body["errors"]] == ["unknown_part"]
+
+
+def test_an_upload_that_is_being_completed_can_not_be_cancelled(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = begin(client, len(ROWS))
+    part = client.uploads.parts.create(upload.id, data=ROWS)
+    objects = file_store(server.parts.settings.files_url).objects
+    read, reading, goes_on = objects.read, threading.Event(), threading.Event()
+
+    def slowly(name: str) -> Iterator[bytes]:
+        reading.set()
+        goes_on.wait()
+        yield from read(name)
+
+    monkeypatch.setattr(objects, "read", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            completing = pool.submit(client.uploads.complete, upload.id, part_ids=[part.id])
+            assert reading.wait(60)
+            cancelling = pool.submit(client.uploads.cancel, upload.id)
+            wait([cancelling], timeout=2)  # it has no answer yet, however long that takes
+        finally:
+            goes_on.set()
+        assert completing.result().status == "completed"
+        with pytest.raises(openai.ConflictError):
+            cancelling.result()
+    assert client.files.content(completing.result().file.id).read() == ROWS
+
+
+def test_beginning_an_upload_makes_room_of_what_has_expired(serve: Serve) -> None:
+    server = serve(files_quota_bytes=2000)
+    store = file_store(server.parts.settings.files_url)
+    with connected(server) as client:
+        file = client.files.create(file=("rows.jsonl", ROWS * 5), purpose="fine-tune")
+        record = store.get(file.id).model_copy(update={"expires_at": 1})
+        store.objects.put(f"{file.id}.json", record.model_dump_json().encode())
+        store._records.clear()
+        store._swept = float("-inf")  # ten minutes have passed
+        assert begin(client, 1500).status == "pending"
+        assert record.content not in stored(server)
 
 
 def test_a_cancelled_upload_takes_no_part(client: openai.OpenAI) -> None:

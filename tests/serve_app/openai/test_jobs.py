@@ -313,6 +313,24 @@ def test_a_wrong_request_is_a_400_that_names_the_field(
     assert client.fine_tuning.jobs.list(limit=1).data == before
 
 
+def test_an_idempotency_key_is_not_for_another_name_of_the_model(
+    client: openai.OpenAI, create: Callable[..., Any]
+) -> None:
+    headers = {"Idempotency-Key": "a name"}
+    made = create(suffix="first", extra_headers=headers)
+    again = {"model": MODEL, "training_file": made.training_file, "extra_headers": headers}
+    assert client.fine_tuning.jobs.create(**again, suffix="first").id == made.id
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.jobs.create(**again, suffix="second")
+    assert refused.value.code == "idempotency_key_reused"
+
+
+def test_what_is_wrong_with_an_integration_has_its_name_in_the_request(create: Callable[..., Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(integrations=[{"type": "wandb", "wandb": {"project": "p", "name": "n" * 200}}])
+    assert refused.value.param == "integrations.0.wandb.name"
+
+
 def test_a_deleted_file_is_a_400(client: openai.OpenAI, create: Callable[..., Any]) -> None:
     file = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
     client.files.delete(file.id)

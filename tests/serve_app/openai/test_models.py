@@ -1,15 +1,18 @@
 """The list of models through the real client."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from serve_app.openai.models import _base_models
 from tests.serve_app.live_server import Serve, Server
 from tests.serve_app.openai.conftest import MODEL, connected
 from tests.tiny_models import make_tiny_model
 from trainers.models.names import ALIASES
+from trainers.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,16 @@ def server(serve: Serve) -> Server:
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with connected(server) as client:
         yield client
+
+
+def test_a_directory_that_can_not_be_looked_into_is_no_model_and_hides_no_other(tmp_path: Path) -> None:
+    whole = make_tiny_model(tmp_path / "whole")
+    deep = tmp_path / "deep"
+    while len(str(deep)) < 4086:  # with /config.json in it: longer than a path may be, for root as well
+        deep /= "d" * min(200, 4086 - len(str(deep)))
+    deep.mkdir(parents=True)
+    settings = Settings(storage=tmp_path / "storage", model_roots=(deep, tmp_path))
+    assert [model.id for model in _base_models(settings)] == [str(whole), *ALIASES]
 
 
 def test_base_models_are_the_aliases_and_the_directories_that_local_models_may_lie_in(

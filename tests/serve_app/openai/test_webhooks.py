@@ -109,6 +109,23 @@ def test_the_secret_is_shown_once(client: openai.OpenAI, http: httpx.Client, end
     assert hint == f"whsec_...{rotated.signing_secret[-4:]}"
 
 
+def test_a_create_that_is_sent_again_with_its_idempotency_key_makes_one_endpoint(
+    client: openai.OpenAI, receiver: Receiver
+) -> None:
+    def create(**changes: Any) -> Any:
+        asked = {"name": "once", "url": receiver.url, "event_types": TYPES[:1], **changes}
+        return client.webhooks.create(**asked, extra_headers={"Idempotency-Key": "only once"})
+
+    first, again = create(), create()
+    assert again == first
+    assert again.signing_secret.startswith("whsec_")
+    assert [endpoint.id for endpoint in client.webhooks.list() if endpoint.name == "once"] == [first.id]
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(name="twice")
+    assert (refused.value.code, refused.value.param) == ("idempotency_key_reused", "Idempotency-Key")
+    client.webhooks.delete(first.id)
+
+
 def test_the_client_unwraps_what_a_receiver_gets(
     http: httpx.Client, endpoint: Any, receiver: Receiver, cancelled: Callable[[], str]
 ) -> None:

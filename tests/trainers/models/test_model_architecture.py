@@ -348,6 +348,13 @@ def test_a_safetensors_file_with_a_broken_header_is_named(header: bytes, tmp_pat
     assert "model.safetensors" in str(error)
 
 
+def test_a_header_too_large_to_be_parsed_beside_others_is_not_read(tmp_path: Path) -> None:
+    with (make_tiny_model(tmp_path) / "model.safetensors").open("wb") as weights:
+        weights.write(struct.pack("<Q", 50_000_000) + b'{"__metadata__": {"a": "')
+        weights.truncate(50_000_008)
+    assert "a header of 50000000 bytes" in str(broken(tmp_path))
+
+
 def test_a_header_that_lies_about_where_its_tensors_are_is_noticed(tmp_path: Path) -> None:
     weights = make_tiny_model(tmp_path) / "model.safetensors"
     content = weights.read_bytes()
