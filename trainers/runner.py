@@ -30,6 +30,7 @@ from events.facts import (
     RunInterrupted,
 )
 from events.job import FineTuningJob
+from events.log import LogUnavailable
 from trainers.admission import Capacity, describe, worker_memory
 from trainers.cluster import Cluster
 from trainers.data.cache import DataCache
@@ -78,7 +79,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     pause, and stands at a checkpoint (the dispatcher records that once this process is gone), or it is another
     runner's by now.
 
-    The one place where any exception becomes an outcome.
+    The one place where any exception becomes an outcome; but for LogUnavailable, after which none could be recorded.
     """
     job_dir = settings.job_dir(job.job_id)
     try:
@@ -97,6 +98,8 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     except Superseded as reason:
         logger.warning("this runner ends here: %s", reason)
         return None
+    except LogUnavailable:
+        raise  # it says nothing about the job: the dispatcher starts another runner once the log is back
     except DataInvalid as problem:
         return _failure(job, job_dir, problem.error, str(problem), problem.report)
     except JobProblem as problem:
