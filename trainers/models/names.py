@@ -108,20 +108,19 @@ def hub_model(model: str) -> HubModel:
 def local_directory(model: str, roots: Iterable[Path]) -> Path:
     """The real path of a local model, which must lie under one of `roots` after following links.
 
-    Raises UserError `model_not_found`, or `path_not_allowed` without telling whether something exists there.
+    Raises UserError `model_not_found`, or `path_not_allowed` without telling whether something exists there, or what
+    the roots are.
     """
     try:
         path = Path(unquote(urlsplit(model).path) if "://" in model else model).expanduser().resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, `~nobody`
         raise UserError("model_not_found", f"{model!r} is no usable path: {error}.", param="model") from None
-    allowed = [root.resolve() for root in roots]
-    if not any(path.is_relative_to(root) for root in allowed):
-        shown = ", ".join(map(str, allowed)) or "none are configured"
+    if not any(path.is_relative_to(root.resolve()) for root in roots):
         raise UserError(
             "path_not_allowed",
-            f"{model!r} is outside the directories that local models may lie in (TUNEWRIGHT_MODEL_ROOTS: {shown})",
+            f"{model!r} is outside the directories that local models may lie in",
             param="model",
-            suggestion="move it into one of them, or have its directory added",
+            suggestion="move it into one of them, or have its directory added to TUNEWRIGHT_MODEL_ROOTS",
         )
     if not _is_directory(path):
         raise UserError("model_not_found", f"there is no model directory {path}.", param="model")
