@@ -38,7 +38,7 @@ from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid, prepare, prepared
 from trainers.data.source import check_data_uri
-from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem
+from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, write_details
 from trainers.job_output import JobOutput
 from trainers.memory import check_memory, surely_fits
 from trainers.models.architecture import inspect_model_dir
@@ -46,7 +46,7 @@ from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, make_plan
 from trainers.reporting import Paused
 from trainers.retrying import retrying
-from trainers.settings import ERROR_FILE, Settings
+from trainers.settings import Settings
 from trainers.suitability import check_suitable, longest_row
 from trainers.tenure import Superseded, Tenure
 
@@ -244,18 +244,16 @@ def _failure(
     job: FineTuningJob, job_dir: Path, error: JobError, details: str, report: DataReport | None = None
 ) -> DataRejected | JobFailed:
     logger.error("job failed (%s, %s): %s", error.code, f"fault of the {error.fault}", error.message)
-    job_dir.mkdir(parents=True, exist_ok=True)
-    path = job_dir / ERROR_FILE
-    path.write_text(details + "\n", encoding="utf-8")
-    if job.data is None and error.fault == "user":
+    path = write_details(details, job_dir)
+    if path is not None and job.data is None and error.fault == "user":
         of_validation = error.param == "validation_data"
         return DataRejected(
             error=error,
-            error_path=path.as_uri(),
+            error_path=path,
             data=None if of_validation else report,
             validation_data=report if of_validation else None,
         )
-    return JobFailed(error=error, error_path=path.as_uri())
+    return JobFailed(error=error, error_path=path)
 
 
 def _record(outcome: Event, job_id: str, tenure: Tenure) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from events.config import Config
-from events.facts import DataRejected, JobSubmitted, Resources
+from events.facts import DataRejected, JobFailed, JobSubmitted, Resources
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
@@ -117,6 +117,14 @@ def test_a_job_that_no_node_has_the_memory_for_is_refused_before_it_stands_in_li
         runner.make_ready(job, plan)
     assert caught.value.error.code == "does_not_fit"
     assert retrying(lambda: runner.log.job("ftjob-1")).status == "validation"
+
+
+def test_bad_data_ends_a_job_also_where_nothing_can_be_written(runner: Runner, tmp_path: Path) -> None:
+    job, _ = runner.submit("ftjob-1")
+    (tmp_path / "full").write_text("no directory")
+    failed = _failure(job, tmp_path / "full", UserError("data_empty", "it is empty").error, "details")
+    assert isinstance(failed, JobFailed)
+    assert (failed.error.code, failed.error_path) == ("data_empty", None)
 
 
 class LogThatIsAway(EventLog):
