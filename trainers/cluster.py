@@ -22,6 +22,11 @@ from trainers.admission import Capacity, Node, NodeGroup
 WATCHED_S = 4.0
 """Ray's job manager looks at every job once a second."""
 
+ANSWER_S = 60.0
+"""The dashboard answers within a second, unless it is overloaded."""
+_NOT_FOUND = "Request failed with status code 404:"
+"""How Ray's client begins its only kind of error."""
+
 RunnerState = Literal["absent", "alive", "stopped", "ended"]
 
 # What a run needs of Ray Train and of Ray Jobs, whatever the cluster was started with. They reach the runner, the Train
@@ -52,6 +57,13 @@ class Runner:
     message: str = ""
 
 
+class _Jobs(JobSubmissionClient):
+    """Ray's own client waits for an answer for ever: a dashboard that hangs would end the dispatcher's passes."""
+
+    def _do_request(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  -- as in Ray
+        return super()._do_request(*arguments, **{"timeout": ANSWER_S, **options})
+
+
 class Cluster:
     """The Ray cluster this process is connected to."""
 
@@ -60,7 +72,7 @@ class Cluster:
 
     @cached_property
     def _jobs(self) -> JobSubmissionClient:
-        return JobSubmissionClient(f"http://{_untyped(ray._private.worker).get_dashboard_url()}")
+        return _Jobs(f"http://{_untyped(ray._private.worker).get_dashboard_url()}")
 
     def capacity(self) -> Capacity:
         """Totals and free resources of the alive nodes, and what the autoscaler may add. A node that is being drained
@@ -92,7 +104,7 @@ class Cluster:
         try:
             info = self._jobs.get_job_info(job_id)
         except RuntimeError as error:
-            if "404" in str(error):
+            if str(error).startswith(_NOT_FOUND):  # any other message may well hold a job's id, and that the digits 404
                 return Runner("absent")
             raise
         message = info.message or ""

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -39,8 +38,8 @@ from events.store import Recorded
 from trainers import admission
 from trainers.admission import Capacity, Waiting
 from trainers.cluster import Cluster, Runner
-from trainers.errors import AGAIN, InfrastructureError
-from trainers.settings import ERROR_FILE, Settings
+from trainers.errors import AGAIN, InfrastructureError, write_details
+from trainers.settings import Settings
 from trainers.webhooks.deliverer import Webhooks
 
 T = TypeVar("T")
@@ -251,7 +250,8 @@ class Dispatcher:
                 f"{reason}; it was restarted {job.interruptions} times, which is all --max-restarts allows",
                 suggestion=AGAIN,
             )
-            details = await asyncio.to_thread(_write_details, self._settings.job_dir(job.job_id), runner.message)
+            # All that Ray knows of the end, the last output included.
+            details = await asyncio.to_thread(write_details, runner.message, self._settings.job_dir(job.job_id))
             await self._append(job, JobFailed(error=death.error, error_path=details))
             return
         if runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job.job_id):
@@ -339,14 +339,6 @@ async def _alone(job_id: str, work: Coroutine[Any, Any, T]) -> T | None:
     except Exception:
         logger.exception("%s: this pass could not act on it", job_id)
         return None
-
-
-def _write_details(job_dir: Path, message: str) -> str:
-    """All that Ray knows of a runner's end, its last output included, where every failed job has its details."""
-    job_dir.mkdir(parents=True, exist_ok=True)
-    path = job_dir / ERROR_FILE
-    path.write_text(message + "\n", encoding="utf-8")
-    return path.as_uri()
 
 
 def _gist(message: str) -> str:

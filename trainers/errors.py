@@ -1,8 +1,13 @@
 """The errors a job can end with, and the errors of a request. All survive pickling, so they may cross Ray."""
 
+import logging
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from events.facts import JobError
+from trainers.settings import ERROR_FILE
+
+logger = logging.getLogger("tunewright.errors")
 
 REPORT = "the traceback is in the job's error.txt: give it to whoever runs the service"
 """The suggestion for an error that nobody foresaw."""
@@ -112,6 +117,19 @@ class InfrastructureError(JobProblem):
                 retryable=retryable,
             )
         )
+
+
+def write_details(text: str, job_dir: Path) -> str | None:
+    """Puts all that is known of a failure where every failed job has its details; returns the file's URI. None where
+    the storage doesn't take it: a job must be able to end on a full disk."""
+    path = job_dir / ERROR_FILE
+    try:
+        job_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        logger.warning("%s can't be written: %s", path, error)
+        return None
+    return path.as_uri()
 
 
 MOST_PROBLEMS = 100

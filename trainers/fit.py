@@ -21,6 +21,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from events.facts import Resources
+from events.log import LogUnavailable
 from trainers.errors import REPORT, CapacityError, InfrastructureError, JobProblem
 from trainers.naming import NameAfterJob, take_over_runs
 from trainers.reporting import Paused
@@ -116,8 +117,11 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
     for rank, cause in causes.items():
         if isinstance(cause, _DEATHS):
             return Interrupted(f"rank {rank} died: {_first_line(cause)}")
-    rank, cause = next(iter(causes.items()))
-    if type(cause).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        if isinstance(cause, LogUnavailable):
+            return Interrupted(f"rank {rank} could not reach the log for too long: {_first_line(cause)}")
+    # Of a worker that died with its node Ray may know nothing yet when the others have noticed.
+    rank, cause = next((one for one in causes.items() if not _lost_connection(one[1])), next(iter(causes.items())))
+    if _lost_connection(cause):
         return Interrupted(f"rank {rank} lost its connection to the others: {_first_line(cause)}")
     problem = InfrastructureError(
         "training_error",
@@ -140,6 +144,14 @@ def _unwrapped(failure: Exception) -> BaseException:
             return failure.health_check_failure
         case _:
             return failure
+
+
+def _lost_connection(cause: BaseException) -> bool:
+    """Whether a collective call broke off. nccl's errors have types of their own; gloo's are RuntimeErrors, which begin
+    with the place in its source."""
+    if type(cause).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
+    return isinstance(cause, RuntimeError) and "/gloo/" in _first_line(cause)
 
 
 def _first_line(error: BaseException) -> str:

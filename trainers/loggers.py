@@ -9,6 +9,7 @@ import json
 import logging
 import netrc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import urlsplit
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     import wandb
 
 _log = logging.getLogger("tunewright.train")
+
+INIT_S = 60.0
+"""For W&B's server to accept a run."""
+FINISH_S = 60.0
+"""For W&B to upload what is left at the end. Its own default is to wait for ever, with the job's GPUs."""
 
 
 class Logger(Protocol):
@@ -89,7 +95,8 @@ def _step_of(line: str) -> float:
 class WandBLogger:
     """A W&B run whose id is the job's: an attempt that resumes goes on in the same run.
 
-    Offline without an API key, and where the server can't be reached: the job's log says how to upload the run.
+    Offline without an API key, and where the server can't be reached: the job's log says how to upload the run. What
+    goes wrong later is told there too, and neither ends nor delays the job.
     """
 
     def __init__(self, spec: WandBLog, job_id: str, job_dir: Path, config: dict[str, Any]) -> None:
@@ -106,9 +113,16 @@ class WandBLogger:
                 dir=job_dir,
                 config=config,
                 mode=mode,  # type: ignore[arg-type]
-                settings=wandb.Settings(console="off", init_timeout=60),  # the job's log has the output already
+                settings=wandb.Settings(
+                    console="off",  # the job's log has the output already
+                    init_timeout=INIT_S,
+                    finish_timeout=FINISH_S,
+                    finish_timeout_raises=True,
+                ),
             )
 
+        self._errors = (wandb.Error, OSError)
+        self._broken = False
         job_dir.mkdir(parents=True, exist_ok=True)
         reason = None if _has_api_key() else "there is no WANDB_API_KEY in the workers' environment"
         if reason is None:
@@ -116,6 +130,7 @@ class WandBLogger:
                 self._run = start("online")
             except wandb.Error as error:
                 reason = f"the server did not accept the run ({error})"
+                wandb.teardown()  # W&B's own process may still wait for the server, with a run of this id
         if reason is not None:
             self._run = start("offline")
             _log.warning("W&B runs offline: %s. To upload it later: wandb sync %s", reason, Path(self._run.dir).parent)
@@ -125,10 +140,21 @@ class WandBLogger:
         return Path(self._run.dir).parent.resolve().as_uri() if self._run.offline else str(self._run.url)
 
     def log(self, metrics: StepMetrics) -> None:
-        self._run.log(metrics.model_dump(exclude_none=True, exclude={"step", "time"}), metrics.step)
+        if not self._broken:
+            self._try(
+                lambda: self._run.log(metrics.model_dump(exclude_none=True, exclude={"step", "time"}), metrics.step)
+            )
 
     def close(self) -> None:
-        self._run.finish()
+        self._try(self._run.finish)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except self._errors as error:
+            self._broken = True
+            reason, directory = f"{type(error).__name__}: {error}", Path(self._run.dir).parent
+            _log.warning("W&B lacks the last metrics (%s). To upload what is there: wandb sync %s", reason, directory)
 
 
 def _has_api_key() -> bool:

@@ -218,11 +218,7 @@ def training_step(
         ranks.sum_all_(gradients)
     # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
     torch._foreach_mul_(gradients, (ranks.world if model.sharded else 1) / trained)
-    grad_norm = None
-    if clip_grad_norm is not None:
-        grad_norm = _norm(gradients, ranks, summed=not model.sharded)
-        too_long = (clip_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
-        torch._foreach_mul_(gradients, too_long.to(gradients[0].dtype))
+    grad_norm = None if clip_grad_norm is None else clip(gradients, clip_grad_norm, ranks, summed=not model.sharded)
     lr = float(optimizer.param_groups[0]["lr"])
     optimizer.step()
     optimizer.zero_grad()
@@ -231,10 +227,17 @@ def training_step(
     return StepTensors(losses, counts, grad_norm, lr, trained, measures, model.objective.measures)
 
 
-def _norm(gradients: list[Tensor], ranks: Ranks, *, summed: bool) -> Tensor:
-    """The 2-norm of all gradients together, shape []. Unless they are `summed`, each rank has its own shards."""
-    square = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).double().square().sum()
-    return (square if summed else ranks.sum_(square)).sqrt()
+def clip(gradients: list[Tensor], longest: float, ranks: Ranks, *, summed: bool) -> Tensor:
+    """Scales all gradients together to a 2-norm of at most `longest`; returns the norm they had, shape [].
+
+    Unless they are `summed`, each rank has its own shards; those may be offloaded to the host, whose tensors nccl can't
+    add up.
+    """
+    square = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).double().square().sum().to(ranks.device)
+    norm = (square if summed else ranks.sum_(square)).sqrt()
+    too_long = (longest / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
+    torch._foreach_mul_(gradients, too_long.to(gradients[0]))
+    return norm
 
 
 def steps_ahead(ranks: Ranks) -> int:
@@ -309,7 +312,9 @@ def _advice_when_out_of_memory(plan: Plan) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in first_line:
+        # Some come as another error: of the CPU's allocator, of pinned memory, of nccl's buffers.
+        told = any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+        if not told and not isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise
         raise CapacityError(
             "out_of_memory",

@@ -30,6 +30,7 @@ from events.facts import (
     RunInterrupted,
 )
 from events.job import FineTuningJob
+from events.log import LogUnavailable
 from trainers.admission import Capacity, describe, worker_memory
 from trainers.cluster import Cluster
 from trainers.data.cache import DataCache
@@ -37,7 +38,7 @@ from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid, prepare, prepared
 from trainers.data.source import check_data_uri
-from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem
+from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, write_details
 from trainers.job_output import JobOutput
 from trainers.memory import check_memory, surely_fits
 from trainers.models.architecture import inspect_model_dir
@@ -45,7 +46,7 @@ from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, make_plan
 from trainers.reporting import Paused
 from trainers.retrying import retrying
-from trainers.settings import ERROR_FILE, Settings
+from trainers.settings import Settings
 from trainers.suitability import check_suitable, longest_row
 from trainers.tenure import Superseded, Tenure
 
@@ -78,7 +79,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     pause, and stands at a checkpoint (the dispatcher records that once this process is gone), or it is another
     runner's by now.
 
-    The one place where any exception becomes an outcome.
+    The one place where any exception becomes an outcome; but for LogUnavailable, after which none could be recorded.
     """
     job_dir = settings.job_dir(job.job_id)
     try:
@@ -97,6 +98,8 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     except Superseded as reason:
         logger.warning("this runner ends here: %s", reason)
         return None
+    except LogUnavailable:
+        raise  # it says nothing about the job: the dispatcher starts another runner once the log is back
     except DataInvalid as problem:
         return _failure(job, job_dir, problem.error, str(problem), problem.report)
     except JobProblem as problem:
@@ -241,18 +244,16 @@ def _failure(
     job: FineTuningJob, job_dir: Path, error: JobError, details: str, report: DataReport | None = None
 ) -> DataRejected | JobFailed:
     logger.error("job failed (%s, %s): %s", error.code, f"fault of the {error.fault}", error.message)
-    job_dir.mkdir(parents=True, exist_ok=True)
-    path = job_dir / ERROR_FILE
-    path.write_text(details + "\n", encoding="utf-8")
-    if job.data is None and error.fault == "user":
+    path = write_details(details, job_dir)
+    if path is not None and job.data is None and error.fault == "user":
         of_validation = error.param == "validation_data"
         return DataRejected(
             error=error,
-            error_path=path.as_uri(),
+            error_path=path,
             data=None if of_validation else report,
             validation_data=report if of_validation else None,
         )
-    return JobFailed(error=error, error_path=path.as_uri())
+    return JobFailed(error=error, error_path=path)
 
 
 def _record(outcome: Event, job_id: str, tenure: Tenure) -> None:

@@ -88,6 +88,7 @@ class World:
     log: EventLog
     cluster: InMemoryCluster
     dispatcher: Dispatcher
+    storage: Path
 
     async def submit(self, workers: int = 1, max_restarts: int = 1) -> str:
         job_id = new_job_id()
@@ -139,7 +140,8 @@ def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
         async def main() -> None:
             log, cluster = EventLog(MemoryStore()), InMemoryCluster()
             with tempfile.TemporaryDirectory() as storage:
-                await test(World(log, cluster, Dispatcher(log, cluster, Settings(storage=Path(storage)))))
+                dispatcher = Dispatcher(log, cluster, Settings(storage=Path(storage)))
+                await test(World(log, cluster, dispatcher, Path(storage)))
 
         asyncio.run(main())
 
@@ -284,6 +286,17 @@ async def test_a_job_whose_runner_dies_too_often_fails_and_the_fault_is_not_the_
     assert job.error is not None
     assert (job.error.code, job.error.fault, job.error.retryable) == ("runner_died", "infrastructure", True)
     assert "killed by the test" in read_details(job)
+
+
+@in_world
+async def test_a_job_can_fail_where_its_directory_cannot_be_written(world: World) -> None:
+    job_id = await world.running(max_restarts=0)
+    (world.storage / "jobs").write_text("in the way")
+    world.cluster.runners[job_id] = "ended"
+    world.cluster.free(job_id)
+    await world.pass_()
+    job = await world.job(job_id)
+    assert (job.status, job.error_path) == ("failed", None)
 
 
 @in_world

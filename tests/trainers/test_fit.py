@@ -4,6 +4,7 @@ import pytest
 import ray.exceptions
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
+from events.log import LogUnavailable
 from trainers.admission import for_workers
 from trainers.errors import CapacityError, InfrastructureError, JobProblem, UserError
 from trainers.fit import Interrupted, cause_of, placement_strategy
@@ -13,7 +14,10 @@ KILLED = WorkerHealthCheckFailedError(
     "Worker 0 failed", ray.exceptions.RayActorError(error_msg="The actor died. A root cause may be SIGKILL.")
 )
 DIVERGED = UserExceptionWithTraceback(UserError("loss_not_finite", "the loss is nan"), "Traceback ...")
-COLLATERAL = UserExceptionWithTraceback(RuntimeError("Connection closed by peer"), "Traceback ...")
+COLLATERAL = UserExceptionWithTraceback(
+    RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:4711"),
+    "Traceback ...",
+)
 
 
 def test_a_fault_of_the_user_ends_the_job_also_when_it_took_the_other_ranks_down() -> None:
@@ -25,6 +29,23 @@ def test_a_fault_of_the_user_ends_the_job_also_when_it_took_the_other_ranks_down
 @pytest.mark.parametrize("failures", [{0: KILLED}, {0: COLLATERAL, 1: KILLED}])
 def test_a_lost_worker_interrupts_the_run_whatever_the_others_say(failures: dict[int, Exception]) -> None:
     assert isinstance(cause_of(failures), Interrupted)
+
+
+def test_a_node_that_vanished_before_ray_noticed_interrupts_the_run() -> None:
+    cause = cause_of({0: COLLATERAL, 2: COLLATERAL})
+    assert isinstance(cause, Interrupted)
+    assert "Connection closed by peer" in str(cause)
+
+
+def test_an_error_is_not_taken_for_a_lost_connection_because_another_rank_lost_its() -> None:
+    cause = cause_of({0: COLLATERAL, 1: UserExceptionWithTraceback(KeyError("layers.0"), "Traceback ...")})
+    assert isinstance(cause, InfrastructureError)
+    assert (cause.error.code, cause.error.rank) == ("training_error", 1)
+
+
+def test_a_log_that_was_away_for_too_long_interrupts_the_run() -> None:
+    cause = cause_of({0: UserExceptionWithTraceback(LogUnavailable("no answer in time"), "Traceback ...")})
+    assert isinstance(cause, Interrupted)
 
 
 def test_a_worker_that_ray_killed_for_memory_says_what_to_change() -> None:

@@ -2,14 +2,23 @@
 
 import json
 import logging
+import os
+import threading
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from events.facts import StepMetrics
 from tests.trainers.recipe_support import make_plan_for
+from trainers import loggers
 from trainers.loggers import open_logger
 from trainers.plan import DiskLog, WandBLog
 
@@ -113,3 +122,105 @@ def test_wandb_without_a_key_runs_offline_and_says_how_to_upload(
     (message,) = [record.getMessage() for record in caplog.records]
     assert "no WANDB_API_KEY" in message
     assert f"wandb sync {run}" in message
+
+
+class WandBServer(ThreadingHTTPServer):
+    """Takes whatever it gets, until somebody asks for /hang: then it answers no more."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hanging = threading.Event()
+        self.over = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: WandBServer
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.hanging.is_set():
+            self.server.over.wait()
+            return
+        self._answer(json.dumps({"data": {}}).encode())
+
+    def do_GET(self) -> None:
+        self.server.hanging.set()
+        self._answer(b"")
+
+    def _answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[WandBServer]:
+    server = WandBServer()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+class Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+
+
+def _log_a_step(server: str, job_dir: Path, init_s: float, meanwhile: str) -> tuple[str, list[str]]:
+    """A run against `server`; the logger's URI, and what it said to the job's log. `meanwhile`: what goes wrong between
+    the start and the first step."""
+    os.environ.update(WANDB_BASE_URL=server, WANDB_API_KEY="a" * 40)
+    loggers.INIT_S, loggers.FINISH_S = init_s, 1.0
+    logging.getLogger("tunewright.train").addHandler(messages := Messages())
+    logger = open_logger(make_plan_for(logger=WandBLog(project="p", entity="e")), "ftjob-1", job_dir, 0)
+    if meanwhile == "hangs":
+        urllib.request.urlopen(f"{server}/hang").close()  # noqa: S310  -- the server of this test
+    if meanwhile == "dies":
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+            process.wait()
+    logger.log(step(1, loss=0.5))
+    logger.log(step(2, loss=0.5))
+    logger.close()
+    return logger.uri, messages.told
+
+
+def in_a_fresh_process(*arguments: Any) -> tuple[str, list[str]]:
+    """W&B keeps the settings that a process began with."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_log_a_step, *arguments).result()
+
+
+def test_a_wandb_server_that_does_not_answer_makes_an_offline_run(tmp_path: Path, server: WandBServer) -> None:
+    server.hanging.set()
+    uri, (message,) = in_a_fresh_process(server.url, tmp_path, 1.0, "")
+    assert uri.startswith(tmp_path.as_uri())
+    assert "the server did not accept the run" in message
+
+
+@pytest.mark.parametrize("meanwhile", ["hangs", "dies"])
+def test_what_goes_wrong_with_wandb_while_a_job_trains_neither_ends_nor_delays_it(
+    tmp_path: Path, server: WandBServer, meanwhile: str
+) -> None:
+    """The server takes nothing more, or W&B's own process is lost."""
+    uri, messages = in_a_fresh_process(server.url, tmp_path, 60.0, meanwhile)
+    assert uri.startswith(server.url)
+    assert messages
+    assert all(f"wandb sync {tmp_path}" in message for message in messages)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
+from trainers.distributed import Ranks
 from trainers.errors import CapacityError, UserError
 from trainers.methods import method_of
 from trainers.methods.lora import adapter_parameters, initial_adapter
@@ -19,7 +21,7 @@ from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder
 from trainers.models.weights import load_weights
 from trainers.plan import ComponentSpec, LoraSpec
-from trainers.recipe import train
+from trainers.recipe import clip, train
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +194,16 @@ def test_clipping_bounds_the_update(bench: Bench, tiny: Path) -> None:
     assert change.item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_gradients_that_are_offloaded_are_clipped_where_they_lie_by_a_norm_on_the_device() -> None:
+    """On the host nccl could not add the ranks' norms up."""
+    with FakeTensorMode():  # knows devices, and computes nothing
+        ranks = Ranks(0, 1, torch.device("cuda", 0))
+        gradients = [torch.ones(4, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bfloat16)]
+        norm = clip(gradients, 1.0, ranks, summed=False)
+    assert norm.device == ranks.device
+    assert {gradient.device.type for gradient in gradients} == {"cpu"}
+
+
 @pytest.mark.parametrize(
     ("component", "kwargs"),
     [
@@ -265,6 +277,25 @@ def test_running_out_of_memory_comes_with_advice(bench: Bench, monkeypatch: pyte
 
     monkeypatch.setattr("trainers.recipe.training_step", allocate)
     with pytest.raises(CapacityError, match="lower batch_size") as caught:
+        bench.case().run()
+    assert caught.value.error.code == "out_of_memory"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_a_library_could_not_get_is_memory_too(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    def step(*_: object, **__: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("trainers.recipe.training_step", step)
+    with pytest.raises(CapacityError) as caught:
         bench.case().run()
     assert caught.value.error.code == "out_of_memory"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from events.config import Config
-from events.facts import DataRejected, JobSubmitted, Resources
+from events.facts import DataRejected, JobFailed, JobSubmitted, Resources
 from events.ids import new_event_id
 from events.job import FineTuningJob
-from events.log import EventLog
+from events.log import EventLog, LogUnavailable
 from events.memory import MemoryStore
 from tests.tiny_models import make_tiny_model
 from trainers.admission import Capacity, Node
@@ -20,7 +20,7 @@ from trainers.data.prepare import DataInvalid
 from trainers.errors import UserError
 from trainers.plan import Plan, make_plan
 from trainers.retrying import retrying
-from trainers.runner import _failure, _make_data_ready, latest_checkpoint
+from trainers.runner import _failure, _make_data_ready, _outcome, latest_checkpoint
 from trainers.settings import Settings
 from trainers.tenure import Tenure
 
@@ -117,6 +117,30 @@ def test_a_job_that_no_node_has_the_memory_for_is_refused_before_it_stands_in_li
         runner.make_ready(job, plan)
     assert caught.value.error.code == "does_not_fit"
     assert retrying(lambda: runner.log.job("ftjob-1")).status == "validation"
+
+
+def test_bad_data_ends_a_job_also_where_nothing_can_be_written(runner: Runner, tmp_path: Path) -> None:
+    job, _ = runner.submit("ftjob-1")
+    (tmp_path / "full").write_text("no directory")
+    failed = _failure(job, tmp_path / "full", UserError("data_empty", "it is empty").error, "details")
+    assert isinstance(failed, JobFailed)
+    assert (failed.error.code, failed.error_path) == ("data_empty", None)
+
+
+class LogThatIsAway(EventLog):
+    async def wait(self, job_id: str, after_version: int, wait_s: float) -> FineTuningJob:
+        raise LogUnavailable("no answer in time")
+
+
+def test_a_runner_that_cannot_reach_the_log_ends_and_does_not_blame_the_job(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.retrying.GIVE_UP_AFTER_S", 0)
+    job = runner.make_ready(*runner.submit("ftjob-1"))
+    settings = runner.settings.model_copy(update={"model_roots": (runner.model,)})
+    with pytest.raises(LogUnavailable):
+        _outcome(job, LogThatIsAway(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
+    assert not (runner.settings.job_dir("ftjob-1") / "error.txt").exists()
 
 
 def job_with(checkpoints: list[Path]) -> FineTuningJob:

@@ -26,6 +26,7 @@ from trainers.errors import UserError
 from trainers.models.model_files import read_json_object
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_UNUSUAL = "\ua66e \U00013000 \U0010fffd"  # a letter, a hieroglyph, and what is no character yet
 # Noncharacters again (see spans.py, which uses the first two) stand in for control tokens that a user wrote.
 _ESCAPE = "\ufdd2{}\ufdd3"
 _ESCAPES = re.compile("\ufdd2(\\d+)\ufdd3")
@@ -81,6 +82,7 @@ class ChatTokenizer:
         if "eos_token" not in named and eos_ids:
             named["eos_token"] = tokenizer.id_to_token(eos_ids[0]) or ""
         _declare_special(tokenizer, [*named.values(), *_extra_tokens(config)])
+        _check_takes_any_text(tokenizer)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise _broken("the model's tokenizer has no end-of-sequence token")
         return cls(tokenizer, find_template(model_dir, config), named, set(eos_ids))
@@ -367,6 +369,15 @@ def _declare_special(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     for token in dict.fromkeys(tokens):
         if token not in special and tokenizer.token_to_id(token) is not None:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+
+
+def _check_takes_any_text(tokenizer: Tokenizer) -> None:
+    """Some kinds have a token for what they don't know, and fail where they lack it: in the middle of the data."""
+    try:
+        tokenizer.encode(_UNUSUAL, add_special_tokens=False)
+    except Exception as error:  # noqa: BLE001  -- it raises nothing else
+        message = f"the model's tokenizer.json can't encode every text: {error}"
+        raise UserError("model_unsupported", message, "model", suggestion="give it an unk_token") from None
 
 
 def _adds_bos(tokenizer: Tokenizer, bos: str | None) -> bool:

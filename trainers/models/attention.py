@@ -7,8 +7,10 @@ where FlexAttention can't be used) each segment is attended to by itself.
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Collection
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -270,10 +272,16 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 @cache
 def _flex_works(device: torch.device) -> bool:
-    """Whether FlexAttention can be compiled for `device`: by Triton, which itself needs a C compiler at run time."""
+    """Whether FlexAttention can be compiled for `device`: by Triton, which itself compiles C at run time."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 5):
         return False
-    return bool(has_triton()) and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    return bool(has_triton()) and can_compile_c()
+
+
+def can_compile_c() -> bool:
+    """Whether there is a C compiler, and what it needs of Python, which a system's own lacks without its -dev."""
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    return compiler and (Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h").exists()  # as Triton
 
 
 def _band(width: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:

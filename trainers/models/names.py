@@ -115,8 +115,7 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
         path = Path(unquote(urlsplit(model).path) if "://" in model else model).expanduser().resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, `~nobody`
         raise UserError("model_not_found", f"{model!r} is no usable path: {error}.", param="model") from None
-    allowed = [root.resolve() for root in roots]
-    if not any(path.is_relative_to(root) for root in allowed):
+    if not any(path.is_relative_to(root.resolve()) for root in roots):
         raise UserError(
             "path_not_allowed",
             f"{model!r} is outside the directories that local models may lie in",

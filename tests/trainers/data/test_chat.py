@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from tests.trainers.data import templates
 from tests.trainers.data.support import (
@@ -450,3 +451,18 @@ def test_a_tokenizer_that_makes_the_library_panic_is_the_models_fault(make: Make
     file.write_text(json.dumps(spec))
     with pytest.raises(UserError, match="can't be read"):
         ChatTokenizer.from_dir(tmp_path)
+
+
+def words_only(directory: Path, words: list[str]) -> ChatTokenizer:
+    vocabulary = {word: number for number, word in enumerate(["</s>", *words])}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return ChatTokenizer.from_dir(directory)
+
+
+def test_a_tokenizer_without_a_token_for_what_it_does_not_know_is_refused_at_once(tmp_path: Path) -> None:
+    """It would fail at the first row that holds such a thing, with an error that nobody expects."""
+    assert words_only(tmp_path, ["<unk>", "a"]).encode([dialog(user("?"), assistant("b"))])
+    with pytest.raises(UserError, match="can't encode every text") as caught:
+        words_only(tmp_path, ["a"])
+    assert (caught.value.error.code, caught.value.error.param) == ("model_unsupported", "model")

@@ -1,6 +1,7 @@
 """Attention by itself: every way to compute it agrees with the definition, written out."""
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 
 from trainers.collate import Layout, Segment
-from trainers.models.attention import BLOCK, Causal, Rules, block_mask, flex_attend
+from trainers.models.attention import BLOCK, Causal, Rules, block_mask, can_compile_c, flex_attend
 
 CPU = torch.device("cpu")
 RULES = [Rules(window, 0.3, softcap, 0.0) for window, softcap in product((None, 5, 64, 300, 10_000), (None, 1.5))]
@@ -186,3 +187,19 @@ def test_compiled_code_serves_packs_of_any_documents() -> None:
         torch.testing.assert_close(outputs[real(layout)], expected[real(layout)])
         counts.append(counter.frame_count)
     assert counts == counts[:1] * 4
+
+
+def test_triton_is_not_asked_for_kernels_where_it_could_not_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, headers = tmp_path / "gcc", tmp_path / "include"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(headers))
+    headers.mkdir()
+    compiler.touch(mode=0o755)
+    assert not can_compile_c()
+    (headers / "Python.h").touch()
+    assert can_compile_c()
+    compiler.unlink()
+    assert not can_compile_c()

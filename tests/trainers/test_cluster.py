@@ -1,0 +1,75 @@
+"""What the dispatcher takes from the answers of Ray's dashboard, and from none. (tests/service has a real one.)"""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import ray
+import requests
+
+from trainers.cluster import Cluster
+
+WITH_404 = "ftjob-01KAV4046H8M4QJ5B1W2E7TXCN"
+
+
+class Dashboard(ThreadingHTTPServer):
+    """Answers as Ray's does, for a job with `status` and `text`; for as long as it is `hanging`, not at all."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.status, self.text = 404, ""
+        self.hanging = threading.Event()
+        self.over = threading.Event()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Dashboard
+
+    def do_GET(self) -> None:
+        if self.server.hanging.is_set():
+            self.server.over.wait()
+            return
+        known = self.path == "/api/version"
+        text = json.dumps({"ray_version": ray.__version__}) if known else self.server.text
+        self.send_response(200 if known else self.server.status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
+    server = Dashboard()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("ray._private.worker.get_dashboard_url", lambda: f"127.0.0.1:{server.server_port}")
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_job_that_ray_does_not_know_has_no_runner(dashboard: Dashboard) -> None:
+    dashboard.text = f"Job {WITH_404} does not exist"
+    assert Cluster().runner(WITH_404).state == "absent"
+
+
+def test_an_error_about_a_job_whose_id_happens_to_hold_404_says_nothing_about_its_runner(dashboard: Dashboard) -> None:
+    """Taken for absent, a job that runs would be interrupted, and its placement group removed."""
+    dashboard.status, dashboard.text = 500, f"Traceback: timed out while asking for {WITH_404}"
+    with pytest.raises(RuntimeError, match="status code 500"):
+        Cluster().runner(WITH_404)
+
+
+def test_a_dashboard_that_hangs_does_not_hang_who_asks(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster()
+    assert cluster.runner("ftjob-1").state == "absent"
+    monkeypatch.setattr("trainers.cluster.ANSWER_S", 0.2)
+    dashboard.hanging.set()
+    with pytest.raises(requests.Timeout):
+        cluster.runner("ftjob-1")
