@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.contender import Task
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parent.parent
 TRL_PYTHON = Path(os.environ.get("TUNEWRIGHT_TRL_PYTHON") or ROOT / ".venv-trl" / "bin" / "python")
@@ -106,7 +106,7 @@ def run_once(contender: Contender, task: Task, workers: int = 1) -> Run:
         scratch = Path(folder)
         task = replace(task, output_dir=str(scratch / "out"), result=str(scratch / "result.json"))
         command = [*contender.command, str(task.write(scratch / "task.json"))]
-        port = _free_port()
+        (port,) = free_ports(1)
         log = scratch / "log"
         processes = []
         started = time.perf_counter()
@@ -190,9 +190,3 @@ def _ranks(rank: int, workers: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -3,11 +3,9 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,6 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.ports import free_ports
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from events.actors import Handles
@@ -143,23 +144,17 @@ def stop_actors() -> None:
 
     from events.actors import EVENT_LOG, LOG_QUEUE, NAMESPACE
 
+    def is_free(name: str) -> bool:
+        try:
+            ray.get_actor(name, NAMESPACE)
+        except ValueError:  # no such actor
+            return True
+        return False
+
     for name in (EVENT_LOG, LOG_QUEUE):
-        deadline = time.monotonic() + 20
-        with suppress(ValueError):  # no such actor
+        with suppress(ValueError):
             ray.kill(ray.get_actor(name, NAMESPACE))
-            while True:
-                ray.get_actor(name, NAMESPACE)
-                assert time.monotonic() < deadline, f"{name} does not end"
-                time.sleep(0.02)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+        eventually(lambda name=name: is_free(name), 20, lambda name=name: f"{name} does not end")
 
 
 def _environment(address: str) -> dict[str, str]:
@@ -175,11 +170,14 @@ def _environment(address: str) -> dict[str, str]:
 
 
 def _await_start(head: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while "Ray runtime started" not in log.read_text():
-        if head.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"Ray did not start:\n{log.read_text()}")
-        time.sleep(0.05)
+    def started() -> bool:
+        assert head.poll() is None, complaint()
+        return "Ray runtime started" in log.read_text()
+
+    def complaint() -> str:
+        return f"Ray did not start:\n{log.read_text()}"
+
+    eventually(started, _START_S, complaint)
 
 
 def _stop(head: "subprocess.Popen[bytes]") -> None:

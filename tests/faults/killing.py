@@ -13,8 +13,9 @@ import httpx
 import psutil
 
 from serve_app.local import LocalService
-from tests.service.conftest import Api, eventually
+from tests.service.conftest import Api
 from tests.tiny_models import make_tiny_model
+from tests.waiting import eventually
 
 CPUS = 2
 RECOVERY_S = 600.0
@@ -102,14 +103,10 @@ class Faults:
                 victim.send_signal(signal.SIGKILL)
 
     def _found(self, words: list[str]) -> list[psutil.Process]:
-        found: list[psutil.Process] = []
+        def complaint() -> str:
+            return f"no process {words} among {list(map(title, self.api.service.processes()))}"
 
-        def is_there() -> bool:
-            found[:] = self.find(words)
-            return bool(found)
-
-        eventually(is_there, 60, lambda: f"no process {words} among {list(map(title, self.api.service.processes()))}")
-        return found
+        return eventually(lambda: self.find(words), 60, complaint)
 
     def kill_and_recover(self, kind: str, job_id: str) -> Recovery:
         """Kills one kind of process while the job runs, and waits until the job has trained further."""
@@ -139,16 +136,13 @@ class Faults:
 
     def job(self, job_id: str) -> dict[str, Any]:
         """The job, once the API answers."""
-        job: dict[str, Any] = {}
 
-        def answers() -> bool:
-            nonlocal job
+        def answered() -> dict[str, Any] | None:
             with suppress(httpx.HTTPError, AssertionError):
-                job = self.api.job(job_id)
-            return bool(job)
+                return self.api.job(job_id)
+            return None
 
-        eventually(answers, RECOVERY_S, lambda: "the API does not answer")
-        return job
+        return eventually(answered, RECOVERY_S, lambda: "the API does not answer")
 
     def until_up(self) -> None:
         """Returns once the API answers."""

@@ -17,7 +17,9 @@ import pytest
 from events import ExpectedVersionError, Recorded, SqliteStore
 from events.facts import MetricsRecorded
 from tests.events.facts_of_a_job import ADMITTED, SUBMITTED, VALIDATED, measured, started, step
-from tests.faults.log_server import Client, serving
+from tests.faults.immortal import kept_alive
+from tests.faults.log_server import Client
+from tests.waiting import async_eventually
 
 WRITERS = 64
 CLIENTS, JOBS = 20, 3
@@ -85,13 +87,16 @@ def test_kills_lose_nothing_double_nothing_and_leave_no_gap(directory: Path, see
         killer = Client(directory)
         for _ in range(kills):
             await kill(killer, chance, 0.3)
-        while sum(map(len, acknowledged)) < events:  # noqa: ASYNC110  -- counts of 64 writers
-            await asyncio.sleep(0.05)
+        await async_eventually(
+            lambda: sum(map(len, acknowledged)) >= events,
+            3600,
+            lambda: f"too few events: {sum(map(len, acknowledged))}",
+        )
         enough.set()
         return acknowledged, sum(await asyncio.gather(*writers))
 
     began = time.monotonic()
-    with serving(directory):
+    with kept_alive("tests.faults.log_server", directory):
         acknowledged, retries = asyncio.run(scenario())
     assert retries >= kills
     of_job: defaultdict[str, list[str]] = defaultdict(list)
@@ -156,7 +161,7 @@ def test_what_concurrent_clients_see_of_a_job_happened_in_one_order(directory: P
             await kill(killer, chance, 0.3)
         return [one for done in await asyncio.gather(*clients) for one in done]
 
-    with serving(directory):
+    with kept_alive("tests.faults.log_server", directory):
         done = asyncio.run(scenario())
     version = {one.event_id: one.version for one in history_of(directory)}
     assert {one.event_id for one in done if one.event_id} == {event_id for event_id in version if event_id[0].isdigit()}

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.faults.killing import OTHERS, Faults, step_of
-from tests.service.conftest import eventually
+from tests.waiting import eventually
 
 MANY_LINES = """
 import asyncio, sys

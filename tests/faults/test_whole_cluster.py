@@ -14,7 +14,8 @@ import pytest
 from events.facts import MetricsRecorded, RunInterrupted, RunStarted
 from events.sqlite import SqliteStore
 from tests.faults.killing import CPUS, INTERVAL, Faults, a_service, logged, step_of, title
-from tests.service.conftest import Api, eventually
+from tests.service.conftest import Api
+from tests.waiting import eventually
 
 TIMES = 20
 """The whole cluster is lost this often in the long suite."""

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from tests.waiting import eventually
 from trainers.methods import method_of
 from trainers.methods.lora import initial_adapter
 from trainers.models.architecture import inspect_model_dir
@@ -77,8 +77,7 @@ class StockProcess:
 
     def steps(self, run: StockRun) -> list[StockStep]:
         """Waits until `run` is over. Fails with the last output where the process ends before."""
-        while self._process.poll() is None and not run.over:
-            time.sleep(0.05)
+        eventually(lambda: run.over or self._process.poll() is not None, 900, lambda: "the stock recipe stands still")
         assert run.over, f"the stock recipe failed:\n{self._log.read_text(errors='replace')[-5000:]}"
         return run.steps()
 

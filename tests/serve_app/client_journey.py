@@ -3,9 +3,10 @@
 import importlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import eventually
 
 CONTRACT = Path(__file__).parent / "fine_tuning_api.yaml"
 PACKAGE = "fine_tuning_api_client"
@@ -48,10 +49,10 @@ def journey(package: Any, base_url: str, model: str, data: str) -> None:
 
     assert call("get_fine_tuning_jobs_status", job_id=submitted.job_id).job_id == submitted.job_id
     call("post_fine_tuning_jobs_cancel", body=models.PostFineTuningJobsCancelBody(job_id=submitted.job_id))
-    job = submitted
-    deadline = time.monotonic() + 60
-    while job.status.value != "cancelled" and time.monotonic() < deadline:
-        time.sleep(0.05)
+
+    def cancelled() -> Any:
         job = call("get_fine_tuning_jobs_status", job_id=submitted.job_id)
-    assert job.status.value == "cancelled"
+        return job if job.status.value == "cancelled" else None
+
+    job = eventually(cancelled, 60, lambda: "the job is not cancelled")
     assert job.finished_at >= job.created

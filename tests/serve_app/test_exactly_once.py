@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from events.facts import JobSubmitted, Resources
 from events.job import FineTuningJob
 from events.log import EventLog
 from tests.serve_app.live_server import Parts, Serve, Server
+from tests.waiting import eventually
 from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 from trainers.settings import Settings
@@ -85,12 +85,8 @@ def submit_and_hang_up(gated: Server, api: httpx.Client, body: dict[str, Any], *
         assert parts.arrived.acquire(timeout=30)
     api.get("/healthz")  # the server has looked at its connections since
     gated.do(parts.unlock())
-    deadline = time.monotonic() + 30
-    while not (made := jobs_of(api, body)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert len(made) == 1
-    return made[0]
+    (made,) = eventually(lambda: jobs_of(api, body), 30, lambda: "the job is not made")
+    return made
 
 
 def test_a_submit_whose_sender_hung_up_before_the_answer_may_be_sent_again(gated: Server, api: httpx.Client) -> None:

@@ -19,6 +19,7 @@ from events.log_queue import LogBatch
 from serve_app import tail as tail_module
 from serve_app.tail import Together
 from tests.serve_app.live_server import Serve, Server
+from tests.waiting import eventually
 
 TAIL = "/fine_tuning/jobs/tail"
 FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
@@ -259,10 +260,7 @@ def test_a_reader_that_goes_away_ends_its_work(server: Server, submit: Submit) -
         next(stream)
         assert job_id in waiting
         stream.close()
-    deadline = time.monotonic() + 2
-    while job_id in waiting and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert job_id not in waiting
+    eventually(lambda: job_id not in waiting, 2, lambda: "somebody still waits for the job")
 
 
 def test_lines_arrive_within_milliseconds(http: httpx.Client, server: Server, submit: Submit) -> None:

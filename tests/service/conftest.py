@@ -1,7 +1,6 @@
 """The whole service on a Ray cluster of its own, and the tests' way of talking to it: HTTP, as a user would."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import pytest
 
 from serve_app.local import LocalService
 from tests.tiny_models import make_tiny_model
+from tests.waiting import WAIT_S, eventually
 
 CPUS = 2
-WAIT_S = 120.0
 
 
 class Api:
@@ -79,13 +78,6 @@ class Api:
         job = self.until(job_id, lambda job: job["status"] in {*statuses, "failed", "success", "cancelled"})
         assert job["status"] in statuses, job
         return job
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float, complaint: Callable[[], str]) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, complaint()
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,9 @@ import openai
 import psutil
 import pytest
 
-from tests.service.conftest import CPUS, WAIT_S, Api, eventually
+from tests.service.conftest import CPUS, Api
 from tests.tiny_models import make_tiny_model
+from tests.waiting import WAIT_S, eventually
 from trainers.data.chat import ChatTokenizer
 from trainers.models.chat_model import ChatModel
 from trainers.models.generate import generate

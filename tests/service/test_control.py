@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from serve_app.local import START_TIMEOUT_S, LocalService, serve_config
-from tests.service.conftest import CPUS, WAIT_S, Api, eventually, local_service
+from tests.service.conftest import CPUS, Api, local_service
 from tests.service.test_service import ROOT, dashboard, free_cpus, path_of, workers_of
+from tests.waiting import WAIT_S, eventually
 
 FP32 = {"n_epochs": 10_000, "lr": 0.01, "extras": {"dtype": "fp32"}}
 

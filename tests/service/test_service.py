@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from tests.serve_app.client_journey import generate_client, journey
-from tests.service.conftest import CPUS, WAIT_S, Api, eventually
+from tests.service.conftest import CPUS, Api
+from tests.waiting import WAIT_S, eventually
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,8 @@ from contextlib import suppress
 import httpx
 import psutil
 
-from tests.service.conftest import WAIT_S, Api, eventually
+from tests.service.conftest import Api
+from tests.waiting import WAIT_S, eventually
 from tests.webhook_receiver import Receiver, verified
 
 

@@ -1,7 +1,6 @@
 """How a worker learns from the log that its job is to pause, or is no longer its own."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
@@ -22,6 +21,7 @@ from events.log import EventLog
 from events.memory import MemoryStore
 from tests.events.facts_of_a_job import REPORT
 from tests.trainers.test_runner import RESOURCES
+from tests.waiting import WAIT_S, eventually
 from trainers import tenure
 from trainers.retrying import retrying
 from trainers.tenure import Superseded, Tenure, Watch
@@ -61,18 +61,11 @@ def running() -> Iterator[Running]:
     running.reporter.close()
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_worker_whose_steps_are_short_learns_of_a_pause_as_it_reports_them(running: Running) -> None:
     running.step(1)
     running.tell(PauseRequested())
     running.step(2)
-    eventually(running.reporter.should_stop)
+    eventually(running.reporter.should_stop, WAIT_S, lambda: "it goes on")
 
 
 def test_a_worker_in_a_long_step_asks(monkeypatch: pytest.MonkeyPatch, running: Running) -> None:
@@ -81,7 +74,7 @@ def test_a_worker_in_a_long_step_asks(monkeypatch: pytest.MonkeyPatch, running: 
     try:
         assert not running.reporter.should_stop()
         running.tell(PauseRequested(by="node_drain"))
-        eventually(running.reporter.should_stop)
+        eventually(running.reporter.should_stop, WAIT_S, lambda: "it goes on")
         history = retrying(lambda: running.log.read(JOB))
         assert not any(isinstance(recorded.event, MetricsRecorded) for recorded in history)
     finally:
@@ -99,5 +92,5 @@ def test_a_worker_that_was_replaced_is_told_when_it_reports(running: Running) ->
             return True
         return False
 
-    eventually(superseded)
+    eventually(superseded, WAIT_S, lambda: "it is not told")
     assert not running.reporter.should_stop()

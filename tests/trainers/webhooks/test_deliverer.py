@@ -28,9 +28,9 @@ from tests.trainers.webhooks.support import (
     endpoint,
     log_in,
     settings_in,
-    until,
     until_settled,
 )
+from tests.waiting import WAIT_S, async_eventually
 from tests.webhook_receiver import Answer, Receiver, verified
 from trainers.errors import UserError
 from trainers.webhooks.deliverer import Pace, Webhooks, WebhooksUnavailable
@@ -102,7 +102,9 @@ def test_a_thousand_jobs_reach_a_receiver_that_fails_every_third_time(play: Play
                 created = await endpoint(webhooks, receiver.url)
                 for number, job_id in enumerate(jobs):
                     await end_job(log, job_id, ways[number % 4])
-                await until(lambda: len(receiver.delivered()) >= len(jobs), "as many good answers as jobs")
+                await async_eventually(
+                    lambda: len(receiver.delivered()) >= len(jobs), WAIT_S, lambda: "fewer good answers than jobs"
+                )
                 await until_settled(webhooks, created.endpoint.id, "delivered", len(jobs))
         events = defaultdict(set)
         for got in receiver.got:
@@ -176,7 +178,7 @@ def test_a_restart_keeps_the_pause_that_a_delivery_has_earned(play: Play, tmp_pa
                     deliveries = await all_deliveries(webhooks, of_failing.endpoint.id)
                     return bool(deliveries) and deliveries[0].last_error == "answered 500"
 
-                await until(has_failed, "the first attempt fails")
+                await async_eventually(has_failed, WAIT_S, lambda: "the first attempt does not fail")
                 (before,) = await all_deliveries(webhooks, of_failing.endpoint.id)
             async with delivering(log, settings_in(tmp_path), SLOW) as webhooks:
                 of_well = await endpoint(webhooks, well.url)
