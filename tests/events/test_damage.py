@@ -8,25 +8,11 @@ from pathlib import Path
 import pytest
 
 from events import EventLog, Refused, SqliteStore
-from events.facts import Event
 from events.snapshot import take
 from events.store import JobDamagedError, NewEvent, StoreFailedError, StreamAppend
-from tests.events.facts_of_a_job import ADMITTED, CANCEL, START, SUBMITTED, VALIDATED, measured, started, step
-from tests.events.test_log import append, opened
+from tests.events.facts_of_a_job import CANCEL, START, SUBMITTED
+from tests.events.support import append, change, opened, write
 from tests.waiting import async_eventually
-
-
-def write(file: Path, jobs: str = "abc") -> None:
-    """Five events of each job, in turns: those of `b` are at positions 2, 5, 8, ..."""
-    facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1), measured(1, step(1))]
-    with closing(SqliteStore(file)) as store:
-        for number, fact in enumerate(facts):
-            store.append([StreamAppend(job, [NewEvent.of(f"{job}{number}", fact)]) for job in jobs], START)
-
-
-def change(file: Path, sql: str) -> None:
-    with closing(sqlite3.connect(file)) as db, db:
-        db.execute(sql)
 
 
 def checked(file: Path) -> dict[int, tuple[str, ...]]:

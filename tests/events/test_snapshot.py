@@ -17,7 +17,7 @@ from events.snapshot import restore, take
 from events.store import NewEvent, StreamAppend
 from tests.events.any_event import events
 from tests.events.facts_of_a_job import CANCEL, CANCELLED, RUNNING, START, SUBMITTED, measured, saved, step
-from tests.events.test_log import append, opened, submit
+from tests.events.support import append, opened, submit
 from tests.waiting import WAIT_S, async_eventually
 
 
