@@ -21,9 +21,9 @@ def generate_client(directory: Path) -> Any:
     return importlib.import_module(PACKAGE)
 
 
-def journey(package: Any, base_url: str, model: str, data: str) -> None:
-    """Takes one job from submit to cancelled, with nothing but the generated client. Somebody must carry out the
-    cancellation within a minute."""
+def journey(package: Any, base_url: str, model: str, data: str) -> str:
+    """Takes one job from submit to its end, with nothing but the generated client, and checks what it is told on the
+    way. Returns the last status. Somebody must carry out the cancellation within a minute."""
     client = package.Client(base_url=base_url, raise_on_unexpected_status=True)
     models = importlib.import_module(f"{PACKAGE}.models")
 
@@ -50,9 +50,10 @@ def journey(package: Any, base_url: str, model: str, data: str) -> None:
     assert call("get_fine_tuning_jobs_status", job_id=submitted.job_id).job_id == submitted.job_id
     call("post_fine_tuning_jobs_cancel", body=models.PostFineTuningJobsCancelBody(job_id=submitted.job_id))
 
-    def cancelled() -> Any:
+    def ended() -> Any:
         job = call("get_fine_tuning_jobs_status", job_id=submitted.job_id)
-        return job if job.status.value == "cancelled" else None
+        return job if job.finished_at else None
 
-    job = eventually(cancelled, 60, lambda: "the job is not cancelled")
+    job = eventually(ended, 60, lambda: "the job does not end")
     assert job.finished_at >= job.created
+    return str(job.status.value)

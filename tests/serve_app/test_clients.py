@@ -45,8 +45,7 @@ def test_a_client_generated_from_the_contract_submits_polls_cancels_and_reads(se
     dispatcher = threading.Thread(target=cancel_what_is_asked_to_be)
     dispatcher.start()
     try:
-        rows = str(server.parts.settings.storage / "rows.jsonl")
-        journey(package, server.url, model="smollm2-135m-instruct", data=rows)
+        assert journey(package, server.url, **server.config()) == "cancelled"
     finally:
         done.set()
         dispatcher.join()
@@ -58,7 +57,7 @@ def test_no_generated_request_meets_a_server_error_or_an_answer_that_is_not_docu
     # The contract calls data a URI. Bare paths are taken too, and echoed as they were sent, so none is used here.
     storage = server.parts.settings.storage
     good = {"model": str(make_tiny_model(storage / "tiny")), "data": (storage / "rows.jsonl").as_uri()}
-    job_id = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=good).json()["job_id"]
+    job_id = server.submit(**good)
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) == 41
@@ -73,7 +72,7 @@ def test_no_generated_request_meets_a_server_error_or_an_answer_that_is_not_docu
         "event_types": ["fine_tuning.job.cancelled"],
     }
     hook_id = httpx.post(f"{server.url}/v1/webhook_endpoints", json=hook).json()["id"]
-    over = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=good).json()["job_id"]
+    over = server.submit(**good)
     server.append(over, CancelRequested(), JobCancelled())
     real = {**good, "job_id": job_id, "file_id": file_id, "upload_id": upload_id, "training_file": file_id}
     real |= {"webhook_endpoint_id": hook_id, "delivery_id": first_delivery(server, hook_id)}

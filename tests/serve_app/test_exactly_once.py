@@ -18,7 +18,7 @@ import pytest
 from events.facts import JobSubmitted, Resources
 from events.job import FineTuningJob
 from events.log import EventLog
-from tests.serve_app.live_server import Parts, Serve, Server
+from tests.serve_app.live_server import MODEL, Parts, Serve, Server
 from tests.waiting import eventually
 from trainers.models.architecture import Architecture
 from trainers.plan import Plan
@@ -61,8 +61,7 @@ def api(gated: Server) -> Iterator[httpx.Client]:
 
 def request_body(server: Server, name: str) -> dict[str, Any]:
     """A good request, another for each test."""
-    data = str(server.parts.settings.storage / "rows.jsonl")
-    return {"model": "smollm2-135m-instruct", "data": data, "metadata": {"test": name}}
+    return server.config(metadata={"test": name})
 
 
 def jobs_of(api: httpx.Client, body: dict[str, Any]) -> list[str]:
@@ -186,7 +185,7 @@ def serve_until_killed(settings: Settings, url: "multiprocessing.Queue[str]") ->
 def test_a_server_killed_between_the_append_and_the_answer_has_made_one_job(tmp_path: Path) -> None:
     settings = Settings(storage=tmp_path, data_roots=(tmp_path,))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"dialog": [{"role": "assistant", "content": "hi"}]}) + "\n")
-    body = {"model": "smollm2-135m-instruct", "data": str(tmp_path / "rows.jsonl")}
+    body = {"model": MODEL, "data": str(tmp_path / "rows.jsonl")}
     context = multiprocessing.get_context("spawn")
     urls: multiprocessing.Queue[str] = context.Queue()
     process = context.Process(target=serve_until_killed, args=(settings, urls), daemon=True)

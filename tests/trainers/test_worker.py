@@ -1,57 +1,34 @@
 """How a worker learns from the log that its job is to pause, or is no longer its own."""
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 
 import pytest
 
 from events.actors import EventLogClient
-from events.facts import (
-    DataValidated,
-    Event,
-    JobAdmitted,
-    JobSubmitted,
-    MetricsRecorded,
-    PauseRequested,
-    RunStarted,
-    StepMetrics,
-)
-from events.ids import new_event_id
-from events.log import EventLog
-from events.memory import MemoryStore
-from tests.events.facts_of_a_job import REPORT
-from tests.trainers.test_runner import RESOURCES
+from events.facts import MetricsRecorded, PauseRequested
+from tests.events.facts_of_a_job import started, step
+from tests.trainers.job_on_a_log import JOB, JobOnALog
 from tests.waiting import WAIT_S, eventually
 from trainers import tenure
 from trainers.retrying import retrying
-from trainers.tenure import Superseded, Tenure, Watch
+from trainers.tenure import Superseded, Watch
 from trainers.worker import Assignment, RayReporter
 
-JOB = "ftjob-1"
 
-
-class Running:
+class Running(JobOnALog):
     """A job whose first attempt trains, as its log and its rank 0 see it."""
 
     def __init__(self) -> None:
-        self.log = EventLog(MemoryStore())
-        event = JobSubmitted(config={}, resources=RESOURCES, max_restarts=1, submission_id=JOB)
-        retrying(lambda: self.log.submit(JOB, event, new_event_id(), 10))
-        self.tell(DataValidated(data=REPORT), JobAdmitted(), self.started(1))
+        super().__init__()
+        self.tell(started(1))
         places = dict.fromkeys(("storage", "job_dir", "model_dir"), "")
         assignment = Assignment(JOB, attempt=1, interruptions=0, plan={}, resume_from=None, **places)
         self.client: EventLogClient = self.log  # type: ignore[assignment]  # the same methods, without Ray between
-        self.tenure = Tenure(self.log, JOB, 0)
+        self.tenure = self.runner()
         self.reporter = RayReporter(assignment, 0, self.client, self.tenure, lambda: None)
 
-    def tell(self, *events: Event) -> None:
-        retrying(lambda: self.log.append(JOB, list(events), [new_event_id() for _ in events]))
-
-    def started(self, attempt: int) -> RunStarted:
-        return RunStarted(attempt=attempt, workers=1, nodes=1, device="cpu", total_steps=9, logs="file:///m.jsonl")
-
     def step(self, number: int) -> None:
-        self.reporter.metrics(StepMetrics(step=number, epoch=1, time=datetime.now(UTC).isoformat(), loss=1.0))
+        self.reporter.metrics(step(number))
 
 
 @pytest.fixture
@@ -82,7 +59,7 @@ def test_a_worker_in_a_long_step_asks(monkeypatch: pytest.MonkeyPatch, running: 
 
 
 def test_a_worker_that_was_replaced_is_told_when_it_reports(running: Running) -> None:
-    running.tell(running.started(2))
+    running.tell(started(2))
     running.step(1)
 
     def superseded() -> bool:

@@ -1,26 +1,12 @@
 """The list of models through the real client."""
 
-from collections.abc import Iterator
-
 import httpx
 import openai
 import pytest
 
-from tests.serve_app.live_server import Serve, Server
-from tests.serve_app.openai.conftest import MODEL, connected
+from tests.serve_app.live_server import MODEL, Server
 from tests.tiny_models import make_tiny_model
 from trainers.models.names import ALIASES
-
-
-@pytest.fixture(scope="module")
-def server(serve: Serve) -> Server:
-    return serve()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with connected(server) as client:
-        yield client
 
 
 def test_base_models_are_the_aliases_and_the_directories_that_local_models_may_lie_in(

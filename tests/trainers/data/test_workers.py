@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.tiny_models import make_tiny_model
-from tests.trainers.data.test_prepare import PIECE, line
+from tests.trainers.data.support import PIECE, line
 from trainers.data import workers as workers_module
 from trainers.data.chat import ChatTokenizer
 from trainers.data.encode import Line, encode_lines
