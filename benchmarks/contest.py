@@ -112,7 +112,7 @@ def run_once(contender: Contender, task: Task, workers: int = 1) -> Run:
         started = time.perf_counter()
         with log.open("wb") as out:
             for rank in range(workers):
-                env = _environment(workers) | _ranks(rank, workers, port)
+                env = _environment(workers) | as_rank(rank, workers, port)
                 processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT))
             try:
                 shared_peak = _watch(processes)
@@ -178,7 +178,7 @@ def _environment(workers: int) -> dict[str, str]:
     }
 
 
-def _ranks(rank: int, workers: int, port: int) -> dict[str, str]:
+def as_rank(rank: int, workers: int, port: int) -> dict[str, str]:
     """What torchrun would set; nothing for a worker that is alone."""
     if workers == 1:
         return {}

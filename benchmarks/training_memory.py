@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contender import peak_bytes
+from benchmarks.contest import ROOT, as_rank
 from events.config import Config
 from events.facts import DataReport
 from tests.ports import free_ports
@@ -28,8 +29,6 @@ from trainers.data.dataset import MASK, MASK_TYPE, OFFSET_TYPE, OFFSETS, REPORT,
 from trainers.memory import TOLERANCE, Memory, memory_of
 from trainers.models.architecture import inspect_model_dir
 from trainers.plan import make_plan
-
-ROOT = Path(__file__).parent.parent
 
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
@@ -214,12 +213,10 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
     file = folder / "task.json"
     file.write_text(json.dumps(task))
     (port,) = free_ports(1)
-    env = os.environ | {"WORLD_SIZE": str(case.workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(case.workers)}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.training_memory", "--worker", str(file)]
     processes = [
-        subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT)
-        for rank in range(case.workers)
+        subprocess.Popen(command, env=env | as_rank(rank, case.workers, port), cwd=ROOT) for rank in range(case.workers)
     ]
     codes = [process.wait() for process in processes]
     assert not any(codes), codes

@@ -1,4 +1,4 @@
-"""What several parts' tests share: one small Ray cluster, and the converted demo model."""
+"""What several parts' tests share: one small Ray cluster, two training ranks, and the converted demo model."""
 
 import os
 import shutil
@@ -20,6 +20,7 @@ from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from events.actors import Handles
+    from tests.trainers.recipe_support import TwoRanks
 
 # The same examples on every run; no deadline, since a busy machine is no bug.
 hypothesis.settings.register_profile("tunewright", derandomize=True, database=None, deadline=None, max_examples=60)
@@ -124,6 +125,15 @@ def handles(ray_cluster: RayCluster, tmp_path: Path) -> Iterator["Handles"]:
     stop_actors()
     yield connect(tmp_path)
     stop_actors()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator["TwoRanks"]:
+    from tests.trainers.recipe_support import TwoRanks
+
+    ranks = TwoRanks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")

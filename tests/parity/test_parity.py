@@ -183,13 +183,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iterat
     stage.end()
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[TwoRanks]:
-    ranks = TwoRanks()
-    yield ranks
-    ranks.close()
-
-
 @pytest.mark.parametrize("name", ONE_WORKER)
 def test_every_step_is_the_stock_recipes(stage: Stage, name: str) -> None:
     case = stage.cases[name]

@@ -27,11 +27,6 @@ from trainers.errors import UserError
 Prepare = Callable[..., DataReport]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.from_dir(make_tiny_model(tmp_path_factory.mktemp("model")))
-
-
 @pytest.fixture
 def run(tmp_path: Path, tokenizer: ChatTokenizer) -> Prepare:
     """Prepares these lines into tmp_path/out; keyword arguments replace those of `prepare`."""

@@ -19,11 +19,6 @@ from trainers.data.workers import encode_in_parallel
 from trainers.errors import InfrastructureError
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.from_dir(make_tiny_model(tmp_path_factory.mktemp("model")))
-
-
 def chunks(count: int, long: int | None = None) -> Iterator[list[Line]]:
     """Each with good rows, a bad one, one that is cut, and one whose user speaks of control tokens."""
     for number in range(count):
