@@ -108,7 +108,9 @@ def join_on_cpu() -> None:
     dist.init_process_group("gloo")
     dist.init_process_group = _nothing
     dist.destroy_process_group = _nothing
-    # Both recipes report the accelerator's memory, and empty its cache, whatever device they run on.
+    # Both recipes report the accelerator's memory, and empty its cache, whatever device they run on. A name is looked
+    # up before: where `trainers.deferred` is at work the package runs its `__init__` only then, over what was replaced.
+    assert callable(training.get_memory_stats)
     training.get_memory_stats = _no_memory_stats
     training.log_memory_stats = _nothing
     training.cleanup_before_training = gc.collect
