@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.contender import Task
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parent.parent
 TRL_PYTHON = Path(os.environ.get("TUNEWRIGHT_TRL_PYTHON") or ROOT / ".venv-trl" / "bin" / "python")
@@ -106,13 +106,13 @@ def run_once(contender: Contender, task: Task, workers: int = 1) -> Run:
         scratch = Path(folder)
         task = replace(task, output_dir=str(scratch / "out"), result=str(scratch / "result.json"))
         command = [*contender.command, str(task.write(scratch / "task.json"))]
-        port = _free_port()
+        (port,) = free_ports(1)
         log = scratch / "log"
         processes = []
         started = time.perf_counter()
         with log.open("wb") as out:
             for rank in range(workers):
-                env = _environment(workers) | _ranks(rank, workers, port)
+                env = _environment(workers) | as_rank(rank, workers, port)
                 processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT))
             try:
                 shared_peak = _watch(processes)
@@ -178,7 +178,7 @@ def _environment(workers: int) -> dict[str, str]:
     }
 
 
-def _ranks(rank: int, workers: int, port: int) -> dict[str, str]:
+def as_rank(rank: int, workers: int, port: int) -> dict[str, str]:
     """What torchrun would set; nothing for a worker that is alone."""
     if workers == 1:
         return {}
@@ -190,9 +190,3 @@ def _ranks(rank: int, workers: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -43,6 +43,7 @@ from torch import Tensor
 
 from benchmarks.contender import peak_bytes
 from benchmarks.report import table
+from benchmarks.stock import adapter_config, model_config, recipe_class, shipped_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -377,14 +378,13 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _stock(spec: Spec, meter: Meter) -> int:
     """Runs the recipe file whole, and returns how many parameters it trains."""
-    from benchmarks import gpu_parts
-    from benchmarks.run_torchtune import RECIPES, load_recipe
+    from benchmarks import gpu_parts, stock_parts
 
-    gpu_parts.documents, gpu_parts.on_step = documents(spec), meter.step
-    file, name = RECIPES[spec.method, 1]
+    gpu_parts.documents = documents(spec)
+    stock_parts.on_step = lambda tokens, _: meter.step(tokens)
     with redirect_stdout(sys.stderr):
         config = _stock_config(spec)
-        recipe = getattr(load_recipe(file), name)(cfg=config)
+        recipe = recipe_class(spec.method, 1)(cfg=config)
         recipe.setup(cfg=config)
         recipe.train()
     return sum(parameter.numel() for parameter in recipe._model.parameters() if parameter.requires_grad)
@@ -392,20 +392,15 @@ def _stock(spec: Spec, meter: Meter) -> int:
 
 def _stock_config(spec: Spec) -> "DictConfig":
     """The shipped config of the recipe for the 8B model, with everything that is changed."""
-    from omegaconf import DictConfig, OmegaConf
-
-    from benchmarks.run_torchtune import recipe_folder
-
-    shipped = recipe_folder() / "configs" / "llama3_1" / f"8B_{spec.method}_single_device.yaml"
-    config = OmegaConf.load(shipped)
-    assert isinstance(config, DictConfig)
+    config = shipped_config(f"llama3_1/8B_{spec.method}_single_device")
     for section in ("model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "metric_logger"):
         config.pop(section, None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _stock_model(spec)
+    shape = SHAPES[spec.shape] | {"max_position_embeddings": spec.seq_len}
+    model = model_config(shape, adapter_config() if spec.method == "lora" else None)
     changes: dict[str, Any] = {
         "model": model,
-        "tokenizer": {"_component_": "benchmarks.stock_parts.NoTokenizer"},
+        "tokenizer": {"_component_": "benchmarks.stock_parts.Padding"},
         "checkpointer": {
             "_component_": "benchmarks.gpu_parts.RandomWeights",
             "model": model,
@@ -415,7 +410,7 @@ def _stock_config(spec: Spec) -> "DictConfig":
         },
         "dataset": {"_component_": "benchmarks.gpu_parts.Packs", "max_seq_len": spec.seq_len, "packed": True},
         "optimizer": {"_component_": "torch.optim.AdamW", "fused": True, "lr": 1e-5},
-        "metric_logger": {"_component_": "benchmarks.gpu_parts.Clock"},
+        "metric_logger": {"_component_": "benchmarks.stock_parts.Clock"},
         "shuffle": False,
         "batch_size": spec.batch_size,
         "gradient_accumulation_steps": 1,
@@ -434,32 +429,8 @@ def _stock_config(spec: Spec) -> "DictConfig":
         changes["save_adapter_weights_only"] = True
     else:
         changes["optimizer_in_bwd"] = False
-    merged = OmegaConf.merge(config, changes)
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _stock_model(spec: Spec) -> dict[str, Any]:
-    shape = SHAPES[spec.shape]
-    builder = "llama3_2" if shape["tie_word_embeddings"] else "llama3_1"
-    prefix, adapters = "", {}
-    if spec.method == "lora":
-        prefix = "lora_"
-        modules = ["q_proj", "k_proj", "v_proj", "output_proj"]
-        adapters = {"lora_attn_modules": modules, "apply_lora_to_mlp": False, "lora_rank": 8, "lora_alpha": 16}
-    return {
-        "_component_": f"torchtune.models.{builder}.{prefix}{builder}",
-        "vocab_size": shape["vocab_size"],
-        "num_layers": shape["num_hidden_layers"],
-        "num_heads": shape["num_attention_heads"],
-        "num_kv_heads": shape["num_key_value_heads"],
-        "embed_dim": shape["hidden_size"],
-        "max_seq_len": spec.seq_len,
-        "intermediate_dim": shape["intermediate_size"],
-        "norm_eps": shape["rms_norm_eps"],
-        "rope_base": int(shape["rope_theta"]),
-        **adapters,
-    }
+    config.merge_with(changes)
+    return config
 
 
 if __name__ == "__main__":

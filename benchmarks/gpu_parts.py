@@ -1,6 +1,6 @@
-"""Parts that torchtune's recipes take by name for `benchmarks.gpu`: random weights, packed documents, a clock."""
+"""Parts that torchtune's recipes take by name for `benchmarks.gpu`: random weights, packed documents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,11 @@ from torchtune import config as torchtune_config
 from torchtune import training
 from torchtune.datasets import PackedDataset
 
-IGNORED = -100
+from benchmarks.stock_parts import given_out
+from trainers.collate import IGNORED
+
 documents: Sequence[np.ndarray] = ()
-on_step: Callable[[int], None] = print
-"""Both are set by `benchmarks.gpu`; `on_step` gets the tokens of each step as it ends."""
-_pending_tokens = 0
+"""Set by `benchmarks.gpu`."""
 
 
 class RandomWeights:
@@ -61,22 +61,6 @@ class Packs(PackedDataset):  # type: ignore[misc]  # torchtune ships no types
         super().__init__(_Whole(), max_seq_len=max_seq_len)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        global _pending_tokens
         found: dict[str, Tensor] = super().__getitem__(index)
-        _pending_tokens += int((found["labels"] != IGNORED).sum())
+        given_out(int((found["labels"] != IGNORED).sum()))
         return found
-
-
-class Clock:
-    """A metric logger: the recipes call it at the end of every step."""
-
-    def log_config(self, config: object) -> None:
-        pass
-
-    def log_dict(self, payload: dict[str, Any], step: int) -> None:
-        global _pending_tokens
-        tokens, _pending_tokens = _pending_tokens, 0
-        on_step(tokens)
-
-    def close(self) -> None:
-        pass

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serve_app.local import LocalService
-from tests.faults.killing import INTERVAL, OTHERS, OWNERS, Faults, Recovery, a_service, make_inputs, step_of
+from tests.faults.killing import INTERVAL, OTHERS, OWNERS, Faults, Recovery, a_service, inputs_in, step_of
 from tests.service.conftest import Api
 
 KINDS = [*OWNERS, *OTHERS]
@@ -29,7 +29,7 @@ def main() -> int:
         parser.error(f"no such kind: {', '.join(unknown)}")
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-") as folder:
         (inputs := Path(folder) / "inputs").mkdir()
-        make_inputs(inputs)
+        inputs_in(inputs)
         with a_service(Path(folder) / "storage", inputs) as service:
             recoveries = measure(service, inputs, kinds * arguments.times)
     print("| killed | times | no longer `running` after | trains again after | door shut for | load |")

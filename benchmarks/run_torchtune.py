@@ -1,32 +1,24 @@
 """One run of torchtune's own recipe, as a process of its own: `python -m benchmarks.run_torchtune TASK.json`.
 
 The recipe's file is run as it is installed, with one of the configs it ships; `_config` has everything that is changed.
-It was not made for CPUs: with two workers three of its calls are replaced, by nothing or by their CPU counterparts.
 With WORLD_SIZE > 1 (and torchrun's other variables) it is one rank of a gloo group.
 """
 
-import importlib.util
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchtune import training
 from torchtune.modules.peft import get_adapter_params
 
 from benchmarks import stock_parts
 from benchmarks.contender import Recording, Task
+from benchmarks.stock import adapter_config, join_on_cpu, model_config, recipe_class, shipped_config
 from trainers.distributed import like
 
-RECIPES = {
-    ("full", 1): ("full_finetune_single_device", "FullFinetuneRecipeSingleDevice"),
-    ("lora", 1): ("lora_finetune_single_device", "LoRAFinetuneRecipeSingleDevice"),
-    ("lora", 2): ("lora_finetune_distributed", "LoRAFinetuneRecipeDistributed"),
-}
 CONFIGS = {"llama": "llama3_2/1B", "qwen2": "qwen2_5/0.5B"}
 """The shipped configs of the smallest model of each family."""
 SUFFIXES = {("full", 1): "full_single_device", ("lora", 1): "lora_single_device", ("lora", 2): "lora"}
@@ -37,41 +29,16 @@ def main() -> None:
     recording.mark("imported")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
-        dist.init_process_group("gloo")
-        _patch_for_cpu()
+        join_on_cpu()
     config = _config(task, world)
-    file, name = RECIPES[task.method, world]
-    recipe = getattr(load_recipe(file), name)(cfg=config)
+    recipe = recipe_class(task.method, world)(cfg=config)
     if task.method == "lora" and task.equal:
         _start_adapters_from(recipe, Path(task.adapter))
     recording.settings = _settings(config)
-    stock_parts.recording = recording
+    stock_parts.on_step = recording.step
     recipe.setup(cfg=config)
     recording.mark("loaded")
     recipe.train()
-
-
-def recipe_folder() -> Path:
-    """torchtune's recipes lie in a package that refuses to be imported."""
-    spec = importlib.util.find_spec("recipes")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent
-
-
-def load_recipe(name: str) -> Any:  # noqa: ANN401 -- a module
-    spec = importlib.util.spec_from_file_location(name, recipe_folder() / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _patch_for_cpu() -> None:
-    training.get_memory_stats = lambda device, reset_stats=True: {}
-    training.log_memory_stats = lambda stats: None
-    training.cleanup_before_training = lambda: None
 
 
 def _start_adapters_from(recipe: Any, file: Path) -> None:  # noqa: ANN401 -- a recipe
@@ -91,14 +58,14 @@ def _start_adapters_from(recipe: Any, file: Path) -> None:  # noqa: ANN401 -- a 
 
 def _config(task: Task, world: int) -> DictConfig:
     shape = json.loads((Path(task.model_dir) / "config.json").read_text())
-    family = shape["model_type"]
-    shipped = recipe_folder() / "configs" / f"{CONFIGS[family]}_{SUFFIXES[task.method, world]}.yaml"
-    config = OmegaConf.load(shipped)
-    assert isinstance(config, DictConfig)
+    config = shipped_config(f"{CONFIGS[shape['model_type']]}_{SUFFIXES[task.method, world]}")
+    adapters = {key: value for key, value in config.pop("model").items() if key.startswith(("lora_", "apply_lora"))}
+    if task.equal and task.method == "lora":
+        adapters = adapter_config(task.lora_attn_modules, rank=task.lora_rank, alpha=task.lora_alpha)
     changes: dict[str, Any] = {
         "output_dir": task.output_dir,
-        "model": _model(shape, task.method),
-        "tokenizer": {"_component_": "benchmarks.stock_parts.NoTokenizer"},
+        "model": model_config(shape, adapters or None),
+        "tokenizer": {"_component_": "benchmarks.stock_parts.Padding"},
         "checkpointer": {"checkpoint_dir": task.model_dir, "checkpoint_files": ["model.safetensors"]},
         "metric_logger": {"_component_": "benchmarks.stock_parts.Clock"},
         "device": "cpu",
@@ -118,24 +85,15 @@ def _config(task: Task, world: int) -> DictConfig:
             changes["optimizer_in_bwd"] = False
         else:
             changes["lr_scheduler"] = {"_component_": "benchmarks.stock_parts.constant"}
-            changes["model"] |= {
-                "lora_attn_modules": list(task.lora_attn_modules),
-                "apply_lora_to_mlp": False,
-                "lora_rank": task.lora_rank,
-                "lora_alpha": task.lora_alpha,
-            }
         config.optimizer = {"_component_": "torch.optim.AdamW", "fused": True} | optimizer
         config.pop("lr_scheduler", None)
     elif config.optimizer["_component_"].startswith("bitsandbytes"):  # GPUs only
         config.optimizer = {"_component_": "torch.optim.AdamW", "lr": config.optimizer.lr}
-    config.dataset = {"_component_": "benchmarks.stock_parts.Rows", "file": task.rows}
+    config.dataset = {"_component_": "benchmarks.stock_parts.rows", "file": task.rows}
     config.pop("tokenizer")
     config.pop("metric_logger")
-    lora = {key: value for key, value in config.pop("model").items() if key.startswith(("lora_", "apply_lora"))}
-    changes["model"] = lora | changes["model"]
-    merged = OmegaConf.merge(config, changes)
-    assert isinstance(merged, DictConfig)
-    return merged
+    config.merge_with(changes)
+    return config
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
@@ -147,28 +105,6 @@ def _settings(config: DictConfig) -> dict[str, Any]:
         mlp = ["mlp"] if config.model.apply_lora_to_mlp else []
         settings |= {"rank": config.model.lora_rank, "on": [*config.model.lora_attn_modules, *mlp]}
     return settings
-
-
-def _model(shape: dict[str, Any], method: str) -> dict[str, Any]:
-    """torchtune's builder of the family, with the sizes of `shape`, a config.json."""
-    builder = {"llama": "torchtune.models.llama3_2", "qwen2": "torchtune.models.qwen2"}[shape["model_type"]]
-    name = {"llama": "llama3_2", "qwen2": "qwen2"}[shape["model_type"]]
-    sizes = {
-        "vocab_size": shape["vocab_size"],
-        "num_layers": shape["num_hidden_layers"],
-        "num_heads": shape["num_attention_heads"],
-        "num_kv_heads": shape["num_key_value_heads"],
-        "embed_dim": shape["hidden_size"],
-        "max_seq_len": shape["max_position_embeddings"],
-        "intermediate_dim": shape["intermediate_size"],
-        "norm_eps": shape["rms_norm_eps"],
-        "rope_base": int(shape["rope_theta"]),
-        "tie_word_embeddings": shape["tie_word_embeddings"],
-    }
-    if shape["model_type"] == "llama":
-        sizes["scale_factor"] = 1
-    prefix = "lora_" if method == "lora" else ""
-    return {"_component_": f"{builder}.{prefix}{name}", **sizes}
 
 
 if __name__ == "__main__":

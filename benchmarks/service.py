@@ -23,7 +23,7 @@ from benchmarks.load import Latency, status_load, submit_latency, tail_latency
 from benchmarks.material import job, make_material
 from benchmarks.memory import footprints
 from benchmarks.phases import PHASES, phases
-from benchmarks.stock import seconds_to_first_step
+from benchmarks.tune_run import seconds_to_first_step
 from events.sqlite import SqliteStore
 from examples.client import TERMINAL, Client
 from serve_app.local import LocalService

@@ -1,112 +1,124 @@
-"""The yardstick: how long torchtune's own `tune run lora_finetune_single_device` takes to its first optimizer step.
+"""torchtune's stock recipes, for whoever runs them: which there are, a model as a config has it, and what they need on
+a CPU.
 
-Same model, same rows, same machine, no Ray. The model's byte-level BPE is given to torchtune as a Qwen2 tokenizer, the
-only one of its tokenizers that reads this format.
+torchtune is imported where it is used: that takes seconds.
 """
 
-import json
-import os
-import subprocess
-import sys
-import time
+import gc
+import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-TIMEOUT_S = 180.0
-
-
-def seconds_to_first_step(model: Path, data: Path, scratch: Path) -> float:
-    """From the start of the command until the recipe shows the loss of step 1. The run is ended then."""
-    config = scratch / "stock.yaml"
-    config.write_text(yaml.safe_dump(_config(model, data, scratch)))
-    tune = Path(sys.executable).parent / "tune"
-    started = time.monotonic()
-    process = subprocess.Popen(
-        [tune, "run", "lora_finetune_single_device", "--config", config],
-        env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert process.stdout is not None
-    seen = b""
-    try:
-        while chunk := os.read(process.stdout.fileno(), 4096):
-            seen += chunk
-            if b"|Loss:" in seen:  # its progress bar, once a step is done
-                return time.monotonic() - started
-    finally:
-        process.kill()
-        process.wait()
-    raise RuntimeError(f"the stock recipe ended before its first step:\n{seen.decode(errors='replace')[-3000:]}")
+RECIPES = {
+    ("full", 1): ("full_finetune_single_device", "FullFinetuneRecipeSingleDevice"),
+    ("lora", 1): ("lora_finetune_single_device", "LoRAFinetuneRecipeSingleDevice"),
+    ("lora", 2): ("lora_finetune_distributed", "LoRAFinetuneRecipeDistributed"),
+}
+"""Files and classes, by method and number of workers."""
 
 
-def _config(model: Path, data: Path, scratch: Path) -> dict[str, Any]:
-    shape = json.loads((model / "config.json").read_text())
+def recipe_class(method: str, workers: int) -> Any:  # noqa: ANN401 -- torchtune ships no types
+    """Of RECIPES, from the file as it is installed."""
+    file, name = RECIPES[method, workers]
+    spec = importlib.util.spec_from_file_location(file, _folder() / f"{file}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def shipped_config(name: str) -> "DictConfig":
+    """A config that torchtune ships: `llama3_2/1B_lora`, say."""
+    from omegaconf import DictConfig, OmegaConf
+
+    config = OmegaConf.load(_folder() / "configs" / f"{name}.yaml")
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _folder() -> Path:
+    """The recipes lie in a package that refuses to be imported."""
+    spec = importlib.util.find_spec("recipes")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def model_config(shape: Mapping[str, Any], adapters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """torchtune's own builder for the llama or Qwen2 whose config.json is `shape`. `adapters`: of LoRA, as the builder
+    takes them.
+
+    A llama is one of Llama 3.2 where its head is tied to the embedding (a scale factor of 1 makes its rotary embedding
+    the plain one), else of Llama 3.1 or, with a plain rotary embedding, of Llama 3.
+    """
+    scaling, tied = shape.get("rope_scaling"), shape["tie_word_embeddings"]
+    own: dict[str, Any] = {}
+    if shape["model_type"] == "qwen2":
+        builder, own = "qwen2", {"tie_word_embeddings": tied}
+    elif tied or scaling:
+        builder, own = "llama3_2" if tied else "llama3_1", {"scale_factor": int(scaling["factor"]) if scaling else 1}
+    else:
+        builder = "llama3"
     return {
-        "output_dir": str(scratch / "stock"),
-        "model": {
-            "_component_": "torchtune.models.llama3_2.lora_llama3_2",
-            "vocab_size": shape["vocab_size"],
-            "num_layers": shape["num_hidden_layers"],
-            "num_heads": shape["num_attention_heads"],
-            "num_kv_heads": shape["num_key_value_heads"],
-            "embed_dim": shape["hidden_size"],
-            "max_seq_len": shape["max_position_embeddings"],
-            "intermediate_dim": shape["intermediate_size"],
-            "rope_base": int(shape["rope_theta"]),
-            "scale_factor": 1,
-            "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
-            "apply_lora_to_mlp": False,
-            "apply_lora_to_output": False,
-            "lora_rank": 8,
-            "lora_alpha": 16,
-        },
-        "tokenizer": {"_component_": "torchtune.models.qwen2.qwen2_tokenizer", **_tokenizer_files(model, scratch)},
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_dir": str(model),
-            "checkpoint_files": ["model.safetensors"],
-            "output_dir": str(scratch / "stock"),
-            "model_type": "LLAMA3_2",
-        },
-        "dataset": {
-            "_component_": "torchtune.datasets.chat_dataset",
-            "source": "json",
-            "data_files": str(data),
-            "split": "train",
-            "conversation_column": "dialog",
-            "conversation_style": "openai",
-        },
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 3e-4},
-        "lr_scheduler": {
-            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
-            "num_warmup_steps": 0,
-        },
-        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
-        "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": str(scratch)},
-        "profiler": {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False},
-        "device": "cpu",
-        "dtype": "fp32",
-        "seed": 42,
-        "shuffle": True,
-        "batch_size": 4,
-        "epochs": 1,
-        "max_steps_per_epoch": None,
-        "gradient_accumulation_steps": 1,
-        "compile": False,
-        "enable_activation_checkpointing": False,
-        "enable_activation_offloading": False,
-        "resume_from_checkpoint": False,
-        "save_adapter_weights_only": True,
-        "log_every_n_steps": 1,
-        "log_peak_memory_stats": False,
+        "_component_": f"torchtune.models.{builder}.{'' if adapters is None else 'lora_'}{builder}",
+        "vocab_size": shape["vocab_size"],
+        "num_layers": shape["num_hidden_layers"],
+        "num_heads": shape["num_attention_heads"],
+        "num_kv_heads": shape["num_key_value_heads"],
+        "embed_dim": shape["hidden_size"],
+        "intermediate_dim": shape["intermediate_size"],
+        "max_seq_len": shape["max_position_embeddings"],
+        "norm_eps": shape["rms_norm_eps"],
+        "rope_base": int(shape["rope_theta"]),
+        **own,
+        **(adapters or {}),
     }
 
 
-def _tokenizer_files(model: Path, scratch: Path) -> dict[str, str]:
-    """vocab.json and merges.txt, taken out of tokenizer.json."""
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    vocab, merges = scratch / "vocab.json", scratch / "merges.txt"
-    vocab.write_text(json.dumps(tokenizer["model"]["vocab"]))
-    merges.write_text("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in tokenizer["model"]["merges"]))
-    return {"path": str(vocab), "merges_file": str(merges), "special_tokens_path": str(model / "tokenizer.json")}
+def adapter_config(
+    attn_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "output_proj"),
+    *,
+    mlp: bool = False,
+    output: bool = False,
+    rank: int = 8,
+    alpha: int = 16,
+) -> dict[str, Any]:
+    """LoRA's adapters, for `model_config`."""
+    return {
+        "lora_attn_modules": list(attn_modules),
+        "apply_lora_to_mlp": mlp,
+        "apply_lora_to_output": output,
+        "lora_rank": rank,
+        "lora_alpha": alpha,
+    }
+
+
+def join_on_cpu() -> None:
+    """Lets the distributed recipes run in this process, one of torchrun's, without an accelerator."""
+    import torch.distributed as dist
+    from torchtune import training
+
+    # The LoRA recipe asks for "cuda:nccl,cpu:gloo", which a build of torch without CUDA doesn't have. One gloo group
+    # serves all runs of this process: a second one could not meet at the same address.
+    dist.init_process_group("gloo")
+    dist.init_process_group = _nothing
+    dist.destroy_process_group = _nothing
+    # Both recipes report the accelerator's memory, and empty its cache, whatever device they run on. A name is looked
+    # up before: where `trainers.deferred` is at work the package runs its `__init__` only then, over what was replaced.
+    assert callable(training.get_memory_stats)
+    training.get_memory_stats = _no_memory_stats
+    training.log_memory_stats = _nothing
+    training.cleanup_before_training = gc.collect
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
+
+
+def _no_memory_stats(*_: object, **__: object) -> dict[str, float]:
+    return {}

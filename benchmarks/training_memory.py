@@ -9,7 +9,6 @@ what the process had when everything was imported and nothing of the model was l
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contender import peak_bytes
+from benchmarks.contest import ROOT, as_rank
 from events.config import Config
 from events.facts import DataReport
+from tests.ports import free_ports
 from tests.tiny_models import make_tiny_model
 from trainers.data.dataset import MASK, MASK_TYPE, OFFSET_TYPE, OFFSETS, REPORT, TOKEN_TYPE, TOKENS, TokenisedDataset
 from trainers.memory import TOLERANCE, Memory, memory_of
 from trainers.models.architecture import inspect_model_dir
 from trainers.plan import make_plan
-
-ROOT = Path(__file__).parent.parent
 
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
@@ -213,15 +212,11 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
     }
     file = folder / "task.json"
     file.write_text(json.dumps(task))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    env = os.environ | {"WORLD_SIZE": str(case.workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    env |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(case.workers)}
+    (port,) = free_ports(1)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.training_memory", "--worker", str(file)]
     processes = [
-        subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT)
-        for rank in range(case.workers)
+        subprocess.Popen(command, env=env | as_rank(rank, case.workers, port), cwd=ROOT) for rank in range(case.workers)
     ]
     codes = [process.wait() for process in processes]
     assert not any(codes), codes

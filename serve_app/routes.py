@@ -140,8 +140,8 @@ async def cancel(request: Request, backend: TheBackend) -> Response:
     Answers as soon as the wish is on disk. The job reads `cancelled` once its workers are gone and what they held is
     free, within seconds. Cancelling it again returns it.
     """
-    job_id = parsed(CancelRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
-    job = await backend.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"])
+    asked = await received(CancelRequest, request, backend)
+    job = await backend.log.append(asked.job_id, [CancelRequested()], [f"{asked.job_id}:cancel"])
     return JSONResponse(job.wire())
 
 
@@ -158,8 +158,8 @@ async def pause(request: Request, backend: TheBackend) -> Response:
     frees what it holds; it then reads `queued`, with the pause as its `why`. Pausing it again returns it. A pause is
     no interruption: it doesn't count against --max-restarts.
     """
-    job_id = parsed(PauseRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
-    job = await backend.log.append(job_id, [PauseRequested()], [new_event_id()])
+    asked = await received(PauseRequest, request, backend)
+    job = await backend.log.append(asked.job_id, [PauseRequested()], [new_event_id()])
     return JSONResponse(job.wire())
 
 
@@ -175,8 +175,8 @@ async def resume(request: Request, backend: TheBackend) -> Response:
     It goes on from the checkpoint it paused at, and its losses are those of a job that was never paused. Resuming a
     job that isn't paused returns it.
     """
-    job_id = parsed(ResumeRequest, await read_object(request, backend.settings.max_body_bytes)).job_id
-    job = await backend.log.append(job_id, [JobResumed()], [new_event_id()])
+    asked = await received(ResumeRequest, request, backend)
+    job = await backend.log.append(asked.job_id, [JobResumed()], [new_event_id()])
     return JSONResponse(job.wire())
 
 
@@ -320,8 +320,13 @@ async def begun(
     return deliveries.answer(show(job), digest, lambda: backend.log.answered(job.job_id))
 
 
-def parsed(model: type[Body], document: dict[str, Any]) -> Body:
+async def received(model: type[Body], request: Request, backend: Backend) -> Body:
     """The body of a request. Raises ConfigProblems."""
+    return parsed(model, await read_object(request, backend.settings.max_body_bytes))
+
+
+def parsed(model: type[Body], document: dict[str, Any]) -> Body:
+    """The same of a body that has been read."""
     try:
         return model.model_validate(document)
     except ValidationError as error:

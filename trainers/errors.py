@@ -49,12 +49,13 @@ def _rebuilt(kind: type[JobProblem], state: dict[str, Any]) -> JobProblem:
     return problem
 
 
-def _told(message: str, suggestion: str | None) -> str:
-    if suggestion is None:
-        return message
-    if message.endswith("."):
-        return f"{message} {suggestion[:1].upper()}{suggestion[1:]}."
-    return f"{message}: {suggestion}"
+def _error(code: str, message: str, suggestion: str | None, **rest: Any) -> JobError:  # noqa: ANN401 -- its fields
+    """Its message ends with the suggestion."""
+    if suggestion is not None and message.endswith("."):
+        message = f"{message} {suggestion[:1].upper()}{suggestion[1:]}."
+    elif suggestion is not None:
+        message = f"{message}: {suggestion}"
+    return JobError(code=code, message=message, suggestion=suggestion, **rest)
 
 
 class UserError(JobProblem):
@@ -74,49 +75,22 @@ class UserError(JobProblem):
         line: int | None = None,
         retryable: bool = False,
     ) -> None:
-        super().__init__(
-            JobError(
-                code=code,
-                message=_told(message, suggestion),
-                param=param,
-                fault="user",
-                rank=rank,
-                line=line,
-                suggestion=suggestion,
-                retryable=retryable,
-            )
-        )
+        place = {"param": param, "rank": rank, "line": line}
+        super().__init__(_error(code, message, suggestion, fault="user", retryable=retryable, **place))
 
 
 class CapacityError(JobProblem):
     """The job needs more than a machine has: a smaller job helps, or a larger machine; trying again unchanged can't."""
 
     def __init__(self, code: str, message: str, param: str | None = None, *, suggestion: str) -> None:
-        super().__init__(
-            JobError(
-                code=code,
-                message=_told(message, suggestion),
-                param=param,
-                fault="capacity",
-                suggestion=suggestion,
-                retryable=False,
-            )
-        )
+        super().__init__(_error(code, message, suggestion, fault="capacity", retryable=False, param=param))
 
 
 class InfrastructureError(JobProblem):
     """The machines are to blame: the same job may well succeed another time, unless it is not `retryable`."""
 
     def __init__(self, code: str, message: str, *, suggestion: str, retryable: bool = True) -> None:
-        super().__init__(
-            JobError(
-                code=code,
-                message=_told(message, suggestion),
-                fault="infrastructure",
-                suggestion=suggestion,
-                retryable=retryable,
-            )
-        )
+        super().__init__(_error(code, message, suggestion, fault="infrastructure", retryable=retryable))
 
 
 def write_details(text: str, job_dir: Path) -> str | None:

@@ -15,14 +15,8 @@ from serve_app.backend import JobLog
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai import results
 from serve_app.openai.multipart import Form, receive
-from serve_app.openai.objects import (
-    OpenAIExpiresAfter,
-    OpenAIFile,
-    OpenAIFileDeleted,
-    OpenAIFileForm,
-    OpenAIFileList,
-    page,
-)
+from serve_app.openai.objects import OpenAIExpiresAfter, OpenAIFile, OpenAIFileDeleted, OpenAIFileForm, OpenAIFileList
+from serve_app.openai.paging import page, unknown_after
 from serve_app.openapi import documented, documented_bytes, form_body
 from serve_app.routes import TheBackend
 from trainers.errors import ConfigProblems, Problem, UserError
@@ -178,11 +172,6 @@ async def all_jobs(log: JobLog) -> list[FineTuningJob]:
 
 def shown(file: File) -> OpenAIFile:
     return OpenAIFile(**file.model_dump(exclude={"content"}))
-
-
-def unknown_after(after: str, kind: str) -> RequestRefused:
-    message = f"after: there is no {kind} {after!a} in this list"
-    return RequestRefused(Answer(404, "not_found_error", "unknown_after", message, "after"))
 
 
 def _order(item: File | FineTuningJob) -> tuple[int, str]:

@@ -5,34 +5,20 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic.json_schema import SkipJsonSchema
 
 from events.facts import CancelRequested, CheckpointSaved, JobResumed, PauseRequested
 from events.ids import new_event_id
 from events.job import FineTuningJob
-from serve_app.body import read_object
 from serve_app.openai import mapping, results, timeline
-from serve_app.openai.files import unknown_after
-from serve_app.openai.objects import (
-    OpenAICheckpointList,
-    OpenAIEventList,
-    OpenAIJob,
-    OpenAIJobList,
-    OpenAIJobRequest,
-    page,
-)
+from serve_app.openai.objects import OpenAICheckpointList, OpenAIEventList, OpenAIJob, OpenAIJobList, OpenAIJobRequest
+from serve_app.openai.paging import After, Limit, page, unknown_after
 from serve_app.openapi import documented, json_body
-from serve_app.routes import IdempotencyKey, TheBackend, begun, examined, parsed
+from serve_app.routes import IdempotencyKey, TheBackend, begun, examined, received
 from trainers.errors import ConfigProblems
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
 JOBS = "/fine_tuning/jobs"
 JobId = Annotated[str, Path(min_length=1, max_length=128, description="The job's id.")]
-Limit = Annotated[int, Query(ge=1, le=100, description="How many.")]
-After = Annotated[
-    str | SkipJsonSchema[None],
-    Query(min_length=1, max_length=256, description="Only what is older than this: the last id of the page before."),
-]
 
 
 @router.post(
@@ -43,8 +29,7 @@ After = Annotated[
 )
 async def create(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
     """Create a job from an uploaded file. It trains a LoRA adapter; docs/openai.md says what becomes of each field."""
-    document = await read_object(request, backend.settings.max_body_bytes)
-    asked = parsed(OpenAIJobRequest, document)
+    asked = await received(OpenAIJobRequest, request, backend)
     if problems := mapping.results_as_data(asked):
         raise ConfigProblems(problems)
     submitted, problems = await examined(backend, mapping.config_of(asked))

@@ -381,10 +381,3 @@ class OpenAIWebhookDeliveryList(_Page):
     """Deliveries, newest first."""
 
     data: list[OpenAIWebhookDelivery]
-
-
-def page(data: list[Any], has_more: bool) -> dict[str, Any]:
-    """One page of a list, from objects of this module."""
-    shown = [item.model_dump(mode="json") for item in data]
-    first, last = (shown[0]["id"], shown[-1]["id"]) if shown else (None, None)
-    return {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": has_more}

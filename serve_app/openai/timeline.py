@@ -7,8 +7,8 @@ from events.job import FineTuningJob
 from events.store import Recorded
 from serve_app.backend import JobLog
 from serve_app.openai import results
-from serve_app.openai.files import unknown_after
 from serve_app.openai.objects import OpenAIJobEvent
+from serve_app.openai.paging import unknown_after
 
 
 async def events_before(

@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, TypeAdapter
 from ulid import ULID
 
-from serve_app.body import read_object
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai.files import in_use, keep, room_for, shown, store_of
 from serve_app.openai.multipart import receive
@@ -26,7 +25,7 @@ from serve_app.openai.objects import (
     OpenAIUploadRequest,
 )
 from serve_app.openapi import documented, form_body, json_body
-from serve_app.routes import TheBackend, parsed
+from serve_app.routes import TheBackend, received
 from trainers.errors import Problem
 from trainers.files import FileStore, NewObject
 
@@ -59,7 +58,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
 
     The upload expires after an hour.
     """
-    asked = parsed(OpenAIUploadRequest, await read_object(request, backend.settings.max_body_bytes))
+    asked = await received(OpenAIUploadRequest, request, backend)
     if asked.bytes > backend.settings.max_upload_bytes:
         message = f"bytes: an upload may hold {backend.settings.max_upload_bytes} bytes"
         raise RequestRefused(Answer(413, "invalid_request_error", "file_too_large", message, "bytes"))
@@ -107,7 +106,7 @@ async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -
 async def complete(request: Request, backend: TheBackend, upload_id: UploadId) -> Response:
     """Join the parts to a file. Its size must be the announced one, and its md5 the given one; otherwise the upload
     stays as it was. Completing it again returns it."""
-    asked = parsed(OpenAIUploadCompletion, await read_object(request, backend.settings.max_body_bytes))
+    asked = await received(OpenAIUploadCompletion, request, backend)
     store = await store_of(backend.settings)
     async with _ending.setdefault(upload_id, asyncio.Lock()):
         upload = await _read(store, upload_id)

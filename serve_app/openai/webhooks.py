@@ -3,12 +3,11 @@
 import hashlib
 from typing import Annotated, get_args
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic.json_schema import SkipJsonSchema
 
 from events.decide import Refused
-from serve_app.body import read_object
 from serve_app.openai.objects import (
     OpenAIWebhookDelivery,
     OpenAIWebhookDeliveryList,
@@ -22,10 +21,10 @@ from serve_app.openai.objects import (
     OpenAIWebhookTest,
     OpenAIWebhookTestResult,
     OpenAIWebhookUpdate,
-    page,
 )
+from serve_app.openai.paging import After, Limit, page
 from serve_app.openapi import documented, json_body
-from serve_app.routes import TheBackend, idempotency_header, parsed
+from serve_app.routes import TheBackend, idempotency_header, received
 from trainers.webhooks.store import Delivery, Endpoint, EventType, new_endpoint_id, new_secret
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
@@ -39,11 +38,6 @@ IdempotencyKey = Annotated[
     str | SkipJsonSchema[None],
     idempotency_header("returns the endpoint that the first request made, with its secret."),
 ]
-Limit = Annotated[int, Query(ge=1, le=100, description="How many.")]
-After = Annotated[
-    str | SkipJsonSchema[None],
-    Query(min_length=1, max_length=256, description="Only what is older than this: the last id of the page before."),
-]
 
 
 @router.post(
@@ -55,7 +49,7 @@ After = Annotated[
 async def create(request: Request, backend: TheBackend, key: IdempotencyKey = None) -> Response:
     """Have the jobs that end from now on told to a URL. The secret, which they are signed with, is shown this once, and
     to a retry with the same Idempotency-Key."""
-    asked = parsed(OpenAIWebhookRequest, await read_object(request, backend.settings.max_body_bytes))
+    asked = await received(OpenAIWebhookRequest, request, backend)
     secret, types = new_secret(), list(asked.event_types)
     endpoint_id = new_endpoint_id() if key is None else _id_of(key)
     endpoint = await backend.webhooks.create(endpoint_id, secret, asked.name, asked.url, types)
@@ -106,7 +100,7 @@ async def retrieve(backend: TheBackend, endpoint_id: EndpointId) -> Response:
 )
 async def update(request: Request, backend: TheBackend, endpoint_id: EndpointId) -> Response:
     """Change the endpoint. One that has answered 410 Gone, and was disabled for it, is enabled again."""
-    asked = parsed(OpenAIWebhookUpdate, await read_object(request, backend.settings.max_body_bytes))
+    asked = await received(OpenAIWebhookUpdate, request, backend)
     types = None if asked.event_types is None else list(asked.event_types)
     return _answer(await backend.webhooks.update(endpoint_id, asked.name, asked.url, types))
 
@@ -130,7 +124,7 @@ async def delete(backend: TheBackend, endpoint_id: EndpointId) -> Response:
 )
 async def rotate_secret(request: Request, backend: TheBackend, endpoint_id: EndpointId) -> Response:
     """Give the endpoint a new secret, which is shown this once."""
-    asked = parsed(OpenAIWebhookRotation, await read_object(request, backend.settings.max_body_bytes))
+    asked = await received(OpenAIWebhookRotation, request, backend)
     secret, keep_old = new_secret(), bool(asked.keep_old_secret_active_for_24_hours)
     return _with_secret(await backend.webhooks.rotate(endpoint_id, secret, keep_old=keep_old), secret)
 
@@ -143,7 +137,7 @@ async def rotate_secret(request: Request, backend: TheBackend, endpoint_id: Endp
 )
 async def test(request: Request, backend: TheBackend, endpoint_id: EndpointId) -> Response:
     """Send an event of a job that isn't one, `ftjob-test`, once, and tell the status of the endpoint's answer."""
-    asked = parsed(OpenAIWebhookTest, await read_object(request, backend.settings.max_body_bytes))
+    asked = await received(OpenAIWebhookTest, request, backend)
     status_code = await backend.webhooks.test(endpoint_id, asked.event_type)
     result = OpenAIWebhookTestResult(
         webhook_endpoint_id=endpoint_id, event_type=asked.event_type, status_code=status_code

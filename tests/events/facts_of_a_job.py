@@ -1,4 +1,4 @@
-"""Example facts, and the history they make: what the tests of this folder are given."""
+"""Example facts, and the history they make: what tests are given."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -53,12 +53,19 @@ RESUME = JobResumed()
 CANCEL = CancelRequested()
 SUCCEEDED = JobSucceeded()
 FAILED = JobFailed(error=ERROR, error_path="file:///e.txt")
+WORKER_DIED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
 CANCELLED = JobCancelled()
 
 
-def started(attempt: int) -> RunStarted:
+def started(attempt: int, *, total_steps: int = 100, n_epochs: int = 2, device: str = "cpu") -> RunStarted:
     return RunStarted(
-        attempt=attempt, workers=2, nodes=1, device="cpu", total_steps=100, n_epochs=2, logs="file:///m.jsonl"
+        attempt=attempt,
+        workers=2,
+        nodes=1,
+        device=device,
+        total_steps=total_steps,
+        n_epochs=n_epochs,
+        logs="file:///m.jsonl",
     )
 
 
@@ -83,7 +90,9 @@ def paused(attempt: int) -> JobPaused:
 
 
 QUEUED = (SUBMITTED, VALIDATED)
-RUNNING = (*QUEUED, ADMITTED, started(1))
+BEGUN = (VALIDATED, ADMITTED, started(1))
+"""By which a submitted job becomes a running one."""
+RUNNING = (SUBMITTED, *BEGUN)
 
 
 def history(events: Iterable[AnyEvent]) -> list[Recorded]:

@@ -13,7 +13,7 @@ from events import ExpectedVersionError, LogUnavailable, Refused, new_event_id
 from events.actors import EVENT_LOG, NAMESPACE, Handles, StorageMismatchError, blocking, connect
 from events.facts import CheckpointSaved
 from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, started
-from tests.events.test_log_queue import numbered
+from tests.events.support import numbered
 
 
 async def running_job(handles: Handles, job_id: str) -> None:

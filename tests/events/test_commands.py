@@ -14,9 +14,8 @@ from events import LogUnavailable, Recorded, Refused, SqliteStore, new_event_id
 from events.__main__ import main
 from events.actors import Handles, blocking
 from events.store import NewEvent, StreamAppend
-from tests.events.facts_of_a_job import CANCEL, SUBMITTED, VALIDATED
-from tests.events.test_damage import START, change, write
-from tests.events.test_log import append, opened, submit
+from tests.events.facts_of_a_job import CANCEL, START, SUBMITTED, VALIDATED
+from tests.events.support import append, change, opened, submit, write
 
 
 @pytest.fixture

@@ -2,31 +2,17 @@
 
 import asyncio
 import sqlite3
-import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from events import EventLog, Refused, SqliteStore
-from events.facts import Event
 from events.snapshot import take
 from events.store import JobDamagedError, NewEvent, StoreFailedError, StreamAppend
-from tests.events.facts_of_a_job import ADMITTED, CANCEL, START, SUBMITTED, VALIDATED, measured, started, step
-from tests.events.test_log import append, opened
-
-
-def write(file: Path, jobs: str = "abc") -> None:
-    """Five events of each job, in turns: those of `b` are at positions 2, 5, 8, ..."""
-    facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1), measured(1, step(1))]
-    with closing(SqliteStore(file)) as store:
-        for number, fact in enumerate(facts):
-            store.append([StreamAppend(job, [NewEvent.of(f"{job}{number}", fact)]) for job in jobs], START)
-
-
-def change(file: Path, sql: str) -> None:
-    with closing(sqlite3.connect(file)) as db, db:
-        db.execute(sql)
+from tests.events.facts_of_a_job import CANCEL, START, SUBMITTED
+from tests.events.support import append, change, opened, write
+from tests.waiting import async_eventually
 
 
 def checked(file: Path) -> dict[int, tuple[str, ...]]:
@@ -121,11 +107,12 @@ def test_damage_that_a_snapshot_hides_at_the_start_is_found_soon_after(tmp_path:
             log._store.keep_snapshot(take(log._jobs.all(), (await log.subscribe(14))[0]))
         change(file, "UPDATE events SET checksum = 0 WHERE position = 5")
         async with opened(file) as log:
-            deadline = time.monotonic() + 30
-            with pytest.raises(Refused, match="position 5: its checksum is wrong"):  # noqa: PT012  -- until it is
-                while time.monotonic() < deadline:
-                    assert (await log.job("b")).status == "running"
-                    await asyncio.sleep(0.01)
+
+            async def stops_running() -> bool:
+                return (await log.job("b")).status != "running"
+
+            with pytest.raises(Refused, match="position 5: its checksum is wrong"):
+                await async_eventually(stops_running, 30, lambda: "the damage is not found")
             assert (await log.job("a")).status == "running"
 
     asyncio.run(scenario())

@@ -3,17 +3,15 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from events import EventLog, ExpectedVersionError, LogUnavailable, MemoryStore, Recorded, Refused, SqliteStore
-from events.facts import Event, JobSubmitted
+from events import ExpectedVersionError, LogUnavailable, MemoryStore, Recorded, Refused
 from events.jobs import Draft, Jobs
-from events.store import EventStore, NewEvent, StreamAppend
+from events.store import NewEvent, StreamAppend
 from tests.events.facts_of_a_job import (
     ADMITTED,
     CANCEL,
@@ -29,25 +27,7 @@ from tests.events.facts_of_a_job import (
     started,
     step,
 )
-from tests.events.test_sqlite import full_disk
-
-
-@asynccontextmanager
-async def opened(store: EventStore | Path) -> AsyncIterator[EventLog]:
-    log = EventLog(SqliteStore(store) if isinstance(store, Path) else store)
-    try:
-        yield log
-    finally:
-        await log.close()
-
-
-async def submit(log: EventLog, job_id: str, event: JobSubmitted = SUBMITTED, limit: int = 100) -> None:
-    await log.submit(job_id, event, f"{job_id}-submitted", limit)
-
-
-async def append(log: EventLog, job_id: str, *events: Event, expected: int | None = None) -> None:
-    ids = [f"{job_id}-{event.type}-{number}" for number, event in enumerate(events)]
-    await log.append(job_id, list(events), ids, expected)
+from tests.events.support import append, full_disk, opened, submit
 
 
 def test_a_submitted_job_is_on_disk_when_submit_returns(tmp_path: Path) -> None:

@@ -9,12 +9,7 @@ import pytest
 
 from events import LogQueue
 from events.log_queue import WINDOW_LINES
-
-TIME = "2026-11-22T12:00:00Z"
-
-
-def numbered(first: int, count: int) -> list[tuple[str, str]]:
-    return [(TIME, f"line {number}") for number in range(first, first + count)]
+from tests.events.support import TIME, numbered
 
 
 async def read_to_end(queue: LogQueue, job_id: str, after: int = 0, limit: int = 1000) -> list[str]:

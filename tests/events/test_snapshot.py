@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +17,8 @@ from events.snapshot import restore, take
 from events.store import NewEvent, StreamAppend
 from tests.events.any_event import events
 from tests.events.facts_of_a_job import CANCEL, CANCELLED, RUNNING, START, SUBMITTED, measured, saved, step
-from tests.events.test_log import append, opened, submit
+from tests.events.support import append, opened, submit
+from tests.waiting import WAIT_S, async_eventually
 
 
 def stored(histories: list[list[Event]]) -> tuple[MemoryStore, list[FineTuningJob]]:
@@ -57,13 +57,6 @@ class CountedReads(MemoryStore):
         return super().read_all(after_position, limit)
 
 
-async def eventually(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
-
-
 def test_a_start_reads_only_what_came_after_the_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "_SNAPSHOT_EVENTS", 10)
     event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
@@ -74,7 +67,7 @@ def test_a_start_reads_only_what_came_after_the_snapshot(monkeypatch: pytest.Mon
             await submit(first, "a", event)
             for number in range(9):
                 await submit(first, f"b{number}")
-            await eventually(lambda: store.snapshot() is not None)
+            await async_eventually(lambda: store.snapshot() is not None, WAIT_S, lambda: "no snapshot is kept")
             await append(first, "b0", CANCEL, CANCELLED)
             before = await first.jobs(20), await first.live_jobs()
         store.reads.clear()
@@ -93,7 +86,8 @@ def test_a_snapshot_of_a_long_log_is_written_at_its_start(tmp_path: Path, monkey
                 await submit(first, f"a{number}")
         monkeypatch.setattr(log, "_SNAPSHOT_EVENTS", 10)
         async with opened(tmp_path / "events.db"):
-            await eventually((tmp_path / "events.db.snapshot").exists)
+            written = (tmp_path / "events.db.snapshot").exists
+            await async_eventually(written, WAIT_S, lambda: "no snapshot is written")
 
     asyncio.run(scenario())
 

@@ -1,13 +1,11 @@
 """What the SQLite store promises beyond the contract: nothing acknowledged is ever lost."""
 
 import os
-import resource
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from events import SqliteStore
 from events.store import NewEvent, StoreFailedError, StoreLockedError, StreamAppend
 from tests.events.facts_of_a_job import START, SUBMITTED
+from tests.events.support import full_disk
 
 
 def append(store: SqliteStore, event_id: str) -> None:
@@ -23,17 +22,6 @@ def append(store: SqliteStore, event_id: str) -> None:
 
 def event_ids(store: SqliteStore) -> list[str]:
     return [recorded.event_id for recorded in store.read_all()]
-
-
-@contextmanager
-def full_disk(file: Path) -> Iterator[None]:
-    """No file of this process may grow beyond that one's size: its next write fails in the kernel."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_reopened_store_has_everything(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ Short by default. `--long` is the whole of it (`make faults`); `--faults-seed` r
 """
 
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.killing import Faults, a_service, make_inputs
+from tests.faults.killing import Faults, a_service, inputs_in
 from tests.service.conftest import Api
 
 
@@ -34,7 +35,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    return inputs_in(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="package")
@@ -42,3 +43,11 @@ def faults(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
     """One service for all tests here that leave it standing."""
     with a_service(tmp_path_factory.mktemp("storage"), inputs) as service:
         yield Faults(Api(service, inputs / "tiny", inputs / "rows.jsonl"))
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory: here nothing but the simulated disk loses anything, and nobody waits for a real one."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="tw-", dir=shared if shared.is_dir() else None) as directory:
+        yield Path(directory)

@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,9 @@ import httpx
 import psutil
 
 from serve_app.local import LocalService
-from tests.service.conftest import Api, eventually
-from tests.tiny_models import make_tiny_model
+from tests.service.conftest import Api, local_service, make_inputs, title
+from tests.waiting import eventually
 
-CPUS = 2
 RECOVERY_S = 600.0
 """A job that was interrupted trains again within this, on a machine that is busy with other things."""
 UNOWNED_S = 30.0
@@ -26,26 +25,13 @@ STEPS = ROWS // BATCH * EPOCHS
 """Of a job of these tests; it saves a checkpoint every INTERVAL steps."""
 
 
-def make_inputs(directory: Path) -> Path:
+def inputs_in(directory: Path) -> Path:
     """A directory with a tiny model (`tiny`) and data (`rows.jsonl`)."""
-    make_tiny_model(directory / "tiny")
-    rows = [
-        {"dialog": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"It is {i}. " * 8}]}
-        for i in range(ROWS)
-    ]
-    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return directory
+    return make_inputs(directory, ROWS, "It is {0}. " * 8)
 
 
 def a_service(storage: Path, inputs: Path) -> LocalService:
-    env = {
-        "TUNEWRIGHT_DATA_ROOTS": str(inputs),
-        "TUNEWRIGHT_MODEL_ROOTS": str(inputs),
-        "TUNEWRIGHT_HEARTBEAT_S": "1",
-        "TUNEWRIGHT_MAX_WAITING_RUNNERS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    return LocalService(storage, num_cpus=CPUS, env=env)
+    return local_service(storage, inputs, TUNEWRIGHT_MAX_WAITING_RUNNERS="1")
 
 
 class Recovery(NamedTuple):
@@ -90,9 +76,6 @@ class Faults:
 
     api: Api
 
-    def find(self, words: Sequence[str]) -> list[psutil.Process]:
-        return [process for process in self.api.service.processes() if all(word in title(process) for word in words)]
-
     def kill(self, kind: str, job_id: str) -> None:
         """SIGKILL to every process of the kind; there must be one."""
         patterns = [[word.format(job=job_id) for word in words] for words in (OWNERS | OTHERS)[kind]]
@@ -102,14 +85,10 @@ class Faults:
                 victim.send_signal(signal.SIGKILL)
 
     def _found(self, words: list[str]) -> list[psutil.Process]:
-        found: list[psutil.Process] = []
+        def complaint() -> str:
+            return f"no process {words} among {list(map(title, self.api.service.processes()))}"
 
-        def is_there() -> bool:
-            found[:] = self.find(words)
-            return bool(found)
-
-        eventually(is_there, 60, lambda: f"no process {words} among {list(map(title, self.api.service.processes()))}")
-        return found
+        return eventually(lambda: self.api.processes(*words), 60, complaint)
 
     def kill_and_recover(self, kind: str, job_id: str) -> Recovery:
         """Kills one kind of process while the job runs, and waits until the job has trained further."""
@@ -139,16 +118,13 @@ class Faults:
 
     def job(self, job_id: str) -> dict[str, Any]:
         """The job, once the API answers."""
-        job: dict[str, Any] = {}
 
-        def answers() -> bool:
-            nonlocal job
+        def answered() -> dict[str, Any] | None:
             with suppress(httpx.HTTPError, AssertionError):
-                job = self.api.job(job_id)
-            return bool(job)
+                return self.api.job(job_id)
+            return None
 
-        eventually(answers, RECOVERY_S, lambda: "the API does not answer")
-        return job
+        return eventually(answered, RECOVERY_S, lambda: "the API does not answer")
 
     def until_up(self) -> None:
         """Returns once the API answers."""
@@ -185,13 +161,6 @@ class Faults:
 
 def step_of(job: dict[str, Any]) -> int:
     return int((job.get("progress") or {}).get("step", 0))
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def logged(job: dict[str, Any]) -> list[dict[str, Any]]:

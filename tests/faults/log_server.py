@@ -2,8 +2,7 @@
 
     python -m tests.faults.log_server DIRECTORY
 
-serves DIRECTORY/events.db on DIRECTORY/socket and is itself only the parent that forks the next server whenever one
-dies: importing takes longer than forking. It ends, with its server, when its standard input does.
+serves DIRECTORY/events.db on DIRECTORY/socket.
 
 Each message, both ways, is a length (4 bytes, big-endian) and a pickle. To: (method, arguments) of EventLog. Back: the
 result, or the exception. The first message of a connection, from the server, is its process id.
@@ -12,33 +11,15 @@ result, or the exception. The first message of a connection, from the server, is
 import asyncio
 import os
 import pickle
-import select
-import signal
 import struct
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from events import EventLog, LogUnavailable, SqliteStore
+from tests.faults.immortal import back_at_once
 
 _LENGTH = struct.Struct(">I")
-
-
-def serve(directory: Path) -> None:
-    while True:
-        if (child := os.fork()) == 0:
-            asyncio.run(_serve(directory))
-            os._exit(0)
-        ended = os.pidfd_open(child)
-        ready, _, _ = select.select([ended, sys.stdin], [], [])
-        if sys.stdin in ready:
-            os.kill(child, signal.SIGKILL)
-            return
-        os.waitpid(child, 0)
-        os.close(ended)
 
 
 async def _serve(directory: Path) -> None:
@@ -108,16 +89,5 @@ class Client:
             self._connection[1].close()
 
 
-@contextmanager
-def serving(directory: Path) -> Iterator[None]:
-    """The server runs, or is about to."""
-    command = [sys.executable, "-m", "tests.faults.log_server", str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as parent:
-        yield
-        assert parent.stdin is not None
-        parent.stdin.close()
-        assert parent.wait(60) == 0
-
-
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    back_at_once(_serve)

@@ -13,9 +13,7 @@ from events import Recorded, SqliteStore
 from events.facts import Event
 from events.store import JobDamagedError, NewEvent, StoreFailedError, StreamAppend
 from tests.events.facts_of_a_job import ADMITTED, START, SUBMITTED, VALIDATED, measured, started, step
-from tests.faults.test_log_power import memory
 
-__all__ = ["memory"]
 JOBS = "abcd"
 
 

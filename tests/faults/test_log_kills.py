@@ -8,16 +8,18 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from events import ExpectedVersionError, Recorded, SqliteStore
+from events import ExpectedVersionError
 from events.facts import MetricsRecorded
-from tests.events.facts_of_a_job import ADMITTED, SUBMITTED, VALIDATED, measured, started, step
-from tests.faults.log_server import Client, serving
+from tests.events.facts_of_a_job import BEGUN, SUBMITTED, measured, step
+from tests.events.support import history_of
+from tests.faults.immortal import kept_alive
+from tests.faults.log_server import Client
+from tests.waiting import async_eventually
 
 WRITERS = 64
 CLIENTS, JOBS = 20, 3
@@ -32,7 +34,7 @@ def directory() -> Iterator[Path]:
 
 async def start_job(client: Client, job_id: str) -> None:
     await client.call("submit", job_id, SUBMITTED, f"{job_id}:s", 1000)
-    await client.call("append", job_id, [VALIDATED, ADMITTED, started(1)], [f"{job_id}:{fact}" for fact in "var"])
+    await client.call("append", job_id, list(BEGUN), [f"{job_id}:{fact}" for fact in "var"])
 
 
 async def kill(client: Client, chance: random.Random, pause_s: float) -> None:
@@ -42,24 +44,6 @@ async def kill(client: Client, chance: random.Random, pause_s: float) -> None:
     await client.call("jobs", 1)
     await asyncio.sleep(chance.uniform(0, pause_s))
     os.kill(client.pid, signal.SIGKILL)
-
-
-def history_of(directory: Path) -> list[Recorded]:
-    """All of it. Positions and versions have no gaps, event ids are all different, every checksum is right."""
-    with closing(SqliteStore(directory / "events.db")) as store:
-        assert store.integrity() == []
-        position, history = 0, []
-        while page := store.read_all(position, 10_000):
-            history += page
-            position = page[-1].position
-        assert store.damage == {}
-    assert [one.position for one in history] == list(range(1, len(history) + 1))
-    assert len({one.event_id for one in history}) == len(history)
-    versions: defaultdict[str, list[int]] = defaultdict(list)
-    for one in history:
-        versions[one.job_id].append(one.version)
-    assert all(of_one == list(range(len(of_one))) for of_one in versions.values())
-    return history
 
 
 def test_kills_lose_nothing_double_nothing_and_leave_no_gap(directory: Path, seed: int, long: bool) -> None:
@@ -85,13 +69,16 @@ def test_kills_lose_nothing_double_nothing_and_leave_no_gap(directory: Path, see
         killer = Client(directory)
         for _ in range(kills):
             await kill(killer, chance, 0.3)
-        while sum(map(len, acknowledged)) < events:  # noqa: ASYNC110  -- counts of 64 writers
-            await asyncio.sleep(0.05)
+        await async_eventually(
+            lambda: sum(map(len, acknowledged)) >= events,
+            3600,
+            lambda: f"too few events: {sum(map(len, acknowledged))}",
+        )
         enough.set()
         return acknowledged, sum(await asyncio.gather(*writers))
 
     began = time.monotonic()
-    with serving(directory):
+    with kept_alive("tests.faults.log_server", directory):
         acknowledged, retries = asyncio.run(scenario())
     assert retries >= kills
     of_job: defaultdict[str, list[str]] = defaultdict(list)
@@ -156,7 +143,7 @@ def test_what_concurrent_clients_see_of_a_job_happened_in_one_order(directory: P
             await kill(killer, chance, 0.3)
         return [one for done in await asyncio.gather(*clients) for one in done]
 
-    with serving(directory):
+    with kept_alive("tests.faults.log_server", directory):
         done = asyncio.run(scenario())
     version = {one.event_id: one.version for one in history_of(directory)}
     assert {one.event_id for one in done if one.event_id} == {event_id for event_id in version if event_id[0].isdigit()}

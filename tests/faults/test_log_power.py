@@ -3,12 +3,9 @@
 import random
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-
-import pytest
 
 from events import MemoryStore, Recorded, SqliteStore
 from events.facts import Event
@@ -18,14 +15,6 @@ from tests.faults.disk import Disk, Said, Step, needs_strace, record
 
 BATCHES = 24
 SHORT_LOG = 64 << 10  # The write-ahead log is emptied every few batches, so that many crashes fall into that.
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A directory in memory: here nothing but the simulated disk loses anything, and nobody waits for a real one."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="tw-", dir=shared if shared.is_dir() else None) as directory:
-        yield Path(directory)
 
 
 def batch(number: int) -> list[StreamAppend]:

@@ -13,10 +13,8 @@ import pytest
 from events import EventLog, LogUnavailable, SqliteStore
 from events.store import StoreFailedError
 from tests.events.facts_of_a_job import SUBMITTED
-from tests.events.test_log import opened, submit
-from tests.events.test_sqlite import full_disk
+from tests.events.support import full_disk, history_of, opened, submit
 from tests.faults.disk import STRACE, needs_strace
-from tests.faults.test_log_kills import history_of
 
 FAILURES = [
     ("fsync,fdatasync", "EIO"),

@@ -2,13 +2,14 @@
 
 import random
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
 
 from tests.faults.killing import RECOVERY_S, Faults
+from tests.waiting import eventually
 
 TIMES_EACH = 3
 
@@ -46,19 +47,18 @@ def test_every_submit_makes_one_job_however_often_it_is_sent_while_replicas_are_
 
 def _submit(faults: Faults, key: str) -> str:
     """Sends a submit until somebody answers it, as a client would."""
-    deadline = time.monotonic() + RECOVERY_S
-    while True:
-        try:
+
+    def answered() -> str | None:
+        with suppress(httpx.HTTPError):
             answer = faults.api.http.post(
                 "/fine_tuning/jobs/submit", json=faults.api.config(), headers={"Idempotency-Key": key}
             )
             if answer.status_code == 200:
                 return str(answer.json()["job_id"])
             assert answer.status_code >= 500, answer.text
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < deadline, f"no answer to {key}"
-        time.sleep(0.2)
+        return None
+
+    return eventually(answered, RECOVERY_S, lambda: f"no answer to {key}")
 
 
 def _kill_replicas(faults: Faults, done: threading.Event) -> None:

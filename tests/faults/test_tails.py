@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.faults.killing import OTHERS, Faults, step_of
-from tests.service.conftest import eventually
+from tests.waiting import eventually
 
 MANY_LINES = """
 import asyncio, sys
@@ -77,7 +77,8 @@ def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults) 
     service = faults.api.service
     arguments = [service.ray_address, str(service.storage), job_id, str(LINES)]
     subprocess.run([sys.executable, "-c", MANY_LINES, *arguments], env=service.env, check=True, timeout=600)
-    servers = [process for kind in ("Serve replica", "log queue", "proxy") for process in faults.find(OTHERS[kind][0])]
+    kinds = ("Serve replica", "log queue", "proxy")
+    servers = [process for kind in kinds for process in faults.api.processes(*OTHERS[kind][0])]
     before = _own_memory(servers)
     stalled = [_ask_and_read_nothing(service.url, job_id) for _ in range(STALLED)]
     for reader in stalled:

@@ -9,9 +9,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from tests.events.facts_of_a_job import REJECTED, SUBMITTED
-from tests.faults.log_server import Client, serving
-from tests.faults.webhook_sender import sending, webhooks_in
-from tests.trainers.webhooks.support import endpoint, until, until_settled
+from tests.faults.immortal import kept_alive
+from tests.faults.log_server import Client
+from tests.faults.webhook_sender import webhooks_in
+from tests.trainers.webhooks.support import endpoint, until_settled
+from tests.waiting import WAIT_S, async_eventually
 from tests.webhook_receiver import Answer, Receiver, verified
 
 
@@ -35,17 +37,18 @@ def test_kills_lose_no_webhook_and_change_none(seed: int, long: bool) -> None:
 
     async def kill(directory: Path) -> None:
         """The sender each time, and now and then the log with it. A sender lives for up to a second after its start."""
-        log, killed = Client(directory), 0
-        while killed < kills:
-            await log.call("jobs", 1)
+        log = Client(directory)
+
+        def next_sender() -> int:
             sender = int((directory / "pid").read_text()) if (directory / "pid").exists() else 0
-            if sender == 0 or sender in victims:
-                await asyncio.sleep(0.01)
-                continue
+            return 0 if sender in victims else sender
+
+        for _ in range(kills):
+            await log.call("jobs", 1)  # to the log that lives now
+            sender = await async_eventually(next_sender, WAIT_S, lambda: "no sender starts")
             await asyncio.sleep(chance.uniform(0, 1))
             victims.add(sender)
             os.kill(sender, signal.SIGKILL)
-            killed += 1
             if chance.random() < 0.2:
                 os.kill(log.pid, signal.SIGKILL)
         log.close()
@@ -54,9 +57,12 @@ def test_kills_lose_no_webhook_and_change_none(seed: int, long: bool) -> None:
         webhooks = webhooks_in(directory)
         created = await endpoint(webhooks, receiver.url)
         await webhooks.close()
-        with sending(directory):
+        with kept_alive("tests.faults.webhook_sender", directory):
             await asyncio.gather(end_jobs(directory), kill(directory))
-            await until(lambda: len({got.headers["webhook-id"] for got in receiver.delivered()}) == jobs, "all arrive")
+            await async_eventually(
+                lambda: len({got.headers["webhook-id"] for got in receiver.delivered()}) == jobs,
+                WAIT_S, lambda: "not all arrive",
+            )  # fmt: skip
         webhooks = webhooks_in(directory)
         running = asyncio.create_task(webhooks.run())
         told = await until_settled(webhooks, created.endpoint.id, "delivered", jobs)
@@ -68,7 +74,7 @@ def test_kills_lose_no_webhook_and_change_none(seed: int, long: bool) -> None:
     with (
         tempfile.TemporaryDirectory(prefix="tw-", dir="/tmp") as name,
         Receiver(answer) as receiver,
-        serving(Path(name)),
+        kept_alive("tests.faults.log_server", Path(name)),
     ):
         secret, attempts = asyncio.run(scenario(Path(name), receiver))
     assert len(victims) == kills

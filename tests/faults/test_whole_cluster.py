@@ -13,8 +13,9 @@ import pytest
 
 from events.facts import MetricsRecorded, RunInterrupted, RunStarted
 from events.sqlite import SqliteStore
-from tests.faults.killing import CPUS, INTERVAL, Faults, a_service, logged, step_of, title
-from tests.service.conftest import Api, eventually
+from tests.faults.killing import INTERVAL, Faults, a_service, logged, step_of
+from tests.service.conftest import CPUS, Api, title
+from tests.waiting import eventually
 
 TIMES = 20
 """The whole cluster is lost this often in the long suite."""
@@ -51,7 +52,7 @@ def _killed_while_it_trains(faults: Faults, word: str = "") -> str:
     faults.until(
         job_id, lambda job: job["status"] == "running" and bool(job["checkpoints"]) and step_of(job) > INTERVAL
     )
-    for process in faults.find([word]):
+    for process in faults.api.processes(word):
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
     return job_id

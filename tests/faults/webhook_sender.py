@@ -2,22 +2,15 @@
 
     python -m tests.faults.webhook_sender DIRECTORY
 
-follows the event log that `tests.faults.log_server` serves in DIRECTORY, and writes its process id to DIRECTORY/pid. It
-is itself only the parent that forks the next sender whenever one dies, until its standard input ends.
+follows the event log that `tests.faults.log_server` serves in DIRECTORY, and writes its process id to DIRECTORY/pid.
 """
 
-import asyncio
 import os
-import select
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from events import Recorded
+from tests.faults.immortal import back_at_once
 from tests.faults.log_server import Client
 from trainers.settings import Settings
 from trainers.webhooks.deliverer import Pace, Webhooks
@@ -51,30 +44,5 @@ async def _send(directory: Path) -> None:
     await webhooks.run()
 
 
-def send(directory: Path) -> None:
-    while True:
-        if (child := os.fork()) == 0:
-            asyncio.run(_send(directory))
-            os._exit(0)
-        ended = os.pidfd_open(child)
-        ready, _, _ = select.select([ended, sys.stdin], [], [])
-        if sys.stdin in ready:
-            os.kill(child, signal.SIGKILL)
-            return
-        os.waitpid(child, 0)
-        os.close(ended)
-
-
-@contextmanager
-def sending(directory: Path) -> Iterator[None]:
-    """A sender runs, or is about to."""
-    command = [sys.executable, "-m", "tests.faults.webhook_sender", str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as parent:
-        yield
-        assert parent.stdin is not None
-        parent.stdin.close()
-        assert parent.wait(60) == 0
-
-
 if __name__ == "__main__":
-    send(Path(sys.argv[1]))
+    back_at_once(_send)

@@ -4,8 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +12,16 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from benchmarks.stock import adapter_config, model_config
+from benchmarks.workload import rows_for_others
+from tests.waiting import eventually
 from trainers.methods import method_of
 from trainers.methods.lora import initial_adapter
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder
-from trainers.plan import Plan
+from trainers.plan import LoraSpec, Plan
 from trainers.training_model import choose_dtype
 
-PARTS = "tests.parity.stock_parts"
 STEPS_FILE = "steps.json"
 ROOT = Path(__file__).parents[2]
 
@@ -77,8 +78,7 @@ class StockProcess:
 
     def steps(self, run: StockRun) -> list[StockStep]:
         """Waits until `run` is over. Fails with the last output where the process ends before."""
-        while self._process.poll() is None and not run.over:
-            time.sleep(0.05)
+        eventually(lambda: run.over or self._process.poll() is not None, 900, lambda: "the stock recipe stands still")
         assert run.over, f"the stock recipe failed:\n{self._log.read_text(errors='replace')[-5000:]}"
         return run.steps()
 
@@ -109,8 +109,8 @@ def _config(plan: Plan, model_dir: Path, data: Path, directory: Path) -> dict[st
     optimizer = {"_component_": plan.optimizer.component, "lr": plan.lr} | fused | plan.optimizer.kwargs
     return {
         "output_dir": str(directory),
-        "model": _model(plan, json.loads((model_dir / "config.json").read_text())),
-        "tokenizer": {"_component_": f"{PARTS}.Padding"},
+        "model": model_config(json.loads((model_dir / "config.json").read_text()), _adapters(plan.lora)),
+        "tokenizer": {"_component_": "benchmarks.stock_parts.Padding"},
         "checkpointer": {
             "_component_": "torchtune.training.FullModelHFCheckpointer",
             "checkpoint_dir": str(model_dir),
@@ -122,8 +122,8 @@ def _config(plan: Plan, model_dir: Path, data: Path, directory: Path) -> dict[st
         "resume_from_checkpoint": bool(plan.lora),
         "save_adapter_weights_only": True,
         "dataset": {
-            "_component_": f"{PARTS}.prepared_rows",
-            "directory": str(data),
+            "_component_": "benchmarks.stock_parts.rows",
+            "file": str(rows_for_others(data)),
             "packed": plan.packed,
             "max_seq_len": plan.max_seq_len,
         },
@@ -143,7 +143,7 @@ def _config(plan: Plan, model_dir: Path, data: Path, directory: Path) -> dict[st
         "compile": False,
         "enable_activation_checkpointing": plan.enable_activation_checkpointing,
         "enable_activation_offloading": False,
-        "metric_logger": {"_component_": f"{PARTS}.StepLog", "file": str(directory / STEPS_FILE)},
+        "metric_logger": {"_component_": "tests.parity.step_log.StepLog", "file": str(directory / STEPS_FILE)},
         "log_every_n_steps": 1,
         "log_peak_memory_stats": False,
     }
@@ -152,36 +152,10 @@ def _config(plan: Plan, model_dir: Path, data: Path, directory: Path) -> dict[st
 def _lr_scheduler(plan: Plan) -> dict[str, Any] | None:
     if plan.lr_scheduler:
         return {"_component_": plan.lr_scheduler.component} | plan.lr_scheduler.kwargs
-    return {"_component_": f"{PARTS}.constant_rate"} if plan.lora else None
+    return {"_component_": "benchmarks.stock_parts.constant"} if plan.lora else None
 
 
-def _model(plan: Plan, shape: Mapping[str, Any]) -> dict[str, Any]:
-    """torchtune's own builders for llamas: Llama 3.2 where the head is tied to the embedding (a scale factor of 1 makes
-    its rotary embedding the plain one), Llama 3 where it isn't."""
-    tied = shape["tie_word_embeddings"]
-    builder = "llama3_2" if tied else "llama3"
-    adapted: dict[str, Any] = {}
-    if plan.lora:
-        adapted = {
-            "lora_attn_modules": list(plan.lora.attn_modules),
-            "apply_lora_to_mlp": plan.lora.mlp,
-            "apply_lora_to_output": plan.lora.output,
-            "lora_rank": plan.lora.rank,
-            "lora_alpha": plan.lora.alpha,
-        }
-    return (
-        {
-            "_component_": f"torchtune.models.{builder}.{'lora_' if plan.lora else ''}{builder}",
-            "vocab_size": shape["vocab_size"],
-            "num_layers": shape["num_hidden_layers"],
-            "num_heads": shape["num_attention_heads"],
-            "num_kv_heads": shape["num_key_value_heads"],
-            "embed_dim": shape["hidden_size"],
-            "intermediate_dim": shape["intermediate_size"],
-            "max_seq_len": shape["max_position_embeddings"],
-            "norm_eps": shape["rms_norm_eps"],
-            "rope_base": int(shape["rope_theta"]),
-        }
-        | adapted
-        | ({"scale_factor": 1} if tied else {})
-    )
+def _adapters(lora: LoraSpec | None) -> dict[str, Any] | None:
+    if lora is None:
+        return None
+    return adapter_config(lora.attn_modules, mlp=lora.mlp, output=lora.output, rank=lora.rank, alpha=lora.alpha)

@@ -21,8 +21,8 @@ Where we differ on purpose, the stock recipe being wrong, the tests step around 
 - On a CPU the LoRA recipe for one device merges the adapter into the weights that are being trained when it saves an
   epoch. `save_adapter_weights_only` keeps it from that.
 - On one device a resumed LoRA run begins its schedule again. Here it resumes at step 0, where that is right.
-- The LoRA recipes can't do without a schedule. A constant rate is one that `stock_parts` adds.
-- The distributed recipes need three patches on a CPU: stock_launcher.py makes them and says why.
+- The LoRA recipes can't do without a schedule. A constant rate is one that benchmarks/stock_parts.py adds.
+- The distributed recipes need patches on a CPU: `join_on_cpu` of benchmarks/stock.py makes them and says why.
 
 What is left are sums in another order. The largest difference seen in fp32 is 2.7e-6; in bf16, where a weight has 8
 bits of precision, 2.9e-3. Adam turns rounding into whole steps of the learning rate where a gradient is nearly zero: at
@@ -181,13 +181,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iterat
     yield stage
     torch.set_num_threads(threads)
     stage.end()
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[TwoRanks]:
-    ranks = TwoRanks()
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.parametrize("name", ONE_WORKER)

@@ -48,19 +48,12 @@ def storage(server: Server) -> Path:
 
 
 @pytest.fixture
-def config(storage: Path) -> dict[str, Any]:
+def config(server: Server) -> dict[str, Any]:
     """The smallest good request."""
-    return {"model": "smollm2-135m-instruct", "data": str(storage / "rows.jsonl")}
+    return server.config()
 
 
 @pytest.fixture
-def submit(http: httpx.Client, config: dict[str, Any]) -> Callable[..., str]:
+def submit(server: Server) -> Callable[..., str]:
     """Submits a job and returns its id."""
-
-    def submit(**changes: Any) -> str:
-        answer = http.post("/fine_tuning/jobs/submit", json=config | changes)
-        assert answer.status_code == 200, answer.text
-        job_id: str = answer.json()["job_id"]
-        return job_id
-
-    return submit
+    return server.submit

@@ -4,11 +4,13 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import uvicorn
 
-from events.facts import Event, Resources
+from events.facts import CheckpointSaved, Event, Resources
 from events.ids import new_event_id
 from events.log import EventLog
 from events.log_queue import LogQueue
@@ -16,6 +18,7 @@ from events.sqlite import SqliteStore
 from serve_app.api import build_api
 from serve_app.chat.deployment import load
 from serve_app.chat.engine import Engine
+from tests.events.facts_of_a_job import BEGUN
 from trainers.answers import Answers
 from trainers.errors import ConfigProblems, Problem
 from trainers.estimate import Asked, Found, answer
@@ -28,6 +31,7 @@ from trainers.webhooks.deliverer import Webhooks
 
 T = TypeVar("T")
 
+MODEL = "smollm2-135m-instruct"
 LARGEST_JOB = 4
 
 
@@ -97,8 +101,27 @@ class Server:
     def do(self, call: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(timeout=10)
 
+    def config(self, **changes: Any) -> dict[str, Any]:
+        """The smallest good request, on the rows that the fixture `serve` has written, with changes."""
+        return {"model": MODEL, "data": str(self.parts.settings.storage / "rows.jsonl")} | changes
+
+    def submit(self, **changes: Any) -> str:
+        """A job of this config; its id."""
+        answer = httpx.post(f"{self.url}/fine_tuning/jobs/submit", json=self.config(**changes), timeout=30)
+        assert answer.status_code == 200, answer.text
+        job_id: str = answer.json()["job_id"]
+        return job_id
+
     def append(self, job_id: str, *events: Event) -> None:
         self.do(self.parts.log.append(job_id, list(events), [new_event_id() for _ in events]))
+
+    def train(self, job_id: str, *steps: int) -> dict[int, Path]:
+        """The job begins to run and saves a checkpoint at each of the steps: their directories, which aren't there."""
+        checkpoints = self.parts.settings.job_dir(job_id) / "checkpoints"
+        saved = {step: checkpoints / f"step-{step:08d}" for step in steps}
+        facts = [CheckpointSaved(attempt=1, step=step, epoch=0, uri=path.as_uri()) for step, path in saved.items()]
+        self.append(job_id, *BEGUN, *facts)
+        return saved
 
     def print(self, job_id: str, *messages: str, seq: int = 0) -> None:
         lines = [("2026-01-02T03:04:05.678Z", message) for message in messages]

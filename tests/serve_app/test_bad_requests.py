@@ -86,7 +86,8 @@ def test_a_body_of_another_type_gets_415(http: httpx.Client, content_type: str |
 
 
 def test_a_body_that_says_it_is_too_large_gets_413(http: httpx.Client) -> None:
-    refused(http.post(SUBMIT, content=b" " * (1 << 20) + b"{}", headers=JSON), 413)
+    answer = http.post(SUBMIT, content=b" " * (1 << 20) + b"{}", headers=JSON)
+    assert refused(answer, 413)["code"] == "body_too_large"
 
 
 def test_a_body_that_does_not_say_how_large_it_is_gets_413_once_it_is_too_large(server: Server) -> None:
@@ -286,7 +287,7 @@ def test_a_job_nobody_submitted_gets_404(http: httpx.Client, job_id: str) -> Non
     for route in ("status", "tail"):
         error = refused(http.get(f"/fine_tuning/jobs/{route}?job_id={job_id}"), 404)
         assert (error["type"], error["code"]) == ("not_found_error", "unknown_job")
-    refused(http.post("/fine_tuning/jobs/cancel", json={"job_id": "nope"}), 404)
+    assert refused(http.post("/fine_tuning/jobs/cancel", json={"job_id": "nope"}), 404)["code"] == "unknown_job"
     for route in ("/fine_tuning/jobs", "/v1/fine_tuning/jobs"):
         error = refused(http.get(f"{route}?after={job_id}"), 404)
         assert (error["type"], error["code"], error["param"]) == ("not_found_error", "unknown_after", "after")
@@ -299,19 +300,20 @@ def test_an_error_repeats_no_job_id_unescaped_and_says_what_to_do(http: httpx.Cl
 
 @pytest.mark.parametrize("body", [{}, {"job_id": 7}, {"job_id": ""}, {"job_id": None}, {"job_id": "x", "force": True}])
 def test_a_cancel_takes_a_job_id_and_nothing_else(http: httpx.Client, body: dict[str, Any]) -> None:
-    refused(http.post("/fine_tuning/jobs/cancel", json=body))
+    wrong = "force" if "force" in body else "job_id"
+    assert refused(http.post("/fine_tuning/jobs/cancel", json=body))["param"] == wrong
 
 
 @pytest.mark.parametrize(
     "query", ["?limit=0", "?limit=101", "?limit=x", "?limit=" + "9" * 5000, "?after=", "?limit=1.5"]
 )
 def test_a_page_is_1_to_100_jobs(http: httpx.Client, query: str) -> None:
-    refused(http.get(f"/fine_tuning/jobs{query}"))
+    assert refused(http.get(f"/fine_tuning/jobs{query}"))["param"] == query[1:].partition("=")[0]
 
 
 @pytest.mark.parametrize("query", ["&after=-1", "&after=x", "&after=99999999999999999999", "&follow=maybe"])
 def test_a_tail_starts_at_an_offset(http: httpx.Client, query: str) -> None:
-    refused(http.get(f"/fine_tuning/jobs/tail?job_id=any{query}"))
+    assert refused(http.get(f"/fine_tuning/jobs/tail?job_id=any{query}"))["param"] == query[1:].partition("=")[0]
 
 
 def test_an_unknown_route_gets_the_same_envelope(http: httpx.Client) -> None:

@@ -1,7 +1,6 @@
 """Programs that know only the contract: a generated client, and a generator of requests."""
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from events.facts import CancelRequested, JobCancelled
 from tests.serve_app.client_journey import generate_client, journey
 from tests.serve_app.live_server import Serve, Server
 from tests.tiny_models import make_tiny_model
+from tests.waiting import WAIT_S, eventually
 
 CHECKS = (
     not_a_server_error,
@@ -37,17 +37,15 @@ def test_a_client_generated_from_the_contract_submits_polls_cancels_and_reads(se
 
     def cancel_what_is_asked_to_be() -> None:
         """The dispatcher's part of a cancellation."""
-        while not done.is_set():
+        while not done.wait(0.02):
             for job in server.do(server.parts.log.live_jobs()).jobs:
                 if job.cancel_requested:
                     server.append(job.job_id, JobCancelled())
-            time.sleep(0.02)
 
     dispatcher = threading.Thread(target=cancel_what_is_asked_to_be)
     dispatcher.start()
     try:
-        rows = str(server.parts.settings.storage / "rows.jsonl")
-        journey(package, server.url, model="smollm2-135m-instruct", data=rows)
+        assert journey(package, server.url, **server.config()) == "cancelled"
     finally:
         done.set()
         dispatcher.join()
@@ -59,7 +57,7 @@ def test_no_generated_request_meets_a_server_error_or_an_answer_that_is_not_docu
     # The contract calls data a URI. Bare paths are taken too, and echoed as they were sent, so none is used here.
     storage = server.parts.settings.storage
     good = {"model": str(make_tiny_model(storage / "tiny")), "data": (storage / "rows.jsonl").as_uri()}
-    job_id = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=good).json()["job_id"]
+    job_id = server.submit(**good)
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) == 41
@@ -74,7 +72,7 @@ def test_no_generated_request_meets_a_server_error_or_an_answer_that_is_not_docu
         "event_types": ["fine_tuning.job.cancelled"],
     }
     hook_id = httpx.post(f"{server.url}/v1/webhook_endpoints", json=hook).json()["id"]
-    over = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=good).json()["job_id"]
+    over = server.submit(**good)
     server.append(over, CancelRequested(), JobCancelled())
     real = {**good, "job_id": job_id, "file_id": file_id, "upload_id": upload_id, "training_file": file_id}
     real |= {"webhook_endpoint_id": hook_id, "delivery_id": first_delivery(server, hook_id)}
@@ -83,10 +81,13 @@ def test_no_generated_request_meets_a_server_error_or_an_answer_that_is_not_docu
 
 
 def first_delivery(server: Server, endpoint_id: str) -> str:
-    while not (found := httpx.get(f"{server.url}/v1/webhook_endpoints/{endpoint_id}/deliveries").json()["data"]):
-        time.sleep(0.05)
-    event_id: str = found[0]["id"]
-    return event_id
+    def deliveries() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = httpx.get(f"{server.url}/v1/webhook_endpoints/{endpoint_id}/deliveries").json()[
+            "data"
+        ]
+        return found
+
+    return str(eventually(deliveries, WAIT_S, lambda: "no delivery is noted")[0]["id"])
 
 
 def exercise(operation: schemathesis.APIOperation[Any, Any, Any, Any], real: dict[str, str]) -> None:

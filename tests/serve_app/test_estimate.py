@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from events.config import Config
-from events.facts import DataReport, DataValidated, Event, JobAdmitted, MetricsRecorded, RunStarted, StepMetrics
+from events.facts import DataReport, DataValidated, Event, MetricsRecorded, StepMetrics
+from tests.events.facts_of_a_job import ADMITTED, REPORT, started
 from tests.serve_app.live_server import Parts, Serve, Server
 from tests.tiny_models import make_tiny_model
 from trainers.batches import Progress
@@ -216,23 +217,13 @@ def test_a_job_whose_weights_and_optimizer_fit_no_node_is_refused_at_once(serve:
 
 def past(tokens_per_second: float, device: str = "cpu", steps: int = 5) -> list[Event]:
     """A run whose steps of 2 rows of 50 tokens came at that speed, the first one ten times slower."""
-    report = DataReport(
-        uri="file:///d",
-        rows=10,
-        invalid_rows=0,
-        tokens=500,
-        trained_tokens=100,
-        truncated_rows=0,
-        max_seq_len=MAX_SEQ_LEN,
-        length_histogram={},
-        errors=[],
-    )
+    report = REPORT.model_copy(update={"tokens": 500, "trained_tokens": 100, "max_seq_len": MAX_SEQ_LEN})
     took = timedelta(seconds=100 / tokens_per_second)
     began = datetime.now(UTC) + timedelta(seconds=30)
     ends = [began + took * (10 + number) for number in range(steps)]
     measured = [StepMetrics(step=number, epoch=1, time=end.isoformat(), loss=1.0) for number, end in enumerate(ends, 1)]
-    run = RunStarted(attempt=1, workers=1, nodes=1, device=device, total_steps=steps, n_epochs=1, logs="file:///l")
-    return [DataValidated(data=report), JobAdmitted(), run, MetricsRecorded(attempt=1, steps=measured)]
+    run = started(1, device=device, total_steps=steps, n_epochs=1)
+    return [DataValidated(data=report), ADMITTED, run, MetricsRecorded(attempt=1, steps=measured)]
 
 
 def test_the_time_is_measured_on_jobs_like_it_once_there_are_some(

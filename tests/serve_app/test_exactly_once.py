@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,8 @@ import pytest
 from events.facts import JobSubmitted, Resources
 from events.job import FineTuningJob
 from events.log import EventLog
-from tests.serve_app.live_server import Parts, Serve, Server
+from tests.serve_app.live_server import MODEL, Parts, Serve, Server
+from tests.waiting import eventually
 from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 from trainers.settings import Settings
@@ -61,8 +61,7 @@ def api(gated: Server) -> Iterator[httpx.Client]:
 
 def request_body(server: Server, name: str) -> dict[str, Any]:
     """A good request, another for each test."""
-    data = str(server.parts.settings.storage / "rows.jsonl")
-    return {"model": "smollm2-135m-instruct", "data": data, "metadata": {"test": name}}
+    return server.config(metadata={"test": name})
 
 
 def jobs_of(api: httpx.Client, body: dict[str, Any]) -> list[str]:
@@ -85,12 +84,8 @@ def submit_and_hang_up(gated: Server, api: httpx.Client, body: dict[str, Any], *
         assert parts.arrived.acquire(timeout=30)
     api.get("/healthz")  # the server has looked at its connections since
     gated.do(parts.unlock())
-    deadline = time.monotonic() + 30
-    while not (made := jobs_of(api, body)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert len(made) == 1
-    return made[0]
+    (made,) = eventually(lambda: jobs_of(api, body), 30, lambda: "the job is not made")
+    return made
 
 
 def test_a_submit_whose_sender_hung_up_before_the_answer_may_be_sent_again(gated: Server, api: httpx.Client) -> None:
@@ -190,7 +185,7 @@ def serve_until_killed(settings: Settings, url: "multiprocessing.Queue[str]") ->
 def test_a_server_killed_between_the_append_and_the_answer_has_made_one_job(tmp_path: Path) -> None:
     settings = Settings(storage=tmp_path, data_roots=(tmp_path,))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"dialog": [{"role": "assistant", "content": "hi"}]}) + "\n")
-    body = {"model": "smollm2-135m-instruct", "data": str(tmp_path / "rows.jsonl")}
+    body = {"model": MODEL, "data": str(tmp_path / "rows.jsonl")}
     context = multiprocessing.get_context("spawn")
     urls: multiprocessing.Queue[str] = context.Queue()
     process = context.Process(target=serve_until_killed, args=(settings, urls), daemon=True)

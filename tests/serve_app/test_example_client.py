@@ -5,14 +5,12 @@ from typing import Any
 import httpx
 import pytest
 
-from events.facts import JobError, JobFailed
 from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
 from examples import client
 from examples.client import ApiError, Client
+from tests.events.facts_of_a_job import WORKER_DIED
 from tests.serve_app.live_server import Parts, Serve, Server
-
-FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
 
 
 class Restarting(Parts):
@@ -40,10 +38,9 @@ def restarting(serve: Serve) -> Server:
 
 def test_following_a_job_outlasts_a_restart_of_the_service(restarting: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "RECONNECT_S", 0.01)
-    rows = str(restarting.parts.settings.storage / "rows.jsonl")
-    job_id = Client(restarting.url).submit({"model": "smollm2-135m-instruct", "data": rows})["job_id"]
+    job_id = Client(restarting.url).submit(restarting.config())["job_id"]
     restarting.print(job_id, "one", "two")
-    restarting.append(job_id, FAILED)
+    restarting.append(job_id, WORKER_DIED)
     first = httpx.get(f"{restarting.url}/fine_tuning/jobs/tail", params={"job_id": job_id})
     assert first.status_code == 503
     restarting.parts.asked = 0

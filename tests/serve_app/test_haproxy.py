@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -12,16 +11,9 @@ from ray.serve._private import haproxy
 from ray.serve.config import HTTPOptions
 
 import serve_app
+from tests.ports import free_ports
 
 WRAPPER = Path(serve_app.__file__).parent / "haproxy-on-loopback"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def listening(process: psutil.Process) -> set[tuple[str, int]]:

@@ -7,21 +7,21 @@ import httpx
 import pytest
 from ray.exceptions import ActorDiedError
 
-from events.facts import CancelRequested, JobCancelled, JobError, JobFailed
+from events.facts import CancelRequested, JobCancelled
 from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
+from tests.events.facts_of_a_job import WORKER_DIED
 from tests.serve_app.live_server import Parts, Serve, Server
 
 STATUS = "/fine_tuning/jobs/status"
 CANCEL = "/fine_tuning/jobs/cancel"
-FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
 
 
 def test_status_is_the_job_as_its_events_tell_it(
     http: httpx.Client, server: Server, submit: Callable[..., str]
 ) -> None:
     job_id = submit()
-    server.append(job_id, FAILED)
+    server.append(job_id, WORKER_DIED)
     job = http.get(STATUS, params={"job_id": job_id}).json()
     assert job["status"] == "failed"
     assert job["error"]["fault"] == "infrastructure"
@@ -41,7 +41,7 @@ def test_a_job_that_no_longer_waits_does_not_say_why(
 ) -> None:
     job_id = submit()
     server.parts.waiting[job_id] = "a moment ago"
-    server.append(job_id, FAILED)
+    server.append(job_id, WORKER_DIED)
     assert "why" not in http.get(STATUS, params={"job_id": job_id}).json()
 
 
@@ -69,7 +69,7 @@ def test_cancelling_a_job_that_has_failed_is_a_conflict(
     http: httpx.Client, server: Server, submit: Callable[..., str]
 ) -> None:
     job_id = submit()
-    server.append(job_id, FAILED)
+    server.append(job_id, WORKER_DIED)
     answer = http.post(CANCEL, json={"job_id": job_id})
     assert answer.status_code == 409
     assert answer.json()["error"]["type"] == "conflict_error"
@@ -133,9 +133,8 @@ def test_a_log_that_can_not_be_reached_is_a_503(broken: Server, route: str) -> N
 def test_a_bug_is_a_500_whose_traceback_only_the_operator_sees(
     broken: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = {"model": "smollm2-135m-instruct", "data": str(broken.parts.settings.storage / "rows.jsonl")}
     with caplog.at_level(logging.ERROR, "tunewright.serve"):
-        answer = httpx.post(broken.url + "/fine_tuning/jobs/submit", json=config)
+        answer = httpx.post(broken.url + "/fine_tuning/jobs/submit", json=broken.config())
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "server_error"
     assert "hunter2" not in answer.text

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from events.facts import CancelRequested, JobError, JobFailed, JobPaused
+from events.facts import CancelRequested, JobPaused
+from tests.events.facts_of_a_job import WORKER_DIED
 from tests.serve_app.live_server import Server
 
 STATUS = "/fine_tuning/jobs/status"
 PAUSE = "/fine_tuning/jobs/pause"
 RESUME = "/fine_tuning/jobs/resume"
 CANCEL = "/fine_tuning/jobs/cancel"
-FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
 Submit = Callable[..., str]
 
 
@@ -59,7 +59,7 @@ def test_a_paused_job_can_be_cancelled_and_then_not_resumed(http: httpx.Client, 
 @pytest.mark.parametrize("route", [PAUSE, RESUME])
 def test_what_is_over_stays_over(http: httpx.Client, server: Server, submit: Submit, route: str) -> None:
     job_id = submit()
-    server.append(job_id, FAILED)
+    server.append(job_id, WORKER_DIED)
     answer = http.post(route, json={"job_id": job_id})
     assert answer.status_code == 409
     assert answer.json()["error"]["code"] == "job_is_over"

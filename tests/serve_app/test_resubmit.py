@@ -8,15 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from events.facts import (
-    CheckpointSaved,
-    CheckpointsDeleted,
-    DataValidated,
-    JobAdmitted,
-    JobSucceeded,
-    RunStarted,
-)
-from tests.events.facts_of_a_job import REPORT
+from events.facts import CheckpointsDeleted, JobSucceeded
 from tests.serve_app.live_server import Server
 from tests.tiny_models import make_tiny_model
 
@@ -35,15 +27,10 @@ class Earlier:
 
     def __init__(self, server: Server, job_id: str) -> None:
         self.server, self.job_id = server, job_id
-        directory = server.parts.settings.job_dir(job_id) / "checkpoints"
-        self.paths = {step: directory / f"step-{step:08d}" for step in (10, 20)}
+        self.paths = server.train(job_id, 10, 20)
         make_tiny_model(self.paths[10] / "merged")
         (self.paths[10] / "adapter").mkdir()
         make_tiny_model(self.paths[20])
-        started = RunStarted(attempt=1, workers=1, nodes=1, device="cpu", total_steps=20, logs="file:///m.jsonl")
-        server.append(job_id, DataValidated(data=REPORT), JobAdmitted(), started)
-        for step, path in self.paths.items():
-            server.append(job_id, CheckpointSaved(attempt=1, step=step, epoch=0, uri=path.as_uri()))
 
     def uri(self, step: int) -> str:
         return self.paths[step].as_uri()

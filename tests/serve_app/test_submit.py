@@ -80,9 +80,8 @@ def test_an_idempotency_key_is_1_to_255_printable_characters(
 
 def test_one_job_too_many_gets_429_and_is_told_when_to_come_back(serve: Serve) -> None:
     server = serve(max_live_jobs=1)
-    config = {"model": "smollm2-135m-instruct", "data": str(server.parts.settings.storage / "rows.jsonl")}
-    assert httpx.post(server.url + SUBMIT, json=config).status_code == 200
-    answer = httpx.post(server.url + SUBMIT, json=config)
+    server.submit()
+    answer = httpx.post(server.url + SUBMIT, json=server.config())
     assert answer.status_code == 429
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert int(answer.headers["retry-after"]) > 0

@@ -12,16 +12,17 @@ from typing import Any
 
 import httpx
 
-from events.facts import CancelRequested, JobCancelled, JobError, JobFailed
+from events.facts import CancelRequested, JobCancelled
 from events.job import FineTuningJob
 from events.log import LogUnavailable
 from events.log_queue import LogBatch
 from serve_app import tail as tail_module
 from serve_app.tail import Together
+from tests.events.facts_of_a_job import WORKER_DIED
 from tests.serve_app.live_server import Serve, Server
+from tests.waiting import eventually
 
 TAIL = "/fine_tuning/jobs/tail"
-FAILED = JobFailed(error=JobError(code="worker_died", message="a worker died", fault="infrastructure"))
 Submit = Callable[..., str]
 
 
@@ -53,7 +54,7 @@ def test_what_was_printed_before_is_replayed_and_what_comes_is_followed(
         "logs": [{"message": "three", "timestamp": "2026-01-02T03:04:05.678Z"}],
         "next": 3,
     }
-    server.append(job_id, FAILED)
+    server.append(job_id, WORKER_DIED)
     *_, last = stream
     assert last == {"logs": [], "next": 3, "status": "failed"}
 
@@ -124,7 +125,7 @@ def test_the_end_of_a_silent_job_ends_the_stream_at_once(http: httpx.Client, ser
     job_id = submit()
     stream = lines(http, job_id)
     next(stream)
-    server.append(job_id, FAILED)
+    server.append(job_id, WORKER_DIED)
     before = time.monotonic()
     *_, last = stream
     assert last["status"] == "failed"
@@ -137,7 +138,7 @@ def test_many_readers_each_get_every_line(http: httpx.Client, server: Server, su
         readers = [pool.submit(lambda: messages(lines(client, job_id))) for _ in range(20)]
         for number in range(50):
             server.print(job_id, str(number), seq=number)
-        server.append(job_id, FAILED)
+        server.append(job_id, WORKER_DIED)
         for reader in readers:
             assert reader.result(timeout=10) == [str(number) for number in range(50)]
 
@@ -152,7 +153,7 @@ def test_a_reader_that_does_not_read_holds_up_nobody_and_is_not_read_ahead_for(s
         return await read(job_id, after, limit, wait_s)
 
     server.print(job_id, *("x" * 1000 for _ in range(50_000)))
-    server.append(job_id, FAILED)
+    server.append(job_id, WORKER_DIED)
     server.parts.logs.read = counted  # type: ignore[method-assign]
     try:
         with httpx.Client(base_url=server.url) as slow, slow.stream("GET", TAIL, params={"job_id": job_id}) as answer:
@@ -259,10 +260,7 @@ def test_a_reader_that_goes_away_ends_its_work(server: Server, submit: Submit) -
         next(stream)
         assert job_id in waiting
         stream.close()
-    deadline = time.monotonic() + 2
-    while job_id in waiting and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert job_id not in waiting
+    eventually(lambda: job_id not in waiting, 2, lambda: "somebody still waits for the job")
 
 
 def test_lines_arrive_within_milliseconds(http: httpx.Client, server: Server, submit: Submit) -> None:
@@ -282,9 +280,8 @@ def test_lines_arrive_within_milliseconds(http: httpx.Client, server: Server, su
 
 def test_before_its_server_ends_an_open_stream_gets_a_last_line_with_its_offset(serve: Serve) -> None:
     server = serve(heartbeat_s=60)
-    config = {"model": "smollm2-135m-instruct", "data": str(server.parts.settings.storage / "rows.jsonl")}
     with httpx.Client(base_url=server.url, timeout=20) as client:
-        job_id = client.post("/fine_tuning/jobs/submit", json=config).json()["job_id"]
+        job_id = server.submit()
         server.print(job_id, "one", "two")
         idle, over = lines(client, job_id), lines(client, job_id, follow=False)
         next(idle)
@@ -293,6 +290,6 @@ def test_before_its_server_ends_an_open_stream_gets_a_last_line_with_its_offset(
         assert messages(over) == ["one", "two"]  # what ends by itself is not cut short
         late = list(lines(client, job_id, after=1))
         assert late[-1] == {"logs": [], "next": 1 + len(messages(iter(late)))}
-        server.append(job_id, FAILED)
+        server.append(job_id, WORKER_DIED)
         *_, last = lines(client, job_id, after=1)
         assert last == {"logs": [], "next": 2, "status": "failed"}

@@ -1,19 +1,19 @@
 """The whole service on a Ray cluster of its own, and the tests' way of talking to it: HTTP, as a user would."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from serve_app.local import LocalService
 from tests.tiny_models import make_tiny_model
+from tests.waiting import WAIT_S, eventually
 
 CPUS = 2
-WAIT_S = 120.0
 
 
 class Api:
@@ -58,6 +58,10 @@ class Api:
             assert stream.headers["content-type"] == "application/x-ndjson"
             return [json.loads(line) for line in stream.iter_lines()]
 
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """The service's processes with all these words in their titles, which Ray sets."""
+        return [process for process in self.service.processes() if all(word in title(process) for word in words)]
+
     def messages(self, job_id: str) -> list[str]:
         return [log["message"] for line in self.tail(job_id) for log in line["logs"]]
 
@@ -81,24 +85,67 @@ class Api:
         return job
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float, complaint: Callable[[], str]) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, complaint()
-        time.sleep(0.05)
+def title(process: psutil.Process) -> str:
+    """Empty of one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def path_of(uri: str) -> Path:
+    assert uri.startswith("file:///"), uri
+    return Path(uri.removeprefix("file://"))
+
+
+def workers_of(api: Api, job_id: str) -> list[psutil.Process]:
+    """The training processes of a job: every one of their titles carries the job's id."""
+    return api.processes("RayTrainWorker", job_id)
+
+
+def dashboard(api: Api, path: str) -> Any:
+    """What the dashboard answers, once it does: on a busy machine its state API runs into time limits of its own."""
+    found: list[Any] = []
+
+    def answers() -> bool:
+        answer = httpx.get(api.service.dashboard_url + path, timeout=30, trust_env=False)
+        good = answer.is_success and answer.headers["content-type"].startswith("application/json")
+        found.append(answer.json() if good else f"{answer.status_code} {answer.text[:2000]}")
+        return good
+
+    eventually(answers, WAIT_S, lambda: f"the dashboard doesn't answer {path}: {found[-1]}")
+    return found[-1]
+
+
+def free_cpus(api: Api) -> float:
+    """What Ray's own books say is free."""
+    nodes = dashboard(api, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
+    total: float = sum(node["resources_total"].get("CPU", 0) for node in nodes)
+    groups = dashboard(api, "/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
+    held = sum(
+        bundle["unit_resources"].get("CPU", 0)
+        for group in groups
+        if group["state"] == "CREATED"
+        for bundle in group["bundles"]
+    )
+    return total - held
+
+
+def make_inputs(directory: Path, rows: int, answer: str) -> Path:
+    """Makes a tiny model (`tiny`) and data (`rows.jsonl`) in the directory. `{0}` in the answer is the row's number."""
+    make_tiny_model(directory / "tiny")
+    dialogs = [
+        [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": answer.format(i)}]
+        for i in range(rows)
+    ]
+    (directory / "rows.jsonl").write_text("".join(json.dumps({"dialog": dialog}) + "\n" for dialog in dialogs))
+    return directory
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny model (`tiny`) and data (`rows.jsonl`)."""
-    directory = tmp_path_factory.mktemp("inputs")
-    make_tiny_model(directory / "tiny")
-    rows = [
-        {"dialog": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"It is {i}."}]}
-        for i in range(24)
-    ]
-    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return directory
+    return make_inputs(tmp_path_factory.mktemp("inputs"), 24, "It is {0}.")
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +162,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("storage")
 
 
-def local_service(storage: Path, inputs: Path) -> LocalService:
+def local_service(storage: Path, inputs: Path, **changes: str) -> LocalService:
+    """`changes` are settings."""
     env = {
         "TUNEWRIGHT_DATA_ROOTS": str(inputs),
         "TUNEWRIGHT_MODEL_ROOTS": str(inputs),
@@ -124,7 +172,7 @@ def local_service(storage: Path, inputs: Path) -> LocalService:
         "TUNEWRIGHT_CHAT_IDLE_S": "15",
         "OMP_NUM_THREADS": "1",
     }
-    return LocalService(storage, num_cpus=CPUS, env=env)
+    return LocalService(storage, num_cpus=CPUS, env=env | changes)
 
 
 @pytest.fixture(scope="session")

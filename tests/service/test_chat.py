@@ -11,11 +11,10 @@ import openai
 import psutil
 import pytest
 
-from tests.service.conftest import CPUS, WAIT_S, Api, eventually
+from tests.generated import generated
+from tests.service.conftest import CPUS, Api
 from tests.tiny_models import make_tiny_model
-from trainers.data.chat import ChatTokenizer
-from trainers.models.chat_model import ChatModel
-from trainers.models.generate import generate
+from tests.waiting import WAIT_S, eventually
 
 ASKED: list[Any] = [{"role": "user", "content": "Say 3."}]
 
@@ -28,15 +27,7 @@ def client(api: Api) -> openai.OpenAI:
 
 
 def greedy(directory: Path) -> str:
-    tokenizer = ChatTokenizer.from_dir(directory)
-    (ids,) = generate(
-        ChatModel.load(directory)._decoder,
-        [tokenizer.encode_prompt(ASKED)],
-        max_new_tokens=16,
-        eos_ids=set(tokenizer.eos_ids),
-        pad_id=tokenizer.pad_id,
-    )
-    return tokenizer.decode(ids)
+    return generated(directory, ASKED, max_new_tokens=16)[1]
 
 
 def ask(client: openai.OpenAI, model: str) -> str:
@@ -50,16 +41,8 @@ def streamed(client: openai.OpenAI, model: str) -> str:
 
 
 def replicas(api: Api) -> list[psutil.Process]:
-    """The processes that hold models: Ray sets their titles."""
-    found = []
-    for process in api.service.processes():
-        try:
-            title = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if "ServeReplica" in title and "chat" in title:
-            found.append(process)
-    return found
+    """The processes that hold models."""
+    return api.processes("ServeReplica", "chat")
 
 
 def test_a_job_s_model_answers_at_once_by_its_name_though_jobs_hold_every_cpu(api: Api, client: openai.OpenAI) -> None:

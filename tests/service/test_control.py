@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from serve_app.local import START_TIMEOUT_S, LocalService, serve_config
-from tests.service.conftest import CPUS, WAIT_S, Api, eventually, local_service
-from tests.service.test_service import ROOT, dashboard, free_cpus, path_of, workers_of
+from tests.service.conftest import CPUS, Api, dashboard, free_cpus, local_service, path_of, workers_of
+from tests.waiting import WAIT_S, eventually
 
+ROOT = Path(__file__).parents[2]
 FP32 = {"n_epochs": 10_000, "lr": 0.01, "extras": {"dtype": "fp32"}}
 
 

@@ -7,7 +7,8 @@ import json
 import httpx
 import openai
 
-from tests.service.conftest import WAIT_S, Api
+from tests.service.conftest import Api
+from tests.waiting import WAIT_S
 
 
 def test_a_job_of_uploaded_files_ends_with_its_metrics_as_a_file(api: Api) -> None:

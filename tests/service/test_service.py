@@ -7,65 +7,12 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import httpx
-import psutil
 import pytest
 
 from tests.serve_app.client_journey import generate_client, journey
-from tests.service.conftest import CPUS, WAIT_S, Api, eventually
-
-ROOT = Path(__file__).parents[2]
-
-
-def path_of(uri: str) -> Path:
-    assert uri.startswith("file:///"), uri
-    return Path(uri.removeprefix("file://"))
-
-
-def workers_of(api: Api, job_id: str) -> list[psutil.Process]:
-    """The training processes of a job: Ray sets their titles, and every one of them carries the job's id."""
-    return [
-        process
-        for process in api.service.processes()
-        if any("RayTrainWorker" in part and job_id in part for part in _cmdline(process))
-    ]
-
-
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def dashboard(api: Api, path: str) -> Any:
-    """What the dashboard answers, once it does: on a busy machine its state API runs into time limits of its own."""
-    found: list[Any] = []
-
-    def answers() -> bool:
-        answer = httpx.get(api.service.dashboard_url + path, timeout=30, trust_env=False)
-        good = answer.is_success and answer.headers["content-type"].startswith("application/json")
-        found.append(answer.json() if good else f"{answer.status_code} {answer.text[:2000]}")
-        return good
-
-    eventually(answers, WAIT_S, lambda: f"the dashboard doesn't answer {path}: {found[-1]}")
-    return found[-1]
-
-
-def free_cpus(api: Api) -> float:
-    """What Ray's own books say is free."""
-    nodes = dashboard(api, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
-    total: float = sum(node["resources_total"].get("CPU", 0) for node in nodes)
-    groups = dashboard(api, "/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
-    held = sum(
-        bundle["unit_resources"].get("CPU", 0)
-        for group in groups
-        if group["state"] == "CREATED"
-        for bundle in group["bundles"]
-    )
-    return total - held
+from tests.service.conftest import CPUS, Api, dashboard, free_cpus, path_of, workers_of
+from tests.waiting import WAIT_S, eventually
 
 
 def test_a_submitted_job_trains_and_hands_over_its_checkpoints(api: Api) -> None:
@@ -220,7 +167,7 @@ def test_everything_of_a_job_in_rays_dashboard_carries_its_id(api: Api) -> None:
 
 
 def test_a_client_generated_from_the_contract_works_against_the_whole_service(api: Api, tmp_path: Path) -> None:
-    journey(generate_client(tmp_path), api.service.url, model=str(api.model), data=str(api.data))
+    assert journey(generate_client(tmp_path), api.service.url, **api.config()) == "cancelled"
 
 
 @pytest.mark.parametrize("end", ["success", "stopped"])

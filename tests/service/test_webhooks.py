@@ -5,14 +5,10 @@ import time
 from contextlib import suppress
 
 import httpx
-import psutil
 
-from tests.service.conftest import WAIT_S, Api, eventually
+from tests.service.conftest import Api
+from tests.waiting import WAIT_S, eventually
 from tests.webhook_receiver import Receiver, verified
-
-
-def dispatchers(api: Api) -> list[psutil.Process]:
-    return [process for process in api.service.processes() if "DispatcherActor" in " ".join(process.cmdline())]
 
 
 def test_a_finished_job_reaches_a_receiver_though_the_dispatcher_was_killed(api: Api) -> None:
@@ -25,7 +21,7 @@ def test_a_finished_job_reaches_a_receiver_though_the_dispatcher_was_killed(api:
         endpoint = answer.json()
         job_id = api.submit(api.config())
         api.until_status(job_id, "running")
-        for process in dispatchers(api):
+        for process in api.processes("DispatcherActor"):
             process.send_signal(signal.SIGKILL)
         api.until_status(job_id, "success")
         eventually(lambda: bool(receiver.got), WAIT_S, lambda: "nothing arrives")

@@ -1,7 +1,6 @@
 """What the recipe's tests share: prepared data, a plan, a reporter that remembers, and two ranks that stay up."""
 
 import multiprocessing
-import socket
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from events.facts import StepMetrics
+from tests.ports import free_ports
 from trainers.plan import ComponentSpec, LoraSpec, Plan
 from trainers.recipe import train
 from trainers.reporting import SavedCheckpoint, Stopped
@@ -166,7 +166,7 @@ class TwoRanks:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        (port,) = free_ports(1)
         self._pipes, self._processes = [], []
         for rank in range(2):
             ours, theirs = context.Pipe()
@@ -190,12 +190,6 @@ class TwoRanks:
         for process in self._processes:
             process.join(20)
             process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _serve(pipe: Connection, rank: int, port: int) -> None:

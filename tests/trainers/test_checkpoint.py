@@ -1,7 +1,6 @@
 """Checkpoints: complete when they can be seen, exact to resume from, and no bigger than they need to be."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
+from tests.waiting import eventually
 from trainers.checkpoint import checkpoint_path, load_progress
 from trainers.data.chat import ChatTokenizer
 from trainers.errors import InfrastructureError
@@ -68,9 +68,7 @@ class Slow(Recorder):
 
     def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
         if not self.checkpoints:
-            deadline = time.monotonic() + 60
-            while len(self.steps) < checkpoint.step + 2 and time.monotonic() < deadline:
-                time.sleep(0.01)
+            eventually(lambda: len(self.steps) >= checkpoint.step + 2, 60, lambda: "no step is done meanwhile")
             self.ahead = len(self.steps) - checkpoint.step
         super().checkpoint(checkpoint)
 

@@ -1,15 +1,13 @@
 """The last answer of an actor: who waits for the next one, and who doesn't."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import pytest
 from ray.exceptions import RayError
 
 from events.log import LogUnavailable
+from tests.waiting import WAIT_S, async_eventually
 from trainers.recent import Recent
-
-SOON_S = 30.0
 
 
 class Oracle:
@@ -27,22 +25,13 @@ class Oracle:
             raise RayError("gone")
         return self.asked
 
-    async def was_asked(self) -> bool:
-        return self.asked > 0
-
-
-async def until(true: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not await true():  # noqa: ASYNC110  -- nobody could set an event
-            await asyncio.sleep(0.001)
-
 
 def test_the_first_answer_is_waited_for_by_all_and_asked_for_once() -> None:
     async def scenario() -> None:
         oracle = Oracle()
         recent = Recent(oracle.ask, fresh_s=60, stale_s=60)
         waiting = [asyncio.create_task(recent.get()) for _ in range(5)]
-        await until(oracle.was_asked)
+        await async_eventually(lambda: oracle.asked, WAIT_S, lambda: "nobody asks")
         oracle.may.set()
         assert await asyncio.gather(*waiting) == [1] * 5
         assert await recent.get() == 1
@@ -64,7 +53,7 @@ def test_an_answer_that_is_not_fresh_is_given_at_once_and_the_next_one_is_on_its
         async def renewed() -> bool:
             return await recent.get() > 1
 
-        await until(renewed)
+        await async_eventually(renewed, WAIT_S, lambda: "the answer stays")
 
     asyncio.run(scenario())
 

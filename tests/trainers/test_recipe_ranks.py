@@ -1,6 +1,5 @@
 """The recipe on two ranks (FSDP2 over gloo, whole models for adapters): the numbers of one, checkpoints that resume."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,6 @@ from tests.trainers.recipe_support import (
 )
 from trainers.components import DPO_LOSS
 from trainers.plan import ComponentSpec, LoraSpec
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[TwoRanks]:
-    ranks = TwoRanks()
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture

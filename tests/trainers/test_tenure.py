@@ -7,77 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from events.facts import (
-    DataValidated,
-    Event,
-    JobAdmitted,
-    JobError,
-    JobFailed,
-    JobSubmitted,
-    MetricsRecorded,
-    Resources,
-    RunInterrupted,
-    RunStarted,
-    StepMetrics,
-)
+from events.facts import Event, RunInterrupted
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog
-from events.memory import MemoryStore
-from tests.events.facts_of_a_job import REPORT
-from trainers.retrying import retrying
+from tests.events.facts_of_a_job import ADMITTED, FAILED, measured, started, step
+from tests.trainers.job_on_a_log import JOB, JobOnALog
 from trainers.tenure import Superseded, Tenure
-
-JOB = "ftjob-1"
-DIED = JobError(code="internal_error", message="it broke", fault="infrastructure")
-
-
-def started(attempt: int) -> RunStarted:
-    return RunStarted(attempt=attempt, workers=1, nodes=1, device="cpu", total_steps=9, logs="file:///metrics.jsonl")
-
-
-def measured(attempt: int, step: int) -> MetricsRecorded:
-    return MetricsRecorded(attempt=attempt, steps=[StepMetrics(step=step, epoch=1, time="2026-11-22T20:00:00Z")])
-
-
-class Scene:
-    """One job on a log in memory, and the runners that come and go."""
-
-    def __init__(self) -> None:
-        self.log = EventLog(MemoryStore())
-        event = JobSubmitted(
-            config={"model": "m", "data": "d"},
-            resources=Resources(workers=1, nodes=1, cpus_per_worker=1, gpus_per_worker=0),
-            max_restarts=3,
-            submission_id=JOB,
-        )
-        retrying(lambda: self.log.submit(JOB, event, new_event_id(), 10))
-        self.tell(DataValidated(data=REPORT), JobAdmitted())
-
-    @property
-    def job(self) -> FineTuningJob:
-        return retrying(lambda: self.log.job(JOB))
-
-    def tell(self, *events: Event) -> None:
-        retrying(lambda: self.log.append(JOB, list(events), [new_event_id() for _ in events]))
-
-    def runner(self) -> Tenure:
-        return Tenure(self.log, JOB, self.job.interruptions)
 
 
 @pytest.fixture
-def scene() -> Scene:
-    return Scene()
+def scene() -> JobOnALog:
+    return JobOnALog()
 
 
 @pytest.mark.parametrize(
-    "late", [started(1), JobFailed(error=DIED), RunInterrupted(attempt=0, reason="r")], ids=lambda event: event.type
+    "late", [started(1), FAILED, RunInterrupted(attempt=0, reason="r")], ids=lambda event: event.type
 )
 def test_a_runner_that_was_lost_before_its_run_began_cannot_begin_fail_or_interrupt_the_next_one_s(
-    scene: Scene, late: Event
+    scene: JobOnALog, late: Event
 ) -> None:
     old = scene.runner()
-    scene.tell(RunInterrupted(attempt=0, reason="its runner ended"), JobAdmitted())
+    scene.tell(RunInterrupted(attempt=0, reason="its runner ended"), ADMITTED)
     new = scene.runner()
     before = scene.job
     with pytest.raises(Superseded):
@@ -86,29 +37,29 @@ def test_a_runner_that_was_lost_before_its_run_began_cannot_begin_fail_or_interr
     assert new.append(started(1)).status == "running"
 
 
-def test_a_runner_whose_run_was_replaced_cannot_interrupt_the_newer_run(scene: Scene) -> None:
+def test_a_runner_whose_run_was_replaced_cannot_interrupt_the_newer_run(scene: JobOnALog) -> None:
     old = scene.runner()
     old.append(started(1))
-    scene.tell(RunInterrupted(attempt=1, reason="its runner ended"), JobAdmitted())
+    scene.tell(RunInterrupted(attempt=1, reason="its runner ended"), ADMITTED)
     new = scene.runner()
     new.append(started(2))
-    for late in (RunInterrupted(attempt=2, reason="a worker died"), JobFailed(error=DIED)):
+    for late in (RunInterrupted(attempt=2, reason="a worker died"), FAILED):
         with pytest.raises(Superseded):
             old.append(late)
     assert (scene.job.status, scene.job.attempt) == ("running", 2)
 
 
-def test_a_runner_that_records_an_interruption_itself_goes_on(scene: Scene) -> None:
+def test_a_runner_that_records_an_interruption_itself_goes_on(scene: JobOnALog) -> None:
     runner = scene.runner()
     runner.append(started(1))
     runner.append(RunInterrupted(attempt=1, reason="a worker died"))
-    scene.tell(JobAdmitted())
+    scene.tell(ADMITTED)
     assert runner.append(started(2)).attempt == 2
 
 
-def test_nobody_speaks_for_a_job_that_is_over(scene: Scene) -> None:
+def test_nobody_speaks_for_a_job_that_is_over(scene: JobOnALog) -> None:
     runner = scene.runner()
-    scene.tell(JobFailed(error=DIED))
+    scene.tell(FAILED)
     with pytest.raises(Superseded):
         runner.append(started(1))
 
@@ -133,25 +84,26 @@ class Busy(EventLog):
         return await self.log.append(job_id, events, event_ids, expected_version)
 
 
-def test_what_is_recorded_meanwhile_is_looked_at_before_the_append(scene: Scene) -> None:
+def test_what_is_recorded_meanwhile_is_looked_at_before_the_append(scene: JobOnALog) -> None:
     scene.tell(started(1))
     busy = Busy(scene.log, [lambda: RunInterrupted(attempt=1, reason="its runner ended")])
     with pytest.raises(Superseded):
-        Tenure(busy, JOB, 0).append(JobFailed(error=DIED))
+        Tenure(busy, JOB, 0).append(FAILED)
     assert scene.job.status == "queued"
-    scene.tell(JobAdmitted(), started(2))
-    harmless: list[Callable[[], Event]] = [lambda: measured(2, 1), lambda: measured(2, 2)]
+    scene.tell(ADMITTED, started(2))
+    harmless: list[Callable[[], Event]] = [lambda: measured(2, step(1)), lambda: measured(2, step(2))]
     job = Tenure(Busy(scene.log, harmless), JOB, 1).append(RunInterrupted(attempt=2, reason="a worker died"))
     assert job.interruptions == 2
 
 
 WATCHED = """
 import asyncio, sys, threading, time
-from tests.trainers.test_tenure import JOB, Scene, started
-from events.facts import JobAdmitted, RunInterrupted
+from tests.events.facts_of_a_job import started
+from tests.trainers.job_on_a_log import JOB, JobOnALog
+from events.facts import RunInterrupted
 from trainers import tenure
 tenure.WATCH_S = tenure.LAST_WORDS_S = 0.1
-scene = Scene()
+scene = JobOnALog()
 scene.tell(started(1))
 tenure.Watch(scene.log, JOB, 1, scene.runner(), lambda job: None)
 time.sleep(1)

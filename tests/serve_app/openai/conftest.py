@@ -7,11 +7,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serve_app.live_server import Serve, Server
+from tests.serve_app.live_server import MODEL, Serve, Server
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}) + "\n"
 ROWS = (ROW * 3).encode()
-MODEL = "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="module")

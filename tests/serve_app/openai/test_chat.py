@@ -16,31 +16,19 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from safetensors.torch import load_file, save_file
 
-from events.facts import CheckpointSaved, CheckpointsDeleted, JobSucceeded
+from events.facts import CheckpointsDeleted, JobSucceeded
 from serve_app.chat.engine import Engine
-from tests.serve_app.live_server import Serve, Server
+from tests.generated import generated
+from tests.serve_app.live_server import Server
 from tests.serve_app.openai.conftest import connected
-from tests.serve_app.openai.test_jobs import running
 from tests.tiny_models import make_tiny_model
 from trainers.answers import Part, Piece, Question
 from trainers.data.chat import ChatTokenizer
 from trainers.models import chat_model
 from trainers.models.chat_model import ChatModel
-from trainers.models.generate import generate
 
 ASKED: list[Any] = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "What is the capital?"}]
 WAIT_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def server(serve: Serve) -> Server:
-    return serve()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with connected(server) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +43,7 @@ def endless(server: Server) -> str:
 
 
 def greedy(model: str, messages: Sequence[Any] = ASKED, max_new_tokens: int = 24) -> tuple[list[int], str]:
-    """What `generate` makes of the same dialog: tokens, and their text."""
-    directory = Path(model)
-    tokenizer = ChatTokenizer.from_dir(directory)
-    (ids,) = generate(
-        ChatModel.load(directory)._decoder,
-        [tokenizer.encode_prompt(messages)],
-        max_new_tokens=max_new_tokens,
-        eos_ids=set(tokenizer.eos_ids),
-        pad_id=tokenizer.pad_id,
-    )
-    return ids, tokenizer.decode(ids)
+    return generated(Path(model), messages, max_new_tokens)
 
 
 def ask(client: openai.OpenAI, model: str, **changes: Any) -> ChatCompletion:
@@ -296,17 +274,10 @@ def _ask_for_a_moment(http: httpx.Client, request: httpx.Request, enough: Callab
 def test_a_tuned_model_and_its_checkpoints_answer_under_every_name_they_have(
     server: Server, client: openai.OpenAI, model: str
 ) -> None:
-    settings = server.parts.settings
-    config = {"model": model, "data": str(settings.storage / "rows.jsonl")}
-    job_id = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=config).json()["job_id"]
-    directories = {step: settings.job_dir(job_id) / "checkpoints" / f"step-{step:08d}" for step in (10, 20, 30)}
+    job_id = server.submit(model=model)
+    directories = server.train(job_id, 10, 20, 30)
     for step, directory in directories.items():
         make_tiny_model(directory / "merged", seed=step)
-    saved = [
-        CheckpointSaved(attempt=1, step=step, epoch=1, uri=path.as_uri(), metrics={})
-        for step, path in directories.items()
-    ]
-    server.append(job_id, *running(), *saved)
     checkpoints = {point.step_number: point for point in client.fine_tuning.jobs.checkpoints.list(job_id)}
     expected = {step: greedy(str(path / "merged"))[1] for step, path in directories.items()}
     assert len(set(expected.values())) == 3
@@ -321,7 +292,7 @@ def test_a_tuned_model_and_its_checkpoints_answer_under_every_name_they_have(
     assert refused.value.code == "job_not_succeeded"
     assert last in refused.value.message
 
-    server.append(job_id, CheckpointsDeleted(attempt=1, uris=[saved[0].uri]), JobSucceeded())
+    server.append(job_id, CheckpointsDeleted(attempt=1, uris=[directories[10].as_uri()]), JobSucceeded())
     assert client.fine_tuning.jobs.retrieve(job_id).fine_tuned_model == tuned
     assert ask(client, tuned).choices[0].message.content == expected[30]
     listed = [each.id for each in client.models.list()]

@@ -4,9 +4,7 @@ import io
 import shutil
 import socket
 import tarfile
-import threading
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -14,34 +12,19 @@ import openai
 import pytest
 from safetensors.numpy import load_file
 
-from events.facts import CheckpointSaved
-from tests.serve_app.live_server import Serve, Server
-from tests.serve_app.openai.conftest import connected
-from tests.serve_app.openai.test_jobs import running
+from tests.serve_app.live_server import MODEL, Server
 from tests.tiny_models import make_tiny_model
+from tests.waiting import eventually
 from trainers.models.architecture import inspect_model_dir
 
 BIG = 64 << 20
 
 
-@pytest.fixture(scope="module")
-def server(serve: Serve) -> Server:
-    return serve()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with connected(server) as client:
-        yield client
-
-
 @pytest.fixture
 def job_id(server: Server) -> str:
     """A job that runs and has two checkpoints on disk: step 1 of LoRA, step 2 as of a full fine-tuning."""
-    settings = server.parts.settings
-    config = {"model": "smollm2-135m-instruct", "data": str(settings.storage / "rows.jsonl")}
-    job_id: str = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=config).json()["job_id"]
-    lora, full = (settings.job_dir(job_id) / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
+    job_id = server.submit()
+    lora, full = server.train(job_id, 1, 2).values()
     make_tiny_model(lora / "merged", seed=1)
     make_tiny_model(lora / "adapter", seed=2)
     make_tiny_model(full, seed=3)
@@ -50,11 +33,6 @@ def job_id(server: Server) -> str:
     for checkpoint in (lora, full):
         (checkpoint / "training_state").mkdir()
         (checkpoint / "training_state" / "optimizer.safetensors").write_bytes(b"secret")
-    saved = [
-        CheckpointSaved(attempt=1, step=step, epoch=1, uri=path.as_uri(), metrics={})
-        for step, path in ((1, lora), (2, full))
-    ]
-    server.append(job_id, *running(), *saved)
     return job_id
 
 
@@ -120,7 +98,7 @@ def test_a_checkpoint_that_is_gone_or_never_was_is_a_404(server: Server, client:
     for variant in ("merged", "adapter"):
         answer = httpx.get(url(server, checkpoint_id), params={"variant": variant})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "checkpoint_deleted")
-    for name in ("ftckpt_0-1", "smollm2-135m-instruct", "x"):
+    for name in ("ftckpt_0-1", MODEL, "x"):
         assert httpx.get(url(server, name)).status_code == 404
     assert httpx.get(url(server, checkpoint_id), params={"variant": "base"}).status_code == 400
 
@@ -160,8 +138,4 @@ def test_a_client_that_goes_away_leaves_no_file_open(server: Server, client: ope
         connection.sendall(f"GET {route} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert connection.recv(1 << 16)
         assert held()
-    for _ in range(600):
-        if not held():
-            break
-        threading.Event().wait(0.1)
-    assert not held()
+    eventually(lambda: not held(), 60, lambda: "a file is still open")

@@ -18,8 +18,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from events.facts import CancelRequested, JobCancelled
-from tests.serve_app.live_server import Serve, Server
-from tests.serve_app.openai.conftest import MODEL, ROWS, connected
+from tests.serve_app.live_server import MODEL, Serve, Server
+from tests.serve_app.openai.conftest import ROWS, connected
 from trainers.data.source import check_data_uri, open_lines
 from trainers.files import file_store
 

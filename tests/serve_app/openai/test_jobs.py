@@ -15,25 +15,18 @@ import pytest
 from events.facts import (
     CheckpointSaved,
     CheckpointsDeleted,
-    DataReport,
-    DataValidated,
     Event,
-    JobAdmitted,
     JobError,
     JobFailed,
     JobPaused,
     JobSucceeded,
     MetricsRecorded,
-    RunStarted,
     StepMetrics,
 )
-from tests.serve_app.live_server import Serve, Server
-from tests.serve_app.openai.conftest import MODEL, ROWS, connected
+from tests.events.facts_of_a_job import ADMITTED, VALIDATED, started
+from tests.serve_app.live_server import MODEL, Serve, Server
+from tests.serve_app.openai.conftest import ROWS, connected
 
-REPORT = DataReport(
-    uri="file:///d.jsonl", rows=3, invalid_rows=0, tokens=100, trained_tokens=40, truncated_rows=0, max_seq_len=512,
-    length_histogram={"64": 3}, errors=[],
-)  # fmt: skip
 STEPS = 20
 
 
@@ -49,11 +42,8 @@ def stepped(step: int, loss: float, seconds: float = 0) -> StepMetrics:
     return StepMetrics(step=step, epoch=1, time=at(seconds), loss=loss, lr=1e-4, token_accuracy=0.5)
 
 
-def running(n_epochs: int = 2, total_steps: int = STEPS) -> list[Event]:
-    started = RunStarted(
-        attempt=1, workers=1, nodes=1, device="cpu", total_steps=total_steps, n_epochs=n_epochs, logs="file:///m.jsonl"
-    )
-    return [DataValidated(data=REPORT), JobAdmitted(), started]
+def running(total_steps: int = STEPS) -> list[Event]:
+    return [VALIDATED, ADMITTED, started(1, total_steps=total_steps)]
 
 
 def saved(step: int) -> CheckpointSaved:
@@ -115,11 +105,10 @@ def test_dpo_and_wandb_and_a_validation_file_mean_what_they_mean_on_our_face(
 
 
 def test_a_job_of_our_own_api_is_shown_too(client: openai.OpenAI, server: Server) -> None:
-    data = str(server.parts.settings.storage / "rows.jsonl")
-    config = {"model": MODEL, "data": data, "fine_tuning_options": {"n_epochs": 5}, "metadata": {"ticket": 7}}
-    job_id = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=config).json()["job_id"]
+    config = server.config(fine_tuning_options={"n_epochs": 5}, metadata={"ticket": 7})
+    job_id = server.submit(**config)
     job = client.fine_tuning.jobs.retrieve(job_id)
-    assert (job.training_file, job.hyperparameters.n_epochs, job.metadata) == (data, 5, {"ticket": "7"})
+    assert (job.training_file, job.hyperparameters.n_epochs, job.metadata) == (config["data"], 5, {"ticket": "7"})
     assert client.fine_tuning.jobs.list(limit=1).data[0] == job
 
 

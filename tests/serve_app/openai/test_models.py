@@ -1,6 +1,5 @@
 """The list of models through the real client."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -8,22 +7,10 @@ import openai
 import pytest
 
 from serve_app.openai.models import _base_models
-from tests.serve_app.live_server import Serve, Server
-from tests.serve_app.openai.conftest import MODEL, connected
+from tests.serve_app.live_server import MODEL, Server
 from tests.tiny_models import make_tiny_model
 from trainers.models.names import ALIASES
 from trainers.settings import Settings
-
-
-@pytest.fixture(scope="module")
-def server(serve: Serve) -> Server:
-    return serve()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with connected(server) as client:
-        yield client
 
 
 def test_a_directory_that_can_not_be_looked_into_is_no_model_and_hides_no_other(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import openai
 import pytest
 
 from events.facts import CancelRequested, JobCancelled
-from tests.conftest import free_ports
+from tests.ports import free_ports
 from tests.serve_app.live_server import Parts, Serve, Server
 from tests.serve_app.openai.conftest import connected
-from tests.service.conftest import eventually
+from tests.waiting import eventually
 from tests.webhook_receiver import Receiver, verified
 from trainers.settings import Settings
 
@@ -65,14 +65,14 @@ def cancelled(server: Server, create: Callable[..., Any]) -> Callable[[], str]:
 
 def delivered(http: httpx.Client, endpoint_id: str, count: int) -> list[dict[str, Any]]:
     """The newest deliveries, once there are `count` and all have arrived."""
-    deadline = time.monotonic() + 60
-    while True:
-        page = http.get(f"/webhook_endpoints/{endpoint_id}/deliveries", params={"limit": 100}).json()
-        data: list[dict[str, Any]] = page["data"]
-        if [one["status"] for one in data] == ["delivered"] * count:
-            return data
-        assert time.monotonic() < deadline, data
-        time.sleep(0.05)
+    data: list[dict[str, Any]] = []
+
+    def all_delivered() -> bool:
+        data[:] = http.get(f"/webhook_endpoints/{endpoint_id}/deliveries", params={"limit": 100}).json()["data"]
+        return [one["status"] for one in data] == ["delivered"] * count
+
+    eventually(all_delivered, 60, lambda: f"the deliveries stay {data}")
+    return data
 
 
 def test_the_client_creates_lists_updates_and_deletes_endpoints(client: openai.OpenAI, receiver: Receiver) -> None:

@@ -16,6 +16,8 @@ CONTROL = (
     *("<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]"),
     *("[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
 )
+PIECE = "the children read a story about the sea "
+"""Text of a few tokens."""
 _CORPUS = (
     "The user asks the assistant a question about the weather in Berlin, and the assistant answers it with a tool.",
     "system user assistant model ipython Hello, how are you? Thank you, I am fine. Today Date: 26 Jul 2024",
@@ -41,6 +43,11 @@ def call(name: str, arguments: dict[str, Any], **more: object) -> dict[str, Any]
 
 def tool_result(content: str, **more: object) -> dict[str, Any]:
     return {"role": "tool", "content": content, **more}
+
+
+def line(ask: str, answer: str = "yes", **more: object) -> str:
+    """A line of a data file."""
+    return json.dumps({"dialog": [user(ask), assistant(answer)], **more})
 
 
 def dialog(*messages: dict[str, Any], **row: object) -> Dialog:

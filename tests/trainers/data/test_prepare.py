@@ -12,6 +12,7 @@ import pytest
 
 from events.facts import DataReport
 from tests.tiny_models import make_tiny_model
+from tests.trainers.data.support import PIECE, line
 from trainers.data import dataset as dataset_module
 from trainers.data import prepare as prepare_module
 from trainers.data.cache import DataCache
@@ -24,12 +25,6 @@ from trainers.data.source import content_digest
 from trainers.errors import UserError
 
 Prepare = Callable[..., DataReport]
-PIECE = "the children read a story about the sea "
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.from_dir(make_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture
@@ -44,11 +39,6 @@ def run(tmp_path: Path, tokenizer: ChatTokenizer) -> Prepare:
         return prepare(file.as_uri(), tokenizer, **(defaults | arguments))
 
     return prepare_lines
-
-
-def line(ask: str, answer: str = "yes", **more: object) -> str:
-    dialog = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
-    return json.dumps({"dialog": dialog, **more})
 
 
 def test_every_row_is_there_in_order_with_its_tokens_and_mask(

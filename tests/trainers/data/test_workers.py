@@ -11,17 +11,12 @@ import psutil
 import pytest
 
 from tests.tiny_models import make_tiny_model
-from tests.trainers.data.test_prepare import PIECE, line
+from tests.trainers.data.support import PIECE, line
 from trainers.data import workers as workers_module
 from trainers.data.chat import ChatTokenizer
 from trainers.data.encode import Line, encode_lines
 from trainers.data.workers import encode_in_parallel
 from trainers.errors import InfrastructureError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.from_dir(make_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def chunks(count: int, long: int | None = None) -> Iterator[list[Line]]:

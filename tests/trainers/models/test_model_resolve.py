@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from tests.conftest import free_ports
+from tests.ports import free_ports
 from tests.small_hub import SmallHub, small_hub
 from tests.tiny_models import make_tiny_model
 from trainers.errors import InfrastructureError, JobProblem, UserError

@@ -1,7 +1,7 @@
 """What the tests of webhooks share: jobs that end, a deliverer that runs, and waiting for what it does."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,24 +10,22 @@ from events.actors import EventLogClient
 from events.ids import new_event_id
 from events.log import EventLog
 from events.sqlite import SqliteStore
-from tests.events.facts_of_a_job import ADMITTED, CANCEL, CANCELLED, FAILED, REJECTED, SUBMITTED, SUCCEEDED, VALIDATED
-from tests.events.facts_of_a_job import started as run_started
+from tests.events.facts_of_a_job import BEGUN, CANCEL, CANCELLED, FAILED, REJECTED, SUBMITTED, SUCCEEDED
+from tests.waiting import WAIT_S, async_eventually
 from trainers.settings import Settings
 from trainers.webhooks.deliverer import Pace, Webhooks
 from trainers.webhooks.store import Delivery, Endpoint, EventType, new_endpoint_id, new_secret
 from trainers.webhooks.targets import Resolve
 
-RUNNING = [VALIDATED, ADMITTED, run_started(1)]
 ENDS = {
-    "succeeded": [*RUNNING, SUCCEEDED],
-    "failed": [*RUNNING, FAILED],
+    "succeeded": [*BEGUN, SUCCEEDED],
+    "failed": [*BEGUN, FAILED],
     "rejected": [REJECTED],
     "cancelled": [CANCEL, CANCELLED],
 }
 TYPES: list[EventType] = ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
 FAST = Pace(first_pause_s=0.02, growth=1.5, longest_pause_s=0.3, timeout_s=0.5)
 SLOW = Pace(first_pause_s=3600, timeout_s=60)
-WAIT_S = 120.0
 
 
 def settings_in(directory: Path, networks: str = "127.0.0.0/8") -> Settings:
@@ -76,16 +74,6 @@ async def all_deliveries(webhooks: Webhooks, endpoint_id: str) -> list[Delivery]
     return found
 
 
-async def until(holds: Callable[[], bool | Awaitable[bool]], what: str) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while True:
-            answer = holds()
-            if await answer if isinstance(answer, Awaitable) else answer:
-                return
-            await asyncio.sleep(0.02)
-    raise AssertionError(what)
-
-
 async def until_settled(webhooks: Webhooks, endpoint_id: str, status: str, count: int = 1) -> list[Delivery]:
     """All of the endpoint's deliveries, once there are `count`, each with that status."""
     found: list[Delivery] = []
@@ -94,8 +82,5 @@ async def until_settled(webhooks: Webhooks, endpoint_id: str, status: str, count
         found[:] = await all_deliveries(webhooks, endpoint_id)
         return len(found) == count and {one.status for one in found} == {status}
 
-    try:
-        await until(settled, "")
-    except TimeoutError:
-        raise AssertionError(f"the deliveries stay {found}") from None
+    await async_eventually(settled, WAIT_S, lambda: f"the deliveries stay {found}")
     return found

@@ -2,23 +2,17 @@
 
 import asyncio
 import random
-import ssl
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from events.log import EventLog
 from events.memory import MemoryStore
 from events.store import Recorded
+from tests.trainers.webhooks.conftest import Play
 from tests.trainers.webhooks.support import (
     SLOW,
     TYPES,
@@ -28,35 +22,13 @@ from tests.trainers.webhooks.support import (
     endpoint,
     log_in,
     settings_in,
-    until,
     until_settled,
 )
+from tests.waiting import WAIT_S, async_eventually
 from tests.webhook_receiver import Answer, Receiver, verified
 from trainers.errors import UserError
-from trainers.webhooks.deliverer import Pace, Webhooks, WebhooksUnavailable
-from trainers.webhooks.store import MOST_ENDPOINTS, Cursor, Notice, WebhookStore, new_secret
-
-Scenario = Callable[[EventLog], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture
-def play(tmp_path: Path) -> Callable[[Scenario], None]:
-    """Runs a scenario with the log of this test's directory."""
-
-    def play(scenario: Scenario) -> None:
-        async def with_log() -> None:
-            log = log_in(tmp_path)
-            try:
-                await scenario(log)
-            finally:
-                await log.close()
-
-        asyncio.run(with_log())
-
-    return play
-
-
-Play = Callable[[Scenario], None]
+from trainers.webhooks.deliverer import Pace, WebhooksUnavailable
+from trainers.webhooks.store import new_secret
 
 
 @pytest.mark.parametrize(
@@ -102,7 +74,9 @@ def test_a_thousand_jobs_reach_a_receiver_that_fails_every_third_time(play: Play
                 created = await endpoint(webhooks, receiver.url)
                 for number, job_id in enumerate(jobs):
                     await end_job(log, job_id, ways[number % 4])
-                await until(lambda: len(receiver.delivered()) >= len(jobs), "as many good answers as jobs")
+                await async_eventually(
+                    lambda: len(receiver.delivered()) >= len(jobs), WAIT_S, lambda: "fewer good answers than jobs"
+                )
                 await until_settled(webhooks, created.endpoint.id, "delivered", len(jobs))
         events = defaultdict(set)
         for got in receiver.got:
@@ -176,7 +150,7 @@ def test_a_restart_keeps_the_pause_that_a_delivery_has_earned(play: Play, tmp_pa
                     deliveries = await all_deliveries(webhooks, of_failing.endpoint.id)
                     return bool(deliveries) and deliveries[0].last_error == "answered 500"
 
-                await until(has_failed, "the first attempt fails")
+                await async_eventually(has_failed, WAIT_S, lambda: "the first attempt does not fail")
                 (before,) = await all_deliveries(webhooks, of_failing.endpoint.id)
             async with delivering(log, settings_in(tmp_path), SLOW) as webhooks:
                 of_well = await endpoint(webhooks, well.url)
@@ -189,23 +163,6 @@ def test_a_restart_keeps_the_pause_that_a_delivery_has_earned(play: Play, tmp_pa
         assert [verified(got, of_failing.secret).data.id for got in failing.got] == ["ftjob-1", "ftjob-2"]
 
     play(scenario)
-
-
-def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path: Path) -> None:
-    """The process was killed amid it."""
-    store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
-    (attempt,), due = store.claim(200.0, {}, 8, lambda attempts: 10.0 * attempts)
-    assert (attempt.attempts, due) == (1, None)
-    store.close()
-    store = WebhookStore(tmp_path / "webhooks.db")
-    assert store.claim(209.0, {}, 8, lambda attempts: 10.0 * attempts) == ([], 210.0)
-    (again,), _ = store.claim(210.0, {}, 8, lambda attempts: 10.0 * attempts)
-    assert (again.notice, again.attempts) == (attempt.notice, 2)
-    assert store.deliveries(created.id, 10, None)[0][0].next_attempt_at == 230.0
-    assert store.cursor() == Cursor(9, "e")
-    store.close()
 
 
 def test_pauses_grow_to_half_a_day_and_the_attempts_last_three_days() -> None:
@@ -260,148 +217,6 @@ def test_410_disables_the_endpoint_until_it_is_updated(play: Play, tmp_path: Pat
     play(scenario)
 
 
-def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path) -> None:
-    store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    notices = [Notice(f"evt_{n}", "fine_tuning.job.failed", "ftjob-1", 101.0) for n in range(3)]
-    store.note(notices, Cursor(9, "e"))
-    (first, second), _ = store.claim(200.0, {}, 2, lambda _: 10.0)
-    webhooks = Webhooks.__new__(Webhooks)
-    webhooks._pace = Pace()
-    store.settle(first, webhooks._outcome(first, 410, "answered 410"))
-    store.settle(second, webhooks._outcome(second, 500, "answered 500"))  # was on its way at the time
-    found, _ = store.deliveries(created.id, 10, None)
-    assert {one.status for one in found} == {"failed"}
-    store.close()
-
-
-def test_a_redirect_is_not_followed(play: Play, tmp_path: Path) -> None:
-    async def scenario(log: EventLog) -> None:
-        with Receiver() as other, Receiver(lambda _: 307, headers={"Location": other.url}) as receiver:
-            pace = Pace(first_pause_s=0.01, attempts=2)
-            async with delivering(log, settings_in(tmp_path), pace) as webhooks:
-                created = await endpoint(webhooks, receiver.url)
-                await end_job(log, "ftjob-1")
-                (failed,) = await until_settled(webhooks, created.endpoint.id, "failed")
-                assert failed.last_error == "answered 307"
-        assert other.got == []
-
-    play(scenario)
-
-
-def test_a_proxy_of_the_environment_is_not_used(play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(log: EventLog) -> None:
-        with Receiver() as proxy, Receiver() as receiver:
-            for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-                monkeypatch.setenv(name, proxy.url)
-            for name in ("NO_PROXY", "no_proxy"):
-                monkeypatch.delenv(name, raising=False)
-            async with delivering(log, settings_in(tmp_path)) as webhooks:
-                created = await endpoint(webhooks, receiver.url)
-                await end_job(log, "ftjob-1")
-                await until_settled(webhooks, created.endpoint.id, "delivered")
-        assert proxy.got == []
-
-    play(scenario)
-
-
-def test_a_name_that_changes_to_a_private_address_gets_nothing(play: Play, tmp_path: Path) -> None:
-    """DNS rebinding: public when the endpoint was created, loopback when it is to be told."""
-    answers = [["93.184.216.34"]]
-
-    async def resolve(host: str, _port: int) -> list[str]:
-        assert host == "rebinding.example"
-        return answers.pop() if answers else ["127.0.0.1"]
-
-    async def scenario(log: EventLog) -> None:
-        with Receiver() as receiver:
-            pace = Pace(first_pause_s=0.01, attempts=2)
-            async with delivering(log, settings_in(tmp_path, networks=""), pace, resolve) as webhooks:
-                created = await endpoint(webhooks, f"http://rebinding.example:{receiver.port}/hook")
-                await end_job(log, "ftjob-1")
-                (failed,) = await until_settled(webhooks, created.endpoint.id, "failed")
-                assert failed.last_error is not None
-                assert failed.last_error.startswith("nothing was sent: its host resolves to an address that is not")
-                with pytest.raises(UserError, match="nothing was sent"):
-                    await webhooks.test(created.endpoint.id, "fine_tuning.job.failed")
-        assert receiver.connections == 0
-
-    play(scenario)
-
-
-def test_the_address_that_was_checked_is_connected_to_and_asked_for_the_name(play: Play, tmp_path: Path) -> None:
-    """Only this test knows that name: whoever resolved it again would not find it. The first address is dead."""
-    asked: list[str] = []
-
-    async def resolve(host: str, _port: int) -> list[str]:
-        asked.append(host)
-        return ["127.0.0.2", "127.0.0.1"]
-
-    async def scenario(log: EventLog) -> None:
-        with Receiver() as receiver:
-            async with delivering(log, settings_in(tmp_path), resolve=resolve) as webhooks:
-                created = await endpoint(webhooks, f"http://Receiver.Example:{receiver.port}/hook")
-                await end_job(log, "ftjob-1")
-                await until_settled(webhooks, created.endpoint.id, "delivered")
-        assert set(asked) == {"receiver.example"}
-        assert receiver.got[0].headers["host"] == f"receiver.example:{receiver.port}"
-
-    play(scenario)
-
-
-@pytest.mark.parametrize("name", ["receiver.example", "other.example"])
-def test_the_certificate_must_be_for_the_name_though_an_address_is_connected_to(
-    play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    certificate, key = certificate_for("receiver.example", tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-
-    async def resolve(_host: str, _port: int) -> list[str]:
-        return ["127.0.0.1"]
-
-    async def scenario(log: EventLog) -> None:
-        with Receiver(tls=context) as receiver:
-            pace = Pace(first_pause_s=0.01, attempts=2)
-            async with delivering(log, settings_in(tmp_path), pace, resolve) as webhooks:
-                created = await endpoint(webhooks, f"https://{name}:{receiver.port}/hook")
-                await end_job(log, "ftjob-1")
-                if name == "receiver.example":
-                    await until_settled(webhooks, created.endpoint.id, "delivered")
-                else:
-                    (failed,) = await until_settled(webhooks, created.endpoint.id, "failed")
-                    assert failed.last_error is not None
-                    assert "certificate" in failed.last_error
-        assert len(receiver.got) == (name == "receiver.example")
-
-    play(scenario)
-
-
-def certificate_for(name: str, directory: Path) -> tuple[Path, Path]:
-    """A certificate and its key, in files. It signs itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    (directory / "certificate.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (directory / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return directory / "certificate.pem", directory / "key.pem"
-
-
 def test_a_rotated_secret_signs_and_the_old_one_with_it_if_that_was_asked_for(play: Play, tmp_path: Path) -> None:
     async def scenario(log: EventLog) -> None:
         with Receiver() as receiver:
@@ -422,15 +237,6 @@ def test_a_rotated_secret_signs_and_the_old_one_with_it_if_that_was_asked_for(pl
             verified(last, second)
 
     play(scenario)
-
-
-def test_an_old_secret_is_good_for_a_day(tmp_path: Path) -> None:
-    store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    store.rotate(created.id, "whsec_2", 200.0, 300.0)
-    assert store.secrets(created.id, 299.0) == ("whsec_2", "whsec_1")
-    assert store.secrets(created.id, 300.0) == ("whsec_2",)
-    store.close()
 
 
 def test_nobody_but_the_owner_may_read_the_secrets(play: Play, tmp_path: Path) -> None:
@@ -515,31 +321,6 @@ def test_a_create_that_is_repeated_makes_one_endpoint(play: Play, tmp_path: Path
             assert again == first
 
     play(scenario)
-
-
-def test_there_is_a_bound_on_endpoints(tmp_path: Path) -> None:
-    store = WebhookStore(tmp_path / "webhooks.db")
-    for number in range(MOST_ENDPOINTS):
-        store.create(f"we_{number}", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    with pytest.raises(UserError, match="delete one first"):
-        store.create("one more", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    store.close()
-
-
-def test_what_is_over_is_forgotten_after_a_month_and_what_is_not_is_kept(tmp_path: Path) -> None:
-    store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 0.0)
-    times = {"evt_old": 100.0, "evt_pending": 100.0, "evt_young": 200.0}
-    store.note([Notice(name, "fine_tuning.job.failed", "j", at) for name, at in times.items()], Cursor(1, "e"))
-    webhooks = Webhooks.__new__(Webhooks)
-    webhooks._pace = Pace()
-    for attempt in store.claim(300.0, {}, 8, lambda _: 10.0)[0]:
-        if attempt.notice.event_id != "evt_pending":
-            store.settle(attempt, webhooks._outcome(attempt, 200, None))
-    store.prune(150.0)
-    found, _ = store.deliveries(created.id, 10, None)
-    assert [one.notice.event_id for one in found] == ["evt_young", "evt_pending"]
-    store.close()
 
 
 def test_a_file_that_cannot_be_opened_is_opened_once_it_can(play: Play, tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""What the tests of the log share: logs that are opened, written to, damaged, and disks that are full."""
+
+import resource
+import sqlite3
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from pathlib import Path
+
+from events import EventLog, Recorded, SqliteStore
+from events.facts import Event, JobSubmitted
+from events.store import EventStore, NewEvent, StreamAppend
+from tests.events.facts_of_a_job import ADMITTED, START, SUBMITTED, VALIDATED, measured, started, step
+
+TIME = "2026-11-22T12:00:00Z"
+
+
+@asynccontextmanager
+async def opened(store: EventStore | Path) -> AsyncIterator[EventLog]:
+    log = EventLog(SqliteStore(store) if isinstance(store, Path) else store)
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
+async def submit(log: EventLog, job_id: str, event: JobSubmitted = SUBMITTED, limit: int = 100) -> None:
+    await log.submit(job_id, event, f"{job_id}-submitted", limit)
+
+
+async def append(log: EventLog, job_id: str, *events: Event, expected: int | None = None) -> None:
+    ids = [f"{job_id}-{event.type}-{number}" for number, event in enumerate(events)]
+    await log.append(job_id, list(events), ids, expected)
+
+
+def write(file: Path, jobs: str = "abc") -> None:
+    """Five events of each job, in turns: those of `b` are at positions 2, 5, 8, ..."""
+    facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1), measured(1, step(1))]
+    with closing(SqliteStore(file)) as store:
+        for number, fact in enumerate(facts):
+            store.append([StreamAppend(job, [NewEvent.of(f"{job}{number}", fact)]) for job in jobs], START)
+
+
+def change(file: Path, sql: str) -> None:
+    with closing(sqlite3.connect(file)) as db, db:
+        db.execute(sql)
+
+
+@contextmanager
+def full_disk(file: Path) -> Iterator[None]:
+    """No file of this process may grow beyond that one's size: its next write fails in the kernel."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def numbered(first: int, count: int) -> list[tuple[str, str]]:
+    return [(TIME, f"line {number}") for number in range(first, first + count)]
+
+
+def history_of(directory: Path) -> list[Recorded]:
+    """All of it. Positions and versions have no gaps, event ids are all different, every checksum is right."""
+    with closing(SqliteStore(directory / "events.db")) as store:
+        assert store.integrity() == []
+        position, history = 0, []
+        while page := store.read_all(position, 10_000):
+            history += page
+            position = page[-1].position
+        assert store.damage == {}
+    assert [one.position for one in history] == list(range(1, len(history) + 1))
+    assert len({one.event_id for one in history}) == len(history)
+    versions: defaultdict[str, list[int]] = defaultdict(list)
+    for one in history:
+        versions[one.job_id].append(one.version)
+    assert all(of_one == list(range(len(of_one))) for of_one in versions.values())
+    return history

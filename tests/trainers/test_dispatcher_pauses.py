@@ -1,0 +1,151 @@
+"""The dispatcher and jobs that pause, by their users' wish, because their node goes or the service is shut down."""
+
+import asyncio
+
+from events.facts import CancelRequested, JobResumed, PauseRequested
+from tests.events.facts_of_a_job import VALIDATED
+from tests.trainers.world import World, in_world
+from trainers.dispatcher import Dispatcher
+from trainers.settings import Settings
+
+
+@in_world
+async def test_a_running_job_that_pauses_is_let_to_its_checkpoint_and_then_holds_nothing(world: World) -> None:
+    job_id = await world.running()
+    await world.tell(job_id, PauseRequested())
+    await world.pass_(times=2)
+    assert world.cluster.stopping == []
+    assert (await world.job(job_id)).status == "running"
+
+    world.cluster.runners[job_id] = "ended"  # it has written its checkpoint
+    await world.pass_(times=3)
+    job = await world.job(job_id)
+    assert (job.status, job.paused, job.interruptions) == ("queued", True, 0)
+    assert world.cluster.groups[job_id] == []
+    assert world.cluster.started == [job_id]
+    assert job_id not in world.dispatcher.whys()
+
+    await world.tell(job_id, JobResumed())
+    await world.pass_(times=2)
+    assert world.cluster.started == [job_id, job_id]
+    assert (await world.job(job_id)).admitted
+
+
+@in_world
+async def test_paused_jobs_keep_no_runner_from_the_others(world: World) -> None:
+    paused = [await world.validated(workers=2) for _ in range(4)]
+    for job_id in paused:
+        await world.tell(job_id, PauseRequested())
+    other = await world.submit()
+    await world.pass_()
+    assert sorted(world.cluster.stopping) == sorted(paused)
+    for job_id in paused:
+        world.cluster.runners[job_id] = "stopped"
+    await world.pass_(times=2)
+    assert [(await world.job(job_id)).why for job_id in paused] == ["paused, until it is resumed"] * 4
+    assert world.cluster.started[-1] == other
+
+
+@in_world
+async def test_data_that_is_being_validated_is_finished_before_the_job_pauses(world: World) -> None:
+    job_id = await world.submit()
+    await world.pass_()
+    await world.tell(job_id, PauseRequested())
+    await world.pass_(times=2)
+    assert world.cluster.stopping == []
+    await world.tell(job_id, VALIDATED)
+    await world.pass_()
+    assert world.cluster.stopping == [job_id]
+
+
+@in_world
+async def test_a_job_resumed_while_its_runner_is_being_stopped_is_not_taken_for_cancelled(world: World) -> None:
+    job_id = await world.validated()
+    await world.tell(job_id, PauseRequested())
+    await world.pass_()
+    await world.tell(job_id, JobResumed())
+    world.cluster.runners[job_id] = "stopped"
+    await world.pass_(times=3)
+    assert world.cluster.started == [job_id, job_id]
+    assert (await world.job(job_id)).admitted
+
+
+@in_world
+async def test_a_paused_job_can_be_cancelled(world: World) -> None:
+    job_id = await world.submit()
+    await world.tell(job_id, PauseRequested())
+    await world.pass_()
+    assert (await world.job(job_id)).paused
+    await world.tell(job_id, CancelRequested())
+    await world.pass_()
+    assert (await world.job(job_id)).status == "cancelled"
+    assert world.cluster.started == []
+
+
+@in_world
+async def test_a_job_whose_node_is_drained_moves_at_a_checkpoint_and_no_interruption_is_counted(world: World) -> None:
+    job_id = await world.running()
+    world.cluster.draining = {job_id}
+    await world.pass_(times=2)
+    assert (await world.job(job_id)).pausing
+    world.cluster.runners[job_id] = "ended"
+    world.cluster.free(job_id)
+    world.cluster.draining = set()
+    await world.pass_(times=3)
+    job = await world.job(job_id)
+    assert (job.status, job.admitted, job.interruptions) == ("queued", True, 0)
+    assert world.cluster.started == [job_id, job_id]
+
+
+async def passing(world: World) -> None:
+    while True:
+        await world.pass_()
+        await asyncio.sleep(0.01)
+
+
+@in_world
+async def test_a_drain_lets_running_jobs_reach_a_checkpoint_and_starts_none(world: World) -> None:
+    running, waiting = await world.running(), await world.validated()
+    passes = asyncio.create_task(passing(world))
+    drain = asyncio.create_task(world.dispatcher.drain(timeout_s=60))
+    asked = await world.job(running)
+    while not asked.pausing:
+        asked = await world.log.wait(running, asked.version, 5)
+    assert not drain.done()
+    world.cluster.runners[running] = "ended"
+    world.cluster.free(running)
+    assert await drain == []
+    late = await world.submit()
+    await world.dispatcher.reconcile()
+    passes.cancel()
+    assert world.cluster.started == [running, waiting]
+    assert not (await world.job(waiting)).admitted
+    assert "being shut down" in world.dispatcher.whys()[late]
+
+    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    for _ in range(3):
+        await after.reconcile()
+    assert world.cluster.started == [running, waiting, running, late]
+    assert (await world.job(running)).admitted
+
+
+@in_world
+async def test_a_drain_names_the_jobs_that_did_not_stop_in_time(world: World) -> None:
+    job_id = await world.running()
+    passes = asyncio.create_task(passing(world))
+    assert await world.dispatcher.drain(timeout_s=0.5) == [job_id]
+    passes.cancel()
+
+
+@in_world
+async def test_a_job_that_was_killed_before_it_reached_its_checkpoint_goes_on_all_the_same(world: World) -> None:
+    """The whole service went down while it was being drained."""
+    job_id = await world.running(max_restarts=0)
+    await world.tell(job_id, PauseRequested(by="shutdown"))
+    del world.cluster.runners[job_id]
+    world.cluster.free(job_id)
+    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    for _ in range(3):
+        await after.reconcile()
+    job = await world.job(job_id)
+    assert (job.status, job.admitted, job.interruptions) == ("queued", True, 0)

@@ -1,0 +1,76 @@
+"""What the store of endpoints and deliveries keeps, and for how long."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.webhooks.support import TYPES
+from trainers.errors import UserError
+from trainers.webhooks.deliverer import Pace, Webhooks
+from trainers.webhooks.store import MOST_ENDPOINTS, Cursor, Notice, WebhookStore
+
+
+def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path: Path) -> None:
+    """The process was killed amid it."""
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    (attempt,), due = store.claim(200.0, {}, 8, lambda attempts: 10.0 * attempts)
+    assert (attempt.attempts, due) == (1, None)
+    store.close()
+    store = WebhookStore(tmp_path / "webhooks.db")
+    assert store.claim(209.0, {}, 8, lambda attempts: 10.0 * attempts) == ([], 210.0)
+    (again,), _ = store.claim(210.0, {}, 8, lambda attempts: 10.0 * attempts)
+    assert (again.notice, again.attempts) == (attempt.notice, 2)
+    assert store.deliveries(created.id, 10, None)[0][0].next_attempt_at == 230.0
+    assert store.cursor() == Cursor(9, "e")
+    store.close()
+
+
+def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    notices = [Notice(f"evt_{n}", "fine_tuning.job.failed", "ftjob-1", 101.0) for n in range(3)]
+    store.note(notices, Cursor(9, "e"))
+    (first, second), _ = store.claim(200.0, {}, 2, lambda _: 10.0)
+    webhooks = Webhooks.__new__(Webhooks)
+    webhooks._pace = Pace()
+    store.settle(first, webhooks._outcome(first, 410, "answered 410"))
+    store.settle(second, webhooks._outcome(second, 500, "answered 500"))  # was on its way at the time
+    found, _ = store.deliveries(created.id, 10, None)
+    assert {one.status for one in found} == {"failed"}
+    store.close()
+
+
+def test_an_old_secret_is_good_for_a_day(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.rotate(created.id, "whsec_2", 200.0, 300.0)
+    assert store.secrets(created.id, 299.0) == ("whsec_2", "whsec_1")
+    assert store.secrets(created.id, 300.0) == ("whsec_2",)
+    store.close()
+
+
+def test_there_is_a_bound_on_endpoints(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    for number in range(MOST_ENDPOINTS):
+        store.create(f"we_{number}", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    with pytest.raises(UserError, match="delete one first"):
+        store.create("one more", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.close()
+
+
+def test_what_is_over_is_forgotten_after_a_month_and_what_is_not_is_kept(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 0.0)
+    times = {"evt_old": 100.0, "evt_pending": 100.0, "evt_young": 200.0}
+    store.note([Notice(name, "fine_tuning.job.failed", "j", at) for name, at in times.items()], Cursor(1, "e"))
+    webhooks = Webhooks.__new__(Webhooks)
+    webhooks._pace = Pace()
+    for attempt in store.claim(300.0, {}, 8, lambda _: 10.0)[0]:
+        if attempt.notice.event_id != "evt_pending":
+            store.settle(attempt, webhooks._outcome(attempt, 200, None))
+    store.prune(150.0)
+    found, _ = store.deliveries(created.id, 10, None)
+    assert [one.notice.event_id for one in found] == ["evt_young", "evt_pending"]
+    store.close()

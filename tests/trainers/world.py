@@ -1,0 +1,128 @@
+"""A cluster in memory, the log, and the dispatcher between them, for tests of the dispatcher."""
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from events.facts import Event, JobSubmitted
+from events.ids import new_event_id, new_job_id
+from events.job import FineTuningJob
+from events.log import EventLog
+from events.memory import MemoryStore
+from tests.events.facts_of_a_job import VALIDATED, started
+from trainers.admission import Capacity, Node, for_workers
+from trainers.cluster import Runner, RunnerState
+from trainers.dispatcher import Dispatcher
+from trainers.settings import Settings
+
+
+@dataclass
+class InMemoryCluster:
+    """A cluster of `cpus` CPUs whose runners do what the test says. Stopping takes until the test lets go."""
+
+    cpus: float = 2
+    runners: dict[str, RunnerState] = field(default_factory=dict)
+    groups: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    stopping: list[str] = field(default_factory=list)
+    held: dict[str, float] = field(default_factory=dict)
+    draining: set[str] = field(default_factory=set)  # jobs on a node that is about to go
+    broken: set[str] = field(default_factory=set)
+
+    def capacity(self) -> Capacity:
+        free = self.cpus - sum(self.held.values())
+        return Capacity(nodes=(Node(self.cpus, 0),), free=(Node(free, 0),))
+
+    def start_runner(self, job_id: str, settings_env: dict[str, str]) -> None:
+        assert self.runners.get(job_id, "absent") == "absent"
+        self.runners[job_id] = "alive"
+        self.started.append(job_id)
+
+    def runner(self, job_id: str) -> Runner:
+        if job_id in self.broken:
+            raise RuntimeError("500 Internal Server Error")
+        return Runner(self.runners.get(job_id, "absent"), "killed by the test")
+
+    def stop_runner(self, job_id: str) -> None:
+        self.stopping.append(job_id)
+
+    def forget_runner(self, job_id: str) -> bool:
+        del self.runners[job_id]
+        return True
+
+    def placement_groups(self) -> dict[str, list[tuple[str, str]]]:
+        return self.groups
+
+    def remove_placement_group(self, group_id: str) -> None:
+        self.groups = {name: [g for g in groups if g[0] != group_id] for name, groups in self.groups.items()}
+
+    def on_draining_nodes(self) -> frozenset[str]:
+        return frozenset(self.draining)
+
+    def place(self, job_id: str, cpus: float) -> None:
+        """Ray has reserved the job's resources."""
+        self.held[job_id] = cpus
+        self.groups[job_id] = [(f"group-of-{job_id}", "CREATED")]
+
+    def free(self, job_id: str) -> None:
+        self.held.pop(job_id, None)
+        self.groups.pop(job_id, None)
+
+
+@dataclass
+class World:
+    log: EventLog
+    cluster: InMemoryCluster
+    dispatcher: Dispatcher
+    storage: Path
+
+    async def submit(self, workers: int = 1, max_restarts: int = 1) -> str:
+        job_id = new_job_id()
+        event = JobSubmitted(
+            config={"model": "m", "data": "d"},
+            resources=for_workers(1, workers, 1, 0),
+            max_restarts=max_restarts,
+            submission_id=job_id,
+        )
+        await self.log.submit(job_id, event, new_event_id(), 100)
+        return job_id
+
+    async def tell(self, job_id: str, *events: Event) -> None:
+        await self.log.append(job_id, list(events), [new_event_id() for _ in events])
+
+    async def job(self, job_id: str) -> FineTuningJob:
+        return await self.log.job(job_id)
+
+    async def pass_(self, times: int = 1) -> None:
+        for _ in range(times):
+            await self.dispatcher.reconcile()
+
+    async def validated(self, workers: int = 1, max_restarts: int = 1) -> str:
+        """A job whose runner is there and whose data is checked."""
+        job_id = await self.submit(workers, max_restarts)
+        await self.pass_()
+        await self.tell(job_id, VALIDATED)
+        return job_id
+
+    async def running(self, workers: int = 1, max_restarts: int = 1) -> str:
+        job_id = await self.validated(workers, max_restarts)
+        await self.pass_()
+        self.cluster.place(job_id, workers)
+        await self.tell(job_id, started(1))
+        return job_id
+
+
+def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
+    def run() -> None:
+        async def main() -> None:
+            log, cluster = EventLog(MemoryStore()), InMemoryCluster()
+            with tempfile.TemporaryDirectory() as storage:
+                dispatcher = Dispatcher(log, cluster, Settings(storage=Path(storage)))
+                await test(World(log, cluster, dispatcher, Path(storage)))
+
+        asyncio.run(main())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run

@@ -1,0 +1,35 @@
+"""Waiting for what nobody tells a test of: it looks again and again, and gives up with a reason."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+WAIT_S = 120.0
+"""For what takes seconds on an idle machine."""
+_PAUSE_S = 0.05
+
+
+def eventually(condition: Callable[[], T | None], timeout_s: float, complaint: Callable[[], str]) -> T:
+    """The condition's value, as soon as it is a true one. Fails with the complaint if that takes longer."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, complaint()
+        time.sleep(_PAUSE_S)
+    return value
+
+
+async def async_eventually(
+    condition: Callable[[], Awaitable[T | None] | T | None], timeout_s: float, complaint: Callable[[], str]
+) -> T:
+    """The same while other tasks of the event loop go on. The condition may be a coroutine function."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = condition()
+        value = await found if isinstance(found, Awaitable) else found
+        if value:
+            return value
+        assert time.monotonic() < deadline, complaint()
+        await asyncio.sleep(_PAUSE_S)
