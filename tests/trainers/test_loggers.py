@@ -186,6 +186,7 @@ class Messages(logging.Handler):
 def _log_a_step(server: str, job_dir: Path, init_s: float, meanwhile: str) -> tuple[str, list[str]]:
     """A run against `server`; the logger's URI, and what it said to the job's log. `meanwhile`: what goes wrong between
     the start and the first step."""
+    os.environ.pop("WANDB_SERVICE", None)  # of a run in the process of the tests, whose W&B this one would join
     os.environ.update(WANDB_BASE_URL=server, WANDB_API_KEY="a" * 40)
     loggers.INIT_S, loggers.FINISH_S = init_s, 1.0
     logging.getLogger("tunewright.train").addHandler(messages := Messages())
