@@ -90,7 +90,7 @@ def infeasible(resources: Resources, capacity: Capacity) -> str | None:
     biggest = max(capacity.largest(), key=lambda node: (node.gpus, node.cpus), default=Node(0, 0))
     return (
         f"the job needs {describe(resources)}, and this cluster can never hold it: it has, or can grow to, "
-        f"{len(capacity.largest())} nodes, the largest with {_amount(biggest.cpus, 'CPU')} and "
+        f"{_amount(len(capacity.largest()), 'node')}, the largest with {_amount(biggest.cpus, 'CPU')} and "
         f"{_amount(biggest.gpus, 'GPU')}; ask for fewer workers with --nproc_per_node or --nnodes"
     )
 
