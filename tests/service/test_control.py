@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import pytest
 from serve_app.local import START_TIMEOUT_S, LocalService, serve_config
 from tests.service.conftest import CPUS, Api, dashboard, free_cpus, local_service, path_of, workers_of
 from tests.waiting import WAIT_S, eventually
+
+pytestmark = pytest.mark.timeout(900)  # two of these start a service of their own; each wait in them has a limit
 
 ROOT = Path(__file__).parents[2]
 FP32 = {"n_epochs": 10_000, "lr": 0.01, "extras": {"dtype": "fp32"}}
@@ -164,15 +168,34 @@ def is_up(service: LocalService) -> bool:
         return False
 
 
-def add_node(service: LocalService) -> str:
-    """One CPU more for the cluster; its id. It ends with the service."""
+NODE = """
+import sys
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+node = RayParams(
+    gcs_address=sys.argv[1], node_ip_address="127.0.0.1", num_cpus=1, num_gpus=0, object_store_memory=100 << 20,
+    node_manager_port=0, min_worker_port=0, max_worker_port=0, include_log_monitor=False,
+)
+node.dashboard_agent_listen_port = None  # a free one
+Node(node, head=False, shutdown_at_exit=True, spawn_reaper=True)
+sys.stdin.read()
+"""
+"""`ray start` refuses a second node on loopback (`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`); what it calls does not."""
+
+
+@contextmanager
+def another_node(service: LocalService) -> Iterator[str]:
+    """One CPU more for the cluster; its id."""
     before = {node["node_id"] for node in nodes(service)}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={service.ray_address}"]
-    command += ["--num-cpus=1", "--node-ip-address=127.0.0.1", f"--object-store-memory={100 << 20}"]
-    subprocess.run(command, env=service.env, check=True, capture_output=True, timeout=WAIT_S)
-    eventually(lambda: len(nodes(service)) > len(before), WAIT_S, lambda: "the node does not join")
-    (new,) = {node["node_id"] for node in nodes(service)} - before
-    return new
+    command = [sys.executable, "-c", NODE, service.ray_address]
+    with subprocess.Popen(command, env=service.env, stdin=subprocess.PIPE) as process:
+        try:
+            eventually(lambda: len(nodes(service)) > len(before), WAIT_S, lambda: "the node does not join")
+            (new,) = {node["node_id"] for node in nodes(service)} - before
+            yield new
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 def nodes(service: LocalService) -> list[dict[str, Any]]:
@@ -181,19 +204,18 @@ def nodes(service: LocalService) -> list[dict[str, Any]]:
     return [node for node in found if node["state"] == "ALIVE"]
 
 
-@pytest.mark.skip(reason="a second node doesn't start on one address; docs/reliability.md says what is not tested")
 def test_a_job_moves_at_a_checkpoint_from_a_node_that_is_drained(tmp_path: Path, inputs: Path) -> None:
     env = {"TUNEWRIGHT_DATA_ROOTS": str(inputs), "TUNEWRIGHT_MODEL_ROOTS": str(inputs), "OMP_NUM_THREADS": "1"}
-    with LocalService(tmp_path / "storage", num_cpus=0, env=env) as service:
+    with LocalService(tmp_path / "storage", num_cpus=0, env=env) as service, ExitStack() as cluster:
         api = Api(service, inputs / "tiny", inputs / "rows.jsonl")
-        leaving = add_node(service)
+        leaving = cluster.enter_context(another_node(service))
         config = api.config(fine_tuning_options=FP32, overrides="--max-restarts 0")
         eventually(  # what the cluster can hold is asked every few seconds
             lambda: api.http.post("/fine_tuning/jobs/submit", json=config).is_success, WAIT_S, lambda: "refused"
         )
         job_id = api.http.get("/fine_tuning/jobs").json()["data"][0]["job_id"]
         api.until(job_id, lambda job: step_of(job) > 0)
-        staying = add_node(service)
+        staying = cluster.enter_context(another_node(service))
         drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={service.ray_address}"]
         drain += [f"--node-id={leaving}", "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"]
         drain += ["--deadline-remaining-seconds=600"]
