@@ -8,9 +8,11 @@ processes may work on one directory.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
+import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -22,6 +24,8 @@ from pydantic import BaseModel, ConfigDict
 from ulid import ULID
 
 from trainers.errors import InfrastructureError, UserError
+
+logger = logging.getLogger("tunewright.files")
 
 PURPOSE = "fine-tune"
 BLOCK_BYTES = 1 << 20
@@ -57,18 +61,21 @@ class File(BaseModel):
 @contextmanager
 def _storage() -> Iterator[None]:
     """Makes an InfrastructureError `files_unreachable` of whatever goes wrong with the storage. Its libraries raise
-    what they like and put signed URLs into it, so nothing of their text is told."""
+    what they like and put signed URLs into it, so nothing of their text is told: the operator's log has its kind, and
+    where it was raised."""
     try:
         yield
     except InfrastructureError:
         raise
     except Exception as error:
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+        where = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("the storage of uploaded files doesn't work: %s, %s\n%s", type(error).__name__, why, where)  # noqa: TRY400
         raise InfrastructureError(
             "files_unreachable",
             f"the storage of uploaded files doesn't work: {why}.",
-            suggestion="try again; if it goes on, the operator finds the reason in what TUNEWRIGHT_FILES names, its "
-            "room, network or credentials",
+            suggestion="try again; if it goes on, the operator finds the reason in the log, and in what "
+            "TUNEWRIGHT_FILES names: its room, network or credentials",
         ) from error
 
 

@@ -229,7 +229,7 @@ UNREACHABLE = "ftp://127.0.0.1:9/files"  # nobody listens on port 9
     ],
 )
 def test_a_storage_that_can_not_be_reached_is_a_503_that_says_what_to_do(
-    unreachable: Server, method: str, path: str, body: dict[str, Any]
+    unreachable: Server, caplog: pytest.LogCaptureFixture, method: str, path: str, body: dict[str, Any]
 ) -> None:
     answer = httpx.request(method, unreachable.url + path, **body)
     assert answer.status_code == 503, answer.text
@@ -239,6 +239,9 @@ def test_a_storage_that_can_not_be_reached_is_a_503_that_says_what_to_do(
     assert "TUNEWRIGHT_FILES" in error["message"]
     assert "127.0.0.1" not in error["message"]
     assert answer.headers["retry-after"]
+    logged = [record.getMessage() for record in caplog.records if record.name == "tunewright.files"]
+    assert logged
+    assert all("Connection refused" in message and "files.py" in message for message in logged)
 
 
 @pytest.fixture(scope="module")
