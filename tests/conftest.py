@@ -165,7 +165,7 @@ def stop_actors() -> None:
     for name in (EVENT_LOG, LOG_QUEUE):
         with suppress(ValueError):
             ray.kill(ray.get_actor(name, NAMESPACE))
-        eventually(lambda name=name: is_free(name), 20, lambda name=name: f"{name} does not end")
+        eventually(lambda name=name: is_free(name), 60, lambda name=name: f"{name} does not end")
 
 
 def _environment(address: str) -> dict[str, str]:

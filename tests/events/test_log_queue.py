@@ -81,10 +81,10 @@ def test_everything_reads_again_after_a_restart_and_retried_lines_are_there_once
 
 def test_a_waiting_reader_gets_the_lines_as_they_come(tmp_path: Path) -> None:
     async def scenario(queue: LogQueue) -> None:
-        waiting = [asyncio.create_task(queue.read("a", 0, wait_s=10)) for _ in range(5)]
+        waiting = [asyncio.create_task(queue.read("a", 0, wait_s=600)) for _ in range(5)]
         await asyncio.sleep(0)
         await queue.append("a", "rank-0", 0, numbered(0, 2))
-        for batch in await asyncio.wait_for(asyncio.gather(*waiting), 5):
+        for batch in await asyncio.wait_for(asyncio.gather(*waiting), 60):
             assert ([line["message"] for line in batch.lines], batch.next) == (expected(2), 2)
 
     with_queue(tmp_path, scenario)
@@ -95,7 +95,7 @@ def test_a_follower_loses_and_repeats_nothing_while_lines_come_in(tmp_path: Path
         async def follow() -> list[str]:
             after, messages = 0, list[str]()
             while len(messages) < 3000:
-                batch = await queue.read("a", after, limit=64, wait_s=10)
+                batch = await queue.read("a", after, limit=64, wait_s=600)
                 messages += [line["message"] for line in batch.lines]
                 after = batch.next
             return messages
@@ -103,7 +103,7 @@ def test_a_follower_loses_and_repeats_nothing_while_lines_come_in(tmp_path: Path
         followers = [asyncio.create_task(follow()) for _ in range(3)]
         for first in range(0, 3000, 50):
             await queue.append("a", "rank-0", first, numbered(first, 50))
-        for messages in await asyncio.wait_for(asyncio.gather(*followers), 20):
+        for messages in await asyncio.wait_for(asyncio.gather(*followers), 60):
             assert messages == expected(3000)
 
     with_queue(tmp_path, scenario)
@@ -112,10 +112,10 @@ def test_a_follower_loses_and_repeats_nothing_while_lines_come_in(tmp_path: Path
 def test_waking_lets_waiting_readers_return_empty(tmp_path: Path) -> None:
     async def scenario(queue: LogQueue) -> None:
         await queue.append("a", "rank-0", 0, numbered(0, 1))
-        waiting = asyncio.create_task(queue.read("a", 1, wait_s=10))
+        waiting = asyncio.create_task(queue.read("a", 1, wait_s=600))
         await asyncio.sleep(0)
         await queue.wake("a")
-        assert await asyncio.wait_for(waiting, 5) == ([], 1)
+        assert await asyncio.wait_for(waiting, 60) == ([], 1)
 
     with_queue(tmp_path, scenario)
 

@@ -99,7 +99,7 @@ class Server:
         started.wait()
 
     def do(self, call: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result(timeout=10)
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result(timeout=60)
 
     def config(self, **changes: Any) -> dict[str, Any]:
         """The smallest good request, on the rows that the fixture `serve` has written, with changes."""
@@ -133,7 +133,7 @@ class Server:
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=60)
 
 
 Serve = Callable[..., Server]

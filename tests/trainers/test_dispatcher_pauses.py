@@ -110,7 +110,7 @@ async def test_a_drain_lets_running_jobs_reach_a_checkpoint_and_starts_none(worl
     drain = asyncio.create_task(world.dispatcher.drain(timeout_s=60))
     asked = await world.job(running)
     while not asked.pausing:
-        asked = await world.log.wait(running, asked.version, 5)
+        asked = await world.log.wait(running, asked.version, 60)
     assert not drain.done()
     world.cluster.runners[running] = "ended"
     world.cluster.free(running)

@@ -81,7 +81,7 @@ def test_a_line_is_delivered_while_the_process_goes_on() -> None:
     lines = captured(
         """
         print("now")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while not delivered and time.monotonic() < deadline:
             time.sleep(0.001)
         delivered.append("seen" if delivered else "late")

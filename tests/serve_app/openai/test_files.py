@@ -417,7 +417,7 @@ def test_513_megabytes_are_refused_before_they_are_sent(serve: Serve, tmp_path: 
         client.files.create(file=tmp_path / "large.jsonl", purpose="fine-tune")
     assert (refused.value.status_code, refused.value.code) == (413, "file_too_large")
     assert str(512 << 20) in refused.value.message
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - before < 60
     assert client.files.list().data == []
 
 
