@@ -12,7 +12,7 @@ PHASES = (
     "Ray Job: start the driver, up to its first log line",
     "model and data: resolve, validate, tokenise",
     "admission",
-    "placement group, Train controller and worker, imports, up to the start of training",
+    "placement group, worker, imports, up to the start of training",
     "first step: load the model, forward, backward, update",
     "total",
 )

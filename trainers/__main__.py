@@ -12,11 +12,15 @@ SIGTERM and Ctrl-C cancel the job.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 from trainers.priority import give_way
 from trainers.settings import settings
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a program that SIGINT ended."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         give_way()
         from trainers.runner import run
 
-        return run(_runner_arguments(arguments[1:]), settings())
+        try:
+            return run(_runner_arguments(arguments[1:]), settings())
+        except KeyboardInterrupt:  # the dispatcher stops it, and records why
+            return INTERRUPTED
     if arguments[:1] == ["drain"]:
         from trainers.drain import drain
 

@@ -29,10 +29,10 @@ _NOT_FOUND = "Request failed with status code 404:"
 
 RunnerState = Literal["absent", "alive", "stopped", "ended"]
 
-# What a run needs of Ray Train and of Ray Jobs, whatever the cluster was started with. They reach the runner, the Train
-# controller and the workers through the Ray Job's runtime_env.
+# What a run needs of Ray Train and of Ray Jobs, whatever the cluster was started with. They reach the runner
+# and the workers through the Ray Job's runtime_env.
 RUN_ENV = {
-    "RAY_JOB_STOP_SIGNAL": "SIGINT",  # fit() aborts cleanly on SIGINT; SIGTERM would leak its placement group
+    "RAY_JOB_STOP_SIGNAL": "SIGINT",  # the runner stops its workers on SIGINT; Ray's SIGTERM handler would exit at once
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's /api/train/v2/runs/v1 shows the run
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of a run is noticed in 0.2 s instead of 2 s
@@ -142,7 +142,7 @@ class Cluster:
         return True
 
     def placement_groups(self) -> dict[str, list[tuple[str, str]]]:
-        """Placement groups that exist, by name (trainers.naming names them after their job): (id, state) pairs."""
+        """Placement groups that exist, by name (trainers.controller names them after their job): (id, state) pairs."""
         found: dict[str, list[tuple[str, str]]] = {}
         for group_id, group in placement_group_table().items():
             if group["state"] != "REMOVED":

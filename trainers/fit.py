@@ -5,12 +5,9 @@ user's ends the job, and a lost worker sends it back to the queue, where it is a
 """
 
 from pathlib import Path
-from typing import Any
 
 import ray.exceptions
 from ray.train.torch import TorchConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerHealthCheckFailedError,
@@ -18,12 +15,11 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from events.facts import Resources
 from events.log import LogUnavailable
+from trainers.controller import Trainer, take_over_runs
 from trainers.errors import REPORT, CapacityError, InfrastructureError, JobProblem
-from trainers.naming import NameAfterJob, take_over_runs
 from trainers.reporting import Paused
 from trainers.tenure import Superseded
 from trainers.worker import FINISHED, PAUSED, Assignment, train_worker
@@ -36,12 +32,11 @@ class Interrupted(Exception):
 def fit(assignment: Assignment, resources: Resources) -> None:
     """Train to the end. Blocks, also while the placement group waits for resources.
 
-    Must be called on the main thread: Ray Train's SIGINT handler, which aborts the run and exits the process, is only
-    installed there.
+    Must be called on the main thread, for SIGINT to end it (with KeyboardInterrupt).
 
     Raises Interrupted, Paused, Superseded, or the JobProblem that ends the job.
     """
-    trainer = _LeanTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config=assignment.as_dict(),
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
@@ -55,7 +50,6 @@ def fit(assignment: Assignment, resources: Resources) -> None:
             name=assignment.job_id,
             storage_path=str(Path(assignment.job_dir) / "ray"),
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-            callbacks=[NameAfterJob(assignment.job_id)],  # type: ignore[list-item]  # Train takes its own kinds too
         ),
     )
     if assignment.attempt > 1:
@@ -66,22 +60,13 @@ def fit(assignment: Assignment, resources: Resources) -> None:
         raise cause_of(error.worker_failures) from error
     except ControllerError as error:
         raise Interrupted(f"Ray Train's controller failed: {error.controller_failure}") from error
-    except ray.exceptions.RayActorError as error:
-        raise Interrupted(f"Ray Train's controller died: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise Interrupted(f"the run could not be started: {_first_line(error)}") from error
     outcome = getattr(result, "return_value", None)
     if outcome == PAUSED:
         raise Paused
     if outcome != FINISHED:
         raise Interrupted("the run ended before its last step")
-
-
-class _LeanTrainer(TorchTrainer):
-    """TorchTrainer without two helpers, each a process that takes seconds to start: the manager of Ray Data sets, which
-    are not used here, and the placement group cleaner, whose work the dispatcher does."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
 
 def _bundle(resources: Resources) -> dict[str, float]:

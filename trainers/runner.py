@@ -6,6 +6,7 @@ and started again: it reads in the log how far the job is, and goes on from ther
 
 import importlib
 import logging
+import signal
 import threading
 import traceback
 from collections.abc import Callable
@@ -56,7 +57,11 @@ WAIT_S = 30.0
 
 
 def run(job_id: str, settings: Settings) -> int:
-    """Take the job to its end. Returns the process's exit code: 0 when it succeeded."""
+    """Take the job to its end. Returns the process's exit code: 0 when it succeeded.
+
+    SIGINT ends it with KeyboardInterrupt, wherever it is.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts Ray in the background has it ignored
     threading.Thread(target=importlib.import_module, args=("trainers.fit",), daemon=True).start()
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     handles = connect(settings.storage)

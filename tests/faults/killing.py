@@ -48,11 +48,9 @@ OWNERS: dict[str, list[tuple[str, ...]]] = {
     "worker": [("RayTrainWorker", "{job}")],
     "runner": [("trainers run {job}",)],
     "runner's supervisor": [("JobSupervisor",)],
-    "Train controller": [("TrainController", "{job}")],
     "all of these, and the dispatcher": [
         ("trainers run {job}",),
         ("JobSupervisor",),
-        ("TrainController", "{job}"),
         ("RayTrainWorker", "{job}"),
         ("DispatcherActor",),
     ],

@@ -7,6 +7,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,11 +158,22 @@ def test_everything_of_a_job_in_rays_dashboard_carries_its_id(api: Api) -> None:
     assert any(group["name"] == job_id for group in groups)
     actors = dashboard(api, "/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
     classes = {actor["class_name"] for actor in actors if actor["state"] == "ALIVE"}
-    assert {f"RayTrainWorker:{job_id}", f"TrainController:{job_id}"} <= classes
-    runs = dashboard(api, "/api/train/v2/runs/v1")["train_runs"]
-    assert any(run["name"] == job_id for run in runs)
+    assert f"RayTrainWorker:{job_id}" in classes
+    assert _train_run(api, job_id)["status"] == "RUNNING"
     applications = dashboard(api, "/api/serve/applications/")["applications"]
     assert applications["tunewright"]["status"] == "RUNNING"
+    api.cancel(job_id)
+    api.until_status(job_id, "cancelled")
+    eventually(lambda: _train_run(api, job_id)["status"] == "ABORTED", WAIT_S, lambda: str(_train_run(api, job_id)))
+
+
+def test_a_run_starts_no_process_beside_its_runner_and_its_workers(api: Api) -> None:
+    job_id = api.submit(api.endless())
+    api.until_status(job_id, "running")
+    actors = dashboard(api, "/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
+    alive = [actor for actor in actors if actor["state"] == "ALIVE"]
+    driver = next(actor["job_id"] for actor in alive if actor["class_name"] == f"RayTrainWorker:{job_id}")
+    assert [actor["class_name"] for actor in alive if actor["job_id"] == driver] == [f"RayTrainWorker:{job_id}"]
     api.cancel(job_id)
     api.until_status(job_id, "cancelled")
 
@@ -198,6 +210,12 @@ def test_ray_job_submit_runs_one_job_to_its_end(api: Api, tmp_path: Path, end: s
         assert newest["status"] == "success"
     else:
         api.until_status(newest["job_id"], "cancelled")
+
+
+def _train_run(api: Api, job_id: str) -> Any:
+    """The job's run, as Ray Train's state has it."""
+    runs = dashboard(api, "/api/train/v2/runs/v1")["train_runs"]
+    return next(run for run in runs if run["name"] == job_id)
 
 
 def _newest_runs(api: Api) -> bool:
