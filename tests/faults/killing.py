@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -135,14 +136,16 @@ class Faults:
         eventually(answers, RECOVERY_S, lambda: "the API does not answer")
 
     def submit(self, **changes: Any) -> str:
-        """A job that saves often and can be interrupted often."""
+        """A new job that saves often and can be interrupted often. It has a key: an event log that was killed has
+        forgotten which answers were delivered, and would take the next job of the same config for this one."""
         options = {
             "n_epochs": EPOCHS,
             "batch_size": BATCH,
             "extras": {"save_every_n_steps": INTERVAL, "keep_last_n_checkpoints": 2, "dtype": "fp32"},
         }
         return self.api.submit(
-            self.api.config(**{"fine_tuning_options": options, "overrides": "--max-restarts 1000"} | changes)
+            self.api.config(**{"fine_tuning_options": options, "overrides": "--max-restarts 1000"} | changes),
+            headers={"Idempotency-Key": uuid.uuid4().hex},
         )
 
     def until(self, job_id: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

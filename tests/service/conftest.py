@@ -33,8 +33,8 @@ class Api:
         options = {"n_epochs": 10_000, "extras": {"save_every_n_steps": 20}}
         return self.config(fine_tuning_options=options, **changes)
 
-    def submit(self, config: dict[str, Any]) -> str:
-        answer = self.http.post("/fine_tuning/jobs/submit", json=config)
+    def submit(self, config: dict[str, Any], headers: dict[str, str] | None = None) -> str:
+        answer = self.http.post("/fine_tuning/jobs/submit", json=config, headers=headers)
         assert answer.status_code == 200, answer.text
         job_id: str = answer.json()["job_id"]
         return job_id
