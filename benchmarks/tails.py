@@ -6,7 +6,7 @@ queue to its arrival, at every reader. A line that a reader never sees, or sees 
 
 import argparse
 import asyncio
-import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,7 @@ from examples.client import Client
 from serve_app.local import LocalService
 
 LINES, PER_SECOND = 300, 10
+_LINE = re.compile(rb'"line (\d+) ([\d.]+)"')
 FOLLOW_S = 180.0
 """All readers together may take so long."""
 WRITER = """
@@ -63,40 +64,65 @@ def main() -> int:
 
 async def follow(url: str, job_id: str, readers: int, writer: "subprocess.Popen[bytes]") -> Latency:
     """Opens all readers, lets the lines come, and returns when every reader has all of them."""
-    there = asyncio.Semaphore(0)
+    where = urlsplit(url)
+    assert where.hostname is not None
+    assert where.port is not None
+    host, port = where.hostname, where.port
+    loop = asyncio.get_running_loop()
     started = time.perf_counter()
-    following = [asyncio.create_task(_read(url, job_id, there)) for _ in range(readers)]
-    for _ in range(readers):
-        await there.acquire()
+    following = [
+        (await loop.create_connection(lambda: _Reader(where.netloc, job_id), host, port))[1] for _ in range(readers)
+    ]
+    await asyncio.gather(*(reader.there for reader in following))
     assert writer.stdin is not None
     writer.stdin.write(b"\n")
     writer.stdin.flush()
-    taken = await asyncio.gather(*following)
+    taken = await asyncio.gather(*(reader.taken for reader in following))
     return Latency.of([seconds for one in taken for seconds in one], time.perf_counter() - started)
 
 
-async def _read(url: str, job_id: str, there: asyncio.Semaphore) -> list[float]:
-    where = urlsplit(url)
-    reader, connection = await asyncio.open_connection(where.hostname, where.port)
-    connection.write(f"GET /fine_tuning/jobs/tail?job_id={job_id} HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n".encode())
-    head = await reader.readuntil(b"\r\n\r\n")
-    assert b" 200 " in head.partition(b"\r\n")[0], head
-    taken: list[float] = []
-    there.release()
-    while len(taken) < LINES:
-        text = await reader.readline()
-        assert text, "the stream ended"
-        now = time.time()
-        if not text.startswith(b"{"):
-            continue  # the length of a chunk
-        for line in json.loads(text)["logs"]:
-            word, _, rest = line["message"].partition(" ")
-            number, _, sent = rest.partition(" ")
-            if word == "line" and number.isdigit():
-                assert int(number) == len(taken), f"line {number} came after {len(taken) - 1}"
-                taken.append(now - float(sent))
-    connection.close()
-    return taken
+class _Reader(asyncio.Protocol):
+    """One connection. It does as little as it can for a line: all of them share the machine with what is measured."""
+
+    def __init__(self, host: str, job_id: str) -> None:
+        self._request = f"GET /fine_tuning/jobs/tail?job_id={job_id} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        self._received: list[tuple[float, bytes]] = []
+        self._lines = 0
+        self.there: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.taken: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.there.done():
+            assert b" 200 " in data.partition(b"\r\n")[0], data
+            self.there.set_result(None)
+        self._received.append((time.time(), data))
+        self._lines += data.count(b'"line ')
+        if self._lines >= LINES and not self.taken.done():
+            self._transport.close()
+            self.taken.set_result(self._seconds())
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        for future in (self.there, self.taken):
+            if not future.done():
+                future.set_exception(RuntimeError(f"the stream ended after {self._lines} lines"))
+
+    def _seconds(self) -> list[float]:
+        """What each line took. A chunk that came in two parts counts as come with its last one."""
+        taken: list[float] = []
+        text = b""
+        for at, data in self._received:
+            text += data
+            *whole, text = text.split(b"\n")
+            for line in whole:
+                for number, sent in _LINE.findall(line):
+                    assert int(number) == len(taken), f"line {int(number)} came after {len(taken) - 1}"
+                    taken.append(at - float(sent))
+        return taken
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
     status  type                       when
     400     invalid_request_error      what is a 422 elsewhere, under /v1
+    403     invalid_request_error      a browser sent it for a page of another site
     404     not_found_error            unknown job, file, model or checkpoint, unknown route
     405     invalid_request_error      the route exists, the method doesn't
     409     conflict_error             cancelling a job that has succeeded or failed; pausing or resuming one that is
@@ -204,7 +205,7 @@ async def handle(request: Request, exc: Exception) -> Response:
     return answer.response()
 
 
-def unexpected(request_id: str) -> Response:
+def unexpected(request_id: str) -> Answer:
     """The answer to a bug. The traceback is in the operator's log under `request_id`."""
     message = f"something went wrong on our side; the operator finds it in the log as request {request_id}"
-    return Answer(500, "server_error", "internal_error", message).response()
+    return Answer(500, "server_error", "internal_error", message)

@@ -1,4 +1,8 @@
-"""What happens around every request: its id, the headers every response carries, and the net under every bug."""
+"""What happens around every request: its id, the headers every response carries, and the net under every bug.
+
+And a door that is shut to other websites: the service has no users and no cookies, so whoever reaches it may use it, a
+page of anywhere in an operator's browser included. Browsers say of each request which kind of page made it.
+"""
 
 import logging
 import re
@@ -7,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
-from serve_app.errors import unexpected
+from serve_app.errors import Answer, unexpected
 
 log = logging.getLogger("tunewright.serve")
 
@@ -18,10 +22,18 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+_READS = {"GET", "HEAD", "OPTIONS"}
+_FROM_ANOTHER_SITE = Answer(
+    403,
+    "invalid_request_error",
+    "cross_site",
+    "a page of another site may not change anything here: call the API from a program, or from a page of its own site",
+)
 
 
 class RequestContext:
-    """Gives each request an id, answers an unexpected exception with it, and logs the traceback under it.
+    """Gives each request an id (`request.state.request_id`), answers an unexpected exception with it, and logs the
+    traceback under it.
 
     A well-formed `x-request-id` of the client is kept, so that one id follows a request through several services.
     With `sends_id` False the id is not put on the response, because the server in front does that.
@@ -35,7 +47,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = scope.setdefault("state", {})["request_id"] = _request_id(scope)
         started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -49,13 +61,16 @@ class RequestContext:
                     headers["X-Request-ID"] = request_id
             await send(message)
 
+        if scope["method"] not in _READS and Headers(scope=scope).get("sec-fetch-site") == "cross-site":
+            await _FROM_ANOTHER_SITE.response()(scope, receive, send_with_headers)
+            return
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
             log.exception("request %s (%s %s) failed", request_id, scope["method"], ascii(scope["path"]))
             if started:
                 raise  # Half a response is out: cutting the connection is the only honest answer left.
-            await unexpected(request_id)(scope, receive, send_with_headers)
+            await unexpected(request_id).response()(scope, receive, send_with_headers)
 
 
 def _request_id(scope: Scope) -> str:

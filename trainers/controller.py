@@ -50,7 +50,15 @@ _STATE_TIMEOUT_S = 30.0
 
 class Trainer(TorchTrainer):
     """A TorchTrainer whose `fit()` controls the workers from the calling thread. SIGINT ends it there, with
-    KeyboardInterrupt; so does anything else that ends the process: Ray then ends the workers and frees their group."""
+    KeyboardInterrupt; so does anything else that ends the process: Ray then ends the workers and frees their group.
+
+    The workers stand in equal shares on exactly `nodes` nodes, as torchrun's --nnodes means it: the placement group has
+    a bundle for each node's share. (One with a bundle for each worker Ray only spreads as evenly as it can.)
+    """
+
+    def __init__(self, *arguments: Any, nodes: int, **options: Any) -> None:  # noqa: ANN401  -- as in Ray
+        super().__init__(*arguments, **options)
+        self._nodes = nodes
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -59,7 +67,7 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **parts: Any) -> Result:  # noqa: ANN401  -- as in Ray
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RayDeprecationWarning)  # of its own parts
-            controller: Any = _controller_of(str(self.run_config.name))(**parts)
+            controller: Any = _controller_of(str(self.run_config.name), self._nodes)(**parts)
         # Not asyncio.run: its SIGINT handler cancels a task, which a blocking call within that task doesn't notice.
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             try:
@@ -90,17 +98,21 @@ def take_over_runs(job_id: str) -> None:
         logger.warning("the earlier runs of %s keep their driver in Ray Train's state", job_id, exc_info=True)
 
 
-def _controller_of(job_id: str) -> type[TrainController]:
+def _controller_of(job_id: str, nodes: int) -> type[TrainController]:
     class Workers(WorkerGroup):
         _worker_cls: Any = _named(RayTrainWorker, job_id)
 
         def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:  # noqa: ANN401
-            group = ray.util.placement_group(
-                [worker_group_context.resources_per_worker] * worker_group_context.num_workers,
-                strategy=worker_group_context.placement_strategy,
-                name=job_id,
-            )
+            per_node = worker_group_context.num_workers // nodes
+            share = {name: per_node * amount for name, amount in worker_group_context.resources_per_worker.items()}
+            group = ray.util.placement_group([share] * nodes, strategy="STRICT_SPREAD", name=job_id)
             return DefaultPlacementGroupHandle(group)
+
+        def _create_workers(self, num_workers: int, *arguments: Any, **options: Any) -> list[Any]:  # noqa: ANN401
+            bundles = [worker * nodes // num_workers for worker in range(num_workers)]
+            options["placement_group_bundle_indices"] = bundles
+            workers: list[Any] = super()._create_workers(num_workers, *arguments, **options)
+            return workers
 
         def _init_train_context_on_workers(
             self, workers: list[Any], sync_actor: object, train_context_args: dict[str, list[Any]]

@@ -1,6 +1,7 @@
 """The errors a job can end with, and the errors of a request. All survive pickling, so they may cross Ray."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -93,13 +94,24 @@ class InfrastructureError(JobProblem):
         super().__init__(_error(code, message, suggestion, fault="infrastructure", retryable=retryable))
 
 
+_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^/@\s]*@)?([^?\s'\"]*)(?:\?[^\s'\"]*)?")
+
+
+def without_secrets(text: str) -> str:
+    """The text with its URLs cut to scheme, host and path: without passwords, and without queries, where signatures
+    stand."""
+    return _URL.sub(r"\1\2", text)
+
+
 def write_details(text: str, job_dir: Path) -> str | None:
     """Puts all that is known of a failure where every failed job has its details; returns the file's URI. None where
-    the storage doesn't take it: a job must be able to end on a full disk."""
+    the storage doesn't take it: a job must be able to end on a full disk.
+
+    Libraries put the URLs they were refused into their errors: those go in `without_secrets`."""
     path = job_dir / ERROR_FILE
     try:
         job_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        path.write_text(without_secrets(text) + "\n", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         logger.warning("%s can't be written: %s", path, error)
         return None

@@ -38,13 +38,13 @@ def fit(assignment: Assignment, resources: Resources) -> None:
     """
     trainer = Trainer(
         train_worker,
+        nodes=resources.nodes,
         train_loop_config=assignment.as_dict(),
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=_bundle(resources),
-            placement_strategy=placement_strategy(resources),
         ),
         run_config=RunConfig(
             name=assignment.job_id,
@@ -74,12 +74,6 @@ def _bundle(resources: Resources) -> dict[str, float]:
     if resources.gpus_per_worker:
         bundle["GPU"] = resources.gpus_per_worker
     return bundle
-
-
-def placement_strategy(resources: Resources) -> str:
-    if resources.nodes == 1:
-        return "STRICT_PACK"
-    return "STRICT_SPREAD" if resources.workers == resources.nodes else "SPREAD"
 
 
 def cause_of(failures: dict[int, Exception]) -> Exception:

@@ -6,6 +6,7 @@ and started again: it reads in the log how far the job is, and goes on from ther
 
 import importlib
 import logging
+import shutil
 import signal
 import threading
 import traceback
@@ -44,7 +45,7 @@ from trainers.job_output import JobOutput
 from trainers.memory import check_memory, surely_fits
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
-from trainers.plan import Plan, make_plan
+from trainers.plan import COMPILED, Plan, make_plan
 from trainers.reporting import Paused
 from trainers.retrying import retrying
 from trainers.settings import Settings
@@ -74,6 +75,7 @@ def run(job_id: str, settings: Settings) -> int:
         outcome = _outcome(job, log, tenure, settings)
     if outcome is None:
         return 0
+    shutil.rmtree(settings.job_dir(job_id) / COMPILED, ignore_errors=True)  # no other job may use it
     # Every line of the job is in its log before the event that ends it: a tail may stop at that event.
     _record(outcome, job_id, tenure)
     return 0 if isinstance(outcome, JobSucceeded) else 1

@@ -1,6 +1,7 @@
 """/v1/chat/completions: asks a base model, a tuned one or a checkpoint. The answer comes from `trainers.answers`."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import TypeVar
@@ -11,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from ulid import ULID
 
 from serve_app.body import read_object
-from serve_app.errors import RETRY_AFTER_S, Answer, RequestRefused
+from serve_app.errors import RETRY_AFTER_S, Answer, RequestRefused, unexpected
 from serve_app.openai.chat_objects import (
     FinishReason,
     OpenAIChatAnswer,
@@ -34,6 +35,7 @@ from trainers.errors import ConfigProblems, Problem
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
 T = TypeVar("T")
+log = logging.getLogger("tunewright.serve")
 
 
 @router.post(
@@ -64,7 +66,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
     )
     answers: Answers = request.app.state.answers
     parts = answers.answer(question)
-    answer = _Answering(asked)
+    answer = _Answering(asked, request.state.request_id)
     try:
         prompt_tokens = await _while_connected(request, _begun(parts))
         if asked.stream:
@@ -80,7 +82,8 @@ async def create(request: Request, backend: TheBackend) -> Response:
 class _Answering:
     """What the chunks, or the whole, of one answer have in common."""
 
-    def __init__(self, asked: OpenAIChatRequest) -> None:
+    def __init__(self, asked: OpenAIChatRequest, request_id: str) -> None:
+        self._request_id = request_id
         self._id = f"chatcmpl-{ULID()}"
         self._created = int(time.time())
         self._model = asked.model
@@ -116,7 +119,10 @@ class _Answering:
                 yield self._chunk(None, usage=_usage(prompt_tokens, tokens))
             yield b"data: [DONE]\n\n"
         except RequestRefused as refused:
-            yield b"data: " + bytes(refused.answer.response().body) + b"\n\n"
+            yield _event(refused.answer)
+        except Exception:
+            log.exception("request %s failed in the middle of its answer", self._request_id)
+            yield _event(unexpected(self._request_id))
         finally:
             await parts.aclose()
 
@@ -127,6 +133,11 @@ class _Answering:
         chunk = OpenAIChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
         document = chunk.model_dump_json(exclude=None if self._with_usage else {"usage"})
         return b"data: " + document.encode() + b"\n\n"
+
+
+def _event(answer: Answer) -> bytes:
+    """What a stream of server-sent events that can't go on ends with."""
+    return b"data: " + bytes(answer.response().body) + b"\n\n"
 
 
 def _usage(prompt_tokens: int, tokens: int) -> OpenAIUsage:

@@ -171,6 +171,16 @@ def test_a_request_id_that_could_forge_log_lines_is_not_kept(http: httpx.Client)
     assert http.get("/healthz", headers={"X-Request-ID": "a b"}).headers["x-request-id"] != "a b"
 
 
+@pytest.mark.parametrize("route", ["/fine_tuning/jobs/submit", "/v1/fine_tuning/jobs/ftjob-1/cancel"])
+def test_a_page_of_another_site_changes_nothing(http: httpx.Client, route: str) -> None:
+    answer = http.post(route, headers={"Sec-Fetch-Site": "cross-site"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "cross_site")
+    assert answer.headers["x-request-id"]
+    for site in ("same-origin", "same-site", "none"):
+        assert http.post(route, headers={"Sec-Fetch-Site": site}).status_code != 403
+    assert http.get("/healthz", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to it
+
+
 def test_the_root_leads_to_the_reference(http: httpx.Client) -> None:
     answer = http.get("/", follow_redirects=True)
     assert answer.url.path == "/docs"

@@ -173,8 +173,8 @@ import sys
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 node = RayParams(
-    gcs_address=sys.argv[1], node_ip_address="127.0.0.1", num_cpus=1, num_gpus=0, object_store_memory=100 << 20,
-    node_manager_port=0, min_worker_port=0, max_worker_port=0, include_log_monitor=False,
+    gcs_address=sys.argv[1], node_ip_address="127.0.0.1", num_cpus=int(sys.argv[2]), num_gpus=0,
+    object_store_memory=100 << 20, node_manager_port=0, min_worker_port=0, max_worker_port=0, include_log_monitor=False,
 )
 node.dashboard_agent_listen_port = None  # a free one
 Node(node, head=False, shutdown_at_exit=True, spawn_reaper=True)
@@ -184,10 +184,10 @@ sys.stdin.read()
 
 
 @contextmanager
-def another_node(service: LocalService) -> Iterator[str]:
-    """One CPU more for the cluster; its id."""
+def another_node(service: LocalService, cpus: int = 1) -> Iterator[str]:
+    """Its id."""
     before = {node["node_id"] for node in nodes(service)}
-    command = [sys.executable, "-c", NODE, service.ray_address]
+    command = [sys.executable, "-c", NODE, service.ray_address, str(cpus)]
     with subprocess.Popen(command, env=service.env, stdin=subprocess.PIPE) as process:
         try:
             eventually(lambda: len(nodes(service)) > len(before), WAIT_S, lambda: "the node does not join")
@@ -204,16 +204,49 @@ def nodes(service: LocalService) -> list[dict[str, Any]]:
     return [node for node in found if node["state"] == "ALIVE"]
 
 
+def held_by(service: LocalService, job_id: str) -> list[tuple[str, float]]:
+    """The node and the CPUs of each bundle of the job's placement group."""
+    answer = httpx.get(service.dashboard_url + "/api/v0/placement_groups?detail=1", timeout=30, trust_env=False)
+    groups = answer.json()["data"]["result"]["result"]
+    held = [group for group in groups if group["name"] == job_id and group["state"] == "CREATED"]
+    return [(bundle["node_id"], bundle["unit_resources"]["CPU"]) for group in held for bundle in group["bundles"]]
+
+
+def submit_to(api: Api, config: dict[str, Any]) -> str:
+    """As soon as the service knows of its nodes: what the cluster can hold is asked every few seconds."""
+    answer: httpx.Response | None = None
+
+    def accepted() -> bool:
+        nonlocal answer
+        answer = api.http.post("/fine_tuning/jobs/submit", json=config)
+        return answer.is_success
+
+    eventually(accepted, WAIT_S, lambda: f"refused: {answer and answer.text}")
+    assert answer is not None
+    job_id: str = answer.json()["job_id"]
+    return job_id
+
+
+def test_workers_stand_in_equal_shares_on_as_many_nodes_as_asked_for(tmp_path: Path, inputs: Path) -> None:
+    env = {"TUNEWRIGHT_DATA_ROOTS": str(inputs), "TUNEWRIGHT_MODEL_ROOTS": str(inputs), "OMP_NUM_THREADS": "1"}
+    with LocalService(tmp_path / "storage", num_cpus=3, env=env) as service, another_node(service, cpus=2):
+        api = Api(service, inputs / "tiny", inputs / "rows.jsonl")
+        job_id = submit_to(api, api.endless(overrides="--nnodes 2 --nproc_per_node 2"))
+        api.until(job_id, lambda job: step_of(job) > 0)
+        held = held_by(service, job_id)
+        assert len(workers_of(api, job_id)) == 4
+        assert [cpus for _, cpus in held] == [2, 2]
+        assert {node for node, _ in held} == {node["node_id"] for node in nodes(service)}
+        api.cancel(job_id)
+        api.until_status(job_id, "cancelled")
+
+
 def test_a_job_moves_at_a_checkpoint_from_a_node_that_is_drained(tmp_path: Path, inputs: Path) -> None:
     env = {"TUNEWRIGHT_DATA_ROOTS": str(inputs), "TUNEWRIGHT_MODEL_ROOTS": str(inputs), "OMP_NUM_THREADS": "1"}
     with LocalService(tmp_path / "storage", num_cpus=0, env=env) as service, ExitStack() as cluster:
         api = Api(service, inputs / "tiny", inputs / "rows.jsonl")
         leaving = cluster.enter_context(another_node(service))
-        config = api.config(fine_tuning_options=FP32, overrides="--max-restarts 0")
-        eventually(  # what the cluster can hold is asked every few seconds
-            lambda: api.http.post("/fine_tuning/jobs/submit", json=config).is_success, WAIT_S, lambda: "refused"
-        )
-        job_id = api.http.get("/fine_tuning/jobs").json()["data"][0]["job_id"]
+        job_id = submit_to(api, api.config(fine_tuning_options=FP32, overrides="--max-restarts 0"))
         api.until(job_id, lambda job: step_of(job) > 0)
         staying = cluster.enter_context(another_node(service))
         drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={service.ray_address}"]
@@ -226,8 +259,6 @@ def test_a_job_moves_at_a_checkpoint_from_a_node_that_is_drained(tmp_path: Path,
         job = api.until(job_id, lambda job: step_of(job) > stopped_at)
         done = sorted(losses(job))  # read once: the job goes on
         assert done == list(range(1, len(done) + 1))
-        groups = httpx.get(service.dashboard_url + "/api/v0/placement_groups?detail=1", trust_env=False).json()
-        held = [group for group in groups["data"]["result"]["result"] if group["state"] == "CREATED"]
-        assert [bundle["node_id"] for group in held for bundle in group["bundles"]] == [staying]
+        assert held_by(service, job_id) == [(staying, 1)]
         api.cancel(job_id)
         api.until_status(job_id, "cancelled")

@@ -126,8 +126,12 @@ def test_early_stopping_ends_the_run_when_validation_gets_no_better(case: Case) 
 
 
 def test_evaluations_within_an_epoch_find_the_best_checkpoint_and_it_stays(case: Case) -> None:
-    rising = {"lr": 1.0, "lr_scheduler": None}  # far too high
-    case.plan = make_plan_for(n_epochs=2, run_val_every_n_steps=2, keep_last_n_checkpoints=1, **rising)
+    # An epoch begins with rows like the validation data, and goes on with others, of which the model gets worse.
+    unlike = [([7] * 12, [False] * 2 + [True] * 10)] * 11
+    case.train_data = write_rows(case.output_dir.parent / "turning", random_rows(5, seed=1) * 2 + unlike)
+    case.plan = make_plan_for(
+        n_epochs=2, run_val_every_n_steps=2, keep_last_n_checkpoints=1, lr=0.03, lr_scheduler=None
+    )
     run = case.run()
     losses = {m.step: m.valid_loss for m in run.evaluations}
     assert list(losses) == [0, 2, 4, 6, 8, 10, 11, 12, 14, 16, 18, 20, 22]

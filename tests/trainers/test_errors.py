@@ -9,7 +9,8 @@ import pytest
 
 from events.facts import DataReport, LineError
 from trainers.data.prepare import DataInvalid
-from trainers.errors import CapacityError, InfrastructureError, JobProblem, UserError
+from trainers.errors import CapacityError, InfrastructureError, JobProblem, UserError, write_details
+from trainers.settings import ERROR_FILE
 
 ROOT = Path(__file__).parents[2]
 REPORT = DataReport(
@@ -53,6 +54,18 @@ def test_invalid_data_names_its_first_bad_line() -> None:
 def test_where_a_problem_happened_is_added_and_never_changed() -> None:
     problem = UserError("a", "b", "model", rank=1).placed(param="data", rank=0)
     assert (problem.error.param, problem.error.rank) == ("model", 1)
+
+
+def test_the_details_of_a_failure_hold_no_secrets_of_urls(tmp_path: Path) -> None:
+    said = (
+        "ConnectionError: HTTPSConnectionPool: https://cdn.example/weights?X-Amz-Signature=abc&Expires=9 refused\n"
+        "OSError: can't open 's3://key:geheim@bucket/model?versionId=1', while 2 of 3 were read: why?"
+    )
+    write_details(said, tmp_path)
+    assert (tmp_path / ERROR_FILE).read_text() == (
+        "ConnectionError: HTTPSConnectionPool: https://cdn.example/weights refused\n"
+        "OSError: can't open 's3://bucket/model', while 2 of 3 were read: why?\n"
+    )
 
 
 def test_only_what_changes_by_itself_is_worth_trying_again() -> None:

@@ -5,9 +5,8 @@ import ray.exceptions
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
 from events.log import LogUnavailable
-from trainers.admission import for_workers
 from trainers.errors import CapacityError, InfrastructureError, JobProblem, UserError
-from trainers.fit import Interrupted, cause_of, placement_strategy
+from trainers.fit import Interrupted, cause_of
 from trainers.tenure import Superseded
 
 KILLED = WorkerHealthCheckFailedError(
@@ -66,10 +65,3 @@ def test_an_unknown_error_is_ours_and_is_not_tried_again() -> None:
     assert isinstance(cause, InfrastructureError)
     assert "KeyError" in cause.error.message
     assert (cause.error.rank, cause.error.retryable) == (0, False)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "per_node", "strategy"), [(1, 4, "STRICT_PACK"), (4, 1, "STRICT_SPREAD"), (2, 2, "SPREAD")]
-)
-def test_workers_are_placed_on_as_many_nodes_as_asked_for(nodes: int, per_node: int, strategy: str) -> None:
-    assert placement_strategy(for_workers(nodes, per_node, 1, 0)) == strategy

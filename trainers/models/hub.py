@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainers.errors import InfrastructureError, JobProblem, UserError
+from trainers.errors import InfrastructureError, JobProblem, UserError, without_secrets
 from trainers.models.architecture import read_architecture
 from trainers.models.cache import make_once
 from trainers.models.model_files import SINGLE_FILE, incomplete, read_json_object
@@ -40,7 +40,6 @@ WANTED_FILES = (
     "model.safetensors.index.json",
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SECRETS = re.compile(r"(?<=//)[^/@\s]*@|\?\S*")  # a password in HF_ENDPOINT, the signature of a download's URL
 
 
 def wanted(name: str) -> bool:
@@ -189,7 +188,7 @@ def _by_status(model: HubModel, error: "HfHubHTTPError") -> JobProblem:
 
 
 def _unreachable(model: HubModel, error: Exception) -> InfrastructureError:
-    endpoint = _SECRETS.sub("", _endpoint() or "the Hugging Face hub")
+    endpoint = without_secrets(_endpoint() or "the Hugging Face hub")
     return InfrastructureError(
         "hub_unreachable",
         f"{model.repo} could not be fetched from {endpoint}: {_reason(error)}.",
@@ -201,4 +200,4 @@ def _unreachable(model: HubModel, error: Exception) -> InfrastructureError:
 def _reason(error: Exception) -> str:
     """The first line of what the library says, without secrets."""
     lines = str(error).strip().splitlines()
-    return _SECRETS.sub("", lines[0]) if lines else type(error).__name__
+    return without_secrets(lines[0]) if lines else type(error).__name__

@@ -1,7 +1,8 @@
 """How a model may be named in a request: which kind of name it is, what aliases mean, where local paths may lead."""
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -106,16 +107,18 @@ def hub_model(model: str) -> HubModel:
 
 
 def local_directory(model: str, roots: Iterable[Path]) -> Path:
-    """The real path of a local model, which must lie under one of `roots` after following links.
+    """The real path of a local model, which must lie under one of `roots` after following links, and so must its files:
+    the tokenizer's, say, are copied to every checkpoint.
 
     Raises UserError `model_not_found`, or `path_not_allowed` without telling whether something exists there, or where
     the roots are.
     """
+    allowed = [root.resolve() for root in roots]
     try:
         path = Path(unquote(urlsplit(model).path) if "://" in model else model).expanduser().resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, `~nobody`
         raise UserError("model_not_found", f"{model!r} is no usable path: {error}.", param="model") from None
-    if not any(path.is_relative_to(root.resolve()) for root in roots):
+    if not any(path.is_relative_to(root) for root in allowed):
         raise UserError(
             "path_not_allowed",
             f"{model!r} is outside the directories that local models may lie in",
@@ -125,7 +128,29 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
         )
     if not _is_directory(path):
         raise UserError("model_not_found", f"there is no model directory {path}.", param="model")
+    for link in _links(path):
+        if not any(link.resolve().is_relative_to(root) for root in allowed):
+            raise UserError(
+                "path_not_allowed",
+                f"{link.relative_to(path)} of {model!r} is a link to outside the directories that models may lie in",
+                param="model",
+                suggestion="put a copy there, or have the link's target added to TUNEWRIGHT_MODEL_ROOTS",
+            )
     return path
+
+
+def _links(directory: Path, levels: int = 2) -> Iterator[Path]:
+    """The symbolic links in a model's directory and in those in it: no file of a model lies deeper."""
+    try:
+        with os.scandir(directory) as entries:  # tells links without asking the disk for each file
+            for entry in entries:
+                if entry.is_symlink():
+                    yield Path(entry.path)
+                elif levels > 1 and entry.is_dir(follow_symlinks=False):
+                    yield from _links(Path(entry.path), levels - 1)
+    except OSError as error:
+        message = f"the model directory {directory} can't be read: {error.strerror or error}."
+        raise UserError("model_not_found", message, param="model") from None
 
 
 def _is_directory(path: Path) -> bool:

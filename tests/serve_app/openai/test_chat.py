@@ -91,6 +91,21 @@ def test_a_streamed_answer_is_the_same_in_pieces(client: openai.OpenAI, model: s
     assert (with_usage[-1].choices, with_usage[-1].usage) == ([], whole.usage)
 
 
+def test_a_bug_in_the_middle_of_a_stream_is_an_error_that_the_client_raises(
+    client: openai.OpenAI, model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> Iterator[Piece]:
+        yield Piece("The", 1)
+        raise ZeroDivisionError("in the decoder")
+
+    monkeypatch.setattr(ChatModel, "answer", broken)
+    chunks = ask(client, model, stream=True)
+    with pytest.raises(openai.APIError, match="on our side") as caught:
+        list(chunks)  # type: ignore[call-overload]
+    assert "decoder" not in str(caught.value)
+    assert "in the decoder" in caplog.text
+
+
 def test_a_stream_on_the_wire_is_server_sent_events_with_an_end(server: Server, model: str) -> None:
     body = {"model": model, "messages": ASKED, "stream": True, "max_tokens": 3}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=WAIT_S)

@@ -122,6 +122,24 @@ def test_a_path_outside_the_roots_is_refused_even_through_a_link(tmp_path: Path,
         assert str(tmp_path) not in error.message.replace(model, "")  # where the roots are is nobody's business
 
 
+def test_a_model_whose_files_are_links_to_outside_the_roots_is_refused(tmp_path: Path, settings: Settings) -> None:
+    model = make_tiny_model(tmp_path / "models" / "linked")
+    blobs = tmp_path / "models" / "blobs"
+    blobs.mkdir()
+    config = (model / "config.json").rename(blobs / "0a1b")
+    (model / "config.json").symlink_to(config)  # the layout of Hugging Face's cache
+    assert resolve_model(str(model), settings, lambda _: None) == model
+
+    (tmp_path / "secret").write_text("s3cret")
+    (model / "additional_chat_templates").mkdir()
+    link = model / "additional_chat_templates" / "tools.jinja"
+    link.symlink_to(tmp_path / "secret")
+    error = failure(str(model), settings).error
+    assert (error.code, error.param) == ("path_not_allowed", "model")
+    assert error.message.startswith("additional_chat_templates/tools.jinja of ")
+    assert str(tmp_path / "secret") not in error.message
+
+
 def test_a_checkpoint_of_an_earlier_job_can_be_trained_on(settings: Settings) -> None:
     model = make_tiny_model(settings.job_dir("ftjob-1") / "checkpoints" / "step-00000040")
     assert resolve_model(str(model), settings, lambda _: None) == model

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ ENDS = {
     "cancelled": [CANCEL, CANCELLED],
 }
 TYPES: list[EventType] = ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
-FAST = Pace(first_pause_s=0.02, growth=1.5, longest_pause_s=0.3, timeout_s=0.5)
+FAST = Pace(first_pause_s=0.02, growth=1.5, longest_pause_s=0.3)
+IMPATIENT = replace(FAST, timeout_s=0.5)
+"""For receivers that hang. On a busy machine others, too, may take longer than that."""
 SLOW = Pace(first_pause_s=3600, timeout_s=60)
 
 

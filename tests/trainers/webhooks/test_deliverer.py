@@ -14,6 +14,7 @@ from events.memory import MemoryStore
 from events.store import Recorded
 from tests.trainers.webhooks.conftest import Play
 from tests.trainers.webhooks.support import (
+    IMPATIENT,
     SLOW,
     TYPES,
     all_deliveries,
@@ -70,7 +71,7 @@ def test_a_thousand_jobs_reach_a_receiver_that_fails_every_third_time(play: Play
 
     async def scenario(log: EventLog) -> None:
         with Receiver(answer) as receiver:
-            async with delivering(log, settings_in(tmp_path)) as webhooks:
+            async with delivering(log, settings_in(tmp_path), IMPATIENT) as webhooks:
                 created = await endpoint(webhooks, receiver.url)
                 for number, job_id in enumerate(jobs):
                     await end_job(log, job_id, ways[number % 4])
