@@ -73,7 +73,7 @@ MODULE_CHUNKS = 8
 FITS = 0.5
 """A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
 BUFFERS = 20 << 20  # bytes
-FRAGMENTED = {"full": 0.15, "adapters": 0.33, "checkpointing": 0.22}
+FRAGMENTED = {"full": 0.15, "adapters": 0.30, "nf4": 0.50, "checkpointing": 0.22}
 REUSED = 0.5
 
 
@@ -144,7 +144,9 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     if plan.enable_activation_checkpointing:
         lost = FRAGMENTED["checkpointing"] * arch.num_layers * one_layer
     else:
-        lost = FRAGMENTED["full" if plan.lora is None else "adapters"] * (sum(moments["backward"].values()) - beside)
+        # NF4 weights are turned into numbers for each product, through index tensors of eight bytes an element.
+        kind = "full" if plan.lora is None else "nf4" if plan.method == "qlora" else "adapters"
+        lost = FRAGMENTED[kind] * (sum(moments["backward"].values()) - beside)
     parts["overhead"] = BUFFERS + lost
     whole = {name: round(part) for name, part in parts.items()}
     return Memory(peak_bytes=sum(whole.values()), moment=moment, **whole)
