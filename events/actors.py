@@ -70,14 +70,16 @@ class _LogQueueActor(LogQueue):
         self._storage = storage
         self._lock = _patiently(lambda: lock(Path(storage) / "log-queue.lock"))
         super().__init__(Path(storage))
+        collect_rarely()
 
     async def about(self) -> About:
         return _about(self._storage)
 
 
 def collect_rarely() -> None:
-    """For the log's process. What a commit makes is freed as soon as it is done with, and the rest stays: looking for
-    cycles at the usual pace finds nothing, and took up to a fifth of the time of an append."""
+    """For a process that serves many. What a commit or a request makes is freed as soon as it is done with, and the
+    rest stays: looking for cycles at the usual pace finds nothing, took up to a fifth of the time of an append, and
+    stopped a thousand tails for 0.2 s."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)

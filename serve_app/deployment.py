@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from events.actors import collect_rarely
 from serve_app.api import build_api
 from serve_app.chat import deployment as chat
 from serve_app.replica import before_draining, listen_on_node_address_only
@@ -33,7 +34,9 @@ class Api:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the replica is connected."""
         # Serve puts x-request-id on every response.
-        return build_api(self._service, self._answers, sends_request_id=False, closing=self._closing)
+        api = build_api(self._service, self._answers, sends_request_id=False, closing=self._closing)
+        collect_rarely()
+        return api
 
 
 deployment = serve.deployment(
