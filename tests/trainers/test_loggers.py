@@ -119,7 +119,7 @@ def test_wandb_without_a_key_runs_offline_and_says_how_to_upload(
     assert run.is_relative_to(tmp_path)
     assert run.name.endswith("ftjob-1")
     assert (run / "run-ftjob-1.wandb").stat().st_size > 0
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "tunewright.train"]
     assert "no WANDB_API_KEY" in message
     assert f"wandb sync {run}" in message
 
