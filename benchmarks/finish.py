@@ -1,4 +1,4 @@
-"""`python -m benchmarks.finish`: how wrong `estimated_finish` is while a job trains. About three minutes.
+"""`python -m benchmarks.finish`: how wrong `estimated_finish` is while a job trains. About five minutes.
 
 One job of the demo's model and rows, with evaluations and checkpoints, followed over HTTP to its end. Wrong by: the
 distance between the estimate and the moment of the last step's end and its checkpoint, as a share of the time from the
