@@ -1,9 +1,10 @@
 # One door for every tool; .ci/run uses the same targets. Needs Python 3.11 or 3.12 and a package index, nothing else.
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check faults bench bench-recipe clean
+.PHONY: help setup demo serve test check faults-short faults bench bench-recipe clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -16,14 +17,17 @@ demo: setup  ## fine-tune a real model through the real service, on this machine
 serve: setup  ## run the service on 127.0.0.1 until Ctrl-C; ARGS='--port 8001 --dashboard-port 8266'
 	$(BIN)/python -m serve_app.local $(ARGS)
 
-test: setup .venv-hf/.complete  ## run the test suite; ARGS='tests/events -x'
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+test: setup .venv-hf/.complete  ## run the test suite, all but the fault tests; ARGS='tests/events -x'
+	$(PYTEST) --ignore=tests/faults $(ARGS)
 
 check: setup  ## lint, formatting, types, import rule
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+faults-short: setup  ## run the fault tests once through; ARGS='--faults-seed 7'
+	$(PYTEST) tests/faults $(ARGS)
 
 faults: setup  ## the fault tests in full: hours; ARGS='--faults-seed 7'
 	$(BIN)/python -m pytest -s tests/faults --long --timeout=0 $(ARGS)

@@ -9,15 +9,17 @@ T = TypeVar("T")
 
 WAIT_S = 120.0
 """For what takes seconds on an idle machine."""
-_PAUSE_S = 0.05
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.25  # looking takes time from what is waited for
 
 
 def eventually(condition: Callable[[], T | None], timeout_s: float, complaint: Callable[[], str]) -> T:
     """The condition's value, as soon as it is a true one. Fails with the complaint if that takes longer."""
     deadline = time.monotonic() + timeout_s
+    pause = _FIRST_PAUSE_S
     while not (value := condition()):
         assert time.monotonic() < deadline, complaint()
-        time.sleep(_PAUSE_S)
+        time.sleep(pause)
+        pause = min(1.2 * pause, _LAST_PAUSE_S)
     return value
 
 
@@ -26,10 +28,12 @@ async def async_eventually(
 ) -> T:
     """The same while other tasks of the event loop go on. The condition may be a coroutine function."""
     deadline = time.monotonic() + timeout_s
+    pause = _FIRST_PAUSE_S
     while True:
         found = condition()
         value = await found if isinstance(found, Awaitable) else found
         if value:
             return value
         assert time.monotonic() < deadline, complaint()
-        await asyncio.sleep(_PAUSE_S)
+        await asyncio.sleep(pause)
+        pause = min(1.2 * pause, _LAST_PAUSE_S)

@@ -19,7 +19,7 @@ from serve_app.local import START_TIMEOUT_S, LocalService, serve_config
 from tests.service.conftest import CPUS, Api, dashboard, free_cpus, local_service, path_of, workers_of
 from tests.waiting import WAIT_S, eventually
 
-pytestmark = pytest.mark.timeout(900)  # two of these start a service of their own; each wait in them has a limit
+pytestmark = pytest.mark.timeout(900)  # each wait in these has a limit of its own
 
 ROOT = Path(__file__).parents[2]
 FP32 = {"n_epochs": 10_000, "lr": 0.01, "extras": {"dtype": "fp32"}}
@@ -204,12 +204,14 @@ def nodes(service: LocalService) -> list[dict[str, Any]]:
     return [node for node in found if node["state"] == "ALIVE"]
 
 
-def held_by(service: LocalService, job_id: str) -> list[tuple[str, float]]:
-    """The node and the CPUs of each bundle of the job's placement group."""
+def held_by(service: LocalService, job_id: str) -> dict[str, float]:
+    """The CPUs of the job's placement group on each node."""
     answer = httpx.get(service.dashboard_url + "/api/v0/placement_groups?detail=1", timeout=30, trust_env=False)
     groups = answer.json()["data"]["result"]["result"]
     held = [group for group in groups if group["name"] == job_id and group["state"] == "CREATED"]
-    return [(bundle["node_id"], bundle["unit_resources"]["CPU"]) for group in held for bundle in group["bundles"]]
+    bundles = [(bundle["node_id"], bundle["unit_resources"]["CPU"]) for group in held for bundle in group["bundles"]]
+    assert len(dict(bundles)) == len(bundles)  # a node has one bundle
+    return dict(bundles)
 
 
 def submit_to(api: Api, config: dict[str, Any]) -> str:
@@ -227,27 +229,20 @@ def submit_to(api: Api, config: dict[str, Any]) -> str:
     return job_id
 
 
-def test_workers_stand_in_equal_shares_on_as_many_nodes_as_asked_for(tmp_path: Path, inputs: Path) -> None:
-    env = {"TUNEWRIGHT_DATA_ROOTS": str(inputs), "TUNEWRIGHT_MODEL_ROOTS": str(inputs), "OMP_NUM_THREADS": "1"}
-    with LocalService(tmp_path / "storage", num_cpus=3, env=env) as service, another_node(service, cpus=2):
-        api = Api(service, inputs / "tiny", inputs / "rows.jsonl")
-        job_id = submit_to(api, api.endless(overrides="--nnodes 2 --nproc_per_node 2"))
-        api.until(job_id, lambda job: step_of(job) > 0)
-        held = held_by(service, job_id)
-        assert len(workers_of(api, job_id)) == 4
-        assert [cpus for _, cpus in held] == [2, 2]
-        assert {node for node, _ in held} == {node["node_id"] for node in nodes(service)}
-        api.cancel(job_id)
-        api.until_status(job_id, "cancelled")
-
-
-def test_a_job_moves_at_a_checkpoint_from_a_node_that_is_drained(tmp_path: Path, inputs: Path) -> None:
+def test_workers_stand_in_equal_shares_of_the_nodes_and_move_at_a_checkpoint_from_one_that_is_drained(
+    tmp_path: Path, inputs: Path
+) -> None:
     env = {"TUNEWRIGHT_DATA_ROOTS": str(inputs), "TUNEWRIGHT_MODEL_ROOTS": str(inputs), "OMP_NUM_THREADS": "1"}
     with LocalService(tmp_path / "storage", num_cpus=0, env=env) as service, ExitStack() as cluster:
         api = Api(service, inputs / "tiny", inputs / "rows.jsonl")
+        big = cluster.enter_context(another_node(service, cpus=2))  # it has room for both workers
         leaving = cluster.enter_context(another_node(service))
-        job_id = submit_to(api, api.config(fine_tuning_options=FP32, overrides="--max-restarts 0"))
+        overrides = "--nnodes 2 --nproc_per_node 1 --max-restarts 0"
+        job_id = submit_to(api, api.config(fine_tuning_options=FP32, overrides=overrides))
         api.until(job_id, lambda job: step_of(job) > 0)
+        assert len(workers_of(api, job_id)) == 2
+        assert held_by(service, job_id) == {big: 1, leaving: 1}
+
         staying = cluster.enter_context(another_node(service))
         drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={service.ray_address}"]
         drain += [f"--node-id={leaving}", "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"]
@@ -259,6 +254,6 @@ def test_a_job_moves_at_a_checkpoint_from_a_node_that_is_drained(tmp_path: Path,
         job = api.until(job_id, lambda job: step_of(job) > stopped_at)
         done = sorted(losses(job))  # read once: the job goes on
         assert done == list(range(1, len(done) + 1))
-        assert held_by(service, job_id) == [(staying, 1)]
+        assert held_by(service, job_id) == {big: 1, staying: 1}
         api.cancel(job_id)
         api.until_status(job_id, "cancelled")
