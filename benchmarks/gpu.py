@@ -344,7 +344,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
         enable_activation_checkpointing=spec.recompute,
     )
 
-    dtype = choose_dtype(plan, ranks.device)
+    dtype = choose_dtype(plan, ranks)
 
     def random_weights(model_dir: Path, arch: Architecture) -> dict[str, Tensor]:
         parts = [(part, tensor.shape[1:]) for tensor in checkpoint_tensors(arch) for part in tensor.parts]
@@ -360,7 +360,9 @@ def _ours(spec: Spec, meter: Meter) -> int:
     for step in range(spec.steps + spec.warmup):
         share = packs[step * spec.batch_size : (step + 1) * spec.batch_size]
         batch = collate(data, share, pad_to=spec.seq_len)
-        training_step(model, optimizer, None, [batch], batch.n_trained, ranks, None, stop=False)
+        training_step(
+            model, optimizer, None, [batch], batch.n_trained, ranks, None, False, in_backward=plan.updates_in_backward
+        )
         meter.step(batch.n_tokens)
     return sum(parameter.numel() for parameter in model.trainable().values())
 

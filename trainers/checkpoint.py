@@ -33,6 +33,7 @@ from trainers.errors import InfrastructureError
 from trainers.methods import Method
 from trainers.models.architecture import Architecture
 from trainers.optimization import optimizer_state, restore_optimizer_state
+from trainers.precision import Dtype
 from trainers.reporting import Reporter, SavedCheckpoint
 
 STATE = "training_state"
@@ -149,7 +150,8 @@ class CheckpointWriter:
         path = checkpoint_path(self._output_dir, progress.step, self._attempt)
         with _appearing(path) as draft:
             self._method.save(draft, weights, self._arch, self._model_dir)
-            _save_state(draft / STATE, moments, progress, validation)
+            dtype: Dtype = "bf16" if any(value.dtype == torch.bfloat16 for value in weights.values()) else "fp32"
+            _save_state(draft / STATE, moments, Standing(progress, validation, dtype))
         best = progress.step == validation.best_step
         _log.info("checkpoint %s%s", path, " (the best so far)" if best else "")
         self._reporter.checkpoint(SavedCheckpoint(path, progress.step, progress.epoch, metrics, best))
@@ -167,11 +169,19 @@ class CheckpointWriter:
             _remove(path)
 
 
-def load_progress(checkpoint: Path) -> tuple[Progress, Validation]:
+class Standing(NamedTuple):
+    """Where a run stands. `dtype`: what it trains in (None: nothing was trained, or the checkpoint doesn't say)."""
+
+    progress: Progress = Progress()
+    validation: Validation = Validation()
+    dtype: Dtype | None = None
+
+
+def load_standing(checkpoint: Path) -> Standing:
     """Where the run stood at `checkpoint`. Raises InfrastructureError `checkpoint_unreadable`."""
     try:
         state = json.loads((checkpoint / STATE / "state.json").read_text(encoding="utf-8"))
-        return Progress(**state["progress"]), Validation(**state.get("validation", {}))
+        return Standing(Progress(**state["progress"]), Validation(**state.get("validation", {})), state.get("dtype"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InfrastructureError(
             "checkpoint_unreadable",
@@ -246,12 +256,12 @@ def _optimizer_tensors(parameters: NamedParameters, optimizer: torch.optim.Optim
             yield f"{attribute}/{name}", value
 
 
-def _save_state(state_dir: Path, moments: dict[str, Tensor], progress: Progress, validation: Validation) -> None:
+def _save_state(state_dir: Path, moments: dict[str, Tensor], standing: Standing) -> None:
     state_dir.mkdir()
     save_file(moments, state_dir / "optimizer.safetensors")
-    state: dict[str, Any] = {"version": _VERSION, "progress": asdict(progress)}
-    if validation.best_step:
-        state["validation"] = asdict(validation)
+    state: dict[str, Any] = {"version": _VERSION, "progress": asdict(standing.progress), "dtype": standing.dtype}
+    if standing.validation.best_step:
+        state["validation"] = asdict(standing.validation)
     (state_dir / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 

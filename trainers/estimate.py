@@ -31,10 +31,11 @@ from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
 from trainers.data.prepare import DataInvalid, Tally, judge
 from trainers.data.source import check_data_uri, data_size, open_lines
 from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError
-from trainers.memory import MARGIN, Device, Memory, flops_per_token, memory_of
+from trainers.memory import MARGIN, Memory, flops_per_token, memory_of
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, step_items
+from trainers.precision import Device
 from trainers.priority import give_way
 from trainers.settings import Settings
 from trainers.suitability import check_suitable, longest_row

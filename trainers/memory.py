@@ -30,7 +30,8 @@ output head  A chunk of logits and the temporary of its normaliser, both float32
              chunk's share is added to it.
 gradients    T b / n, beside all activations only where micro-batches are accumulated: otherwise they grow as the
              activations shrink, so the largest moment is one of the two ends of the backward pass. At the second an
-             embedding's gradient is there once more, dense, before it is added to the head's.
+             embedding's gradient is there once more, dense, before it is added to the head's. Where weights are updated
+             within the backward pass (`Plan.updates_in_backward`), there are those of a tied head and of one matrix.
 checkpoint   For adapters, beside training: a copy of adapters and moments, the base model's file as it is read, with
              QLoRA what its 4-bit numbers stand for, and the adapted matrices merged, one of them in float32. Where
              there is only the last one, half of that (`REUSED`) finds room in what training has left. Full fine-tuning
@@ -58,9 +59,9 @@ from trainers.errors import Problem, UserError
 from trainers.models.architecture import Architecture
 from trainers.models.layout import Part, adapts, checkpoint_tensors, linears
 from trainers.plan import LoraSpec, Plan
+from trainers.precision import Device, default_dtype
 from trainers.suitability import longest_row
 
-Device = Literal["cpu", "cuda"]
 Moment = Literal["backward", "update", "checkpoint"]
 TOLERANCE = 0.15
 MARGIN = 1.25
@@ -73,7 +74,7 @@ MODULE_CHUNKS = 8
 FITS = 0.5
 """A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
 BUFFERS = 20 << 20  # bytes
-FRAGMENTED = {"full": 0.15, "adapters": 0.30, "nf4": 0.50, "checkpointing": 0.22}
+FRAGMENTED = {"full": 0.18, "adapters": 0.30, "nf4": 0.50, "checkpointing": 0.26}
 REUSED = 0.5
 
 
@@ -120,6 +121,7 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     )
     one_layer = load.positions * (in_hand + (saved if plan.enable_activation_checkpointing else 0))
     accumulates = plan.gradient_accumulation_steps > 1
+    at_once = size.largest_matrix_bytes + (head_gradient if arch.tied else 0)
     gathered = size.unit_bytes if size.shards > 1 else 0
     checkpoint = size.checkpoint_bytes()
     between = plan.n_epochs > 1 or plan.save_every_n_steps or plan.run_val_every_n_steps
@@ -132,7 +134,8 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
             "checkpoint": beside,
         },
         "update": {
-            "gradients": size.gradient_bytes(whole=accumulates) + head_gradient,
+            "gradients": head_gradient
+            + (at_once if plan.updates_in_backward else size.gradient_bytes(whole=accumulates)),
             "activations": one_layer,
             "output_head": 0,
             "checkpoint": beside,
@@ -280,7 +283,7 @@ class _Size:
 
     def __init__(self, plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None) -> None:
         self._plan, self._arch, self._device = plan, arch, device
-        self.width = {"fp32": 4, "bf16": 2, None: 2 if device == "cuda" else 4}[plan.dtype]
+        self.width = {"fp32": 4, "bf16": 2}[plan.dtype or default_dtype(device)]
         self._linears = list(linears(arch))
         of_tensors = {tensor.name: _product(tensor.shape) for tensor in checkpoint_tensors(arch)}
         self.numbers = sum(of_tensors.values())
@@ -349,6 +352,13 @@ class _Size:
     def gradient_bytes(self, *, whole: bool) -> float:
         """`whole`: of a sharded model, before they are added up over the ranks."""
         return self.trained * self.width / (1 if whole else self.shards)
+
+    @property
+    def largest_matrix_bytes(self) -> int:
+        """Of the blocks."""
+        return self.width * max(
+            linear.rows * linear.columns for linear in self._linears if linear.parts[0].name != "output"
+        )
 
     @property
     def unit_bytes(self) -> int:

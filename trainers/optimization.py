@@ -1,7 +1,8 @@
 """Optimizer and learning rate of a plan. The components were checked against the allow-list when the plan was made."""
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,31 @@ def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.opt
         kwargs["fused"] = True
     optimizer: torch.optim.Optimizer = getattr(importlib.import_module(module), kind)(parameters, lr=plan.lr, **kwargs)
     return optimizer
+
+
+@contextmanager
+def updating_in_backward(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+    """Each parameter is updated as soon as the backward pass within has its gradient, which is multiplied by `factor`
+    before and freed after: the model's gradients never stand in memory together. The numbers are those of a step taken
+    after the backward pass, to the bit.
+    """
+    (group,) = optimizer.param_groups
+    parameters = group["params"]
+
+    def update(parameter: Tensor) -> None:
+        group["params"] = [parameter]
+        assert parameter.grad is not None  # noqa: S101  -- it is what this is called for
+        parameter.grad.mul_(factor)
+        optimizer.step()
+        parameter.grad = None
+
+    handles = [parameter.register_post_accumulate_grad_hook(update) for parameter in parameters]
+    try:
+        yield
+    finally:
+        group["params"] = parameters
+        for handle in handles:
+            handle.remove()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from trainers.components import DEFAULTS, DPO_LOSS, shardable
 from trainers.errors import ConfigProblems, Problem
 from trainers.merge import Merged
 from trainers.overrides import parse_overrides
+from trainers.precision import Dtype
 from trainers.settings import ERROR_FILE
 
 EXTRAS = "fine_tuning_options.extras"
@@ -94,7 +95,7 @@ class Plan(_Frozen):
     max_seq_len: int | None = None
     max_invalid_fraction: float = 0.0
 
-    dtype: Literal["fp32", "bf16"] | None = None
+    dtype: Dtype | None = None
     compile: bool = False
     enable_activation_checkpointing: bool = False
     memory_efficient_fsdp_wrap: bool = False
@@ -114,6 +115,19 @@ class Plan(_Frozen):
     @property
     def workers(self) -> int:
         return self.nnodes * self.nproc_per_node
+
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether each weight is updated as soon as the backward pass has its gradient, so that gradients never take
+        memory together. Only where a step's gradient is complete then and nothing else needs it; and where it pays:
+        not for adapters. bitsandbytes synchronises the device at each update."""
+        return (
+            self.lora is None
+            and self.workers == 1
+            and self.gradient_accumulation_steps == 1
+            and self.clip_grad_norm is None
+            and not self.optimizer.component.startswith("bitsandbytes.")
+        )
 
     @property
     def pairs(self) -> bool:

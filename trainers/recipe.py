@@ -10,7 +10,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainers.batches import Progress, StepItems, evaluation_batches
-from trainers.checkpoint import CheckpointWriter, Validation, load_optimizer, load_progress
+from trainers.batches import StepItems, evaluation_batches
+from trainers.checkpoint import CheckpointWriter, Standing, Validation, load_optimizer, load_standing
 from trainers.collate import Batch, collate
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
@@ -29,7 +29,7 @@ from trainers.load import build_schedule, drops, pack_size
 from trainers.memory import check_states
 from trainers.methods import method_of
 from trainers.models.architecture import inspect_model_dir
-from trainers.optimization import build_optimizer, build_scheduler
+from trainers.optimization import build_optimizer, build_scheduler, updating_in_backward
 from trainers.plan import Plan, needing_less
 from trainers.progress_log import ProgressLog, log_summary
 from trainers.reference import reference_of
@@ -62,14 +62,14 @@ def train(
     with _advice_when_out_of_memory(plan), ExitStack() as stack:
         # ---- configure
         ranks = Ranks.current()
-        dtype = choose_dtype(plan, ranks.device)
         arch = inspect_model_dir(model_dir)
         if ranks.device.type == "cuda":  # on the CPU it was checked before the worker was there
             check_states(plan, arch, ranks.memory_bytes())
         data = TokenisedDataset(train_data)
         valid = TokenisedDataset(valid_data) if valid_data else None
         schedule = build_schedule(plan, data, ranks.rank, ranks.world)
-        progress, validation = load_progress(resume_from) if resume_from else (Progress(), Validation())
+        progress, validation, dtype_before = load_standing(resume_from) if resume_from else Standing()
+        dtype = choose_dtype(plan, ranks, dtype_before)
         total_steps = schedule.total_steps(progress)
 
         # ---- load
@@ -113,6 +113,7 @@ def train(
                 ranks,
                 plan.clip_grad_norm,
                 reporter.should_stop(),
+                in_backward=plan.updates_in_backward,
             )
             progress = items.after
             under_way.append(Step(items, tensors))
@@ -196,32 +197,39 @@ def training_step(
     ranks: Ranks,
     clip_grad_norm: float | None,
     stop: bool,
+    *,
+    in_backward: bool = False,
 ) -> StepTensors:
     """The training step: one update from the mean loss over all `trained` tokens (or pairs) of all ranks.
 
-    Nothing in it waits for the device. `stop`: whether this rank wishes to stop after it.
+    Nothing in it waits for the device. `stop`: whether this rank wishes to stop after it. `in_backward`: the update is
+    done within the backward pass, as `Plan.updates_in_backward` says.
     """
     losses = torch.zeros(ranks.world, len(micro_batches), dtype=torch.float64, device=ranks.device)
     measures = torch.zeros(len(model.objective.measures), dtype=torch.float64, device=ranks.device)
+    lr = float(optimizer.param_groups[0]["lr"])
     for number, batch in enumerate(micro_batches):
         model.reduce_gradients_in_backward(number == len(micro_batches) - 1)
         measured = model(batch.to(ranks.device))  # summed over the micro-batch
-        measured.loss.backward()
+        with updating_in_backward(optimizer, 1 / trained) if in_backward else nullcontext():
+            measured.loss.backward()
         losses[ranks.rank, number] = measured.loss.detach()
         measures += measured.measures
 
     counts = torch.tensor([sum(batch.n_tokens for batch in micro_batches), stop], dtype=torch.float64)
     counts = counts.to(ranks.device, non_blocking=True)
     ranks.sum_all_([losses, counts, measures])
-    gradients = model.gradients()
-    if not model.sharded:
-        ranks.sum_all_(gradients)
-    # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
-    torch._foreach_mul_(gradients, (ranks.world if model.sharded else 1) / trained)
-    grad_norm = None if clip_grad_norm is None else clip(gradients, clip_grad_norm, ranks, summed=not model.sharded)
-    lr = float(optimizer.param_groups[0]["lr"])
-    optimizer.step()
-    optimizer.zero_grad()
+    grad_norm = None
+    if not in_backward:
+        gradients = model.gradients()
+        if not model.sharded:
+            ranks.sum_all_(gradients)
+        # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
+        torch._foreach_mul_(gradients, (ranks.world if model.sharded else 1) / trained)
+        if clip_grad_norm is not None:
+            grad_norm = clip(gradients, clip_grad_norm, ranks, summed=not model.sharded)
+        optimizer.step()
+        optimizer.zero_grad()
     if scheduler:
         scheduler.step()
     return StepTensors(losses, counts, grad_norm, lr, trained, measures, model.objective.measures)

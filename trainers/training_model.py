@@ -28,6 +28,7 @@ from trainers.models.architecture import Architecture
 from trainers.models.decoder import build_decoder, causal, init_rope
 from trainers.objectives import Measured, objective_of
 from trainers.plan import Plan
+from trainers.precision import Dtype, default_dtype
 
 
 class TrainingModel(nn.Module):
@@ -117,11 +118,14 @@ def _each_holds_all(decoder: nn.Module, plan: Plan, method: Method, dtype: torch
     return ranks.sum([fits])[0] == ranks.world
 
 
-def choose_dtype(plan: Plan, device: torch.device) -> torch.dtype:
-    """The plan's dtype, else what suits the device: bf16 on CUDA, fp32 on CPU."""
-    if plan.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[plan.dtype]
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def choose_dtype(plan: Plan, ranks: Ranks, before: Dtype | None = None) -> torch.dtype:
+    """The plan's dtype; else `before`, that of the checkpoint to go on from, which another kind of machine may have
+    written; else bf16 where every rank's device computes in it. All ranks agree."""
+    chosen = plan.dtype or before
+    if chosen is None:
+        suits = default_dtype("cuda" if ranks.device.type == "cuda" else "cpu") == "bf16"
+        chosen = "bf16" if ranks.sum([suits])[0] == ranks.world else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[chosen]
 
 
 def offloads(plan: Plan, ranks: Ranks) -> bool:

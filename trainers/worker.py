@@ -138,13 +138,13 @@ class RayReporter:
     def started(self, total_steps: int, device: str) -> None:
         if not self._speaks:
             return
-        from trainers.checkpoint import load_progress  # imports torch, as the recipe that calls this has
+        from trainers.checkpoint import load_standing  # imports torch, as the recipe that calls this has
 
         context = ray.train.get_context()
         plan = Plan.model_validate(self._assignment.plan)
         job_dir, checkpoint = Path(self._assignment.job_dir), self._assignment.resume_from
         self._logger = open_logger(
-            plan, self._assignment.job_id, job_dir, load_progress(Path(checkpoint))[0].step if checkpoint else 0
+            plan, self._assignment.job_id, job_dir, load_standing(Path(checkpoint)).progress.step if checkpoint else 0
         )
         self._tenure.append(
             RunStarted(

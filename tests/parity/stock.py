@@ -15,6 +15,7 @@ import yaml
 from benchmarks.stock import adapter_config, model_config
 from benchmarks.workload import rows_for_others
 from tests.waiting import eventually
+from trainers.distributed import Ranks
 from trainers.methods import method_of
 from trainers.methods.lora import initial_adapter
 from trainers.models.architecture import inspect_model_dir
@@ -94,7 +95,7 @@ def _save_adapter(plan: Plan, model_dir: Path, directory: Path) -> None:
     them by rotated pair, and with them the rows of their B's; but those are zero.
     """
     arch = inspect_model_dir(model_dir)
-    dtype = choose_dtype(plan, torch.device("cpu"))
+    dtype = choose_dtype(plan, Ranks(0, 1, torch.device("cpu")))
     with torch.device("meta"):
         decoder = build_decoder(arch, linear=method_of(plan).linear)
     torch.save(initial_adapter(decoder, plan.seed, dtype), directory / "adapter.pt")

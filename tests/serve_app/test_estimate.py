@@ -207,8 +207,8 @@ def test_a_job_whose_weights_and_optimizer_fit_no_node_is_refused_at_once(serve:
     server = serve(_TinyNodes)
     storage = server.parts.settings.storage
     model = make_tiny_model(storage / "tiny")
-    full = {"fine_tuning_options": {"custom_training_options": {"finetuning_type": "full"}}}
-    config = {"model": str(model), "data": str(storage / "rows.jsonl"), **full}
+    full = {"custom_training_options": {"finetuning_type": "full"}, "extras": {"dtype": "fp32"}}
+    config = {"model": str(model), "data": str(storage / "rows.jsonl"), "fine_tuning_options": full}
     answer = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=config)
     assert answer.status_code == 422
     error = answer.json()["error"]

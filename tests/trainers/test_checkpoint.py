@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
 from tests.waiting import eventually
-from trainers.checkpoint import checkpoint_path, load_progress
+from trainers.checkpoint import checkpoint_path, load_standing
 from trainers.data.chat import ChatTokenizer
 from trainers.errors import InfrastructureError
 from trainers.models.adapters import load_peft_adapter, merge_lora
@@ -34,10 +34,10 @@ def case(tmp_path: Path) -> Case:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("stop_at", [4, 11, 15])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(case: Case, method: str, stop_at: int) -> None:
+@pytest.mark.parametrize(("stop_at", "dtype"), [(4, "fp32"), (11, "fp32"), (15, "fp32"), (4, "bf16")])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(case: Case, method: str, stop_at: int, dtype: str) -> None:
     lora = LoraSpec(dropout=0.2) if method == "lora" else None
-    case = replace(case, plan=make_plan_for(method, lora=lora, gradient_accumulation_steps=1, clip_grad_norm=1.0))
+    case = replace(case, plan=make_plan_for(method, lora=lora, dtype=dtype, clip_grad_norm=1.0))
     whole = case.run()
     part = replace(case, output_dir=case.output_dir / "part", stop_at=stop_at).run()
     assert list(part.losses) == list(range(1, stop_at + 1))
@@ -50,6 +50,21 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(case: Case, method: str
     expected = saved_weights(whole.checkpoints[-1].path)
     for name, tensor in saved_weights(rest.checkpoints[-1].path).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_run_goes_on_in_the_type_it_began_with_though_another_would_suit_the_machine(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.plan = make_plan_for(dtype=None)
+    monkeypatch.setattr("trainers.training_model.default_dtype", lambda _: "fp32")
+    whole = case.run()
+    part = replace(case, output_dir=case.output_dir / "part", stop_at=4).run()
+    monkeypatch.setattr("trainers.training_model.default_dtype", lambda _: "bf16")
+    stopped = part.checkpoints[-1].path
+    rest = replace(case, output_dir=case.output_dir / "part", resume_from=stopped).run()
+    assert part.losses | rest.losses == whole.losses
+    assert load_standing(rest.checkpoints[-1].path).dtype == "fp32"
+    assert case.run().losses != whole.losses
 
 
 def test_checkpoints_come_every_n_steps_and_epoch_but_once_a_step(case: Case) -> None:
@@ -178,7 +193,7 @@ def test_the_older_training_state_stays_until_the_newer_checkpoint_is_recorded(c
     with pytest.raises(ConnectionError):
         run_with(case, reporter)
     first = reporter.checkpoints[0].path
-    assert load_progress(first)[0].step == 11
+    assert load_standing(first).progress.step == 11
     again = replace(case, resume_from=first).run()
     assert [c.step for c in again.checkpoints] == [22]
 
@@ -215,7 +230,7 @@ def test_a_later_attempt_writes_under_names_of_its_own_and_clears_up_what_nobody
         run_with(case, first)
     recorded = [checkpoint.path for checkpoint in first.checkpoints]
     unrecorded = checkpoint_path(case.output_dir, 11)
-    assert load_progress(recorded[-1])[0].step == 8
+    assert load_standing(recorded[-1]).progress.step == 8
     assert unrecorded.is_dir()
     again = replace(case, resume_from=recorded[-1], attempt=2).run()
     assert [c.path.name for c in again.checkpoints[:2]] == ["step-00000011-attempt-2", "step-00000012-attempt-2"]

@@ -57,7 +57,7 @@ def built(folder: Path, family: str, custom: dict[str, Any], **extras: Any) -> t
     plan = plan_for(folder, custom, **extras)
     arch = inspect_model_dir(folder)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    model = build_training_model(plan, method_of(plan), arch, folder, None, choose_dtype(plan, ranks.device), ranks)
+    model = build_training_model(plan, method_of(plan), arch, folder, None, choose_dtype(plan, ranks), ranks)
     model.train()
     return plan, arch, model
 

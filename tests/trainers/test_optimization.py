@@ -1,10 +1,10 @@
-"""Learning-rate schedules: what share of the peak rate each step is taken with."""
+"""Learning-rate schedules: what share of the peak rate each step is taken with. And when weights are updated."""
 
 import pytest
 import torch
 
 from tests.trainers.recipe_support import make_plan_for
-from trainers.optimization import build_optimizer, build_scheduler
+from trainers.optimization import build_optimizer, build_scheduler, updating_in_backward
 from trainers.plan import ComponentSpec, Plan
 
 TOTAL = 8
@@ -52,3 +52,17 @@ def test_adam_is_fused_unless_the_plan_says_otherwise() -> None:
     assert build_optimizer(make_plan_for(), parameters).defaults["fused"]
     unfused = make_plan_for(optimizer=ComponentSpec(component="torch.optim.AdamW", kwargs={"foreach": False}))
     assert not build_optimizer(unfused, parameters).defaults["fused"]
+
+
+def test_within_the_backward_pass_one_gradient_is_there_at_a_time() -> None:
+    layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(5)))
+    optimizer = build_optimizer(make_plan_for("full"), layers.parameters())
+    there = []
+    optimizer.register_step_pre_hook(lambda *_: there.append([p.grad is not None for p in layers.parameters()]))
+    with updating_in_backward(optimizer, 0.5):
+        layers(torch.ones(1, 4)).sum().backward()
+    assert [gradients.count(True) for gradients in there] == [1] * 5
+    assert [gradients.index(True) for gradients in there] == [4, 3, 2, 1, 0]
+    assert [p.grad for p in layers.parameters()] == [None] * 5
+    layers(torch.ones(1, 4)).sum().backward()  # outside, nothing is updated
+    assert len(there) == 5

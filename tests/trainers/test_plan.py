@@ -7,7 +7,7 @@ import pytest
 
 from events.config import Config
 from trainers.errors import ConfigProblems, Problem
-from trainers.plan import LoraSpec, Plan, make_plan
+from trainers.plan import ComponentSpec, LoraSpec, Plan, make_plan
 
 
 def config(options: dict[str, Any] | None = None, **fields: Any) -> Config:
@@ -313,3 +313,27 @@ def test_what_does_not_go_with_dpo_is_refused_by_name(extras: dict[str, Any], pa
     (problem,) = problems_of({"extras": loss | extras})
     assert problem.param == f"fine_tuning_options.extras.{path}"
     assert message in problem.message
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "expected"),
+    [
+        ({}, "", True),
+        ({"batch_size": 16, "extras": {"save_every_n_steps": 3}}, "", True),
+        ({"gradient_accumulation_steps": 2}, "", False),  # the gradient is complete only with the last micro-batch
+        ({"extras": {"clip_grad_norm": 1.0}}, "", False),  # its norm is that of all gradients
+        ({}, "--nproc_per_node 2", False),
+        ({"custom_training_options": {"finetuning_type": "lora"}}, "", False),
+    ],
+)
+def test_weights_are_updated_within_the_backward_pass_where_nothing_else_needs_the_gradient(
+    options: dict[str, Any], overrides: str, expected: bool
+) -> None:
+    full = {"custom_training_options": {"finetuning_type": "full"}}
+    assert make_plan(config(full | options, overrides=overrides)).updates_in_backward is expected
+
+
+def test_bitsandbytes_which_synchronises_at_each_update_has_one_a_step() -> None:
+    plan = make_plan(config({"custom_training_options": {"finetuning_type": "full"}}))
+    paged = ComponentSpec(component="bitsandbytes.optim.PagedAdamW8bit")
+    assert not plan.model_copy(update={"optimizer": paged}).updates_in_backward

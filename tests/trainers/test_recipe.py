@@ -20,7 +20,7 @@ from trainers.methods.lora import adapter_parameters, initial_adapter
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder
 from trainers.models.weights import load_weights
-from trainers.plan import ComponentSpec, LoraSpec
+from trainers.plan import ComponentSpec, LoraSpec, Plan
 from trainers.recipe import clip, train
 
 
@@ -94,6 +94,22 @@ def test_activation_checkpointing_changes_no_number(bench: Bench, method: str) -
     lora = LoraSpec(dropout=0.3) if method == "lora" else None  # the dropout of the second pass is that of the first
     plain = bench.losses(method, lora=lora)
     assert bench.losses(method, lora=lora, enable_activation_checkpointing=True) == plain
+
+
+@pytest.mark.parametrize("component", ["torch.optim.AdamW", "torch.optim.SGD", "torchao.optim.AdamW8bit"])
+@pytest.mark.parametrize("method", ["full", "qat"])
+def test_updating_within_the_backward_pass_changes_no_number(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, component: str
+) -> None:
+    optimizer = ComponentSpec(component=component)
+    within = bench.case(method, optimizer=optimizer).run()
+    assert make_plan_for(method, optimizer=optimizer).updates_in_backward
+    monkeypatch.setattr(Plan, "updates_in_backward", property(lambda _: False))
+    after = bench.case(method, optimizer=optimizer).run()
+    assert within.losses == after.losses
+    expected = saved_weights(after.checkpoints[-1].path)
+    for name, tensor in saved_weights(within.checkpoints[-1].path).items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_packed_rows_have_the_loss_of_rows_on_their_own(bench: Bench) -> None:

@@ -1,0 +1,56 @@
+"""What is trained in where a plan doesn't say: bf16 where the processor computes in it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainers.recipe_support import make_plan_for
+from trainers import training_model
+from trainers.distributed import Ranks
+from trainers.precision import has_bf16
+from trainers.training_model import choose_dtype
+
+CPU = torch.device("cpu")
+
+
+class Meeting(Ranks):
+    """One of two ranks, of which `rank` many would train in bf16."""
+
+    def sum(self, values: object) -> list[float]:
+        return [self.rank]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fma avx2 avx512f avx512_vnni avx512_bf16", True),
+        ("fma avx2 avx512f amx_bf16 amx_tile amx_int8", True),
+        ("fma avx2 avx512f avx512bw avx512_vnni", False),
+        ("", False),
+    ],
+)
+def test_a_processor_has_bf16_where_linux_lists_an_instruction_for_it(
+    tmp_path: Path, flags: str, expected: bool
+) -> None:
+    one = f"processor\t: 0\nmodel name\t: any\nflags\t\t: {flags}\nbugs\t\t: avx512_bf16\n\n"
+    (tmp_path / "cpuinfo").write_text(one * 2)
+    assert has_bf16(tmp_path / "cpuinfo") is expected
+
+
+def test_a_machine_that_describes_no_processor_trains_in_fp32(tmp_path: Path) -> None:
+    assert not has_bf16(tmp_path / "cpuinfo")
+
+
+def test_what_the_plan_says_holds_and_then_what_the_run_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_model, "default_dtype", lambda _: "bf16")
+    alone = Ranks(0, 1, CPU)
+    assert choose_dtype(make_plan_for(dtype="fp32"), alone, "bf16") == torch.float32
+    assert choose_dtype(make_plan_for(dtype=None), alone, "fp32") == torch.float32
+    assert choose_dtype(make_plan_for(dtype=None), alone) == torch.bfloat16
+
+
+def test_workers_train_in_bf16_only_if_it_suits_the_machine_of_each() -> None:
+    plan = make_plan_for(dtype=None)
+    assert choose_dtype(plan, Meeting(1, 2, CPU)) == torch.float32
+    assert choose_dtype(plan, Meeting(2, 2, CPU)) == torch.bfloat16
