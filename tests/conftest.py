@@ -30,6 +30,7 @@ ON_A_LIVE_CLUSTER = (
     "tests/events/test_actors.py",
     "tests/events/test_commands.py",
     "tests/faults/test_kills.py",
+    "tests/faults/test_nodes.py",
     "tests/faults/test_submits.py",
     "tests/faults/test_tails.py",
     "tests/faults/test_whole_cluster.py",

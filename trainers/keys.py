@@ -136,8 +136,8 @@ KEYS: tuple[Key, ...] = (
         "dtype",
         nullable(choice("fp32", "bf16")),
         "null",
-        "Type of weights, gradients and optimizer state. null: bf16 on CUDA and on CPUs that compute in it "
-        "(AVX512-BF16, AMX), fp32 on others.",
+        "Type of weights, gradients and optimizer state. null: bf16 on CUDA, and for adapters on CPUs that compute in "
+        "it (AVX512-BF16, AMX); else fp32.",
     ),
     Key("compile", boolean, "false", "Compile each layer and the loss with torch.compile."),
     Key(

@@ -283,7 +283,7 @@ class _Size:
 
     def __init__(self, plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None) -> None:
         self._plan, self._arch, self._device = plan, arch, device
-        self.width = {"fp32": 4, "bf16": 2}[plan.dtype or default_dtype(device)]
+        self.width = {"fp32": 4, "bf16": 2}[plan.dtype or default_dtype(device, adapters=plan.lora is not None)]
         self._linears = list(linears(arch))
         of_tensors = {tensor.name: _product(tensor.shape) for tensor in checkpoint_tensors(arch)}
         self.numbers = sum(of_tensors.values())

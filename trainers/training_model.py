@@ -28,7 +28,7 @@ from trainers.models.architecture import Architecture
 from trainers.models.decoder import build_decoder, causal, init_rope
 from trainers.objectives import Measured, objective_of
 from trainers.plan import Plan
-from trainers.precision import Dtype, default_dtype
+from trainers.precision import Device, Dtype, default_dtype
 
 
 class TrainingModel(nn.Module):
@@ -123,7 +123,8 @@ def choose_dtype(plan: Plan, ranks: Ranks, before: Dtype | None = None) -> torch
     written; else bf16 where every rank's device computes in it. All ranks agree."""
     chosen = plan.dtype or before
     if chosen is None:
-        suits = default_dtype("cuda" if ranks.device.type == "cuda" else "cpu") == "bf16"
+        device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
+        suits = default_dtype(device, adapters=plan.lora is not None) == "bf16"
         chosen = "bf16" if ranks.sum([suits])[0] == ranks.world else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[chosen]
 

@@ -136,17 +136,18 @@ class Faults:
         eventually(answers, RECOVERY_S, lambda: "the API does not answer")
 
     def submit(self, **changes: Any) -> str:
-        """A new job that saves often and can be interrupted often. It has a key: an event log that was killed has
-        forgotten which answers were delivered, and would take the next job of the same config for this one."""
+        """A new job. It has a key: an event log that was killed has forgotten which answers were delivered, and would
+        take the next job of the same config for this one."""
+        return self.api.submit(self.config(**changes), headers={"Idempotency-Key": uuid.uuid4().hex})
+
+    def config(self, **changes: Any) -> dict[str, Any]:
+        """Of a job that saves often and can be interrupted often."""
         options = {
             "n_epochs": EPOCHS,
             "batch_size": BATCH,
             "extras": {"save_every_n_steps": INTERVAL, "keep_last_n_checkpoints": 2, "dtype": "fp32"},
         }
-        return self.api.submit(
-            self.api.config(**{"fine_tuning_options": options, "overrides": "--max-restarts 1000"} | changes),
-            headers={"Idempotency-Key": uuid.uuid4().hex},
-        )
+        return self.api.config(**{"fine_tuning_options": options, "overrides": "--max-restarts 1000"} | changes)
 
     def until(self, job_id: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         job: dict[str, Any] = {}

@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 
 from serve_app.local import START_TIMEOUT_S, LocalService, serve_config
 from tests.service.conftest import CPUS, Api, dashboard, free_cpus, local_service, path_of, workers_of
+from tests.service.nodes import another_node, held_by, submit_to
 from tests.waiting import WAIT_S, eventually
 
 pytestmark = pytest.mark.timeout(900)  # each wait in these has a limit of its own
@@ -168,82 +168,21 @@ def is_up(service: LocalService) -> bool:
         return False
 
 
-NODE = """
-import sys
-from ray._private.node import Node
-from ray._private.parameter import RayParams
-node = RayParams(
-    gcs_address=sys.argv[1], node_ip_address="127.0.0.1", num_cpus=int(sys.argv[2]), num_gpus=0,
-    object_store_memory=100 << 20, node_manager_port=0, min_worker_port=0, max_worker_port=0, include_log_monitor=False,
-)
-node.dashboard_agent_listen_port = None  # a free one
-Node(node, head=False, shutdown_at_exit=True, spawn_reaper=True)
-sys.stdin.read()
-"""
-"""`ray start` refuses a second node on loopback (`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`); what it calls does not."""
-
-
-@contextmanager
-def another_node(service: LocalService, cpus: int = 1) -> Iterator[str]:
-    """Its id."""
-    before = {node["node_id"] for node in nodes(service)}
-    command = [sys.executable, "-c", NODE, service.ray_address, str(cpus)]
-    with subprocess.Popen(command, env=service.env, stdin=subprocess.PIPE) as process:
-        try:
-            eventually(lambda: len(nodes(service)) > len(before), WAIT_S, lambda: "the node does not join")
-            (new,) = {node["node_id"] for node in nodes(service)} - before
-            yield new
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-
-
-def nodes(service: LocalService) -> list[dict[str, Any]]:
-    answer = httpx.get(service.dashboard_url + "/api/v0/nodes?detail=1", timeout=30, trust_env=False).json()
-    found: list[dict[str, Any]] = answer["data"]["result"]["result"]
-    return [node for node in found if node["state"] == "ALIVE"]
-
-
-def held_by(service: LocalService, job_id: str) -> dict[str, float]:
-    """The CPUs of the job's placement group on each node."""
-    answer = httpx.get(service.dashboard_url + "/api/v0/placement_groups?detail=1", timeout=30, trust_env=False)
-    groups = answer.json()["data"]["result"]["result"]
-    held = [group for group in groups if group["name"] == job_id and group["state"] == "CREATED"]
-    bundles = [(bundle["node_id"], bundle["unit_resources"]["CPU"]) for group in held for bundle in group["bundles"]]
-    assert len(dict(bundles)) == len(bundles)  # a node has one bundle
-    return dict(bundles)
-
-
-def submit_to(api: Api, config: dict[str, Any]) -> str:
-    """As soon as the service knows of its nodes: what the cluster can hold is asked every few seconds."""
-    answer: httpx.Response | None = None
-
-    def accepted() -> bool:
-        nonlocal answer
-        answer = api.http.post("/fine_tuning/jobs/submit", json=config)
-        return answer.is_success
-
-    eventually(accepted, WAIT_S, lambda: f"refused: {answer and answer.text}")
-    assert answer is not None
-    job_id: str = answer.json()["job_id"]
-    return job_id
-
-
 def test_workers_stand_in_equal_shares_of_the_nodes_and_move_at_a_checkpoint_from_one_that_is_drained(
     tmp_path: Path, inputs: Path
 ) -> None:
     env = {"TUNEWRIGHT_DATA_ROOTS": str(inputs), "TUNEWRIGHT_MODEL_ROOTS": str(inputs), "OMP_NUM_THREADS": "1"}
     with LocalService(tmp_path / "storage", num_cpus=0, env=env) as service, ExitStack() as cluster:
         api = Api(service, inputs / "tiny", inputs / "rows.jsonl")
-        big = cluster.enter_context(another_node(service, cpus=2))  # it has room for both workers
-        leaving = cluster.enter_context(another_node(service))
+        big = cluster.enter_context(another_node(service, cpus=2)).node_id  # it has room for both workers
+        leaving = cluster.enter_context(another_node(service)).node_id
         overrides = "--nnodes 2 --nproc_per_node 1 --max-restarts 0"
         job_id = submit_to(api, api.config(fine_tuning_options=FP32, overrides=overrides))
         api.until(job_id, lambda job: step_of(job) > 0)
         assert len(workers_of(api, job_id)) == 2
         assert held_by(service, job_id) == {big: 1, leaving: 1}
 
-        staying = cluster.enter_context(another_node(service))
+        staying = cluster.enter_context(another_node(service)).node_id
         drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={service.ray_address}"]
         drain += [f"--node-id={leaving}", "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"]
         drain += ["--deadline-remaining-seconds=600"]

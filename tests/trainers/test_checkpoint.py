@@ -56,10 +56,10 @@ def test_a_run_goes_on_in_the_type_it_began_with_though_another_would_suit_the_m
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.plan = make_plan_for(dtype=None)
-    monkeypatch.setattr("trainers.training_model.default_dtype", lambda _: "fp32")
+    monkeypatch.setattr("trainers.training_model.default_dtype", lambda *_, **__: "fp32")
     whole = case.run()
     part = replace(case, output_dir=case.output_dir / "part", stop_at=4).run()
-    monkeypatch.setattr("trainers.training_model.default_dtype", lambda _: "bf16")
+    monkeypatch.setattr("trainers.training_model.default_dtype", lambda *_, **__: "bf16")
     stopped = part.checkpoints[-1].path
     rest = replace(case, output_dir=case.output_dir / "part", resume_from=stopped).run()
     assert part.losses | rest.losses == whole.losses

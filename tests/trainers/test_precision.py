@@ -8,7 +8,7 @@ import torch
 from tests.trainers.recipe_support import make_plan_for
 from trainers import training_model
 from trainers.distributed import Ranks
-from trainers.precision import has_bf16
+from trainers.precision import default_dtype, has_bf16
 from trainers.training_model import choose_dtype
 
 CPU = torch.device("cpu")
@@ -42,8 +42,18 @@ def test_a_machine_that_describes_no_processor_trains_in_fp32(tmp_path: Path) ->
     assert not has_bf16(tmp_path / "cpuinfo")
 
 
+def test_every_weight_is_trained_in_fp32_on_a_cpu_and_adapters_in_what_it_computes_fastest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for has in (True, False):
+        monkeypatch.setattr("trainers.precision.has_bf16", lambda _, has=has: has)
+        assert default_dtype("cpu", adapters=True) == ("bf16" if has else "fp32")
+        assert default_dtype("cpu", adapters=False) == "fp32"
+        assert {default_dtype("cuda", adapters=adapters) for adapters in (True, False)} == {"bf16"}
+
+
 def test_what_the_plan_says_holds_and_then_what_the_run_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_model, "default_dtype", lambda _: "bf16")
+    monkeypatch.setattr(training_model, "default_dtype", lambda *_, **__: "bf16")
     alone = Ranks(0, 1, CPU)
     assert choose_dtype(make_plan_for(dtype="fp32"), alone, "bf16") == torch.float32
     assert choose_dtype(make_plan_for(dtype=None), alone, "fp32") == torch.float32
