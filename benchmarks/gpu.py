@@ -325,7 +325,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
     from trainers.optimization import build_optimizer
     from trainers.plan import ComponentSpec, LoraSpec, Plan
     from trainers.recipe import training_step
-    from trainers.training_model import build_training_model, choose_dtype
+    from trainers.training_model import COMPUTED_IN, build_training_model, choose_dtype
 
     ranks = Ranks.current()
     arch = read_architecture(SHAPES[spec.shape] | {"max_position_embeddings": spec.seq_len})
@@ -348,7 +348,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
 
     def random_weights(model_dir: Path, arch: Architecture) -> dict[str, Tensor]:
         parts = [(part, tensor.shape[1:]) for tensor in checkpoint_tensors(arch) for part in tensor.parts]
-        return {part.name: _random((part.rows, *columns), dtype) for part, columns in parts}
+        return {part.name: _random((part.rows, *columns), COMPUTED_IN[dtype]) for part, columns in parts}
 
     # In place of what the method's module reads from files.
     method = method_of(plan)

@@ -78,6 +78,7 @@ CASES: dict[str, Case] = {
     ),
     "full, fp32, 2 workers": Case(_extras(dtype="fp32"), _FULL, workers=2, rows=16),
     "full, bf16": Case(_extras(dtype="bf16"), _FULL, row_tokens=64),
+    "full, mixed": Case(_extras(dtype="mixed"), _FULL),
     "LoRA, fp32": Case(_extras(dtype="fp32"), _LORA),
     "LoRA, fp32, 2 workers": Case(_extras(dtype="fp32"), _LORA, workers=2, rows=16),
     "LoRA, bf16, checkpointing": Case(

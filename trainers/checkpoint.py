@@ -80,6 +80,7 @@ class CheckpointWriter:
         method: Method,
         arch: Architecture,
         model_dir: Path,
+        dtype: Dtype,
         ranks: Ranks,
         reporter: Reporter,
         attempt: int,
@@ -91,6 +92,7 @@ class CheckpointWriter:
         self._method = method
         self._arch = arch
         self._model_dir = model_dir
+        self._dtype = dtype
         self._ranks = ranks
         self._reporter = reporter
         self._keep_last_n = method.plan.keep_last_n_checkpoints
@@ -150,8 +152,7 @@ class CheckpointWriter:
         path = checkpoint_path(self._output_dir, progress.step, self._attempt)
         with _appearing(path) as draft:
             self._method.save(draft, weights, self._arch, self._model_dir)
-            dtype: Dtype = "bf16" if any(value.dtype == torch.bfloat16 for value in weights.values()) else "fp32"
-            _save_state(draft / STATE, moments, Standing(progress, validation, dtype))
+            _save_state(draft / STATE, moments, Standing(progress, validation, self._dtype))
         best = progress.step == validation.best_step
         _log.info("checkpoint %s%s", path, " (the best so far)" if best else "")
         self._reporter.checkpoint(SavedCheckpoint(path, progress.step, progress.epoch, metrics, best))

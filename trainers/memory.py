@@ -4,15 +4,16 @@ What is estimated is the growth of a worker's resident memory (on CUDA: of the d
 imported and nothing of the model is loaded, to its largest over the whole run, checkpoints included; of rank 0, which
 writes those. `benchmarks.training_memory` measures the same, and a test holds the two within `TOLERANCE` of each other.
 
-With N parameters of b bytes each (4, or 2 in bf16), T of them trained, n workers of which each holds 1 / n where the
-model is sharded (otherwise n = 1 below), P positions in the widest line of a micro-batch, of which L carry loss, and d
-the width of the model:
+With N parameters of b bytes each (4, or 2 in bf16 and mixed), T of them trained, n workers of which each holds 1 / n
+where the model is sharded (otherwise n = 1 below), P positions in the widest line of a micro-batch, of which L carry
+loss, and d the width of the model:
 
-weights      N b / n. QLoRA holds the linear layers of the blocks in NF4: half a byte, a byte of scale for each 64
-             numbers and 4 for each 16384. Sharded, embedding and head are whole while they are used, and two layers; on
-             CPUs all of the model, as what was gathered of each layer is freed between activations and stays resident.
-optimizer    Its state, of the type of the weights: AdamW keeps two moments, 2 T b / n (three with amsgrad), SGD with
-             momentum one; AdamW of 8 and 4 bits 1 and 1/2 byte for each number and moment.
+weights      N b / n; in mixed 4 T / n for copies of what is trained. QLoRA holds the linear layers of the blocks in
+             NF4: half a byte, a byte of scale for each 64 numbers and 4 for each 16384. Sharded, embedding and head are
+             whole while they are used, and two layers; on CPUs all of the model, as what was gathered of each layer is
+             freed between activations and stays resident.
+optimizer    Its state, of the type of what it updates (in mixed: the copies): AdamW keeps two moments (three with
+             amsgrad), SGD with momentum one; AdamW of 8 and 4 bits 1 and 1/2 byte for each number and moment.
 activations  What autograd keeps of each layer for the backward pass, by position:
              - norms compute in float32 and keep their input, its root mean square, and where their scale is trained
                the normed input: 4 (2 d + 1) or 4 (d + 1) bytes; those of queries and keys likewise;
@@ -74,7 +75,7 @@ MODULE_CHUNKS = 8
 FITS = 0.5
 """A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
 BUFFERS = 20 << 20  # bytes
-FRAGMENTED = {"full": 0.18, "adapters": 0.30, "nf4": 0.50, "checkpointing": 0.26}
+FRAGMENTED = {"full": 0.15, "adapters": 0.30, "nf4": 0.50, "checkpointing": 0.26}
 REUSED = 0.5
 
 
@@ -121,7 +122,9 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     )
     one_layer = load.positions * (in_hand + (saved if plan.enable_activation_checkpointing else 0))
     accumulates = plan.gradient_accumulation_steps > 1
-    at_once = size.largest_matrix_bytes + (head_gradient if arch.tied else 0)
+    at_once = size.largest_matrix_bytes
+    if arch.tied:  # its gradient waits for the embedding's; then there is a copy of it
+        at_once += head_gradient + arch.vocab_size * arch.hidden_size * size.copy_width
     gathered = size.unit_bytes if size.shards > 1 else 0
     checkpoint = size.checkpoint_bytes()
     between = plan.n_epochs > 1 or plan.save_every_n_steps or plan.run_val_every_n_steps
@@ -135,7 +138,7 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
         },
         "update": {
             "gradients": head_gradient
-            + (at_once if plan.updates_in_backward else size.gradient_bytes(whole=accumulates)),
+            + (at_once if plan.updates_in_backward else size.gradient_bytes(whole=accumulates, copied=True)),
             "activations": one_layer,
             "output_head": 0,
             "checkpoint": beside,
@@ -283,7 +286,10 @@ class _Size:
 
     def __init__(self, plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None) -> None:
         self._plan, self._arch, self._device = plan, arch, device
-        self.width = {"fp32": 4, "bf16": 2}[plan.dtype or default_dtype(device, adapters=plan.lora is not None)]
+        dtype = plan.dtype or default_dtype(device, adapters=plan.lora is not None)
+        self.width = 4 if dtype == "fp32" else 2
+        self.kept_width = 2 if dtype == "bf16" else 4  # of what the optimizer updates, and of its state
+        self.copy_width = 4 if dtype == "mixed" else 0
         self._linears = list(linears(arch))
         of_tensors = {tensor.name: _product(tensor.shape) for tensor in checkpoint_tensors(arch)}
         self.numbers = sum(of_tensors.values())
@@ -332,11 +338,12 @@ class _Size:
 
     @property
     def weight_bytes(self) -> float:
+        copies = self.trained * self.copy_width
         if self._plan.lora is None:
-            return self.numbers * self.width / self.shards
+            return (self.numbers * self.width + copies) / self.shards
         frozen = float(self.numbers * self.width)
         frozen += self._quantised * (0.5 + 1 / 64 + 4 / 16384 - self.width)
-        return (frozen + self.trained * self.width) / self.shards
+        return (frozen + self.trained * self.width + copies) / self.shards
 
     @property
     def optimizer_bytes(self) -> float:
@@ -344,19 +351,22 @@ class _Size:
         moments = 2 + bool(kwargs.get("amsgrad"))
         if name == "torch.optim.SGD":
             moments = int(bool(kwargs.get("momentum")))
-        each = {"4bit": 0.5, "8bit": 1.0, "Fp8": 1.0}.get(name[-4:] if name.endswith("bit") else name[-3:], self.width)
+        kind = name[-4:] if name.endswith("bit") else name[-3:]
+        each = {"4bit": 0.5, "8bit": 1.0, "Fp8": 1.0}.get(kind, self.kept_width)
         if name.endswith("PagedAdamW"):
             each = 4
         return self.trained * moments * each / self.shards
 
-    def gradient_bytes(self, *, whole: bool) -> float:
-        """`whole`: of a sharded model, before they are added up over the ranks."""
-        return self.trained * self.width / (1 if whole else self.shards)
+    def gradient_bytes(self, *, whole: bool, copied: bool = False) -> float:
+        """`whole`: of a sharded model, before they are added up over the ranks. `copied`: or, where that is more, in
+        the type of the copies that the optimizer updates."""
+        size = self.trained * self.width / (1 if whole else self.shards)
+        return max(size, self.trained * self.copy_width / self.shards) if copied else size
 
     @property
     def largest_matrix_bytes(self) -> int:
         """Of the blocks."""
-        return self.width * max(
+        return (self.width + self.copy_width) * max(
             linear.rows * linear.columns for linear in self._linears if linear.parts[0].name != "output"
         )
 
@@ -372,13 +382,13 @@ class _Size:
 
     def checkpoint_bytes(self) -> float:
         if self._plan.lora is None:
-            whole = self.shards * (self.numbers * self.width / self.shards + self.optimizer_bytes)
+            whole = self.numbers * self.kept_width + self.shards * self.optimizer_bytes
             return whole if self.shards > 1 else 0
         stored = 4 if "32" in str(self._arch.json.get("torch_dtype", self._arch.json.get("dtype", "float32"))) else 2
         adapted = [
             part.rows * linear.columns for linear in self._linears for part in linear.parts if self._adapted(part)
         ]
-        copies = (self.trained + self._quantised) * self.width + self.optimizer_bytes * self.shards
+        copies = self.trained * self.kept_width + self._quantised * self.width + self.optimizer_bytes * self.shards
         return copies + self.numbers * stored + sum(adapted) * stored + 12 * max(adapted, default=0)
 
     def saved_per_position(self, load: Load) -> float:

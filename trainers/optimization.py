@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from trainers.plan import EXTRAS, Plan
 WARMUP_SHARE = 0.03
 
 
-def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(
+    plan: Plan, parameters: Iterable[nn.Parameter], copied: Iterable[nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
     """torch's Adam and AdamW update in one fused pass over memory unless the plan says otherwise.
+
+    `copied`: the model's parameters, in another type, of which `parameters` are copies, in the same order. A step then
+    takes their gradients and gives them its result.
 
     Raises UserError for an optimizer whose package this node lacks, or whose state can't be sharded as `parameters`
     are.
@@ -45,30 +51,58 @@ def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.opt
     if kind in ("Adam", "AdamW") and not kwargs.keys() & {"fused", "foreach"}:
         kwargs["fused"] = True
     optimizer: torch.optim.Optimizer = getattr(importlib.import_module(module), kind)(parameters, lr=plan.lr, **kwargs)
+    if copied is not None:
+        _train_copies(optimizer, dict(zip(parameters, copied, strict=True)))
     return optimizer
 
 
+def _train_copies(optimizer: torch.optim.Optimizer, copied: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    (group,) = optimizer.param_groups
+
+    def take_gradients(*_: object) -> None:
+        for copy in group["params"]:
+            weight = copied[copy]
+            if weight.grad is not None:
+                copy.grad, weight.grad = weight.grad.to(copy.dtype), None
+
+    @torch.no_grad()
+    def give_values(*_: object) -> None:
+        for copy in group["params"]:
+            if copy.grad is not None:
+                copied[copy].copy_(copy)
+
+    optimizer.register_step_pre_hook(take_gradients)
+    optimizer.register_step_post_hook(give_values)
+
+
 @contextmanager
-def updating_in_backward(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+def updating_in_backward(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float
+) -> Iterator[None]:
     """Each parameter is updated as soon as the backward pass within has its gradient, which is multiplied by `factor`
     before and freed after: the model's gradients never stand in memory together. The numbers are those of a step taken
     after the backward pass, to the bit.
+
+    `parameters` are the model's: what the optimizer updates, or what that is copied from, in the same order.
     """
     (group,) = optimizer.param_groups
-    parameters = group["params"]
+    updated = group["params"]
 
-    def update(parameter: Tensor) -> None:
-        group["params"] = [parameter]
+    def update(parameter: Tensor, one: nn.Parameter) -> None:
+        group["params"] = [one]
         assert parameter.grad is not None  # noqa: S101  -- it is what this is called for
         parameter.grad.mul_(factor)
         optimizer.step()
-        parameter.grad = None
+        parameter.grad = one.grad = None
 
-    handles = [parameter.register_post_accumulate_grad_hook(update) for parameter in parameters]
+    handles = [
+        parameter.register_post_accumulate_grad_hook(partial(update, one=one))  # type: ignore[no-untyped-call]
+        for parameter, one in zip(parameters, updated, strict=True)
+    ]
     try:
         yield
     finally:
-        group["params"] = parameters
+        group["params"] = updated
         for handle in handles:
             handle.remove()
 

@@ -16,6 +16,7 @@ from trainers.distributed import Ranks
 from trainers.models.architecture import Architecture
 from trainers.optimization import warmup_steps
 from trainers.plan import Plan
+from trainers.precision import Dtype
 from trainers.reporting import Reporter
 from trainers.training_model import TrainingModel, parameter_count
 
@@ -94,7 +95,7 @@ def log_summary(
     plan: Plan,
     arch: Architecture,
     model: TrainingModel,
-    dtype: torch.dtype,
+    dtype: Dtype,
     ranks: Ranks,
     progress: Progress,
     total_steps: int,
@@ -109,7 +110,7 @@ def log_summary(
     )
     _log.info(
         "%d worker(s) on %s, %s | %d steps in %d epoch(s), %d of them warm-up | going on after step %d",
-        *(ranks.world, ranks.device_name(), str(dtype).removeprefix("torch."), total_steps, plan.n_epochs),
+        *(ranks.world, ranks.device_name(), dtype, total_steps, plan.n_epochs),
         *(warmup_steps(plan, total_steps), progress.step),
     )
     for line in _no_effect(plan, arch, ranks):

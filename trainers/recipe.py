@@ -75,9 +75,10 @@ def train(
         # ---- load
         method = method_of(plan)
         model = build_training_model(plan, method, arch, model_dir, resume_from, dtype, ranks)
-        optimizer = build_optimizer(plan, model.trainable().values())
+        copied = model.trainable().values() if model.copies else None
+        optimizer = build_optimizer(plan, model.updated().values(), copied)
         if resume_from:
-            load_optimizer(resume_from, model.trainable(), optimizer)
+            load_optimizer(resume_from, model.updated(), optimizer)
         scheduler = build_scheduler(plan, optimizer, total_steps=total_steps, steps_done=progress.step)
         log_summary(plan, arch, model, dtype, ranks, progress, total_steps)
         reporter.started(total_steps, ranks.device_name())
@@ -86,7 +87,7 @@ def train(
         reference = reference_of(model, sets, plan.batch_size, ranks, output_dir, trained=resumed) if plan.pairs else {}
         log = ProgressLog(plan, total_steps, reporter, ranks)
         checkpoints = stack.enter_context(
-            CheckpointWriter(output_dir, method, arch, model_dir, ranks, reporter, attempt, progress.step)
+            CheckpointWriter(output_dir, method, arch, model_dir, dtype, ranks, reporter, attempt, progress.step)
         )
 
         # ---- loop
@@ -134,7 +135,7 @@ def train(
                 log.evaluated(progress, evaluation)
                 validation = validation.after(progress.step, evaluation.loss)
             if at_checkpoint or stop or progress.step == validation.best_step or _enough(plan, validation):
-                checkpoints.save(progress, validation, log.latest(), model.trainable(), optimizer)
+                checkpoints.save(progress, validation, log.latest(), model.updated(), optimizer)
                 log.interrupted()
             if stop and progress.step < total_steps and not _enough(plan, validation):
                 checkpoints.wait()
@@ -211,7 +212,8 @@ def training_step(
     for number, batch in enumerate(micro_batches):
         model.reduce_gradients_in_backward(number == len(micro_batches) - 1)
         measured = model(batch.to(ranks.device))  # summed over the micro-batch
-        with updating_in_backward(optimizer, 1 / trained) if in_backward else nullcontext():
+        at_once = updating_in_backward(optimizer, model.trainable().values(), 1 / trained)
+        with at_once if in_backward else nullcontext():
             measured.loss.backward()
         losses[ranks.rank, number] = measured.loss.detach()
         measures += measured.measures
@@ -225,7 +227,9 @@ def training_step(
         if not model.sharded:
             ranks.sum_all_(gradients)
         # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
-        torch._foreach_mul_(gradients, (ranks.world if model.sharded else 1) / trained)
+        factor = (ranks.world if model.sharded else 1) / trained
+        # As a tensor in fp32: a number would be rounded to bf16 before it is multiplied with gradients in bf16.
+        torch._foreach_mul_(gradients, torch.full((), factor, device=gradients[0].device))
         if clip_grad_norm is not None:
             grad_norm = clip(gradients, clip_grad_norm, ranks, summed=not model.sharded)
         optimizer.step()
@@ -244,7 +248,7 @@ def clip(gradients: list[Tensor], longest: float, ranks: Ranks, *, summed: bool)
     square = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).double().square().sum().to(ranks.device)
     norm = (square if summed else ranks.sum_(square)).sqrt()
     too_long = (longest / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
-    torch._foreach_mul_(gradients, too_long.to(gradients[0]))
+    torch._foreach_mul_(gradients, too_long.to(gradients[0].device))
     return norm
 
 

@@ -5,9 +5,10 @@ a step for every token of a prompt.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -30,12 +31,16 @@ from trainers.objectives import Measured, objective_of
 from trainers.plan import Plan
 from trainers.precision import Device, Dtype, default_dtype
 
+COMPUTED_IN: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.bfloat16}
+
 
 class TrainingModel(nn.Module):
     """Batch in, summed loss out, as the plan's objective has it. The parameters are the decoder's, under `decoder.`."""
 
     sharded = False
     """Whether FSDP splits the parameters over the ranks; otherwise each rank holds all of them."""
+    copies: Mapping[str, nn.Parameter] = MappingProxyType({})
+    """In fp32, of the parameters that are trained, where the dtype is mixed."""
 
     def __init__(self, decoder: TransformerDecoder, arch: Architecture, plan: Plan) -> None:
         super().__init__()
@@ -64,8 +69,12 @@ class TrainingModel(nn.Module):
         return self.objective(self.head, hidden, batch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains, by the decoder's names, in the order of the model."""
+        """What has gradients, by the decoder's names, in the order of the model."""
         return {name: p for name, p in self.decoder.named_parameters() if p.requires_grad}
+
+    def updated(self) -> dict[str, nn.Parameter]:
+        """What the optimizer updates and checkpoints hold: `trainable`, or the copies of it."""
+        return dict(self.copies) or self.trainable()
 
     def gradients(self) -> list[Tensor]:
         """What this rank holds of each gradient."""
@@ -85,12 +94,13 @@ def build_training_model(
     arch: Architecture,
     model_dir: Path,
     resume_from: Path | None,
-    dtype: torch.dtype,
+    dtype: Dtype,
     ranks: Ranks,
 ) -> TrainingModel:
     """The model on this rank, its weights read from `model_dir` and the checkpoint to go on from. Never more than a
     memory-mapped copy of the weights and this rank's share is held."""
-    with set_default_dtype(dtype), torch.device("meta"):
+    computed_in = COMPUTED_IN[dtype]
+    with set_default_dtype(computed_in), torch.device("meta"):
         decoder = build_decoder(arch, linear=method.linear)
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_(method.trains(name))
@@ -98,11 +108,13 @@ def build_training_model(
         for layer in decoder.layers:
             layer.compile(backend=_compile_backend())
     model = TrainingModel(decoder, arch, plan)
-    if ranks.world > 1 and not _each_holds_all(decoder, plan, method, dtype, ranks):
+    if ranks.world > 1 and not _each_holds_all(decoder, plan, method, computed_in, ranks):
         model.sharded = True
         _shard(model, plan, arch, ranks)
-    weights = method.weights(decoder, arch, model_dir, resume_from, dtype)
-    _load(decoder, weights, method, dtype, ranks, sharded=model.sharded, offload=offloads(plan, ranks))
+    weights = method.weights(decoder, arch, model_dir, resume_from, computed_in)
+    home = torch.device("cpu") if offloads(plan, ranks) else ranks.device
+    copies = _load(decoder, weights, method, computed_in, home, sharded=model.sharded, keep_fp32=dtype == "mixed")
+    model.copies = copies
     init_rope(decoder, ranks.device)
     return model
 
@@ -118,15 +130,15 @@ def _each_holds_all(decoder: nn.Module, plan: Plan, method: Method, dtype: torch
     return ranks.sum([fits])[0] == ranks.world
 
 
-def choose_dtype(plan: Plan, ranks: Ranks, before: Dtype | None = None) -> torch.dtype:
+def choose_dtype(plan: Plan, ranks: Ranks, before: Dtype | None = None) -> Dtype:
     """The plan's dtype; else `before`, that of the checkpoint to go on from, which another kind of machine may have
-    written; else bf16 where every rank's device computes in it. All ranks agree."""
-    chosen = plan.dtype or before
-    if chosen is None:
-        device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
-        suits = default_dtype(device, adapters=plan.lora is not None) == "bf16"
-        chosen = "bf16" if ranks.sum([suits])[0] == ranks.world else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[chosen]
+    written; else what suits every rank's device, and fp32 where they differ. All ranks agree."""
+    if chosen := plan.dtype or before:
+        return chosen
+    device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
+    suitable = default_dtype(device, adapters=plan.lora is not None)
+    agreed = ranks.sum([suitable != "fp32"])[0] == ranks.world
+    return suitable if agreed else "fp32"
 
 
 def offloads(plan: Plan, ranks: Ranks) -> bool:
@@ -159,24 +171,28 @@ def _load(
     weights: dict[str, Tensor],
     method: Method,
     dtype: torch.dtype,
-    ranks: Ranks,
+    home: torch.device,
     *,
     sharded: bool,
-    offload: bool,
-) -> None:
-    placed = {}
-    home = torch.device("cpu") if offload else ranks.device
+    keep_fp32: bool,
+) -> dict[str, nn.Parameter]:
+    """Returns the copies in fp32 of what is trained, if they are to be kept."""
+    placed, copies = {}, {}
     for name, parameter in decoder.named_parameters():
-        full = weights.pop(name).to(dtype)
+        stored = weights.pop(name)
+        full = stored.to(dtype)
         # A trained tensor gets memory of its own, aligned the same whatever file it came from: resuming is exact.
         own = full.clone() if parameter.requires_grad and not sharded else full
         value = like(own, parameter, home)
         value = value if sharded else method.placed(name, value)
+        if keep_fp32 and parameter.requires_grad:
+            copies[name] = nn.Parameter(like(stored.to(torch.float32, copy=True), parameter, home))
         placed[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     if weights:
         message = f"weights without a place in the model: {', '.join(sorted(weights))}"
         raise RuntimeError(message)
     decoder.load_state_dict(placed, strict=True, assign=True)
+    return copies
 
 
 def parameter_count(parameters: Iterable[nn.Parameter]) -> int:

@@ -21,7 +21,7 @@ from trainers.methods.lora import initial_adapter
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder
 from trainers.plan import LoraSpec, Plan
-from trainers.training_model import choose_dtype
+from trainers.training_model import COMPUTED_IN, choose_dtype
 
 STEPS_FILE = "steps.json"
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def _save_adapter(plan: Plan, model_dir: Path, directory: Path) -> None:
     them by rotated pair, and with them the rows of their B's; but those are zero.
     """
     arch = inspect_model_dir(model_dir)
-    dtype = choose_dtype(plan, Ranks(0, 1, torch.device("cpu")))
+    dtype = COMPUTED_IN[choose_dtype(plan, Ranks(0, 1, torch.device("cpu")))]
     with torch.device("meta"):
         decoder = build_decoder(arch, linear=method_of(plan).linear)
     torch.save(initial_adapter(decoder, plan.seed, dtype), directory / "adapter.pt")

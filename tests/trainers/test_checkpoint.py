@@ -34,7 +34,7 @@ def case(tmp_path: Path) -> Case:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize(("stop_at", "dtype"), [(4, "fp32"), (11, "fp32"), (15, "fp32"), (4, "bf16")])
+@pytest.mark.parametrize(("stop_at", "dtype"), [(4, "fp32"), (11, "fp32"), (15, "fp32"), (4, "bf16"), (4, "mixed")])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(case: Case, method: str, stop_at: int, dtype: str) -> None:
     lora = LoraSpec(dropout=0.2) if method == "lora" else None
     case = replace(case, plan=make_plan_for(method, lora=lora, dtype=dtype, clip_grad_norm=1.0))

@@ -59,7 +59,7 @@ def test_within_the_backward_pass_one_gradient_is_there_at_a_time() -> None:
     optimizer = build_optimizer(make_plan_for("full"), layers.parameters())
     there = []
     optimizer.register_step_pre_hook(lambda *_: there.append([p.grad is not None for p in layers.parameters()]))
-    with updating_in_backward(optimizer, 0.5):
+    with updating_in_backward(optimizer, layers.parameters(), 0.5):
         layers(torch.ones(1, 4)).sum().backward()
     assert [gradients.count(True) for gradients in there] == [1] * 5
     assert [gradients.index(True) for gradients in there] == [4, 3, 2, 1, 0]

@@ -42,7 +42,7 @@ def test_a_machine_that_describes_no_processor_trains_in_fp32(tmp_path: Path) ->
     assert not has_bf16(tmp_path / "cpuinfo")
 
 
-def test_every_weight_is_trained_in_fp32_on_a_cpu_and_adapters_in_what_it_computes_fastest(
+def test_on_a_cpu_that_computes_in_bf16_adapters_are_trained_in_it_and_whole_models_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for has in (True, False):
@@ -55,12 +55,13 @@ def test_every_weight_is_trained_in_fp32_on_a_cpu_and_adapters_in_what_it_comput
 def test_what_the_plan_says_holds_and_then_what_the_run_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_model, "default_dtype", lambda *_, **__: "bf16")
     alone = Ranks(0, 1, CPU)
-    assert choose_dtype(make_plan_for(dtype="fp32"), alone, "bf16") == torch.float32
-    assert choose_dtype(make_plan_for(dtype=None), alone, "fp32") == torch.float32
-    assert choose_dtype(make_plan_for(dtype=None), alone) == torch.bfloat16
+    assert choose_dtype(make_plan_for(dtype="fp32"), alone, "bf16") == "fp32"
+    assert choose_dtype(make_plan_for(dtype=None), alone, "mixed") == "mixed"
+    assert choose_dtype(make_plan_for(dtype=None), alone) == "bf16"
 
 
-def test_workers_train_in_bf16_only_if_it_suits_the_machine_of_each() -> None:
+def test_workers_train_in_bf16_only_if_it_suits_the_machine_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_model, "default_dtype", lambda *_, **__: "bf16")
     plan = make_plan_for(dtype=None)
-    assert choose_dtype(plan, Meeting(1, 2, CPU)) == torch.float32
-    assert choose_dtype(plan, Meeting(2, 2, CPU)) == torch.bfloat16
+    assert choose_dtype(plan, Meeting(1, 2, CPU)) == "fp32"
+    assert choose_dtype(plan, Meeting(2, 2, CPU)) == "bf16"

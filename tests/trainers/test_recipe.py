@@ -96,16 +96,24 @@ def test_activation_checkpointing_changes_no_number(bench: Bench, method: str) -
     assert bench.losses(method, lora=lora, enable_activation_checkpointing=True) == plain
 
 
-@pytest.mark.parametrize("component", ["torch.optim.AdamW", "torch.optim.SGD", "torchao.optim.AdamW8bit"])
-@pytest.mark.parametrize("method", ["full", "qat"])
+@pytest.mark.parametrize(
+    ("method", "component", "dtype"),
+    [
+        ("full", "torch.optim.AdamW", "fp32"),
+        ("full", "torch.optim.AdamW", "mixed"),
+        ("full", "torch.optim.SGD", "fp32"),
+        ("full", "torchao.optim.AdamW8bit", "fp32"),
+        ("qat", "torch.optim.AdamW", "bf16"),
+    ],
+)
 def test_updating_within_the_backward_pass_changes_no_number(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, component: str
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, component: str, dtype: str
 ) -> None:
-    optimizer = ComponentSpec(component=component)
-    within = bench.case(method, optimizer=optimizer).run()
-    assert make_plan_for(method, optimizer=optimizer).updates_in_backward
+    changes = {"optimizer": ComponentSpec(component=component), "dtype": dtype}
+    within = bench.case(method, **changes).run()
+    assert make_plan_for(method, **changes).updates_in_backward
     monkeypatch.setattr(Plan, "updates_in_backward", property(lambda _: False))
-    after = bench.case(method, optimizer=optimizer).run()
+    after = bench.case(method, **changes).run()
     assert within.losses == after.losses
     expected = saved_weights(after.checkpoints[-1].path)
     for name, tensor in saved_weights(within.checkpoints[-1].path).items():
@@ -278,6 +286,33 @@ def test_bf16_is_stored_and_trained_as_bf16(bench: Bench) -> None:
     weights = saved_weights(run.checkpoints[-1].path)
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert run.losses[22] < run.losses[1]
+
+
+@pytest.mark.parametrize("method", ["full", "qat"])
+def test_mixed_learns_what_fp32_does_where_bf16_loses_its_small_updates(bench: Bench, method: str) -> None:
+    """At a rate so low that updates are less than half a digit of most weights."""
+    gains = {}
+    for dtype in ("fp32", "mixed", "bf16"):
+        losses = bench.losses(method, dtype=dtype, lr=2e-5, n_epochs=6, shuffle=False, lr_scheduler=None)
+        gains[dtype] = sum(losses[:11]) - sum(losses[-11:])
+    assert gains["mixed"] == pytest.approx(gains["fp32"], rel=0.1)
+    assert gains["bf16"] < 0.5 * gains["fp32"]
+
+
+def test_mixed_keeps_what_is_trained_in_fp32(bench: Bench, tiny: Path) -> None:
+    run = bench.case("full", dtype="mixed", lr=1e-6).run()
+    before = load_weights(tiny, inspect_model_dir(tiny))
+    after = load_weights(run.checkpoints[-1].path, inspect_model_dir(tiny))
+    for name, tensor in after.items():
+        assert tensor.dtype == torch.float32
+        assert 0 < (tensor - before[name]).abs().max() < 1e-4, name  # they began as they were stored, not rounded
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"clip_grad_norm": 0.1}])
+def test_mixed_updates_by_the_gradients_of_bf16(bench: Bench, changes: dict[str, Any]) -> None:
+    mixed, bf16 = (bench.losses("full", dtype=dtype, lr=1e-4, n_epochs=1, **changes) for dtype in ("mixed", "bf16"))
+    assert mixed[0] == bf16[0]
+    assert mixed == pytest.approx(bf16, abs=0.05)
 
 
 def test_a_loss_that_is_not_finite_ends_the_job_and_names_the_step(bench: Bench) -> None:

@@ -100,10 +100,10 @@ def test_two_workers_round_as_one_does(
         assert (both_ranks[name] - tensor).norm() < 0.02 * (tensor - before[name]).norm(), name
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "qat"])
-def test_two_workers_resume_exactly_in_mid_epoch(two_ranks: TwoRanks, case: Case, method: str) -> None:
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "fp32"), ("full", "fp32"), ("qat", "fp32"), ("full", "mixed")])
+def test_two_workers_resume_exactly_in_mid_epoch(two_ranks: TwoRanks, case: Case, method: str, dtype: str) -> None:
     lora = LoraSpec(dropout=0.2) if method == "lora" else None
-    case = split(replace(case, plan=make_plan_for(method, batch_size=4, lora=lora)))
+    case = split(replace(case, plan=make_plan_for(method, batch_size=4, lora=lora, dtype=dtype)))
     whole, _ = two_ranks.run(Case.run, case)
     part, _ = two_ranks.run(Case.run, replace(case, output_dir=case.output_dir / "part", stop_at=3))
     stopped = part.checkpoints[-1].path
@@ -113,6 +113,19 @@ def test_two_workers_resume_exactly_in_mid_epoch(two_ranks: TwoRanks, case: Case
     expected = saved_weights(whole.checkpoints[-1].path)
     for name, tensor in saved_weights(rest.checkpoints[-1].path).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("changes", [{}, SHARDED_APART])
+def test_two_workers_train_mixed_as_one_does(two_ranks: TwoRanks, case: Case, changes: dict[str, Any]) -> None:
+    case.plan = make_plan_for("full", batch_size=4, dtype="mixed", lr=1e-4, **changes)
+    one = case.run()
+    together, _ = two_ranks.run(Case.run, split(case))
+    assert both(together.losses) == pytest.approx(both(one.losses), abs=0.01)  # gradients in bf16 are added up
+    alone, both_ranks = (saved_weights(run.checkpoints[-1].path) for run in (one, together))
+    before = load_file(case.model_dir / "model.safetensors")
+    for name, tensor in alone.items():
+        assert tensor.dtype == both_ranks[name].dtype == torch.float32
+        assert (both_ranks[name] - tensor).norm() < 0.2 * (tensor - before[name]).norm(), name
 
 
 @pytest.mark.parametrize(("method", "family"), [("lora", "llama"), ("full", "mistral")])
