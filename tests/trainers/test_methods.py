@@ -49,9 +49,9 @@ def case(model_dir: Path, tmp_path: Path) -> Callable[..., Case]:
 
 def build(plan: Plan, model_dir: Path, resume_from: Path | None = None) -> TransformerDecoder:
     """The model of `plan` as the recipe trains it, on one worker."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[plan.dtype or "fp32"]
     arch = inspect_model_dir(model_dir)
     ranks = Ranks(0, 1, torch.device("cpu"))
+    dtype = plan.dtype or "fp32"
     return build_training_model(plan, method_of(plan), arch, model_dir, resume_from, dtype, ranks).decoder.eval()
 
 
@@ -66,7 +66,7 @@ def plain_logits(model_dir: Path) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
 def test_training_lowers_the_loss_of_data_it_has_not_seen(
     case: Callable[..., Case], tmp_path: Path, method: str, dtype: str

@@ -52,7 +52,7 @@ def test_loss_rewards_and_gradients_are_torchtunes_on_log_probabilities_of_plain
     model_dir = make_tiny_model(tmp_path / family, family)
     arch = inspect_model_dir(model_dir)
     data = TokenisedDataset(write_rows(tmp_path / "data", random_pairs(3)))
-    model = build_training_model(plan, method_of(plan), arch, model_dir, None, torch.float32, Ranks.current())
+    model = build_training_model(plan, method_of(plan), arch, model_dir, None, "fp32", Ranks.current())
     model.head.chunks = 4
     reference = torch.linspace(-60, -20, 6)
     batch = collate(data, [rows_of_pair(pair) for pair in range(3)], reference=reference)

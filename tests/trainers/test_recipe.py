@@ -376,7 +376,7 @@ def test_the_log_tells_what_is_trained_how_far_it_is_and_what_has_no_effect(
         bench.case("full", fsdp_cpu_offload=True, memory_efficient_fsdp_wrap=True, log_every_n_steps=11).run()
     lines = [record.getMessage() for record in caplog.records if record.name == "tunewright.train"]
     assert lines[0] == "tiny: llama, 106,816 parameters, 106,816 trained (full)"
-    assert "1 worker(s) on cpu, float32 | 22 steps in 2 epoch(s)" in lines[1]
+    assert "1 worker(s) on cpu, fp32 | 22 steps in 2 epoch(s)" in lines[1]
     assert any(line.startswith("fsdp_cpu_offload has no effect") for line in lines)
     assert any(line.startswith("memory_efficient_fsdp_wrap has no effect") for line in lines)
     steps = [line for line in lines if line.startswith("step ")]
