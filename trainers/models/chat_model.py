@@ -33,7 +33,7 @@ class ChatModel:
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """On the GPU in bf16 where this process has one, else on the CPU in fp32: what training does by default.
+        """On the GPU in bf16 where this process has one, else on the CPU in fp32.
 
         On the CPU, weights stored in fp32 are mapped from their files, not copied. Raises UserError for a directory
         that holds no model, InfrastructureError `no_room` where memory is short: a model must not push out a job.
