@@ -212,8 +212,7 @@ def training_step(
     for number, batch in enumerate(micro_batches):
         model.reduce_gradients_in_backward(number == len(micro_batches) - 1)
         measured = model(batch.to(ranks.device))  # summed over the micro-batch
-        at_once = updating_in_backward(optimizer, model.trainable().values(), 1 / trained)
-        with at_once if in_backward else nullcontext():
+        with updating_in_backward(optimizer, model.trainable().values(), 1 / trained) if in_backward else nullcontext():
             measured.loss.backward()
         losses[ranks.rank, number] = measured.loss.detach()
         measures += measured.measures
