@@ -5,7 +5,7 @@ Nothing here is needed on a cluster: there the same two files, `ray.env` and `se
 Everything listens on 127.0.0.1, on ports that were free at start, and lives in a temporary directory; the exception is
 the rendezvous of a job's workers (torch's TCPStore), open while the job trains. Several services can run next to each
 other, and next to any other Ray of this machine: only processes that were started here are ever stopped. They are
-recognised by RAY_TMPDIR, which every one of them inherits.
+recognised by the session of the Ray head, and by RAY_TMPDIR, which every one of them inherits.
 
     python -m serve_app.local [--port 8000] [--dashboard-port 8265]      in the foreground, until Ctrl-C
 """
@@ -139,8 +139,16 @@ class LocalService:
             raise ServiceError(f"the Ray head ended:\n{self._log_tail()}")
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process of this service, the job drivers included, which Ray puts into sessions of their own."""
-        return [process for process in psutil.process_iter() if _tmpdir_of(process) == str(self._dir)]
+        """Every live process of this service: of its head's session, and job drivers, which Ray gives their own."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            in_session = self._head is not None and os.getsid(process.pid) == self._head.pid
+            # A process that changes its title may overwrite its environment: of Ray's only those in the session do.
+            return in_session or process.environ().get("RAY_TMPDIR") == str(self._dir)
+        except (psutil.Error, OSError):
+            return False  # gone, a zombie, or another user's
 
     def __enter__(self) -> Self:
         return self.start()
@@ -277,14 +285,6 @@ def serve_config() -> dict[str, Any]:
     """serve.yaml, as Serve's REST API takes it."""
     config: dict[str, Any] = yaml.safe_load((HERE / "serve.yaml").read_text())
     return config
-
-
-def _tmpdir_of(process: psutil.Process) -> str | None:
-    try:
-        environ: dict[str, str] = process.environ()
-    except (psutil.Error, OSError):
-        return None  # gone, a zombie, or another user's
-    return environ.get("RAY_TMPDIR")
 
 
 def _end(processes: list[psutil.Process], how: signal.Signals, timeout_s: float) -> None:

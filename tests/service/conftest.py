@@ -14,6 +14,8 @@ from tests.tiny_models import make_tiny_model
 from tests.waiting import WAIT_S, eventually
 
 CPUS = 2
+FP32: dict[str, Any] = {"n_epochs": 10_000, "lr": 0.01, "extras": {"dtype": "fp32"}}
+"""A run without an end that learns fast and gives the same losses twice."""
 
 
 class Api:
@@ -98,6 +100,18 @@ def path_of(uri: str) -> Path:
     return Path(uri.removeprefix("file://"))
 
 
+def losses(job: dict[str, Any]) -> dict[int, float]:
+    """By step, from the job's metrics file. A step that was done twice fails the test."""
+    entries = [json.loads(line) for line in path_of(job["logs"]).read_text().splitlines()]
+    steps = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    assert len(dict(steps)) == len(steps)
+    return dict(steps)
+
+
+def step_of(job: dict[str, Any]) -> int:
+    return int(job.get("progress", {}).get("step", 0))
+
+
 def workers_of(api: Api, job_id: str) -> list[psutil.Process]:
     """The training processes of a job: every one of their titles carries the job's id."""
     return api.processes("RayTrainWorker", job_id)
@@ -120,7 +134,7 @@ def dashboard(api: Api, path: str) -> Any:
 def free_cpus(api: Api) -> float:
     """What Ray's own books say is free."""
     nodes = dashboard(api, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
-    total: float = sum(node["resources_total"].get("CPU", 0) for node in nodes)
+    total: float = sum(node["resources_total"].get("CPU", 0) for node in nodes if node["state"] == "ALIVE")
     groups = dashboard(api, "/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
     held = sum(
         bundle["unit_resources"].get("CPU", 0)

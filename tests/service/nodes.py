@@ -1,5 +1,6 @@
 """More nodes for a local service, all on this machine, to be taken away again: in good order or without notice."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -33,34 +34,34 @@ sys.stdin.read()
 @dataclass(frozen=True)
 class AnotherNode:
     node_id: str
-    _process: "subprocess.Popen[bytes]"
+    _session: int
 
     def kill(self) -> None:
         """SIGKILL to all that runs there, as if its power went."""
-        there = [*psutil.Process(self._process.pid).children(recursive=True), psutil.Process(self._process.pid)]
-        for process in there:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getsid(process.pid) == self._session:
+                    process.send_signal(signal.SIGKILL)
 
 
 @contextmanager
 def another_node(service: LocalService, cpus: int = 1) -> Iterator[AnotherNode]:
-    before = {node["node_id"] for node in _nodes(service)}
+    before = nodes(service)
     command = [sys.executable, "-c", _NODE, service.ray_address, str(cpus)]
-    with subprocess.Popen(command, env=service.env, stdin=subprocess.PIPE) as process:
-        try:
-            eventually(lambda: len(_nodes(service)) > len(before), WAIT_S, lambda: "the node does not join")
-            (new,) = {node["node_id"] for node in _nodes(service)} - before
-            yield AnotherNode(new, process)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
+    with subprocess.Popen(command, env=service.env, stdin=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdin is not None
+        with process.stdin:  # at its end the node leaves
+            eventually(lambda: nodes(service) > before, WAIT_S, lambda: "the node does not join")
+            (new,) = nodes(service) - before
+            node = AnotherNode(new, process.pid)
+            yield node
+    node.kill()  # its agents may outlive it
 
 
-def _nodes(service: LocalService) -> list[dict[str, Any]]:
+def nodes(service: LocalService) -> set[str]:
+    """The ids of those that live."""
     answer = httpx.get(service.dashboard_url + "/api/v0/nodes?detail=1", timeout=30, trust_env=False).json()
-    found: list[dict[str, Any]] = answer["data"]["result"]["result"]
-    return [node for node in found if node["state"] == "ALIVE"]
+    return {node["node_id"] for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"}
 
 
 def held_by(service: LocalService, job_id: str) -> dict[str, float]:

@@ -26,6 +26,12 @@ def client(api: Api) -> openai.OpenAI:
     )
 
 
+@pytest.fixture(scope="module")
+def tuned_job(api: Api) -> dict[str, Any]:
+    """It has ended, with two checkpoints."""
+    return api.until_status(api.submit(api.config(fine_tuning_options={"n_epochs": 2})), "success")
+
+
 def greedy(directory: Path) -> str:
     return generated(directory, ASKED, max_new_tokens=16)[1]
 
@@ -45,14 +51,14 @@ def replicas(api: Api) -> list[psutil.Process]:
     return api.processes("ServeReplica", "chat")
 
 
-def test_a_job_s_model_answers_at_once_by_its_name_though_jobs_hold_every_cpu(api: Api, client: openai.OpenAI) -> None:
+def test_a_job_s_model_answers_at_once_by_its_name_though_jobs_hold_every_cpu(
+    api: Api, client: openai.OpenAI, tuned_job: dict[str, Any]
+) -> None:
     assert replicas(api) == []
-    job_id = api.submit(api.config(fine_tuning_options={"n_epochs": 2}))
-    job = api.until_status(job_id, "success")
     holding = api.submit(api.endless(overrides=f"--nproc_per_node {CPUS}"))
     api.until_status(holding, "running")
-    directories = [Path(uri.removeprefix("file://")) for uri in job["checkpoints"]]
-    tuned = client.fine_tuning.jobs.retrieve(job_id).fine_tuned_model
+    directories = [Path(uri.removeprefix("file://")) for uri in tuned_job["checkpoints"]]
+    tuned = client.fine_tuning.jobs.retrieve(tuned_job["job_id"]).fine_tuned_model
     assert tuned is not None
     listed = [model.id for model in client.models.list()]
     assert tuned in listed
@@ -63,7 +69,7 @@ def test_a_job_s_model_answers_at_once_by_its_name_though_jobs_hold_every_cpu(ap
     assert ask(client, tuned) == expected != greedy(api.model)
     assert streamed(client, tuned) == expected
     assert ask(client, str(api.model)) == greedy(api.model)
-    oldest = list(client.fine_tuning.jobs.checkpoints.list(job_id))[-1]
+    oldest = list(client.fine_tuning.jobs.checkpoints.list(tuned_job["job_id"]))[-1]
     assert ask(client, oldest.id) == greedy(directories[0] / "merged")  # a third model: the first one goes
     assert ask(client, tuned) == expected
     assert len(replicas(api)) == 1
@@ -79,10 +85,10 @@ def test_a_job_s_model_answers_at_once_by_its_name_though_jobs_hold_every_cpu(ap
     api.until_status(holding, "cancelled")
 
 
-def test_a_checkpoint_is_downloaded_bit_for_bit(api: Api, client: openai.OpenAI, tmp_path: Path) -> None:
-    job_id = api.submit(api.config())
-    job = api.until_status(job_id, "success")
-    checkpoint = client.fine_tuning.jobs.checkpoints.list(job_id).data[0]
+def test_a_checkpoint_is_downloaded_bit_for_bit(
+    api: Api, client: openai.OpenAI, tuned_job: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = client.fine_tuning.jobs.checkpoints.list(tuned_job["job_id"]).data[0]
     for variant in ("merged", "adapter"):
         route = f"/v1/fine_tuning/checkpoints/{checkpoint.id}/content"
         answer = api.http.get(route, params={"variant": variant})
@@ -90,7 +96,7 @@ def test_a_checkpoint_is_downloaded_bit_for_bit(api: Api, client: openai.OpenAI,
         with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
             tar.extractall(tmp_path / variant, filter="data")
         (unpacked,) = (tmp_path / variant).iterdir()
-        kept = Path(job["checkpoints"][-1].removeprefix("file://")) / variant
+        kept = Path(tuned_job["checkpoints"][-1].removeprefix("file://")) / variant
         assert {path.name: path.read_bytes() for path in unpacked.iterdir()} == {
             path.name: path.read_bytes() for path in kept.iterdir()
         }

@@ -126,16 +126,6 @@ def test_two_jobs_that_need_the_whole_machine_run_one_after_the_other_and_small_
     eventually(lambda: free_cpus(api) == CPUS, 60, lambda: f"only {free_cpus(api)} CPUs are free")
 
 
-def test_when_a_job_reads_cancelled_its_resources_are_free(api: Api) -> None:
-    job_id = api.submit(api.endless(overrides=f"--nproc_per_node {CPUS}"))
-    api.until_status(job_id, "running")
-    assert free_cpus(api) == 0
-    api.cancel(job_id)
-    api.until_status(job_id, "cancelled")
-    assert free_cpus(api) == CPUS
-    assert workers_of(api, job_id) == []
-
-
 def test_a_job_can_be_cancelled_while_it_is_being_validated(api: Api) -> None:
     job_id = api.submit(api.config())
     assert api.cancel(job_id)["why"] == "cancelling"
@@ -149,33 +139,28 @@ def test_a_finished_job_cannot_be_cancelled(api: Api, bad_rows: Path) -> None:
     assert api.http.post("/fine_tuning/jobs/cancel", json={"job_id": job_id}).status_code == 409
 
 
-def test_everything_of_a_job_in_rays_dashboard_carries_its_id(api: Api) -> None:
-    job_id = api.submit(api.endless())
+def test_a_job_is_its_runner_and_its_workers_all_with_its_id_and_cancelled_it_holds_nothing(api: Api) -> None:
+    job_id = api.submit(api.endless(overrides=f"--nproc_per_node {CPUS}"))
     api.until_status(job_id, "running")
     jobs = dashboard(api, "/api/jobs/")
     assert any(job["submission_id"] == job_id and job["status"] == "RUNNING" for job in jobs)
     groups = dashboard(api, "/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
     assert any(group["name"] == job_id for group in groups)
     actors = dashboard(api, "/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
-    classes = {actor["class_name"] for actor in actors if actor["state"] == "ALIVE"}
-    assert f"RayTrainWorker:{job_id}" in classes
+    alive = [actor for actor in actors if actor["state"] == "ALIVE"]
+    worker = f"RayTrainWorker:{job_id}"
+    driver = next(actor["job_id"] for actor in alive if actor["class_name"] == worker)
+    assert [actor["class_name"] for actor in alive if actor["job_id"] == driver] == CPUS * [worker]
     assert _train_run(api, job_id)["status"] == "RUNNING"
     applications = dashboard(api, "/api/serve/applications/")["applications"]
     assert applications["tunewright"]["status"] == "RUNNING"
+    assert free_cpus(api) == 0
+
     api.cancel(job_id)
     api.until_status(job_id, "cancelled")
+    assert free_cpus(api) == CPUS
+    assert workers_of(api, job_id) == []
     eventually(lambda: _train_run(api, job_id)["status"] == "ABORTED", WAIT_S, lambda: str(_train_run(api, job_id)))
-
-
-def test_a_run_starts_no_process_beside_its_runner_and_its_workers(api: Api) -> None:
-    job_id = api.submit(api.endless())
-    api.until_status(job_id, "running")
-    actors = dashboard(api, "/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
-    alive = [actor for actor in actors if actor["state"] == "ALIVE"]
-    driver = next(actor["job_id"] for actor in alive if actor["class_name"] == f"RayTrainWorker:{job_id}")
-    assert [actor["class_name"] for actor in alive if actor["job_id"] == driver] == [f"RayTrainWorker:{job_id}"]
-    api.cancel(job_id)
-    api.until_status(job_id, "cancelled")
 
 
 def test_a_client_generated_from_the_contract_works_against_the_whole_service(api: Api, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import threading
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
@@ -204,9 +203,9 @@ def _log_a_step(server: str, job_dir: Path, init_s: float, meanwhile: str) -> tu
 
 
 def in_a_fresh_process(*arguments: Any) -> tuple[str, list[str]]:
-    """W&B keeps the settings that a process began with."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_log_a_step, *arguments).result()
+    """W&B keeps the settings that a process began with. Ended like a worker, without W&B's report of its own use."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(_log_a_step, arguments)
 
 
 def test_a_wandb_server_that_does_not_answer_makes_an_offline_run(tmp_path: Path, server: WandBServer) -> None:
