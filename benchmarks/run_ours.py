@@ -13,6 +13,7 @@ from benchmarks.contender import Recording, Task
 from events.config import Config, FineTuningOptions, FullFineTuneOptions, LoraFineTuneOptions
 from events.facts import StepMetrics
 from trainers.plan import ComponentSpec, LoraSpec, Plan, make_plan
+from trainers.precision import default_dtype
 from trainers.recipe import train
 from trainers.reporting import SavedCheckpoint
 
@@ -64,12 +65,12 @@ def _settings(plan: Plan) -> dict[str, Any]:
     shown = (
         "batch_size",
         "gradient_accumulation_steps",
-        "dtype",
         "enable_activation_checkpointing",
         "packed",
         "compile",
     )
-    settings = {name: getattr(plan, name) for name in shown} | {"optimizer": plan.optimizer.component}
+    settings = {name: getattr(plan, name) for name in shown}
+    settings |= {"dtype": plan.dtype or default_dtype("cpu"), "optimizer": plan.optimizer.component}
     if plan.lora:
         settings |= {"rank": plan.lora.rank, "on": [*plan.lora.attn_modules, *(["mlp"] if plan.lora.mlp else [])]}
     return settings

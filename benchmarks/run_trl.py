@@ -61,6 +61,9 @@ def main() -> None:
         train_dataset=_rows(task),
         peft_config=lora,
     )
+    if task.equal:
+        # transformers keeps the padding token's embedding as it is, which here also ends every turn.
+        trainer.model.get_input_embeddings().padding_idx = None
     if task.equal and lora is not None:
         _start_adapters_from(trainer.model, Path(task.adapter))
     recording.settings = _settings(trainer, lora)

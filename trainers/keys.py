@@ -136,8 +136,8 @@ KEYS: tuple[Key, ...] = (
         "dtype",
         nullable(choice("fp32", "bf16", "mixed")),
         "null",
-        "fp32, bf16, or mixed: bf16, but what is trained is kept in fp32. null: bf16 on CUDA, and for adapters on "
-        "CPUs that compute in it (AVX512-BF16, AMX); else fp32.",
+        "fp32, bf16, or mixed: bf16, but what is trained is kept in fp32. null: mixed on CUDA and on CPUs that compute "
+        "in bf16 (AVX512-BF16, AMX); else fp32.",
     ),
     Key("compile", boolean, "false", "Compile each layer and the loss with torch.compile."),
     Key(

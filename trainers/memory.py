@@ -286,7 +286,7 @@ class _Size:
 
     def __init__(self, plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None) -> None:
         self._plan, self._arch, self._device = plan, arch, device
-        dtype = plan.dtype or default_dtype(device, adapters=plan.lora is not None)
+        dtype = plan.dtype or default_dtype(device)
         self.width = 4 if dtype == "fp32" else 2
         self.kept_width = 2 if dtype == "bf16" else 4  # of what the optimizer updates, and of its state
         self.copy_width = 4 if dtype == "mixed" else 0

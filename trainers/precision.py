@@ -3,8 +3,7 @@
 fp32 and bf16 are torchtune's: weights, gradients and optimizer state are of that type. In mixed, weights and gradients
 are bf16, and of each weight that is trained there is a copy in fp32: the optimizer updates that one, its state is fp32,
 and so are checkpoints. For a weight in bf16 has three digits, on which the updates of a usual learning rate are lost:
-100 steps at 2e-5 took SmolLM2-135M from a loss of 4.4 to 1.8, mixed to 0.03, fp32 to 0.01 (benchmarks/training.md).
-Adapters, whose numbers are smaller and rates higher, learn in bf16 as in fp32.
+100 steps at 2e-5 took SmolLM2-135M from a loss of 4.4 to 1.9, mixed and fp32 to 0.012 (benchmarks/training.md).
 """
 
 import re
@@ -19,10 +18,10 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 """Of processors that multiply matrices of bf16 in one instruction. On others bf16 is slower than fp32."""
 
 
-def default_dtype(device: Device, *, adapters: bool) -> Dtype:
-    """`adapters`: only those are trained. On CPUs it is that of the machine that asks; workers on several machines have
-    to agree (`choose_dtype`). On CUDA, where models are larger and memory is scarcer, it is torchtune's."""
-    return "bf16" if device == "cuda" or (adapters and has_bf16(CPU_INFO)) else "fp32"
+def default_dtype(device: Device) -> Dtype:
+    """mixed where the device computes in bf16. On CPUs that depends on the machine that asks: workers on several
+    machines have to agree (`choose_dtype`)."""
+    return "mixed" if device == "cuda" or has_bf16(CPU_INFO) else "fp32"
 
 
 @cache

@@ -5,8 +5,8 @@ a step for every token of a prompt.
 """
 
 import os
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -113,8 +113,8 @@ def build_training_model(
         _shard(model, plan, arch, ranks)
     weights = method.weights(decoder, arch, model_dir, resume_from, computed_in)
     home = torch.device("cpu") if offloads(plan, ranks) else ranks.device
-    copies = _load(decoder, weights, method, computed_in, home, sharded=model.sharded, keep_fp32=dtype == "mixed")
-    model.copies = copies
+    copied = None if dtype != "mixed" else _in_fp32 if resume_from else _unrounded
+    model.copies = _load(decoder, weights, method, computed_in, home, sharded=model.sharded, copied=copied)
     init_rope(decoder, ranks.device)
     return model
 
@@ -136,7 +136,7 @@ def choose_dtype(plan: Plan, ranks: Ranks, before: Dtype | None = None) -> Dtype
     if chosen := plan.dtype or before:
         return chosen
     device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
-    suitable = default_dtype(device, adapters=plan.lora is not None)
+    suitable = default_dtype(device)
     agreed = ranks.sum([suitable != "fp32"])[0] == ranks.world
     return suitable if agreed else "fp32"
 
@@ -174,9 +174,9 @@ def _load(
     home: torch.device,
     *,
     sharded: bool,
-    keep_fp32: bool,
+    copied: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, nn.Parameter]:
-    """Returns the copies in fp32 of what is trained, if they are to be kept."""
+    """Returns the copies of what is trained, made by `copied` of what is stored; none without it."""
     placed, copies = {}, {}
     for name, parameter in decoder.named_parameters():
         stored = weights.pop(name)
@@ -185,14 +185,41 @@ def _load(
         own = full.clone() if parameter.requires_grad and not sharded else full
         value = like(own, parameter, home)
         value = value if sharded else method.placed(name, value)
-        if keep_fp32 and parameter.requires_grad:
-            copies[name] = nn.Parameter(like(stored.to(torch.float32, copy=True), parameter, home))
+        if copied and parameter.requires_grad:
+            copies[name] = nn.Parameter(like(copied(stored), parameter, home))
         placed[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     if weights:
         message = f"weights without a place in the model: {', '.join(sorted(weights))}"
         raise RuntimeError(message)
     decoder.load_state_dict(placed, strict=True, assign=True)
     return copies
+
+
+def _in_fp32(stored: Tensor) -> Tensor:
+    return stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _unrounded(stored: Tensor) -> Tensor:
+    """In fp32; of numbers in bf16, such as are rounded to them, spread evenly over all that are.
+
+    Copies that began in the middle of what is rounded alike would first have to go half a digit, each of them, before
+    the model changed at all. So the share of the model's weights that changes fits the size of the update from the
+    first one on. The numbers from which the stored ones had once been rounded would do the same. Zeros stay.
+    """
+    values = _in_fp32(stored)
+    if stored.dtype == torch.bfloat16:
+        offsets = _offsets_within_a_digit()
+        for part in torch.split(values.view(-1), offsets.numel()):
+            part.view(torch.int32).add_(offsets[: part.numel()] * (part != 0))
+    return values
+
+
+@cache
+def _offsets_within_a_digit() -> Tensor:
+    """int32, to be added to the bits of numbers in fp32 that bf16 has too: they don't leave what is rounded to the same
+    one. Multiples of the golden ratio, modulo 1: of all sequences these fill an interval most evenly."""
+    multiples = torch.arange(1 << 20, dtype=torch.int32).mul_(-1640531535)  # 2**32 / 1.618..., wrapping around
+    return (multiples >> 16).clamp_(min=1 - (1 << 15))
 
 
 def parameter_count(parameters: Iterable[nn.Parameter]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from events.facts import StepMetrics
@@ -159,6 +159,13 @@ def saved_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint: of the model if it was trained in full, else of its adapter."""
     adapter = checkpoint / "adapter" / "adapter_model.safetensors"
     return load_file(adapter if adapter.exists() else checkpoint / "model.safetensors")
+
+
+def store_in_bf16(model_dir: Path) -> Path:
+    """Rounds the model's weights, as those of most released models are."""
+    file = model_dir / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    return model_dir
 
 
 class TwoRanks:

@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny_models import make_tiny_model
-from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
+from tests.trainers.recipe_support import (
+    Case,
+    Recorder,
+    make_plan_for,
+    random_rows,
+    saved_weights,
+    store_in_bf16,
+    write_rows,
+)
 from tests.waiting import eventually
 from trainers.checkpoint import checkpoint_path, load_standing
 from trainers.data.chat import ChatTokenizer
@@ -38,6 +46,8 @@ def case(tmp_path: Path) -> Case:
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(case: Case, method: str, stop_at: int, dtype: str) -> None:
     lora = LoraSpec(dropout=0.2) if method == "lora" else None
     case = replace(case, plan=make_plan_for(method, lora=lora, dtype=dtype, clip_grad_norm=1.0))
+    if dtype != "fp32":
+        store_in_bf16(case.model_dir)
     whole = case.run()
     part = replace(case, output_dir=case.output_dir / "part", stop_at=stop_at).run()
     assert list(part.losses) == list(range(1, stop_at + 1))
@@ -56,10 +66,10 @@ def test_a_run_goes_on_in_the_type_it_began_with_though_another_would_suit_the_m
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.plan = make_plan_for(dtype=None)
-    monkeypatch.setattr("trainers.training_model.default_dtype", lambda *_, **__: "fp32")
+    monkeypatch.setattr("trainers.training_model.default_dtype", lambda _: "fp32")
     whole = case.run()
     part = replace(case, output_dir=case.output_dir / "part", stop_at=4).run()
-    monkeypatch.setattr("trainers.training_model.default_dtype", lambda *_, **__: "bf16")
+    monkeypatch.setattr("trainers.training_model.default_dtype", lambda _: "mixed")
     stopped = part.checkpoints[-1].path
     rest = replace(case, output_dir=case.output_dir / "part", resume_from=stopped).run()
     assert part.losses | rest.losses == whole.losses

@@ -1,4 +1,4 @@
-"""What is trained in where a plan doesn't say: bf16 where the processor computes in it."""
+"""What is trained in where a plan doesn't say: mixed where the device computes in bf16."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class Meeting(Ranks):
-    """One of two ranks, of which `rank` many would train in bf16."""
+    """One of two ranks, of which `rank` many would train in mixed."""
 
     def sum(self, values: object) -> list[float]:
         return [self.rank]
@@ -42,26 +42,23 @@ def test_a_machine_that_describes_no_processor_trains_in_fp32(tmp_path: Path) ->
     assert not has_bf16(tmp_path / "cpuinfo")
 
 
-def test_on_a_cpu_that_computes_in_bf16_adapters_are_trained_in_it_and_whole_models_are_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_mixed_is_the_default_where_the_device_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (True, False):
         monkeypatch.setattr("trainers.precision.has_bf16", lambda _, has=has: has)
-        assert default_dtype("cpu", adapters=True) == ("bf16" if has else "fp32")
-        assert default_dtype("cpu", adapters=False) == "fp32"
-        assert {default_dtype("cuda", adapters=adapters) for adapters in (True, False)} == {"bf16"}
+        assert default_dtype("cpu") == ("mixed" if has else "fp32")
+        assert default_dtype("cuda") == "mixed"
 
 
 def test_what_the_plan_says_holds_and_then_what_the_run_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_model, "default_dtype", lambda *_, **__: "bf16")
+    monkeypatch.setattr(training_model, "default_dtype", lambda _: "mixed")
     alone = Ranks(0, 1, CPU)
     assert choose_dtype(make_plan_for(dtype="fp32"), alone, "bf16") == "fp32"
-    assert choose_dtype(make_plan_for(dtype=None), alone, "mixed") == "mixed"
-    assert choose_dtype(make_plan_for(dtype=None), alone) == "bf16"
+    assert choose_dtype(make_plan_for(dtype=None), alone, "bf16") == "bf16"
+    assert choose_dtype(make_plan_for(dtype=None), alone) == "mixed"
 
 
-def test_workers_train_in_bf16_only_if_it_suits_the_machine_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_model, "default_dtype", lambda *_, **__: "bf16")
+def test_workers_train_in_mixed_only_if_it_suits_the_machine_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_model, "default_dtype", lambda _: "mixed")
     plan = make_plan_for(dtype=None)
     assert choose_dtype(plan, Meeting(1, 2, CPU)) == "fp32"
-    assert choose_dtype(plan, Meeting(2, 2, CPU)) == "bf16"
+    assert choose_dtype(plan, Meeting(2, 2, CPU)) == "mixed"

@@ -12,7 +12,15 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from tests.tiny_models import make_tiny_model
-from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
+from tests.trainers.recipe_support import (
+    Case,
+    Recorder,
+    make_plan_for,
+    random_rows,
+    saved_weights,
+    store_in_bf16,
+    write_rows,
+)
 from trainers.distributed import Ranks
 from trainers.errors import CapacityError, UserError
 from trainers.methods import method_of
@@ -22,11 +30,17 @@ from trainers.models.decoder import build_decoder
 from trainers.models.weights import load_weights
 from trainers.plan import ComponentSpec, LoraSpec, Plan
 from trainers.recipe import clip, train
+from trainers.training_model import build_training_model
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return store_in_bf16(make_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -288,15 +302,31 @@ def test_bf16_is_stored_and_trained_as_bf16(bench: Bench) -> None:
     assert run.losses[22] < run.losses[1]
 
 
+@pytest.mark.parametrize("stored", ["tiny", "tiny_in_bf16"])
 @pytest.mark.parametrize("method", ["full", "qat"])
-def test_mixed_learns_what_fp32_does_where_bf16_loses_its_small_updates(bench: Bench, method: str) -> None:
+def test_mixed_learns_what_fp32_does_where_bf16_loses_its_small_updates(
+    request: pytest.FixtureRequest, data: Path, tmp_path: Path, method: str, stored: str
+) -> None:
     """At a rate so low that updates are less than half a digit of most weights."""
+    bench = Bench(request.getfixturevalue(stored), data, tmp_path)
     gains = {}
     for dtype in ("fp32", "mixed", "bf16"):
-        losses = bench.losses(method, dtype=dtype, lr=2e-5, n_epochs=6, shuffle=False, lr_scheduler=None)
+        losses = bench.losses(method, dtype=dtype, lr=5e-6, n_epochs=6, shuffle=False, lr_scheduler=None)
         gains[dtype] = sum(losses[:11]) - sum(losses[-11:])
     assert gains["mixed"] == pytest.approx(gains["fp32"], rel=0.1)
     assert gains["bf16"] < 0.5 * gains["fp32"]
+
+
+def test_mixed_begins_with_the_model_as_it_is_stored(tiny_in_bf16: Path) -> None:
+    """In fp32 it is another one, in which half of the weights are larger, but rounded it is the same."""
+    plan, ranks, arch = make_plan_for("full"), Ranks(0, 1, torch.device("cpu")), inspect_model_dir(tiny_in_bf16)
+    model = build_training_model(plan, method_of(plan), arch, tiny_in_bf16, None, "mixed", ranks)
+    larger = []
+    for name, stored in load_weights(tiny_in_bf16, arch).items():
+        assert torch.equal(model.trainable()[name], stored), name
+        assert torch.equal(model.copies[name].to(torch.bfloat16), stored), name
+        larger.append((model.copies[name] > stored).flatten())
+    assert torch.cat(larger).float().mean() == pytest.approx(0.5, abs=0.01)
 
 
 def test_mixed_keeps_what_is_trained_in_fp32(bench: Bench, tiny: Path) -> None:

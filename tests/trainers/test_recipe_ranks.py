@@ -16,6 +16,7 @@ from tests.trainers.recipe_support import (
     random_pairs,
     random_rows,
     saved_weights,
+    store_in_bf16,
     write_rows,
 )
 from trainers.components import DPO_LOSS
@@ -104,6 +105,8 @@ def test_two_workers_round_as_one_does(
 def test_two_workers_resume_exactly_in_mid_epoch(two_ranks: TwoRanks, case: Case, method: str, dtype: str) -> None:
     lora = LoraSpec(dropout=0.2) if method == "lora" else None
     case = split(replace(case, plan=make_plan_for(method, batch_size=4, lora=lora, dtype=dtype)))
+    if dtype == "mixed":
+        store_in_bf16(case.model_dir)
     whole, _ = two_ranks.run(Case.run, case)
     part, _ = two_ranks.run(Case.run, replace(case, output_dir=case.output_dir / "part", stop_at=3))
     stopped = part.checkpoints[-1].path
@@ -118,6 +121,7 @@ def test_two_workers_resume_exactly_in_mid_epoch(two_ranks: TwoRanks, case: Case
 @pytest.mark.parametrize("changes", [{}, SHARDED_APART])
 def test_two_workers_train_mixed_as_one_does(two_ranks: TwoRanks, case: Case, changes: dict[str, Any]) -> None:
     case.plan = make_plan_for("full", batch_size=4, dtype="mixed", lr=1e-4, **changes)
+    store_in_bf16(case.model_dir)
     one = case.run()
     together, _ = two_ranks.run(Case.run, split(case))
     assert both(together.losses) == pytest.approx(both(one.losses), abs=0.01)  # gradients in bf16 are added up
