@@ -22,6 +22,7 @@ activations  What autograd keeps of each layer for the backward pass, by positio
              - rotations keep sine and cosine of queries and of keys, 4 tables of half a head in float32;
              - attention keeps q, k, v, its output, and a normaliser for each head; with a soft-cap or dropout its
                scores instead, a matrix of the segment's positions for each head, and keys and values for every head;
+               on a CPU in float32 where segments are short (`SHORT_SEGMENT`);
              - the gated unit keeps the gate, the gate after its activation, and the value it is multiplied with.
              With activation checkpointing only each layer's input, d b, and one layer as above while it is computed
              again. Once more comes what one layer's backward pass has in hand at a time: its gradients.
@@ -70,6 +71,9 @@ MARGIN = 1.25
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits in a chunk: small enough to be no matter of memory (64 and 512 MB in float32), large enough for the matrix
 products to run at full speed."""
+SHORT_SEGMENT = 256
+"""On a CPU, a line whose segments are all shorter than this is attended to in float32, whatever its type: in bf16 the
+kernel works through short rows in products so small that each costs more to call than to compute."""
 MODULE_CHUNKS = 8
 """Chunks for a head that autograd goes through, unless the plan says otherwise."""
 FITS = 0.5
@@ -428,7 +432,8 @@ class _Size:
         return sum(by_input.values()) + own
 
     def _attention(self, load: Load) -> float:
-        arch, b = self._arch, self.width
+        arch = self._arch
+        b = 4 if self._device == "cpu" and load.segment < SHORT_SEGMENT else self.width
         _, _, queries, keys = self._widths
         if arch.attention_softcap is None and not arch.attention_dropout:
             return b * (2 * queries + 2 * keys) + 4 * arch.num_heads

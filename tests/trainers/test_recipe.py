@@ -313,7 +313,7 @@ def test_mixed_learns_what_fp32_does_where_bf16_loses_its_small_updates(
     for dtype in ("fp32", "mixed", "bf16"):
         losses = bench.losses(method, dtype=dtype, lr=5e-6, n_epochs=6, shuffle=False, lr_scheduler=None)
         gains[dtype] = sum(losses[:11]) - sum(losses[-11:])
-    assert gains["mixed"] == pytest.approx(gains["fp32"], rel=0.1)
+    assert gains["mixed"] == pytest.approx(gains["fp32"], rel=0.2)
     assert gains["bf16"] < 0.5 * gains["fp32"]
 
 

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
 from trainers.collate import Layout, Segment
+from trainers.memory import SHORT_SEGMENT
 from trainers.models.rope import RotaryEmbedding
 
 BLOCK = 128
@@ -143,7 +144,9 @@ class Causal:
     def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
         """Padding gets zeros."""
         assert self._segments is not None  # noqa: S101  -- nobody else calls it
-        widths = [end - start for start, end, _ in self._segments]
+        widths, dtype = [end - start for start, end, _ in self._segments], q.dtype
+        if q.device.type == "cpu" and max(widths) < SHORT_SEGMENT:
+            q, k, v = q.float(), k.float(), v.float()
         padding = q.shape[1] - self._segments[-1].end
         # Split at once: the gradient of a split is one concatenation, that of every slice a tensor of the whole line.
         queries, keys, values = (torch.split(x, [*widths, padding], dim=1) for x in (q, k, v))
@@ -155,7 +158,7 @@ class Causal:
                 torch.cat([x[j] for j in path], 1) if len(path) > 1 else x[i] for x in (keys, values)
             )
             outputs.append(attend(queries[i], seen_keys, seen_values, part, rules))
-        return torch.cat([*outputs, torch.zeros_like(queries[-1])], 1)
+        return torch.cat([*outputs, torch.zeros_like(queries[-1])], 1).to(dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, rules: Rules) -> Tensor:

@@ -150,6 +150,16 @@ def test_flex_attention_visits_every_block_in_which_something_is_seen(
         assert listed.sum() < (len(listed) ** 2 + len(listed)) / 2 + (window is None)
 
 
+@pytest.mark.parametrize(("layout", "exact"), [(line(130, 1, 170, 40, width=341), True), (LINES[2], False)])
+def test_numbers_in_bf16_are_attended_to_in_float32_where_segments_are_short(layout: Layout, exact: bool) -> None:
+    q, k, v = (x.detach().bfloat16() for x in random_qkv(1, 341))
+    seen = Causal(341, {PLAIN}, CPU, layout)
+    output = seen(q, k, v, PLAIN)
+    expected = seen(q.float(), k.float(), v.float(), PLAIN).bfloat16()
+    assert torch.equal(output, expected) is exact
+    torch.testing.assert_close(output, expected, atol=0.03, rtol=0)
+
+
 def test_padding_gives_finite_outputs_and_gradients() -> None:
     qkv = random_qkv(1, 64)
     rules = Rules(4, 0.25, 2.0, 0.0)
