@@ -221,7 +221,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "custom_sharded_layers": "use memory_efficient_fsdp_wrap",
         "fsdp_reshard_after_forward": "parameters are always resharded after the forward pass",
         "fsdp_sharding_strategy": "parameters are always fully sharded",
-        "optimizer_in_bwd": "it can't be combined with gradient accumulation and clipping, so it isn't offered",
+        "optimizer_in_bwd": "it is done where it changes no number: on one worker, without accumulation and clipping",
         "enable_activation_offloading": "use enable_activation_checkpointing",
         "enable_async_checkpointing": "checkpoints are written beside training wherever memory allows",
         "log_peak_memory_stats": "peak memory is always among the metrics",
@@ -236,15 +236,20 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 )
 
 
+LIKE = 0.6
+"""As difflib measures it: less alike is no misspelling."""
+
+
 def unknown_key(name: str) -> str:
-    """What is wrong with a key that no table knows, naming the nearest one that is known."""
+    """What is wrong with a key that no table knows, naming one that is like it or where they are."""
     section, _, argument = name.partition(".")
     if section in SECTIONS and argument:
         known = sorted({arg for c in COMPONENTS.values() if c.section == section for arg in c.arguments})
-        near = get_close_matches(argument, [*known, "_component_", "lr"], n=1, cutoff=0.0)
-        return f"unknown argument; did you mean {section}.{near[0]}?"
+        near = get_close_matches(argument, [*known, "_component_", "lr"], n=1, cutoff=LIKE)
+        hint = f"did you mean {section}.{near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown argument; {hint}"
     known = [*BY_NAME, *SECTIONS]
-    near = get_close_matches(name, known, n=1, cutoff=0.5) or get_close_matches(
-        name.rpartition(".")[2], known, n=1, cutoff=0.0
+    near = get_close_matches(name, known, n=1, cutoff=LIKE) or get_close_matches(
+        name.rpartition(".")[2], known, n=1, cutoff=LIKE
     )
-    return f"unknown key; did you mean {near[0]}?"
+    return f"unknown key; {f'did you mean {near[0]}?' if near else 'docs/configuration.md lists those there are'}"

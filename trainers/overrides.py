@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
 
 from trainers.errors import Problem
+from trainers.keys import LIKE
 
 PARAM = "overrides"
 MAX_WORKERS_PER_NODE = 1024
@@ -138,8 +139,10 @@ def _problem(message: str, code: str = "invalid_overrides") -> Problem:
 
 def _unknown_flag(word: str) -> Problem:
     name = word.partition("=")[0]
-    near = get_close_matches(name.replace("_", "-"), [*_VALUE_FLAGS, *_SWITCHES], n=1, cutoff=0.0)[0]
-    return _problem(f"{name}: torchrun has no such flag; did you mean {near}?")
+    known = [*_VALUE_FLAGS, *_SWITCHES]
+    near = get_close_matches(name.replace("_", "-"), known, n=1, cutoff=LIKE)
+    hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists what overrides may hold"
+    return _problem(f"{name}: torchrun has no such flag; {hint}")
 
 
 def refused_flags() -> dict[str, str]:

@@ -137,7 +137,9 @@ def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> Non
     ("extras", "path", "message"),
     [
         ({"dtyp": "fp32"}, "dtyp", "did you mean dtype?"),
+        ({"nope": 1}, "nope", "unknown key; docs/configuration.md lists"),
         ({"optimizer": {"lrr": 1}}, "optimizer.lrr", "did you mean optimizer.lr?"),
+        ({"optimizer": {"nope": 1}}, "optimizer.nope", "unknown argument; known here: "),
         ({"lr_scheduler.num_warmup_step": 1}, "lr_scheduler.num_warmup_step", "lr_scheduler.num_warmup_steps?"),
         ({"checkpointer": {"checkpoint_dir": "/"}}, "checkpointer", "the service decides where a job's files lie"),
         ({"model": "other"}, "model", "it is a field of the request"),
