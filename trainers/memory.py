@@ -41,7 +41,7 @@ checkpoint   For adapters, beside training: a copy of adapters and moments, the 
 overhead     Buffers of the libraries (`BUFFERS`), and what the allocator can't use. With one that gives back all that
              is freed (glibc's, told to map each tensor by itself) the sum of all the above is what is measured, to 2 %.
              As it is, memory that is freed in pieces of one size and asked for in another stays resident: a measured
-             share `FRAGMENTED` of activations and head, which is smaller where gradients find room in what they leave;
+             share `FRAGMENTED` of activations, which is smaller where gradients find room in what they leave;
              with activation checkpointing a share of what the layers have in hand one after the other, between whose
              gradients the next one's activations don't fit.
 
@@ -79,7 +79,7 @@ MODULE_CHUNKS = 8
 FITS = 0.5
 """A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
 BUFFERS = 20 << 20  # bytes
-FRAGMENTED = {"full": 0.15, "adapters": 0.30, "nf4": 0.50, "checkpointing": 0.26}
+FRAGMENTED = {"full": 0.27, "adapters": 0.38, "nf4": 0.57, "checkpointing": 0.26}
 REUSED = 0.5
 
 
@@ -156,7 +156,7 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     else:
         # NF4 weights are turned into numbers for each product, through index tensors of eight bytes an element.
         kind = "full" if plan.lora is None else "nf4" if plan.method == "qlora" else "adapters"
-        lost = FRAGMENTED[kind] * (sum(moments["backward"].values()) - beside)
+        lost = FRAGMENTED[kind] * moments["backward"]["activations"]
     parts["overhead"] = BUFFERS + lost
     whole = {name: round(part) for name, part in parts.items()}
     return Memory(peak_bytes=sum(whole.values()), moment=moment, **whole)
