@@ -127,7 +127,7 @@ class Pace(_Part):
 
 
 class _Saved(_Part):
-    """Where the last checkpoint stands: what an interruption falls back to."""
+    """Where the last checkpoint stands: what an interruption falls back to. `step` and `epoch` as in Progress."""
 
     step: int = 0
     epoch: int = 0
@@ -376,14 +376,20 @@ def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
     progress, metrics = job.progress, job.metrics
     if progress is not None and progress.step > event.step:
         metrics = (metrics or Metrics()).model_copy(update={name: event.metrics.get(name) for name in _MEASURED})
+    epoch = event.epoch if progress is None else _epoch_of(event.step, progress)
     if progress is not None and event.step > progress.step:
-        progress = progress.model_copy(update={"step": event.step, "epoch": event.epoch})
+        progress = progress.model_copy(update={"step": event.step, "epoch": epoch})
     return {
         "checkpoints": job.checkpoints if event.uri in job.checkpoints else [*job.checkpoints, event.uri],
         "progress": progress,
         "best_checkpoint": event.uri if event.best else job.best_checkpoint,
-        "saved": _Saved(step=event.step, epoch=event.epoch, metrics=metrics),
+        "saved": _Saved(step=event.step, epoch=epoch, metrics=metrics),
     }
+
+
+def _epoch_of(step: int, progress: Progress) -> int:
+    """The epoch that it belongs to: all have the same number of steps."""
+    return -(-step * progress.n_epochs // max(progress.total_steps, 1))
 
 
 def _latest(metrics: Metrics | None, steps: list[StepMetrics]) -> Metrics:

@@ -127,6 +127,16 @@ def test_an_interruption_falls_back_to_the_last_checkpoint() -> None:
     assert job.why == "interrupted: a worker died, waiting to resume"
 
 
+@pytest.mark.parametrize(("number", "completed", "epoch"), [(40, 0, 1), (50, 1, 1), (60, 1, 2), (100, 2, 2)])
+def test_a_job_that_fell_back_stands_in_the_epoch_of_the_checkpoint_s_last_step(
+    number: int, completed: int, epoch: int
+) -> None:
+    """Of two epochs of 50 steps. A checkpoint itself tells how many epochs are complete."""
+    job = given(*RUNNING, saved(1, number, completed), interrupted(1))
+    assert job.progress is not None
+    assert (job.progress.step, job.progress.epoch) == (number, epoch)
+
+
 def test_metrics_that_arrive_after_their_checkpoint_belong_to_it() -> None:
     job = given(*RUNNING, saved(1, 40), measured(1, step(40, loss=1.5)), measured(1, step(41)), interrupted(1))
     assert job.metrics is not None
