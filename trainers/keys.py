@@ -236,20 +236,14 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 )
 
 
-LIKE = 0.6
-"""As difflib measures it: less alike is no misspelling."""
-
-
 def unknown_key(name: str) -> str:
     """What is wrong with a key that no table knows, naming one that is like it or where they are."""
     section, _, argument = name.partition(".")
     if section in SECTIONS and argument:
         known = sorted({arg for c in COMPONENTS.values() if c.section == section for arg in c.arguments})
-        near = get_close_matches(argument, [*known, "_component_", "lr"], n=1, cutoff=LIKE)
+        near = get_close_matches(argument, [*known, "_component_", "lr"], 1)
         hint = f"did you mean {section}.{near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown argument; {hint}"
     known = [*BY_NAME, *SECTIONS]
-    near = get_close_matches(name, known, n=1, cutoff=LIKE) or get_close_matches(
-        name.rpartition(".")[2], known, n=1, cutoff=LIKE
-    )
+    near = get_close_matches(name, known, 1) or get_close_matches(name.rpartition(".")[2], known, 1)
     return f"unknown key; {f'did you mean {near[0]}?' if near else 'docs/configuration.md lists those there are'}"

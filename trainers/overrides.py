@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
 
 from trainers.errors import Problem
-from trainers.keys import LIKE
 
 PARAM = "overrides"
 MAX_WORKERS_PER_NODE = 1024
@@ -140,7 +139,7 @@ def _problem(message: str, code: str = "invalid_overrides") -> Problem:
 def _unknown_flag(word: str) -> Problem:
     name = word.partition("=")[0]
     known = [*_VALUE_FLAGS, *_SWITCHES]
-    near = get_close_matches(name.replace("_", "-"), known, n=1, cutoff=LIKE)
+    near = get_close_matches(name.replace("_", "-"), known, 1)
     hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists what overrides may hold"
     return _problem(f"{name}: torchrun has no such flag; {hint}")
 

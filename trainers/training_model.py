@@ -5,7 +5,7 @@ a step for every token of a prompt.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -113,8 +113,8 @@ def build_training_model(
         _shard(model, plan, arch, ranks)
     weights = method.weights(decoder, arch, model_dir, resume_from, computed_in)
     home = torch.device("cpu") if offloads(plan, ranks) else ranks.device
-    copied = None if dtype != "mixed" else _in_fp32 if resume_from else _unrounded
-    model.copies = _load(decoder, weights, method, computed_in, home, sharded=model.sharded, copied=copied)
+    copies = _load(decoder, weights, method, computed_in, home, sharded=model.sharded, keep_fp32=dtype == "mixed")
+    model.copies = copies
     init_rope(decoder, ranks.device)
     return model
 
@@ -174,9 +174,9 @@ def _load(
     home: torch.device,
     *,
     sharded: bool,
-    copied: Callable[[Tensor], Tensor] | None,
+    keep_fp32: bool,
 ) -> dict[str, nn.Parameter]:
-    """Returns the copies of what is trained, made by `copied` of what is stored; none without it."""
+    """Returns the copies in fp32 of what is trained, if they are to be kept."""
     placed, copies = {}, {}
     for name, parameter in decoder.named_parameters():
         stored = weights.pop(name)
@@ -185,8 +185,8 @@ def _load(
         own = full.clone() if parameter.requires_grad and not sharded else full
         value = like(own, parameter, home)
         value = value if sharded else method.placed(name, value)
-        if copied and parameter.requires_grad:
-            copies[name] = nn.Parameter(like(copied(stored), parameter, home))
+        if keep_fp32 and parameter.requires_grad:
+            copies[name] = nn.Parameter(like(_unrounded(stored), parameter, home))
         placed[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     if weights:
         message = f"weights without a place in the model: {', '.join(sorted(weights))}"
@@ -195,18 +195,15 @@ def _load(
     return copies
 
 
-def _in_fp32(stored: Tensor) -> Tensor:
-    return stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-
 def _unrounded(stored: Tensor) -> Tensor:
-    """In fp32; of numbers in bf16, such as are rounded to them, spread evenly over all that are.
+    """A copy in fp32; of numbers in bf16, one of such as are rounded to them, spread evenly over all that are. What a
+    run goes on from is in fp32, and stays as it is.
 
     Copies that began in the middle of what is rounded alike would first have to go half a digit, each of them, before
     the model changed at all. So the share of the model's weights that changes fits the size of the update from the
     first one on. The numbers from which the stored ones had once been rounded would do the same. Zeros stay.
     """
-    values = _in_fp32(stored)
+    values = stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if stored.dtype == torch.bfloat16:
         offsets = _offsets_within_a_digit()
         for part in torch.split(values.view(-1), offsets.numel()):

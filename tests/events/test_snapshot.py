@@ -86,8 +86,9 @@ def test_a_snapshot_of_a_long_log_is_written_at_its_start(tmp_path: Path, monkey
                 await submit(first, f"a{number}")
         monkeypatch.setattr(log, "_SNAPSHOT_EVENTS", 10)
         async with opened(tmp_path / "events.db"):
-            written = (tmp_path / "events.db.snapshot").exists
-            await async_eventually(written, WAIT_S, lambda: "no snapshot is written")
+            snapshot = tmp_path / "events.db.snapshot"
+            await async_eventually(snapshot.exists, WAIT_S, lambda: "no snapshot is written")
+            assert all(f'"a{number}"'.encode() in snapshot.read_bytes() for number in range(20))
 
     asyncio.run(scenario())
 

@@ -40,6 +40,7 @@ def running() -> Iterator[Running]:
 
 def test_a_worker_whose_steps_are_short_learns_of_a_pause_as_it_reports_them(running: Running) -> None:
     running.step(1)
+    assert not running.reporter.should_stop()
     running.tell(PauseRequested())
     running.step(2)
     eventually(running.reporter.should_stop, WAIT_S, lambda: "it goes on")
