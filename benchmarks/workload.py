@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from examples.tickets.generate import make_rows
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
@@ -74,10 +76,17 @@ def random_05b(folder: Path) -> Path:
     return out
 
 
-def prepared_rows(model_dir: Path, out_dir: Path, *, repeat: int = 1) -> Path:
-    """The demo's training rows as `trainers.recipe.train` takes them, the file `repeat` times over."""
+def tickets(rows: int | None = None) -> list[str]:
+    """The lines of the demo's training data; or that many of its kind, no two alike."""
+    if rows is None:
+        return TICKETS.read_text(encoding="utf-8").splitlines()
+    return [json.dumps(row) for row in make_rows({"train": rows})["train"]]
+
+
+def prepared_rows(model_dir: Path, out_dir: Path, lines: Sequence[str]) -> Path:
+    """The rows of `lines` as `trainers.recipe.train` takes them."""
     source = out_dir.with_suffix(".jsonl")
-    source.write_text(TICKETS.read_text(encoding="utf-8") * repeat, encoding="utf-8")
+    source.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     prepare(
         source.as_uri(),
         ChatTokenizer.from_dir(model_dir),
@@ -101,9 +110,8 @@ def rows_for_others(prepared: Path) -> Path:
     return file
 
 
-def conversations(out: Path, *, repeat: int = 1) -> Path:
-    """The demo's training rows as the `messages` that TRL's documentation asks for."""
-    lines = TICKETS.read_text(encoding="utf-8").splitlines() * repeat
+def conversations(out: Path, lines: Sequence[str]) -> Path:
+    """The same rows as the `messages` that TRL's documentation asks for."""
     out.write_text("".join(json.dumps({"messages": json.loads(line)["dialog"]}) + "\n" for line in lines))
     return out
 
