@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from benchmarks.contender import Recording, Task
 from events.config import Config, FineTuningOptions, FullFineTuneOptions, LoraFineTuneOptions
 from events.facts import StepMetrics
+from trainers.data.dataset import TokenisedDataset
+from trainers.memory import recomputing_if_needed
+from trainers.models.architecture import inspect_model_dir
 from trainers.plan import ComponentSpec, LoraSpec, Plan, make_plan
 from trainers.precision import default_dtype
 from trainers.recipe import train
@@ -81,7 +85,10 @@ def plan_of(task: Task, world: int) -> Plan:
         custom = LoraFineTuneOptions() if task.method == "lora" else FullFineTuneOptions()
         options = FineTuningOptions(custom_training_options=custom)
         plan = make_plan(Config(model=task.model_dir, data=task.data_dir, fine_tuning_options=options))
-        return plan.model_copy(update={"max_steps_per_epoch": task.steps})
+        plan = plan.model_copy(update={"max_steps_per_epoch": task.steps})
+        arch, rows = inspect_model_dir(Path(task.model_dir)), TokenisedDataset(Path(task.data_dir))
+        share = psutil.virtual_memory().total // (os.cpu_count() or 1)  # of a worker with one CPU
+        return recomputing_if_needed(plan, arch, rows.lengths, share)
     lora = LoraSpec(attn_modules=task.lora_attn_modules, rank=task.lora_rank, alpha=task.lora_alpha)
     return Plan.model_validate(
         {

@@ -88,7 +88,9 @@ class FullFineTuneOptions(_Wire):
 
     finetuning_type: FullTag | None = optional("Tag of the union. May be left out: then the fields decide.")
     enable_activation_checkpointing: bool = Field(
-        default=True, description="Recompute activations in the backward pass: less memory, about a third more time."
+        default=True,
+        description="Recompute activations in the backward pass: less memory, about a third more time. On CPUs only "
+        "where a worker's share of its node's memory could be too small for them.",
     )
     memory_efficient_fsdp_wrap: bool = Field(
         default=True,

@@ -104,6 +104,16 @@ def worker_memory(resources: Resources, capacity: Capacity) -> int | None:
     return int(max(node.memory for node in nodes) / share)
 
 
+def memory_share(resources: Resources, capacity: Capacity) -> int | None:
+    """Bytes that each worker of a job on CPUs can count on while other jobs fill its node up: as large a part of the
+    memory as of the CPUs, of the node that could hold it and has least for each. None: nobody knows."""
+    share = -(-resources.workers // resources.nodes)
+    nodes = [node for node in capacity.largest() if node.cpus >= share * resources.cpus_per_worker]
+    if resources.gpus_per_worker or not nodes:
+        return None
+    return int(min(node.memory / node.cpus for node in nodes) * resources.cpus_per_worker) or None
+
+
 def decide(waiting: Iterable[Waiting], free: Sequence[Node]) -> Decision:
     """Which of the `waiting` jobs (in the order they were submitted) to admit, given what is free now."""
     left = tuple(free)

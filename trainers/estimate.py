@@ -31,7 +31,7 @@ from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
 from trainers.data.prepare import DataInvalid, Tally, judge
 from trainers.data.source import check_data_uri, data_size, open_lines
 from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError
-from trainers.memory import MARGIN, Memory, flops_per_token, memory_of
+from trainers.memory import MARGIN, Memory, flops_per_token, memory_of, recomputing_if_needed
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, step_items
@@ -130,9 +130,12 @@ class Estimate(_Wire):
 
 
 class Asked(_Wire):
+    """`worker_bytes`: memory that a worker may take; `share_bytes`: what it may count on. None: nobody knows."""
+
     plan: Plan
     device: Device
-    worker_bytes: int | None
+    worker_bytes: int | None = None
+    share_bytes: int | None = None
 
 
 class Found(_Wire):
@@ -183,7 +186,7 @@ class Estimator:
         self._places = asyncio.Semaphore(AT_A_TIME)
         self._here = 0
 
-    async def find(self, plan: Plan, device: Device, worker_bytes: int | None) -> Found:
+    async def find(self, asked: Asked) -> Found:
         """Raises ConfigProblems for all that is wrong with the model and the data, JobProblem where they can't be had,
         and InfrastructureError `estimate_failed` or `too_many_estimates`."""
         if self._here >= AT_A_TIME + WAITING:
@@ -193,7 +196,7 @@ class Estimator:
         self._here += 1
         try:
             async with self._places:
-                return (await self._run(Asked(plan=plan, device=device, worker_bytes=worker_bytes))).result()
+                return (await self._run(asked)).result()
         finally:
             self._here -= 1
 
@@ -265,6 +268,7 @@ def _find(asked: Asked, settings: Settings) -> Found:
     from trainers.load import load_of  # torch takes seconds to import: not before all is well
 
     train = samples["data"]
+    plan = recomputing_if_needed(plan, arch, train.lengths, asked.share_bytes)
     load = load_of(plan, arch, train)
     memory, there = memory_of(plan, arch, load, asked.device, asked.worker_bytes), asked.worker_bytes
     fits = None if there is None else memory.peak_bytes <= there

@@ -118,7 +118,8 @@ KEYS: tuple[Key, ...] = (
         "enable_activation_checkpointing",
         boolean,
         "true full, false LoRA",
-        "Recompute activations in the backward pass: less memory, about a third more time.",
+        "Recompute activations in the backward pass: less memory, about a third more time. On CPUs only where a "
+        "worker's share of its node's memory could be too small for them.",
     ),
     Key(
         "memory_efficient_fsdp_wrap",

@@ -196,16 +196,30 @@ class _Most(NamedTuple):
 
 
 def surely_fits(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> bool:
-    """Whether `check_memory` passes however rows of `lengths` come together: the longest ones in one micro-batch, with
-    nothing in common. Needs no torch, which takes seconds to import; where it says no, `trainers.load` looks closer."""
+    """Whether `check_memory` passes however rows of `lengths` come together. Needs no torch, which takes seconds to
+    import; where it says no, `trainers.load` looks closer."""
+    return _at_most(plan, arch, lengths, worker_bytes) <= MARGIN * worker_bytes
+
+
+def recomputing_if_needed(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], share: int | None) -> Plan:
+    """The plan without activation checkpointing where a worker needn't save memory: all fits its `share` of its node's,
+    with the `MARGIN` to spare, however rows of `lengths` come together. `share` None (on GPUs, whose estimates aren't
+    measured): the plan as it is."""
+    if not plan.enable_activation_checkpointing or share is None:
+        return plan
+    keeping = plan.model_copy(update={"enable_activation_checkpointing": False})
+    return keeping if MARGIN * _at_most(keeping, arch, lengths, share) <= share else plan
+
+
+def _at_most(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> int:
+    """Bytes: the peak if the longest rows made one micro-batch, with nothing in common."""
     longest = int(lengths.max())
     if plan.packed:
         positions = plan.batch_size * (plan.max_seq_len or longest)
     else:
         rows = plan.batch_size * (2 if plan.pairs else 1)
         positions = int(np.sort(lengths)[-rows:].sum())
-    most = _Most(positions, positions, longest)
-    return memory_of(plan, arch, most, "cpu", worker_bytes).peak_bytes <= MARGIN * worker_bytes
+    return memory_of(plan, arch, _Most(positions, positions, longest), "cpu", worker_bytes).peak_bytes
 
 
 def check_states(plan: Plan, arch: Architecture, worker_bytes: int) -> None:

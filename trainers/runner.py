@@ -33,7 +33,7 @@ from events.facts import (
 )
 from events.job import FineTuningJob
 from events.log import LogUnavailable
-from trainers.admission import Capacity, describe, worker_memory
+from trainers.admission import Capacity, describe, memory_share, worker_memory
 from trainers.cluster import Cluster
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
@@ -42,7 +42,7 @@ from trainers.data.prepare import DataInvalid, prepare, prepared
 from trainers.data.source import check_data_uri
 from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, write_details
 from trainers.job_output import JobOutput
-from trainers.memory import check_memory, surely_fits
+from trainers.memory import check_memory, recomputing_if_needed, surely_fits
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import COMPILED, Plan, make_plan
@@ -92,11 +92,12 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     try:
         plan = make_plan(Config.model_validate(job.input_config))
         model_dir = resolve_model(plan.model, settings, logger.info)
-        job = _make_data_ready(job, plan, model_dir, tenure, settings, Cluster().capacity)
+        capacity = Cluster().capacity
+        job = _make_data_ready(job, plan, model_dir, tenure, settings, capacity)
         while True:
             job = _wait_until_admitted(job, log, tenure)
             try:
-                interruption = _attempt(job, plan, model_dir, settings)
+                interruption = _attempt(job, plan, model_dir, settings, capacity())
             except Paused:
                 return None
             if interruption is None:
@@ -168,7 +169,7 @@ def _make_data_ready(
     if job.data is not None:
         return job
     if (worker_bytes := worker_memory(needed(job), capacity())) is not None:
-        rows = TokenisedDataset(settings.job_dir(job.job_id) / "data" / "train")
+        rows = _training_rows(job, settings)
         if not surely_fits(plan, architecture, rows.lengths, worker_bytes):
             from trainers.load import load_of  # imports torch: seconds that a job which surely fits needn't wait
 
@@ -186,18 +187,26 @@ def _wait_until_admitted(job: FineTuningJob, log: EventLogClient, tenure: Tenure
     return job
 
 
-def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings) -> str | None:
+def _training_rows(job: FineTuningJob, settings: Settings) -> TokenisedDataset:
+    return TokenisedDataset(settings.job_dir(job.job_id) / "data" / "train")
+
+
+def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings, capacity: Capacity) -> str | None:
     """Train, from the last checkpoint where there is one. Returns why it was interrupted, None when it finished."""
     # Not imported with this module: torch and Ray Train take seconds; a thread imports them since the start.
     from trainers.fit import Interrupted, fit
     from trainers.worker import Assignment
 
     checkpoint = latest_checkpoint(job)
+    share, lengths = memory_share(needed(job), capacity), _training_rows(job, settings).lengths
+    run = recomputing_if_needed(plan, inspect_model_dir(model_dir), lengths, share)
+    if run != plan:
+        logger.info("enable_activation_checkpointing has no effect: all activations fit the memory of a worker")
     assignment = Assignment(
         job_id=job.job_id,
         attempt=job.attempt + 1,
         interruptions=job.interruptions,
-        plan=plan.model_dump(mode="json"),
+        plan=run.model_dump(mode="json"),
         storage=str(settings.storage),
         job_dir=str(settings.job_dir(job.job_id)),
         model_dir=str(model_dir),

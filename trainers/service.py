@@ -2,10 +2,10 @@
 
 from events.actors import connect
 from events.facts import Resources
-from trainers.admission import Capacity, for_workers, infeasible, worker_memory
+from trainers.admission import Capacity, for_workers, infeasible, memory_share, worker_memory
 from trainers.dispatcher import start_dispatcher
 from trainers.errors import ConfigProblems, Problem
-from trainers.estimate import Estimator, Found
+from trainers.estimate import Asked, Estimator, Found
 from trainers.memory import states_fit
 from trainers.models.architecture import Architecture
 from trainers.plan import Plan
@@ -50,8 +50,14 @@ class Service:
 
     async def estimate(self, plan: Plan, resources: Resources) -> Found:
         """What a job of the plan would take. Raises ConfigProblems and JobProblem."""
-        memory = worker_memory(resources, await self._capacity.get())
-        return await self._estimator.find(plan, "cuda" if resources.gpus_per_worker else "cpu", memory)
+        capacity = await self._capacity.get()
+        asked = Asked(
+            plan=plan,
+            device="cuda" if resources.gpus_per_worker else "cpu",
+            worker_bytes=worker_memory(resources, capacity),
+            share_bytes=memory_share(resources, capacity),
+        )
+        return await self._estimator.find(asked)
 
 
 def start(settings: Settings) -> Service:

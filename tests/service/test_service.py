@@ -65,6 +65,7 @@ def test_a_full_fine_tuning_on_two_workers_trains(api: Api) -> None:
     assert job["status"] == "success", job
     assert job["resources"]["workers"] == 2
     assert any("fsdp_cpu_offload has no effect" in message for message in messages)
+    assert any("enable_activation_checkpointing has no effect" in message for message in messages)
     assert any("W&B runs offline" in message for message in messages)
     assert path_of(job["logs"]).is_dir()
     assert (path_of(job["checkpoints"][0]) / "model.safetensors").exists()

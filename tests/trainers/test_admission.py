@@ -13,6 +13,7 @@ from trainers.admission import (
     decide,
     for_workers,
     infeasible,
+    memory_share,
     place,
     worker_memory,
 )
@@ -82,6 +83,16 @@ def test_what_an_autoscaler_may_add_makes_a_job_feasible() -> None:
     assert infeasible(gpus(16, nodes=2), capacity) is None
     assert infeasible(gpus(24, nodes=3), capacity) is not None
     assert capacity.has_gpus
+
+
+def test_a_worker_counts_on_as_much_of_its_node_s_memory_as_of_its_cpus() -> None:
+    roomy, small = Node(4, 0, memory=16e9), Node(2, 0, memory=4e9)
+    capacity = Capacity(nodes=(roomy, small), free=())
+    assert memory_share(cpus(1), capacity) == 2e9  # it may come to lie on either
+    assert memory_share(cpus(3), capacity) == 4e9
+    assert memory_share(cpus(8), capacity) is None
+    assert memory_share(gpus(1), capacity) is None
+    assert memory_share(cpus(1), Capacity(nodes=(roomy, Node(4, 0)), free=())) is None  # one that doesn't say
 
 
 def test_a_worker_may_take_its_share_of_the_roomiest_node_that_could_hold_the_job() -> None:

@@ -40,7 +40,7 @@ def plan(settings: Settings, **changes: Any) -> Plan:
 
 def test_the_process_answers_what_is_found_in_this_one(settings: Settings) -> None:
     asked = plan(settings)
-    found = asyncio.run(Estimator(settings).find(asked, "cpu", 1 << 30))
+    found = asyncio.run(Estimator(settings).find(Asked(plan=asked, device="cpu", worker_bytes=1 << 30)))
     assert found == answer(Asked(plan=asked, device="cpu", worker_bytes=1 << 30), settings).found
     assert found.data.rows == ROWS
 
@@ -48,13 +48,13 @@ def test_the_process_answers_what_is_found_in_this_one(settings: Settings) -> No
 def test_the_process_passes_on_what_is_wrong(settings: Settings) -> None:
     (settings.data_roots[0] / "rows.jsonl").write_text("nope\n")
     with pytest.raises(ConfigProblems, match="line 1: the line is not JSON"):
-        asyncio.run(Estimator(settings).find(plan(settings), "cpu", None))
+        asyncio.run(Estimator(settings).find(Asked(plan=plan(settings), device="cpu")))
 
 
 def test_an_estimate_that_takes_too_long_is_given_up(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "LIMIT_S", 0.01)
     with pytest.raises(InfrastructureError) as caught:
-        asyncio.run(Estimator(settings).find(plan(settings), "cpu", None))
+        asyncio.run(Estimator(settings).find(Asked(plan=plan(settings), device="cpu")))
     assert caught.value.error.code == "estimate_failed"
 
 
@@ -73,7 +73,7 @@ def test_only_so_many_estimates_wait(settings: Settings, monkeypatch: pytest.Mon
 
     async def crowd() -> list[str]:
         estimator = Held(settings)
-        calls = [estimator.find(plan(settings), "cpu", None) for _ in range(5)]
+        calls = [estimator.find(Asked(plan=plan(settings), device="cpu")) for _ in range(5)]
         return [type(end).__name__ for end in await asyncio.gather(*calls, return_exceptions=True)]
 
     assert sorted(asyncio.run(crowd())) == ["ConfigProblems"] * 3 + ["InfrastructureError"] * 2
@@ -115,13 +115,19 @@ def test_a_model_of_the_hub_is_looked_at_without_its_weights(
         hub.add("someone/tiny", settings.model_roots[0] / "tiny")
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         asked = plan(settings).model_copy(update={"model": "someone/tiny"})
-        found = answer(Asked(plan=asked, device="cpu", worker_bytes=None), settings)
+        found = answer(Asked(plan=asked, device="cpu"), settings)
         assert found.found is not None
-        assert (
-            found.found.memory
-            == answer(Asked(plan=plan(settings), device="cpu", worker_bytes=None), settings).result().memory
-        )
+        assert found.found.memory == answer(Asked(plan=plan(settings), device="cpu"), settings).result().memory
         assert not any(name.endswith(".safetensors") for name in hub.downloads())
+
+
+def test_what_a_worker_has_memory_for_is_not_computed_again(settings: Settings) -> None:
+    asked = plan(settings).model_copy(update={"method": "full", "lora": None, "enable_activation_checkpointing": True})
+    again, kept = (
+        answer(Asked(plan=asked, device="cpu", share_bytes=share), settings).result() for share in (None, 1 << 30)
+    )
+    assert kept.memory.activations > again.memory.activations
+    assert kept.flops_per_token == again.flops_per_token * 6 / 8
 
 
 def test_the_text_of_tokens_joins_to_the_text_of_all(settings: Settings) -> None:

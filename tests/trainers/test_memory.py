@@ -16,7 +16,7 @@ from trainers.collate import collate
 from trainers.distributed import Ranks
 from trainers.errors import UserError
 from trainers.load import Load, load_of
-from trainers.memory import MARGIN, _Size, check_memory, memory_of, states_fit, surely_fits
+from trainers.memory import MARGIN, _Size, check_memory, memory_of, recomputing_if_needed, states_fit, surely_fits
 from trainers.methods import method_of
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.optimization import build_optimizer
@@ -173,6 +173,18 @@ def test_what_surely_fits_is_never_refused_by_the_closer_look(
             check_memory(plan, arch, load, int(there))
     assert surely_fits(plan, arch, rows.lengths, 4 * needed)
     assert not surely_fits(plan, arch, rows.lengths, int(needed / MARGIN) - 1)
+
+
+def test_activations_are_recomputed_where_keeping_them_could_exceed_a_worker_s_share(
+    arch: Architecture, tmp_path: Path
+) -> None:
+    asked, rows = plan_for(tmp_path / "m", FULL | {"enable_activation_checkpointing": True}), Rows()
+    keeping = asked.model_copy(update={"enable_activation_checkpointing": False})
+    needed = MARGIN * memory_of(keeping, arch, load_of(keeping, arch, rows), "cpu").peak_bytes
+    assert recomputing_if_needed(asked, arch, rows.lengths, int(needed) - 1) == asked
+    assert recomputing_if_needed(asked, arch, rows.lengths, 2 * int(needed)) == keeping
+    assert recomputing_if_needed(asked, arch, rows.lengths, None) == asked
+    assert recomputing_if_needed(keeping, arch, rows.lengths, 1) == keeping
 
 
 def test_a_request_is_refused_at_once_for_its_weights_and_optimizer_only(arch: Architecture, tmp_path: Path) -> None:
