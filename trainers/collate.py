@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainers.memory import ROUND_BF16
+
 IGNORED = -100
 """Label of a position that is not trained."""
 ROUND = 128
@@ -68,11 +70,12 @@ class Batch(NamedTuple):
     places: Tensor | None = None
     longest: int = 0
 
-    def to(self, device: torch.device) -> "Batch":
-        """On `device`, without waiting for the copy. Kernels of CUDA are made for each width, and like round ones."""
+    def to(self, device: torch.device, computed_in: torch.dtype) -> "Batch":
+        """On `device`, without waiting for the copy, and of a round width where kernels are made for each."""
+        rounded_to = ROUND if device.type == "cuda" else ROUND_BF16 if computed_in == torch.bfloat16 else 1
+        batch = self.padded(-(-self.tokens.shape[1] // rounded_to) * rounded_to)
         if device.type == "cpu":
-            return self
-        batch = self.padded(-(-self.tokens.shape[1] // ROUND) * ROUND)
+            return batch
         return batch._replace(
             tokens=_sent(batch.tokens, device),
             labels=_sent(batch.labels, device),

@@ -74,6 +74,9 @@ products to run at full speed."""
 SHORT_SEGMENT = 256
 """On a CPU, a line whose segments are all shorter than this is attended to in float32, whatever its type: in bf16 the
 kernel works through short rows in products so small that each costs more to call than to compute."""
+ROUND_BF16 = 16
+"""Positions to which lines are filled up on a CPU in bf16. oneDNN prepares some forty products for each width of a line
+and keeps a thousand of them: hundreds of megabytes, where widths are as they come."""
 MODULE_CHUNKS = 8
 """Chunks for a head that autograd goes through, unless the plan says otherwise."""
 FITS = 0.5
@@ -121,10 +124,11 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     head_gradient = arch.vocab_size * arch.hidden_size * size.width if size.trains_head else 0
     in_float = 4 * head_gradient / size.width if size.width < 4 and device == "cpu" else 0
     d_hidden = load.trained * arch.hidden_size * size.width
-    kept = load.positions * (
+    positions = size.computed(load.positions)
+    kept = positions * (
         arch.num_layers * (arch.hidden_size * size.width if plan.enable_activation_checkpointing else saved)
     )
-    one_layer = load.positions * (in_hand + (saved if plan.enable_activation_checkpointing else 0))
+    one_layer = positions * (in_hand + (saved if plan.enable_activation_checkpointing else 0))
     accumulates = plan.gradient_accumulation_steps > 1
     at_once = size.largest_matrix_bytes
     if arch.tied:  # its gradient waits for the embedding's; then there is a copy of it
@@ -322,6 +326,11 @@ class _Size:
         )
         self.trains_head = lora is None
         self.shards = plan.workers if self._is_sharded(worker_bytes) else 1
+
+    def computed(self, positions: int) -> int:
+        """With what a line of so many is filled up with."""
+        rounded_to = ROUND_BF16 if self._device == "cpu" and self.width == 2 else 1
+        return -(-positions // rounded_to) * rounded_to
 
     @property
     def adapts_head(self) -> bool:

@@ -211,7 +211,7 @@ def training_step(
     lr = float(optimizer.param_groups[0]["lr"])
     for number, batch in enumerate(micro_batches):
         model.reduce_gradients_in_backward(number == len(micro_batches) - 1)
-        measured = model(batch.to(ranks.device))  # summed over the micro-batch
+        measured = model(batch.to(ranks.device, model.computed_in))  # summed over the micro-batch
         with updating_in_backward(optimizer, model.trainable().values(), 1 / trained) if in_backward else nullcontext():
             measured.loss.backward()
         losses[ranks.rank, number] = measured.loss.detach()
@@ -268,7 +268,7 @@ def evaluate(
     total = torch.zeros(2 + len(names), dtype=torch.float64, device=ranks.device)
     for share in evaluation_batches(data.lengths, batch_size, ranks.rank, ranks.world, pairs=reference is not None):
         batch = collate(data, share, reference=reference)
-        measured = model(batch.to(ranks.device))
+        measured = model(batch.to(ranks.device, model.computed_in))
         total[0] += measured.loss
         total[1] += batch.n_trained
         total[2:] += measured.measures

@@ -76,7 +76,7 @@ def _measure(model: TrainingModel, data: TokenisedDataset, name: str, batch_size
     for number, share in enumerate(batches):
         batch = collate(data, share, reference=nothing_known)
         rows = torch.tensor([int(row) for item in share for row in item], dtype=torch.int64, device=ranks.device)
-        logps[rows] = model(batch.to(ranks.device)).logps
+        logps[rows] = model(batch.to(ranks.device, model.computed_in)).logps
         if ranks.first and time.monotonic() - said >= _PROGRESS_S:
             said = time.monotonic()
             done = (number + 1) / len(batches)

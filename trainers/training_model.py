@@ -42,9 +42,10 @@ class TrainingModel(nn.Module):
     copies: Mapping[str, nn.Parameter] = MappingProxyType({})
     """In fp32, of the parameters that are trained, where the dtype is mixed."""
 
-    def __init__(self, decoder: TransformerDecoder, arch: Architecture, plan: Plan) -> None:
+    def __init__(self, decoder: TransformerDecoder, arch: Architecture, plan: Plan, computed_in: torch.dtype) -> None:
         super().__init__()
         self.decoder = decoder
+        self.computed_in = computed_in
         self.objective = objective_of(plan)
         self.head = HeadLoss(
             decoder.output,
@@ -107,7 +108,7 @@ def build_training_model(
     if plan.compile:
         for layer in decoder.layers:
             layer.compile(backend=_compile_backend())
-    model = TrainingModel(decoder, arch, plan)
+    model = TrainingModel(decoder, arch, plan, computed_in)
     if ranks.world > 1 and not _each_holds_all(decoder, plan, method, computed_in, ranks):
         model.sharded = True
         _shard(model, plan, arch, ranks)

@@ -6,6 +6,7 @@ import torch
 
 from tests.trainers.recipe_support import ListedRows
 from trainers.collate import LEAST_SHARED, Batch, collate
+from trainers.memory import ROUND_BF16
 
 SYSTEM = list(range(100, 120))
 
@@ -43,6 +44,16 @@ def test_rows_without_a_trained_token_take_no_room() -> None:
     rows = ListedRows([[5, 6, 7], [8, 9]], [[True, False, False], [False, True]])
     batch = collate(rows, [np.array([0, 1])])
     assert (batch.tokens.tolist(), batch.n_tokens, batch.n_trained) == ([[8]], 5, 1)
+
+
+def test_lines_in_bf16_are_filled_up_to_a_round_width_on_a_cpu() -> None:
+    rows = ListedRows([[5, 6, 7, 8], [8, 9]], [[True, False, True, False], [False, True]])
+    batch, cpu = collate(rows, [np.array([0, 1])]), torch.device("cpu")
+    assert batch.to(cpu, torch.float32).tokens.tolist() == [[5, 6, 8]]
+    rounded = batch.to(cpu, torch.bfloat16)
+    assert rounded.tokens.tolist() == [[5, 6, 8] + [0] * (ROUND_BF16 - 3)]
+    assert rounded.layout.until.shape == rounded.layout.positions.shape == (1, ROUND_BF16)
+    assert (rounded.n_tokens, rounded.n_trained, rounded.trained.tolist()) == (6, 2, [1, 2])
 
 
 def test_items_are_padded_to_their_width_with_positions_that_see_only_themselves() -> None:
