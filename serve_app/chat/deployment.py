@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import ray
 from ray import serve
@@ -42,8 +43,12 @@ class Chat:
         listen_on_node_address_only()
         give_way()
 
+        held: WeakSet[ChatModel] = WeakSet()
+
         async def load_chat_model(model: str) -> "ChatModel":
-            return await asyncio.to_thread(_load_here, model, settings)
+            loaded = await asyncio.to_thread(_load_here, model, settings, list(held))
+            held.add(loaded)
+            return loaded
 
         keep = serve.multiplexed(max_num_models_per_replica=settings.chat_models)
         self._engine = Engine(keep(load_chat_model))
@@ -53,18 +58,18 @@ class Chat:
             yield part
 
 
-def load(model: str, settings: Settings) -> "ChatModel":
+def load(model: str, settings: Settings, beside: Sequence["ChatModel"] = ()) -> "ChatModel":
     """What `Question.model` names, fetched where it must be. Takes as long as that takes."""
     from trainers.models.chat_model import ChatModel
 
-    return ChatModel.load(resolve_model(model, settings, logger.info))
+    return ChatModel.load(resolve_model(model, settings, logger.info), beside)
 
 
-def _load_here(model: str, settings: Settings) -> "ChatModel":
+def _load_here(model: str, settings: Settings, beside: Sequence["ChatModel"]) -> "ChatModel":
     from trainers.models.chat_model import compute_on
 
     compute_on(max(1, int(settings.chat_cpus)))  # the machine's cores are those of jobs
-    return load(model, settings)
+    return load(model, settings, beside)
 
 
 class RemoteAnswers:

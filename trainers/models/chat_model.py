@@ -1,6 +1,6 @@
 """A model that answers dialogs: a directory in Hugging Face layout, with its chat template, its tokens and its text."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -32,11 +32,13 @@ class ChatModel:
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
+    def load(cls, directory: Path, beside: Iterable["ChatModel"] = ()) -> Self:
         """On the GPU in bf16 where this process has one, else on the CPU in fp32.
 
-        On the CPU, weights stored in fp32 are mapped from their files, not copied. Raises UserError for a directory
-        that holds no model, InfrastructureError `no_room` where memory is short: a model must not push out a job.
+        Tensors that a model `beside` it has too, to the bit, are shared with it: of what was tuned by adapters all
+        layers without one. On the CPU, weights stored in fp32 are mapped from their files, not copied. Raises UserError
+        for a directory that holds no model, InfrastructureError `no_room` where memory is short: a model must not push
+        out a job.
         """
         arch = inspect_model_dir(directory)
         tokenizer = ChatTokenizer.from_dir(directory)
@@ -45,11 +47,16 @@ class ChatModel:
         with set_default_dtype(dtype), torch.device("meta"):
             decoder = build_decoder(arch)
         stored = load_weights(directory, arch)
-        _check_room(stored, device, dtype)
-        weights = {name: value.to(device=device, dtype=dtype) for name, value in stored.items()}
+        shared = _shared(stored, [model.weights() for model in beside], device, dtype)
+        _check_room({name: value for name, value in stored.items() if name not in shared}, device, dtype)
+        weights = {name: value.to(device=device, dtype=dtype) for name, value in (stored | shared).items()}
         decoder.load_state_dict(weights, assign=True)
         init_rope(decoder, device)
         return cls(decoder.requires_grad_(False).eval(), tokenizer)
+
+    def weights(self) -> dict[str, Tensor]:
+        """As they are held, by the decoder's names."""
+        return {name: parameter.detach() for name, parameter in self._decoder.named_parameters()}
 
     def prompt(self, question: Question) -> list[int]:
         """The tokens that the answer starts from: the template that the model was trained with. Raises UserError
@@ -93,6 +100,22 @@ class ChatModel:
 def compute_on(cores: int) -> None:
     """All models of this process together, from now on."""
     torch.set_num_threads(cores)
+
+
+def _shared(
+    stored: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of `others` that `stored` ones become on `device` in `dtype`, to the bit. What is only mapped from
+    its file is not looked at."""
+    found: dict[str, Tensor] = {}
+    for name, value in stored.items():
+        alike = [other[name] for other in others if name in other and other[name].shape == value.shape]
+        if alike and (device.type == "cuda" or value.dtype != dtype):
+            here = value.to(device=device, dtype=dtype)
+            twin = next((tensor for tensor in alike if torch.equal(tensor, here)), None)
+            if twin is not None:
+                found[name] = twin
+    return found
 
 
 def _check_room(stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
