@@ -7,6 +7,7 @@ detached actor, restarted by Ray without limit. It holds nothing that matters: `
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from trainers import admission
 from trainers.admission import Capacity, Waiting
 from trainers.cluster import Cluster, Runner
 from trainers.errors import AGAIN, InfrastructureError, write_details
+from trainers.plan import COMPILED
 from trainers.settings import Settings
 from trainers.webhooks.deliverer import Webhooks
 
@@ -212,15 +214,21 @@ class Dispatcher:
         if job.finished_at is not None:
             return
         if job.cancel_requested:
-            await self._append(job, JobCancelled())
+            await self._end(job, JobCancelled())
         elif job.pausing:
             if sight.runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job_id):
                 await self._append(job, JobPaused(attempt=job.attempt))
         elif sight.runner.state == "stopped":
             # `ray job stop`, or the dashboard's stop button: somebody wanted it to end.
-            await self._append(job, CancelRequested(), JobCancelled())
+            await self._end(job, CancelRequested(), JobCancelled())
         else:
             await self._interrupted(job, sight.runner)
+
+    async def _end(self, job: FineTuningJob, *events: Event) -> None:
+        """In place of its runner, which is gone: what nobody but the job's own runs could use goes with it."""
+        compiled = self._settings.job_dir(job.job_id) / COMPILED
+        await asyncio.to_thread(shutil.rmtree, compiled, ignore_errors=True)
+        await self._append(job, *events)
 
     async def _free_groups(self, sight: Sight) -> None:
         """Free what a runner or an attempt that is gone left behind; nobody else will."""
@@ -252,7 +260,7 @@ class Dispatcher:
             )
             # All that Ray knows of the end, the last output included.
             details = await asyncio.to_thread(write_details, runner.message, self._settings.job_dir(job.job_id))
-            await self._append(job, JobFailed(error=death.error, error_path=details))
+            await self._end(job, JobFailed(error=death.error, error_path=details))
             return
         if runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job.job_id):
             await self._append(job, RunInterrupted(attempt=job.attempt, reason=reason))

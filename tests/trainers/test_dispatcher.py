@@ -8,6 +8,8 @@ from events.facts import CancelRequested, Event, JobResumed, JobSucceeded, Pause
 from events.job import FineTuningJob
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
+from trainers.plan import COMPILED
+from trainers.settings import Settings
 
 
 def read_details(job: FineTuningJob) -> str:
@@ -108,6 +110,18 @@ async def test_a_cancelled_job_reads_cancelled_only_when_its_runner_and_its_grou
 
     await world.pass_()
     assert (await world.job(job_id)).status == "cancelled"
+
+
+@in_world
+async def test_with_a_cancelled_job_goes_the_code_that_was_compiled_for_it(world: World) -> None:
+    job_id = await world.running()
+    compiled = Settings(storage=world.storage).job_dir(job_id) / COMPILED
+    compiled.mkdir(parents=True)
+    world.cluster.runners[job_id] = "stopped"
+    await world.pass_(times=2)
+    assert (await world.job(job_id)).status == "cancelled"
+    assert compiled.parent.is_dir()
+    assert not compiled.exists()
 
 
 @in_world
