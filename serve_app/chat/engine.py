@@ -1,24 +1,40 @@
 """Answers questions in this process."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from trainers.answers import Accepted, Begun, Failed, Part, Question
+from trainers.answers import Accepted, Begun, Failed, Part, Piece, Question
 from trainers.errors import JobProblem
 
 if TYPE_CHECKING:
-    from trainers.models.chat_model import ChatModel
+    from trainers.models.chat_model import Answering, ChatModel
+
+AHEAD = 16
+"""Pieces of an answer that may wait for who asked, before its next token waits too."""
 
 T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _UnderWay:
+    answering: "Answering"
+    pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
+    ended: bool = False
+
+    def add(self, piece: Piece | Exception) -> None:
+        self.pieces.put_nowait(piece)
+        self.ended = isinstance(piece, Exception) or piece.end is not None
 
 
 class Engine:
     """`Answers` by the models that `load` gives.
 
-    All computing is done on one thread, token by token in turn: as many questions as there may be share it evenly, none
-    gets in the way of the event loop, and what nobody waits for any more stops after the token it is at.
+    All computing is done on one thread: the next token of all the answers that a model is at together, for most of what
+    it takes it takes for one as well, and then those of the next model. So none waits for another's end, none gets in
+    the way of the event loop, and what nobody waits for any more stops after the token it is at.
     """
 
     def __init__(self, load: Callable[[str], Awaitable["ChatModel"]]) -> None:
@@ -26,6 +42,14 @@ class Engine:
         self._load = load
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat")
         self._loading: set[asyncio.Future[ChatModel]] = set()
+        self._under_way: dict[ChatModel, list[_UnderWay]] = {}
+        self._working: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits for more of an answer."""
+        return bool(self._under_way)
 
     async def answer(self, question: Question) -> AsyncGenerator[Part, None]:
         yield Accepted()
@@ -33,14 +57,55 @@ class Engine:
             model = await self._loaded(question.model)
             prompt = await self._run(lambda: model.prompt(question))
             yield Begun(len(prompt))
-            pieces = model.answer(prompt, question)
+            mine = self._begin(model, prompt, question)
             try:
-                while (piece := await self._run(lambda: next(pieces, None))) is not None:
+                while True:
+                    piece = await mine.pieces.get()
+                    self._news.set()  # there is room for another
+                    if isinstance(piece, Exception):
+                        raise piece
                     yield piece
+                    if piece.end is not None:
+                        return
             finally:
-                self._thread.submit(pieces.close)  # after the token it is at; its keys and values go with it
+                self._leave(model, mine)
         except JobProblem as problem:
             yield Failed(problem.error)
+
+    def _begin(self, model: "ChatModel", prompt: Sequence[int], question: Question) -> _UnderWay:
+        mine = _UnderWay(model.begin(prompt, question))
+        self._under_way.setdefault(model, []).append(mine)
+        self._news.set()
+        if self._working is None:
+            self._working = asyncio.create_task(self._work())
+        return mine
+
+    def _leave(self, model: "ChatModel", mine: _UnderWay) -> None:
+        self._under_way[model].remove(mine)
+        if not self._under_way[model]:
+            del self._under_way[model]
+        self._news.set()
+
+    async def _work(self) -> None:
+        """Token after token, while there is an answer under way."""
+        while self._under_way:
+            self._news.clear()
+            idle = True
+            for model, all_ in list(self._under_way.items()):
+                turn = [one for one in all_ if not one.ended and one.pieces.qsize() < AHEAD]
+                if turn:
+                    idle = False
+                    for one, piece in zip(turn, await self._advanced(model, turn), strict=True):
+                        one.add(piece)
+            if idle:
+                await self._news.wait()
+        self._working = None
+
+    async def _advanced(self, model: "ChatModel", turn: Sequence[_UnderWay]) -> Sequence[Piece | Exception]:
+        try:
+            return await self._run(lambda: model.advance([one.answering for one in turn]))
+        except Exception as bug:  # noqa: BLE001  -- who waits for the answers raises it
+            return [bug] * len(turn)
 
     async def _loaded(self, name: str) -> "ChatModel":
         """Loading goes on for the next one when who asked first goes away: a model that takes longer than a client

@@ -1,6 +1,6 @@
 """A model that answers dialogs: a directory in Hugging Face layout, with its chat template, its tokens and its text."""
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +16,7 @@ from trainers.data.dialog import RowError
 from trainers.errors import InfrastructureError, UserError
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder, init_rope
-from trainers.models.generate import stream
+from trainers.models.generate import Continuation, advance
 from trainers.models.weights import load_weights
 
 FITS = 0.8
@@ -72,29 +72,47 @@ class ChatModel:
             raise UserError("context_length_exceeded", message, "messages")
         return prompt
 
-    def answer(self, prompt: Sequence[int], question: Question) -> Generator[Piece, None, None]:
-        """The answer to a `prompt` of this model's, piece by piece: one for each token, though its text may come with a
-        later one."""
-        max_tokens = question.max_tokens or self._decoder.max_seq_len - len(prompt)
-        ids: list[int] = []
-        sent = 0
-        for token in stream(
-            self._decoder,
-            prompt,
-            max_new_tokens=max_tokens,
-            eos_ids=self._tokenizer.eos_ids,
-            sampling=question.sampling,
-        ):
-            ids.append(token)
-            text = self._tokenizer.decode(ids)
-            if (end := _stopped(text, question.stop, sent)) is not None:
-                yield Piece(text[sent:end], len(ids), "stop")
-                return
-            ready = len(text) - _held_back(text, question.stop)
-            yield Piece(text[sent:ready], len(ids))
-            sent = max(sent, ready)
-        text = self._tokenizer.decode(ids)
-        yield Piece(text[sent:], len(ids), "length" if len(ids) == max_tokens else "stop")
+    def begin(self, prompt: Sequence[int], question: Question) -> "Answering":
+        """The answer to a `prompt` of this model's, of which nothing is known yet."""
+        return Answering(self._decoder, self._tokenizer, prompt, question)
+
+    def advance(self, answers: Sequence["Answering"]) -> list[Piece | UserError]:
+        """One more piece of each, for one token, though its text may come with a later one. None of them may have had
+        its last one; an error is the last one too."""
+        tokens = advance(self._decoder, [answer.continuation for answer in answers])
+        return [
+            token if isinstance(token, UserError) else answer.piece(token)
+            for answer, token in zip(answers, tokens, strict=True)
+        ]
+
+
+class Answering:
+    """An answer under way."""
+
+    def __init__(
+        self, decoder: TransformerDecoder, tokenizer: ChatTokenizer, prompt: Sequence[int], question: Question
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop = question.stop
+        self._max_tokens = question.max_tokens or decoder.max_seq_len - len(prompt)
+        self._ids: list[int] = []
+        self._sent = 0
+        self.continuation = Continuation(decoder, prompt, max_new_tokens=self._max_tokens, sampling=question.sampling)
+
+    def piece(self, token: int) -> Piece:
+        """What the next `token` of the answer adds to it."""
+        ended = token in self._tokenizer.eos_ids
+        if not ended:
+            self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if (end := _stopped(text, self._stop, self._sent)) is not None:
+            return Piece(text[self._sent : end], len(self._ids), "stop")
+        if ended or len(self._ids) == self._max_tokens:
+            return Piece(text[self._sent :], len(self._ids), "stop" if ended else "length")
+        ready = max(self._sent, len(text) - _held_back(text, self._stop))
+        piece = Piece(text[self._sent : ready], len(self._ids))
+        self._sent = ready
+        return piece
 
 
 def compute_on(cores: int) -> None:

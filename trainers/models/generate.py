@@ -1,5 +1,5 @@
 """Generation with keys and values kept: greedy for a batch of prompts, as the demo and the tests ask a model, or token
-by token for one, as the chat endpoint does."""
+by token for as many as there are just now, as the chat endpoint does."""
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
@@ -49,44 +49,76 @@ def generate(
     return answers
 
 
-@torch.inference_mode()
-def stream(
-    model: TransformerDecoder,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    eos_ids: Collection[int],
-    sampling: Sampling,
-) -> Iterator[int]:
-    """The tokens of one continuation of `prompt`, each as soon as it is known; ends before the first token of `eos_ids`
-    and after `max_new_tokens`. With temperature 0 they are those of `generate`. `model` must be in eval mode.
+class Continuation:
+    """What follows one prompt, as far as it is known: `advance` finds the next token of it.
 
-    Memory grows with what was generated, not with what may be. Raises ValueError as `generate` does, and UserError
-    `model_broken` when the model's output is not a number.
+    Memory grows with what was generated, not with what may be. Raises ValueError as `generate` does.
     """
-    if not prompt:
-        raise ValueError("the prompt is empty: there is nothing to continue")
-    if len(prompt) + max_new_tokens > model.max_seq_len:
-        raise ValueError(
-            f"prompt and answer take up to {len(prompt) + max_new_tokens} tokens, the model allows {model.max_seq_len}"
-        )
-    random = torch.Generator()
-    if sampling.seed is None:
-        random.seed()
-    else:
-        random.manual_seed(sampling.seed)
+
+    def __init__(
+        self, model: TransformerDecoder, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling
+    ) -> None:
+        if not prompt:
+            raise ValueError("the prompt is empty: there is nothing to continue")
+        if (longest := len(prompt) + max_new_tokens) > model.max_seq_len:
+            raise ValueError(f"prompt and answer take up to {longest} tokens, the model allows {model.max_seq_len}")
+        self.sampling = sampling
+        self.random = torch.Generator()
+        if sampling.seed is None:
+            self.random.seed()
+        else:
+            self.random.manual_seed(sampling.seed)
+        self.caches = [_Cache(1, len(prompt)) for _ in model.layers]
+        self.known = 0
+        """Tokens that the caches hold."""
+        self.new: Sequence[int] = prompt
+        """Those that come next."""
+
+
+@torch.inference_mode()
+def advance(model: TransformerDecoder, continuations: Sequence[Continuation]) -> list[int | UserError]:
+    """One more token of each; where the model's output is not a number, the error `model_broken`. `model` must be in
+    eval mode.
+
+    They are computed as one line, each attending to its own: the weights, which are most of what a token takes to read,
+    are read once for all of them.
+    """
     device = model.tok_embeddings.weight.device
+    widths = [len(one.new) for one in continuations]
+    tokens = torch.tensor([[token for one in continuations for token in one.new]], device=device)  # [1, n]
+    slots = [torch.arange(one.known + width, device=device) for one, width in zip(continuations, widths, strict=True)]
+    queries = [all_[-width:] for all_, width in zip(slots, widths, strict=True)]
     pads = torch.zeros(1, dtype=torch.long, device=device)
-    caches = [_Cache(1, len(prompt)) for _ in model.layers]
-    tokens, start = torch.tensor([prompt], device=device), 0
-    for _ in range(max_new_tokens):
-        logits = _next_logits(model, tokens, start, pads, caches)[0]
-        start += tokens.shape[1]
-        token = _chosen(logits, sampling, random)
-        if token in eos_ids:
-            return
-        yield token
-        tokens = torch.tensor([[token]], device=device)
+    windows = [layer.attn.rules.window for layer in model.layers]
+    visible = {
+        window: [_visible(of, keys, pads, window) for of, keys in zip(queries, slots, strict=True)]
+        for window in set(windows)
+    }
+
+    def attend_each(number: int, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
+        parts = zip(*(torch.split(x, widths, dim=1) for x in (q, k, v)), strict=True)
+        outputs = [
+            one.caches[number].attend(one.known, seen, own_q, own_k, own_v, rules)
+            for one, seen, (own_q, own_k, own_v) in zip(continuations, visible[windows[number]], parts, strict=True)
+        ]
+        return torch.cat(outputs, dim=1)
+
+    hidden, positions = model.tok_embeddings(tokens), torch.cat(queries)[None]
+    for number, layer in enumerate(model.layers):
+        hidden = layer(hidden, mask=partial(attend_each, number), input_pos=positions)
+    last = torch.tensor(widths, device=device).cumsum(0) - 1
+    logits = model.unembed(hidden[:, last])[0]  # [continuations, vocab]
+    found: list[int | UserError] = []
+    for one, width, of_one in zip(continuations, widths, logits, strict=True):
+        one.known += width
+        try:
+            token = _chosen(of_one, one.sampling, one.random)
+        except UserError as broken:
+            found.append(broken)
+        else:
+            one.new = [token]
+            found.append(token)
+    return found
 
 
 def _chosen(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:

@@ -3,9 +3,10 @@
 import asyncio
 import json
 import shutil
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from tests.generated import generated
 from tests.serve_app.live_server import Server
 from tests.serve_app.openai.conftest import connected
 from tests.tiny_models import make_tiny_model
+from tests.waiting import eventually
 from trainers.answers import Part, Piece, Question
 from trainers.data.chat import ChatTokenizer
+from trainers.errors import UserError
 from trainers.models import chat_model
-from trainers.models.chat_model import ChatModel
+from trainers.models.chat_model import Answering, ChatModel
 
 ASKED: list[Any] = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "What is the capital?"}]
 WAIT_S = 60.0
@@ -94,11 +97,14 @@ def test_a_streamed_answer_is_the_same_in_pieces(client: openai.OpenAI, model: s
 def test_a_bug_in_the_middle_of_a_stream_is_an_error_that_the_client_raises(
     client: openai.OpenAI, model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> Iterator[Piece]:
-        yield Piece("The", 1)
+    pieces = iter([Piece("The", 1)])
+
+    def broken(*_: object) -> list[Piece]:
+        for piece in pieces:
+            return [piece]
         raise ZeroDivisionError("in the decoder")
 
-    monkeypatch.setattr(ChatModel, "answer", broken)
+    monkeypatch.setattr(ChatModel, "advance", broken)
     chunks = ask(client, model, stream=True)
     with pytest.raises(openai.APIError, match="on our side") as caught:
         list(chunks)  # type: ignore[call-overload]
@@ -214,35 +220,51 @@ def test_a_question_waits_for_no_longer_one(client: openai.OpenAI, model: str, e
 @pytest.mark.parametrize("stream", [True, False])
 def test_generation_stops_when_the_client_goes_away(server: Server, endless: str, stream: bool) -> None:
     ask(connected(server), endless, max_completion_tokens=1)
-    loaded = server.parts.models[endless]
-    pieces: list[Piece] = []
-    ended = threading.Event()
-    original = loaded.answer
+    loaded, engine = server.parts.models[endless], server.parts.answers
+    assert isinstance(engine, Engine)
+    pieces: list[Piece | UserError] = []
+    original = loaded.advance
 
-    def watched(prompt: Sequence[int], question: Question) -> Iterator[Piece]:
-        try:
-            for piece in original(prompt, question):
-                pieces.append(piece)
-                yield piece
-        finally:
-            ended.set()
+    def watched(answers: Sequence[Answering]) -> list[Piece | UserError]:
+        found = original(answers)
+        pieces.extend(found)
+        return found
 
-    loaded.answer = watched  # type: ignore[method-assign]
+    loaded.advance = watched  # type: ignore[method-assign]
     try:
         body = {"model": endless, "messages": ASKED, "stream": stream, "temperature": 0}
         with httpx.Client() as http:
             request = http.build_request("POST", f"{server.url}/v1/chat/completions", json=body)
-            asking = threading.Thread(target=lambda: _ask_for_a_moment(http, request, lambda: len(pieces) > 3))
-            asking.start()
-            assert ended.wait(WAIT_S)
-            asking.join()
+            _ask_for_a_moment(http, request, lambda: len(pieces) > 3)
+        eventually(lambda: not engine.busy, WAIT_S, lambda: "the answer is still being made")
+        assert 3 < len(pieces) < 100_000
+        count = len(pieces)
+        ask(connected(server), endless, max_completion_tokens=1)  # the thread is free, and nothing was added meanwhile
     finally:
-        loaded.answer = original  # type: ignore[method-assign]
-    count = len(pieces)
-    assert 3 < count < 100_000
-    assert pieces[-1].end is None
-    ask(connected(server), endless, max_completion_tokens=1)  # the thread is free, and nothing was added meanwhile
-    assert len(pieces) == count
+        loaded.advance = original  # type: ignore[method-assign]
+    assert len(pieces) == count + 1
+
+
+def test_several_answers_are_made_together(server: Server, model: str) -> None:
+    """With one token more for each in a step, and each the same as alone."""
+    loaded, together = server.parts.models[model], []
+    original = loaded.advance
+
+    def watched(answers: Sequence[Answering]) -> list[Piece | UserError]:
+        together.append(len(answers))
+        return original(answers)
+
+    questions = [[{"role": "user", "content": word * number}] for number, word in enumerate(("a ", "sea ", "b "), 1)]
+    loaded.advance = watched  # type: ignore[method-assign]
+    try:
+        with ThreadPoolExecutor(len(questions)) as threads:
+            asking = partial(ask, connected(server), model, max_completion_tokens=200)
+            answers = list(threads.map(lambda messages: asking(messages=messages), questions))
+    finally:
+        loaded.advance = original  # type: ignore[method-assign]
+    assert max(together) == len(questions)
+    for messages, answer in zip(questions, answers, strict=True):
+        assert answer.choices[0].message.content == greedy(model, messages, 200)[1]
 
 
 def test_a_model_goes_on_loading_when_who_asked_goes_away(model: str) -> None:

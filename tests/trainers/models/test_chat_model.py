@@ -8,7 +8,7 @@ import torch
 
 from tests.generated import generated
 from tests.tiny_models import make_tiny_model
-from trainers.answers import Question, Sampling
+from trainers.answers import Piece, Question, Sampling
 from trainers.errors import InfrastructureError
 from trainers.models import chat_model
 from trainers.models.architecture import inspect_model_dir
@@ -32,7 +32,13 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 def answer(model: ChatModel) -> str:
     question = Question("any", tuple(ASKED), 12, sampling=Sampling(temperature=0))
-    return "".join(piece.text for piece in model.answer(model.prompt(question), question))
+    under_way, text = model.begin(model.prompt(question), question), ""
+    while True:
+        (piece,) = model.advance([under_way])
+        assert isinstance(piece, Piece)
+        text += piece.text
+        if piece.end is not None:
+            return text
 
 
 def test_a_tuned_model_shares_with_its_base_all_but_what_was_tuned(pair: tuple[Path, Path]) -> None:

@@ -9,8 +9,9 @@ from torchtune.modules import TransformerDecoder
 from tests.tiny_models import FAMILIES, make_tiny_model
 from tests.trainers.models.conftest import BuildModel
 from trainers.answers import Sampling
+from trainers.errors import UserError
 from trainers.models import generate as generation
-from trainers.models.generate import generate, stream
+from trainers.models.generate import Continuation, advance, generate
 
 PROMPTS = [[5, 6, 7], [300], [17, 400, 23, 9, 211, 34, 76, 12, 500], [44, 45, 46, 47], [8, 9]]
 
@@ -35,16 +36,19 @@ def test_a_batch_answers_as_each_prompt_does_alone(family: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_token_by_token_the_answer_is_the_same(family: str, tmp_path: Path, build_model: BuildModel) -> None:
-    """Over several growths of the cache, and windows."""
+def test_answers_made_together_are_those_made_alone(family: str, tmp_path: Path, build_model: BuildModel) -> None:
+    """Each begins while others are under way, and goes on over several growths of the cache, and windows."""
     model = build_model(make_tiny_model(tmp_path, family))
-    for prompt in PROMPTS:
-        (whole,) = generate(model, [prompt], max_new_tokens=40, eos_ids=set(), pad_id=0)
-        tokens = stream(model, prompt, max_new_tokens=40, eos_ids=set(), sampling=Sampling(temperature=0))
-        assert list(tokens) == whole
-        eos_ids = {whole[20]}
-        ended = stream(model, prompt, max_new_tokens=40, eos_ids=eos_ids, sampling=Sampling(temperature=0))
-        assert list(ended) == whole[: whole.index(whole[20])]
+    under_way: list[Continuation] = []
+    answers: list[list[int | UserError]] = [[] for _ in PROMPTS]
+    for step in range(40 + len(PROMPTS)):
+        if step < len(PROMPTS):
+            under_way.append(Continuation(model, PROMPTS[step], max_new_tokens=40, sampling=Sampling(temperature=0)))
+        turn = [number for number in range(len(under_way)) if len(answers[number]) < 40]
+        if turn:
+            for number, token in zip(turn, advance(model, [under_way[number] for number in turn]), strict=True):
+                answers[number].append(token)
+    assert answers == [generate(model, [p], max_new_tokens=40, eos_ids=set(), pad_id=0)[0] for p in PROMPTS]
 
 
 def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
