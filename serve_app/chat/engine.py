@@ -76,7 +76,7 @@ class Engine:
         mine = _UnderWay(model.begin(prompt, question))
         self._under_way.setdefault(model, []).append(mine)
         self._news.set()
-        if self._working is None:
+        if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
         return mine
 
@@ -99,7 +99,6 @@ class Engine:
                         one.add(piece)
             if idle:
                 await self._news.wait()
-        self._working = None
 
     async def _advanced(self, model: "ChatModel", turn: Sequence[_UnderWay]) -> Sequence[Piece | Exception]:
         try:
