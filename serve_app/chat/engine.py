@@ -101,10 +101,14 @@ class Engine:
                 await self._news.wait()
 
     async def _advanced(self, model: "ChatModel", turn: Sequence[_UnderWay]) -> Sequence[Piece | Exception]:
+        """What fails with all of them is tried with each by itself: one question too long for the memory that is left
+        is no reason to end the others."""
         try:
             return await self._run(lambda: model.advance([one.answering for one in turn]))
-        except Exception as bug:  # noqa: BLE001  -- who waits for the answers raises it
-            return [bug] * len(turn)
+        except Exception as bug:  # noqa: BLE001  -- who waits for the answer raises it
+            if len(turn) == 1:
+                return [bug]
+            return [(await self._advanced(model, [one]))[0] for one in turn]
 
     async def _loaded(self, name: str) -> "ChatModel":
         """Loading goes on for the next one when who asked first goes away: a model that takes longer than a client

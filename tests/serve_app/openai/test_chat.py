@@ -245,13 +245,18 @@ def test_generation_stops_when_the_client_goes_away(server: Server, endless: str
     assert len(pieces) == count + 1
 
 
-def test_several_answers_are_made_together(server: Server, model: str) -> None:
-    """With one token more for each in a step, and each the same as alone."""
-    loaded, together = server.parts.models[model], []
+@pytest.mark.parametrize("fails", [False, True])
+def test_several_answers_are_made_together(server: Server, model: str, fails: bool) -> None:
+    """With one token more for each in a step, and each the same as alone; also where only one at a time succeeds."""
+    ask(connected(server), model, max_completion_tokens=1)
+    loaded = server.parts.models[model]
+    together: list[int] = []
     original = loaded.advance
 
     def watched(answers: Sequence[Answering]) -> list[Piece | UserError]:
         together.append(len(answers))
+        if fails and len(answers) > 1:
+            raise MemoryError("for all of them")
         return original(answers)
 
     questions = [[{"role": "user", "content": word * number}] for number, word in enumerate(("a ", "sea ", "b "), 1)]
