@@ -42,6 +42,8 @@ class Task:
     lora_attn_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "output_proj")
     lora_rank: int = 8
     lora_alpha: int = 16
+    exact_loss: bool = False
+    """torchtune's cross-entropy is computed in float64."""
 
     @classmethod
     def from_argv(cls) -> "Task":

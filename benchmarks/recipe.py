@@ -217,7 +217,8 @@ def _difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def curves(material: Material) -> tuple[str, bool]:
     """Losses over CURVE_STEPS steps of the real model on rows of which no two are alike, with equal settings.
 
-    fp32 against torchtune's fp32: the largest difference over all steps. What computes in bf16 rounds, and two right
+    fp32 against torchtune's fp32, whose cross-entropy is computed in float64 for it (`ExactCrossEntropy`): the largest
+    difference over all steps. What computes in bf16 rounds, and two right
     runs part, so the mean losses of the last 20 steps are compared: of our default, mixed, with fp32; of bf16 alone
     with torchtune's.
     """
@@ -227,6 +228,7 @@ def curves(material: Material) -> tuple[str, bool]:
         losses: dict[tuple[str, str], list[float]] = {}
         for dtype, contender in CURVES:
             task = material.task("135m", method, equal=True, steps=CURVE_STEPS, dtype=dtype, rows=CURVE_STEPS * 4)
+            task = replace(task, exact_loss=dtype == "fp32")
             print(f"{method} {dtype} {contender.name} ...", flush=True)
             try:
                 losses[dtype, contender.name] = run_once(contender, task).losses

@@ -85,6 +85,8 @@ def _config(task: Task, world: int) -> DictConfig:
             changes["optimizer_in_bwd"] = False
         else:
             changes["lr_scheduler"] = {"_component_": "benchmarks.stock_parts.constant"}
+        if task.exact_loss:
+            changes["loss"] = {"_component_": "benchmarks.stock_parts.ExactCrossEntropy"}
         config.optimizer = {"_component_": "torch.optim.AdamW", "fused": True} | optimizer
         config.pop("lr_scheduler", None)
     elif config.optimizer["_component_"].startswith("bitsandbytes"):  # GPUs only

@@ -1,10 +1,12 @@
-"""Parts that torchtune's recipes take by name (`_component_`): rows, a clock, a constant learning rate."""
+"""Parts that torchtune's recipes take by name (`_component_`): rows, a clock, a constant learning rate, a loss."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -70,3 +72,10 @@ class Clock:
 def constant(optimizer: Optimizer, num_training_steps: int, last_epoch: int) -> LambdaLR:
     """A scheduler that leaves the learning rate as it is; the LoRA recipes insist on one."""
     return LambdaLR(optimizer, lambda _: 1.0, last_epoch)
+
+
+class ExactCrossEntropy(nn.CrossEntropyLoss):
+    """In float64. In float32 torch's adds up 49,152 words to within 1e-5 only: over 200 steps losses part by 1e-4."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.double(), labels, ignore_index=self.ignore_index).float()
