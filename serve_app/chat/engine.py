@@ -101,14 +101,16 @@ class Engine:
                 await self._news.wait()
 
     async def _advanced(self, model: "ChatModel", turn: Sequence[_UnderWay]) -> Sequence[Piece | Exception]:
-        """What fails with all of them is tried with each by itself: one question too long for the memory that is left
-        is no reason to end the others."""
+        """Where memory is short for all of them, each by itself: one question that is too long for what is left is no
+        reason to end the others. Nothing has changed then; torch says it with a RuntimeError."""
         try:
             return await self._run(lambda: model.advance([one.answering for one in turn]))
-        except Exception as bug:  # noqa: BLE001  -- who waits for the answer raises it
+        except (MemoryError, RuntimeError) as short:
             if len(turn) == 1:
-                return [bug]
+                return [short]
             return [(await self._advanced(model, [one]))[0] for one in turn]
+        except Exception as bug:  # noqa: BLE001  -- who waits for an answer raises it
+            return [bug] * len(turn)
 
     async def _loaded(self, name: str) -> "ChatModel":
         """Loading goes on for the next one when who asked first goes away: a model that takes longer than a client
