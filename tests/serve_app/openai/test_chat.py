@@ -218,7 +218,9 @@ def test_a_question_waits_for_no_longer_one(client: openai.OpenAI, model: str, e
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_generation_stops_when_the_client_goes_away(server: Server, endless: str, stream: bool) -> None:
+def test_generation_stops_when_the_client_goes_away(
+    server: Server, endless: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ask(connected(server), endless, max_completion_tokens=1)
     loaded, engine = server.parts.models[endless], server.parts.answers
     assert isinstance(engine, Engine)
@@ -230,23 +232,22 @@ def test_generation_stops_when_the_client_goes_away(server: Server, endless: str
         pieces.extend(found)
         return found
 
-    loaded.advance = watched  # type: ignore[method-assign]
-    try:
-        body = {"model": endless, "messages": ASKED, "stream": stream, "temperature": 0}
-        with httpx.Client() as http:
-            request = http.build_request("POST", f"{server.url}/v1/chat/completions", json=body)
-            _ask_for_a_moment(http, request, lambda: len(pieces) > 3)
-        eventually(lambda: not engine.busy, WAIT_S, lambda: "the answer is still being made")
-        assert 3 < len(pieces) < 100_000
-        count = len(pieces)
-        ask(connected(server), endless, max_completion_tokens=1)  # the thread is free, and nothing was added meanwhile
-    finally:
-        loaded.advance = original  # type: ignore[method-assign]
+    monkeypatch.setattr(loaded, "advance", watched)
+    body = {"model": endless, "messages": ASKED, "stream": stream, "temperature": 0}
+    with httpx.Client() as http:
+        request = http.build_request("POST", f"{server.url}/v1/chat/completions", json=body)
+        _ask_for_a_moment(http, request, lambda: len(pieces) > 3)
+    eventually(lambda: not engine.busy, WAIT_S, lambda: "the answer is still being made")
+    assert 3 < len(pieces) < 100_000
+    count = len(pieces)
+    ask(connected(server), endless, max_completion_tokens=1)  # the thread is free, and nothing was added meanwhile
     assert len(pieces) == count + 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_several_answers_are_made_together(server: Server, model: str, fails: bool) -> None:
+def test_several_answers_are_made_together(
+    server: Server, model: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one token more for each in a step, and each the same as alone; also where only one at a time succeeds."""
     ask(connected(server), model, max_completion_tokens=1)
     loaded = server.parts.models[model]
@@ -260,13 +261,10 @@ def test_several_answers_are_made_together(server: Server, model: str, fails: bo
         return original(answers)
 
     questions = [[{"role": "user", "content": word * number}] for number, word in enumerate(("a ", "sea ", "b "), 1)]
-    loaded.advance = watched  # type: ignore[method-assign]
-    try:
-        with ThreadPoolExecutor(len(questions)) as threads:
-            asking = partial(ask, connected(server), model, max_completion_tokens=200)
-            answers = list(threads.map(lambda messages: asking(messages=messages), questions))
-    finally:
-        loaded.advance = original  # type: ignore[method-assign]
+    monkeypatch.setattr(loaded, "advance", watched)
+    with ThreadPoolExecutor(len(questions)) as threads:
+        asking = partial(ask, connected(server), model, max_completion_tokens=200)
+        answers = list(threads.map(lambda messages: asking(messages=messages), questions))
     assert max(together) == len(questions)
     for messages, answer in zip(questions, answers, strict=True):
         assert answer.choices[0].message.content == greedy(model, messages, 200)[1]
