@@ -48,8 +48,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anybody waits for more of an answer."""
-        return bool(self._under_way)
+        """Whether anybody waits for more of an answer, or a token of one that nobody waits for any more is being made."""
+        return self._working is not None and not self._working.done()
 
     async def answer(self, question: Question) -> AsyncGenerator[Part, None]:
         yield Accepted()
@@ -76,7 +76,7 @@ class Engine:
         mine = _UnderWay(model.begin(prompt, question))
         self._under_way.setdefault(model, []).append(mine)
         self._news.set()
-        if self._working is None or self._working.done():
+        if not self.busy:
             self._working = asyncio.create_task(self._work())
         return mine
 
