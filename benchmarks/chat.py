@@ -10,7 +10,7 @@ import time
 from benchmarks.report import table
 from benchmarks.service import machine
 from benchmarks.workload import smollm2
-from serve_app.chat.engine import Engine
+from serve_app.chat.torchtune_engine import TorchtuneEngine
 from trainers.answers import Failed, Piece, Question, Sampling
 from trainers.models.chat_model import ChatModel, compute_on
 from trainers.settings import settings
@@ -32,7 +32,7 @@ async def measured(model: ChatModel) -> list[tuple[str, ...]]:
     async def load(_: str) -> ChatModel:
         return model
 
-    engine = Engine(load)
+    engine = TorchtuneEngine(load)
 
     async def answered(number: int) -> int:
         """How many tokens the answer to a question of its own has."""

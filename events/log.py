@@ -70,7 +70,8 @@ Outcome = FineTuningJob | Refused | ExpectedVersionError | LogUnavailable
 class EventLog:
     """Every method is a coroutine of one event loop; arguments and results pickle. The log owns the store from here.
 
-    An event id that was appended before is not appended again, so every append may be retried.
+    An event id that was appended before is not appended again, so every append may be retried. What added nothing left
+    nothing behind: a retry of that is decided by how things stand then.
     """
 
     def __init__(self, store: EventStore) -> None:

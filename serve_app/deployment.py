@@ -50,4 +50,4 @@ deployment = serve.deployment(
 )(serve.ingress()(Api))
 
 # Read where the application is built: with `serve run` that is the shell it was typed in, else the head node.
-app = deployment.bind(settings(), chat.deployment(settings()).bind(settings()))
+app = deployment.bind(settings(), chat.application(settings()))

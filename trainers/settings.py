@@ -7,7 +7,7 @@ read them from the environment of the processes that need them, and they never p
 from functools import cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -84,6 +84,11 @@ class Settings(BaseSettings):
         ge=0,
         description="GPUs it reserves; 0: it computes on the CPU. Unset: 1 where the cluster has any when the service "
         "is deployed, or TUNEWRIGHT_USE_GPU says so.",
+    )
+    chat_engine: Literal["auto", "torchtune", "vllm"] = Field(
+        default="auto",
+        description="What computes answers: torchtune's components, or vLLM, where it is installed. `auto`: vLLM where "
+        "it is installed and a GPU is reserved.",
     )
     heartbeat_s: float = Field(default=15, gt=0, description="An idle tail gets an empty line this often, in seconds.")
     webhook_networks: str = Field(

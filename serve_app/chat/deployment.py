@@ -1,21 +1,25 @@
 """Chat on Ray Serve: a deployment without a replica while nobody asks, and the API's way to it."""
 
 import asyncio
+import importlib.util
 import logging
-from collections.abc import AsyncGenerator, Sequence
+import math
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve import Deployment
+from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.chat.engine import Engine
+from serve_app.chat.engine import Engine, Share
+from serve_app.chat.torchtune_engine import TorchtuneEngine
 from serve_app.errors import RETRY_AFTER_S, Answer, RequestRefused
 from serve_app.replica import listen_on_node_address_only
 from trainers.answers import Part, Question
@@ -30,8 +34,10 @@ logger = logging.getLogger("tunewright.chat")
 
 START_S = 180.0
 """A replica is there within seconds, unless what it reserves is held by jobs, or a node has to come first."""
-ONGOING, QUEUED = 8, 64
-"""Questions that a replica works on in turn, and those that wait for one before further ones get a 429."""
+ONGOING, ONGOING_WITH_VLLM, QUEUED = 8, 128, 64
+"""Questions that a replica works on together, and those that wait for one before further ones get a 429."""
+OF_GPU = 0.9
+"""Of a GPU's memory, what models of vLLM take together: the rest is for what CUDA itself needs."""
 LOOK_BACK_S = SHORTEST_IDLE_S
 """Idle, to Serve, is who had nothing to do on an average over this; the delay begins then."""
 
@@ -39,23 +45,46 @@ LOOK_BACK_S = SHORTEST_IDLE_S
 class Chat:
     """One replica. Holds the `chat_models` models that were asked last; the first question to one loads it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, share: Share | None) -> None:
+        """`share` is of vLLM. None: without it."""
         listen_on_node_address_only()
         give_way()
-
-        held: WeakSet[ChatModel] = WeakSet()
-
-        async def load_chat_model(model: str) -> "ChatModel":
-            loaded = await asyncio.to_thread(_load_here, model, settings, list(held))
-            held.add(loaded)
-            return loaded
-
-        keep = serve.multiplexed(max_num_models_per_replica=settings.chat_models)
-        self._engine = Engine(keep(load_chat_model))
+        self._engine, self._check = _with_torchtune(settings) if share is None else _with_vllm(settings, share)
 
     async def answer(self, question: Question) -> AsyncGenerator[Part, None]:
         async for part in self._engine.answer(question):
             yield part
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica for which this raises a few times."""
+        self._check()
+
+
+def _with_torchtune(settings: Settings) -> tuple[Engine[Any], Callable[[], None]]:
+    held: WeakSet[ChatModel] = WeakSet()
+
+    async def load_chat_model(model: str) -> "ChatModel":
+        loaded = await asyncio.to_thread(_load_here, model, settings, list(held))
+        held.add(loaded)
+        return loaded
+
+    keep = serve.multiplexed(max_num_models_per_replica=settings.chat_models)
+    return TorchtuneEngine(keep(load_chat_model)), lambda: None
+
+
+def _with_vllm(settings: Settings, share: Share) -> tuple[Engine[Any], Callable[[], None]]:
+    from serve_app.chat.vllm_engine import VllmEngine, VllmModel, VllmModels
+
+    def resolve(model: str) -> Path:
+        return resolve_model(model, settings, logger.info)
+
+    models = VllmModels(resolve, share, settings.chat_models, ONGOING_WITH_VLLM)
+
+    async def load_vllm_model(model: str) -> VllmModel:
+        return await models.load(model)
+
+    keep = serve.multiplexed(max_num_models_per_replica=settings.chat_models)
+    return VllmEngine(keep(load_vllm_model)), models.check
 
 
 def load(model: str, settings: Settings, beside: Sequence["ChatModel"] = ()) -> "ChatModel":
@@ -68,7 +97,7 @@ def load(model: str, settings: Settings, beside: Sequence["ChatModel"] = ()) -> 
 def _load_here(model: str, settings: Settings, beside: Sequence["ChatModel"]) -> "ChatModel":
     from trainers.models.chat_model import compute_on
 
-    compute_on(max(1, int(settings.chat_cpus)))  # the machine's cores are those of jobs
+    compute_on(_cores(settings))
     return load(model, settings, beside)
 
 
@@ -109,16 +138,22 @@ def _refused(status: int, message: str) -> RequestRefused:
     return RequestRefused(Answer(503, "service_unavailable_error", "chat_unavailable", message, headers=retry))
 
 
+def application(settings: Settings) -> Application:
+    """Raises ValueError for an engine that is not installed."""
+    return deployment(settings).bind(settings, _share(settings))
+
+
 def deployment(settings: Settings) -> Deployment:
     """Scales to zero after about `chat_idle_s`, and then holds no memory and no processor."""
+    ongoing = ONGOING if _share(settings) is None else ONGOING_WITH_VLLM
     return serve.deployment(
         name="chat",
-        max_ongoing_requests=ONGOING,
+        max_ongoing_requests=ongoing,
         max_queued_requests=QUEUED,
         autoscaling_config=AutoscalingConfig(
             min_replicas=0,
             max_replicas=1,
-            target_ongoing_requests=ONGOING / 2,
+            target_ongoing_requests=ongoing / 2,
             upscale_delay_s=0,
             look_back_period_s=LOOK_BACK_S,
             downscale_delay_s=settings.chat_idle_s - LOOK_BACK_S,
@@ -126,6 +161,23 @@ def deployment(settings: Settings) -> Deployment:
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": gpus(settings)},
     )(Chat)
+
+
+def _share(settings: Settings) -> Share | None:
+    """What vLLM gives each model. None: torchtune's components answer."""
+    reserved = gpus(settings)
+    installed = importlib.util.find_spec("vllm") is not None
+    if settings.chat_engine == "vllm" and not installed:
+        raise ValueError("TUNEWRIGHT_CHAT_ENGINE is vllm, which is not installed: pip install 'tunewright[vllm]'")
+    if settings.chat_engine == "torchtune" or not installed or (settings.chat_engine == "auto" and not reserved):
+        return None
+    memory = OF_GPU * min(1.0, reserved) / settings.chat_models
+    return Share(math.ceil(reserved), memory, _cores(settings))
+
+
+def _cores(settings: Settings) -> int:
+    """Those of a model on the CPU: the machine's other cores are those of jobs."""
+    return max(1, int(settings.chat_cpus))
 
 
 def gpus(settings: Settings) -> float:

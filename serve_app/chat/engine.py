@@ -1,124 +1,60 @@
-"""Answers questions in this process."""
+"""What engines have in common: the way from a question to the pieces of its answer."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Generic, NamedTuple, TypeVar
 
 from trainers.answers import Accepted, Begun, Failed, Part, Piece, Question
 from trainers.errors import JobProblem
 
-if TYPE_CHECKING:
-    from trainers.models.chat_model import Answering, ChatModel
-
-AHEAD = 16
-"""Pieces of an answer that may wait for who asked, before its next token waits too."""
-
-T = TypeVar("T")
+M = TypeVar("M")
 
 
-@dataclass(eq=False)
-class _UnderWay:
-    answering: "Answering"
-    pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
-    ended: bool = False
+class Share(NamedTuple):
+    """What each model may take of its machine."""
 
-    def add(self, piece: Piece | Exception) -> None:
-        self.pieces.put_nowait(piece)
-        self.ended = isinstance(piece, Exception) or piece.end is not None
+    gpus: int
+    """It is spread over them. 0: it computes on the CPU."""
+    gpu_memory: float
+    """Of each of the GPUs, between 0 and 1."""
+    cores: int
+    """Without a GPU."""
 
 
-class Engine:
-    """`Answers` by the models that `load` gives.
+class Engine(ABC, Generic[M]):
+    """`Answers` by the models that `load` gives."""
 
-    All computing is done on one thread: the next token of all the answers that a model is at together, for most of what
-    it takes it takes for one as well, and then those of the next model. So none waits for another's end, none gets in
-    the way of the event loop, and what nobody waits for any more stops after the token it is at.
-    """
-
-    def __init__(self, load: Callable[[str], Awaitable["ChatModel"]]) -> None:
+    def __init__(self, load: Callable[[str], Awaitable[M]]) -> None:
         """`load` takes `Question.model`; it may raise UserError and InfrastructureError, and keeps what it likes."""
         self._load = load
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat")
-        self._loading: set[asyncio.Future[ChatModel]] = set()
-        self._under_way: dict[ChatModel, list[_UnderWay]] = {}
-        self._working: asyncio.Task[None] | None = None
-        self._news = asyncio.Event()
-
-    @property
-    def busy(self) -> bool:
-        """Whether anybody waits for more of an answer, or a token of one that nobody waits for any more is being made."""
-        return self._working is not None and not self._working.done()
+        self._loading: set[asyncio.Future[M]] = set()
 
     async def answer(self, question: Question) -> AsyncGenerator[Part, None]:
         yield Accepted()
         try:
             model = await self._loaded(question.model)
-            prompt = await self._run(lambda: model.prompt(question))
+            prompt = await self._prompt(model, question)
             yield Begun(len(prompt))
-            mine = self._begin(model, prompt, question)
-            try:
-                while True:
-                    piece = await mine.pieces.get()
-                    self._news.set()  # there is room for another
-                    if isinstance(piece, Exception):
-                        raise piece
+            async with aclosing(self._pieces(model, prompt, question)) as pieces:
+                async for piece in pieces:
                     yield piece
-                    if piece.end is not None:
-                        return
-            finally:
-                self._leave(model, mine)
         except JobProblem as problem:
             yield Failed(problem.error)
 
-    def _begin(self, model: "ChatModel", prompt: Sequence[int], question: Question) -> _UnderWay:
-        mine = _UnderWay(model.begin(prompt, question))
-        self._under_way.setdefault(model, []).append(mine)
-        self._news.set()
-        if not self.busy:
-            self._working = asyncio.create_task(self._work())
-        return mine
+    @abstractmethod
+    async def _prompt(self, model: M, question: Question) -> list[int]:
+        """Its tokens. Raises UserError as `encode_question`."""
 
-    def _leave(self, model: "ChatModel", mine: _UnderWay) -> None:
-        self._under_way[model].remove(mine)
-        if not self._under_way[model]:
-            del self._under_way[model]
-        self._news.set()
+    @abstractmethod
+    def _pieces(self, model: M, prompt: list[int], question: Question) -> AsyncGenerator[Piece, None]:
+        """Up to one with an `end`. Closing it stops the work. Raises UserError and InfrastructureError."""
 
-    async def _work(self) -> None:
-        """Token after token, while there is an answer under way."""
-        while self._under_way:
-            self._news.clear()
-            idle = True
-            for model, all_ in list(self._under_way.items()):
-                turn = [one for one in all_ if not one.ended and one.pieces.qsize() < AHEAD]
-                if turn:
-                    idle = False
-                    for one, piece in zip(turn, await self._advanced(model, turn), strict=True):
-                        one.add(piece)
-            if idle:
-                await self._news.wait()
-
-    async def _advanced(self, model: "ChatModel", turn: Sequence[_UnderWay]) -> Sequence[Piece | Exception]:
-        """Where memory is short for all of them, each by itself: one question that is too long for what is left is no
-        reason to end the others. Nothing has changed then; torch says it with a RuntimeError."""
-        try:
-            return await self._run(lambda: model.advance([one.answering for one in turn]))
-        except (MemoryError, RuntimeError) as short:
-            if len(turn) == 1:
-                return [short]
-            return [(await self._advanced(model, [one]))[0] for one in turn]
-        except Exception as bug:  # noqa: BLE001  -- who waits for an answer raises it
-            return [bug] * len(turn)
-
-    async def _loaded(self, name: str) -> "ChatModel":
+    async def _loaded(self, name: str) -> M:
         """Loading goes on for the next one when who asked first goes away: a model that takes longer than a client
         waits would else be loaded again and again, several times at once."""
         loading = asyncio.ensure_future(self._load(name))
         self._loading.add(loading)  # the loop itself keeps only weak references to tasks
         loading.add_done_callback(self._loading.discard)
         return await asyncio.shield(loading)
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

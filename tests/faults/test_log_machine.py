@@ -89,8 +89,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def duplicate(self, data: st.DataObject) -> None:
-        """A retry of what was acknowledged, however long ago."""
-        reports = [one for one in self.sent if one[1] != [SUBMITTED]]
+        """A retry of what was written, however long ago."""
+        written = {one.event_id for one in self.run(self.log.subscribe(0)) or []}
+        reports = [one for one in self.sent if one[1] != [SUBMITTED] and written.issuperset(one[2])]
         if not reports:
             return
         job_id, facts, ids = data.draw(st.sampled_from(reports))

@@ -40,12 +40,16 @@ def test_a_call_that_fails_is_not_acknowledged_and_loses_nothing(
             chance.choice([1, 1, 2, 7]),
         )
         inject = f"inject={call}:error={error}:when={first}..{first + failures - 1}"
-        strace = [STRACE, "-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject]
+        trace = directory / "trace"
+        strace = [STRACE, "-f", "-y", "-o", str(trace), "-e", f"trace={call}", "-e", inject]
         program = [sys.executable, "-m", "tests.faults.test_log_writes", str(directory / "events.db")]
         done = subprocess.run([*strace, *program], capture_output=True, text=True, check=False, timeout=250)
         assert done.returncode == 0, f"{inject}: {done.stderr}"
         said = [line.split() for line in done.stdout.splitlines()]
-        assert any(what == "failed" for what, _ in said), f"{inject} hit nothing"
+        injected = [line for line in trace.read_text().splitlines() if "INJECTED" in line]
+        assert injected, f"{inject} hit nothing"
+        noticed = [line for line in injected if "events.db.lock>" not in line]  # what that says may be out of date
+        assert any(what == "failed" for what, _ in said) == bool(noticed), f"{inject}: {injected}"
         acknowledged = [event_id for what, event_id in said if what == "acknowledged"]
         assert {one.event_id for one in history_of(directory)} == set(acknowledged)
 

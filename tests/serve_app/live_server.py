@@ -17,7 +17,7 @@ from events.log_queue import LogQueue
 from events.sqlite import SqliteStore
 from serve_app.api import build_api
 from serve_app.chat.deployment import load
-from serve_app.chat.engine import Engine
+from serve_app.chat.torchtune_engine import TorchtuneEngine
 from tests.events.facts_of_a_job import BEGUN
 from trainers.answers import Answers
 from trainers.errors import ConfigProblems, Problem
@@ -48,7 +48,7 @@ class Parts:
         self.webhooks = Webhooks(self.log, settings)
         self.waiting: dict[str, str] = {}
         self.models: dict[str, ChatModel] = {}
-        self.answers: Answers = Engine(self._model)
+        self.answers: Answers = TorchtuneEngine(self._model)
 
     async def _model(self, name: str) -> ChatModel:
         """As in a replica, but kept for good and without Ray."""

@@ -1,6 +1,7 @@
 """A model that answers dialogs: a directory in Hugging Face layout, with its chat template, its tokens and its text."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -12,8 +13,8 @@ from torchtune.training.precision import set_default_dtype
 
 from trainers.answers import Piece, Question
 from trainers.data.chat import ChatTokenizer
-from trainers.data.dialog import RowError
 from trainers.errors import InfrastructureError, UserError
+from trainers.models.answer_text import AnswerText, encode_question
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder, init_rope
 from trainers.models.generate import Continuation, advance
@@ -21,7 +22,6 @@ from trainers.models.weights import load_weights
 
 FITS = 0.8
 """Of the free memory, what weights may take: answers need some, and so do the neighbours."""
-_UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
 
 
 class ChatModel:
@@ -59,60 +59,33 @@ class ChatModel:
         return {name: parameter.detach() for name, parameter in self._decoder.named_parameters()}
 
     def prompt(self, question: Question) -> list[int]:
-        """The tokens that the answer starts from: the template that the model was trained with. Raises UserError
-        (param `messages`) where the template refuses them, or the context has no room for them and the answer."""
-        try:
-            prompt = self._tokenizer.encode_prompt(question.messages)
-        except RowError as error:
-            raise UserError("invalid_messages", f"{error}", "messages") from None
-        context = self._decoder.max_seq_len
-        if len(prompt) + (question.max_tokens or 1) > context:
-            answer = f" and up to {question.max_tokens} of the answer" if question.max_tokens else ""
-            message = f"the model takes {context} tokens; the messages are {len(prompt)}{answer}: send less"
-            raise UserError("context_length_exceeded", message, "messages")
-        return prompt
+        """See `encode_question`."""
+        return encode_question(question, self._tokenizer, self._decoder.max_seq_len)
 
     def begin(self, prompt: Sequence[int], question: Question) -> "Answering":
         """The answer to a `prompt` of this model's, of which nothing is known yet."""
-        return Answering(self._decoder, self._tokenizer, prompt, question)
+        max_tokens = question.max_tokens or self._decoder.max_seq_len - len(prompt)
+        return Answering(
+            Continuation(self._decoder, prompt, max_new_tokens=max_tokens, sampling=question.sampling),
+            AnswerText(self._tokenizer, question.stop, max_tokens),
+        )
 
     def advance(self, answers: Sequence["Answering"]) -> list[Piece | UserError]:
         """One more piece of each, for one token, though its text may come with a later one. None of them may have had
         its last one; an error is the last one too."""
         tokens = advance(self._decoder, [answer.continuation for answer in answers])
         return [
-            token if isinstance(token, UserError) else answer.piece(token)
+            token if isinstance(token, UserError) else answer.text.add(token)
             for answer, token in zip(answers, tokens, strict=True)
         ]
 
 
+@dataclass(frozen=True)
 class Answering:
     """An answer under way."""
 
-    def __init__(
-        self, decoder: TransformerDecoder, tokenizer: ChatTokenizer, prompt: Sequence[int], question: Question
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._stop = question.stop
-        self._max_tokens = question.max_tokens or decoder.max_seq_len - len(prompt)
-        self._ids: list[int] = []
-        self._sent = 0
-        self.continuation = Continuation(decoder, prompt, max_new_tokens=self._max_tokens, sampling=question.sampling)
-
-    def piece(self, token: int) -> Piece:
-        """What the next `token` of the answer adds to it."""
-        ended = token in self._tokenizer.eos_ids
-        if not ended:
-            self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if (end := _stopped(text, self._stop, self._sent)) is not None:
-            return Piece(text[self._sent : end], len(self._ids), "stop")
-        if ended or len(self._ids) == self._max_tokens:
-            return Piece(text[self._sent :], len(self._ids), "stop" if ended else "length")
-        ready = max(self._sent, len(text) - _held_back(text, self._stop))
-        piece = Piece(text[self._sent : ready], len(self._ids))
-        self._sent = ready
-        return piece
+    continuation: Continuation
+    text: AnswerText
 
 
 def compute_on(cores: int) -> None:
@@ -145,19 +118,3 @@ def _check_room(stored: Mapping[str, Tensor], device: torch.device, dtype: torch
         message = f"the model needs {needed / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free"
         suggestion = "ask again when less runs on that machine, or ask a smaller model"
         raise InfrastructureError("no_room", message, suggestion=suggestion)
-
-
-def _stopped(text: str, stop: Sequence[str], sent: int) -> int | None:
-    """Where the first of the stop texts begins; None where there is none. None begins in what was `sent` already."""
-    found = [at for word in stop if (at := text.find(word, sent)) >= 0]
-    return min(found, default=None)
-
-
-def _held_back(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters may yet change: the beginning of a character or of a stop text."""
-    unfinished = len(text) - len(text.rstrip(_UNFINISHED))
-    begun = max(
-        (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])),
-        default=0,
-    )
-    return max(unfinished, begun)

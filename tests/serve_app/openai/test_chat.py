@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from safetensors.torch import load_file, save_file
 
 from events.facts import CheckpointsDeleted, JobSucceeded
-from serve_app.chat.engine import Engine
+from serve_app.chat.torchtune_engine import TorchtuneEngine
 from tests.generated import generated
 from tests.serve_app.live_server import Server
 from tests.serve_app.openai.conftest import connected
@@ -223,7 +223,7 @@ def test_generation_stops_when_the_client_goes_away(
 ) -> None:
     ask(connected(server), endless, max_completion_tokens=1)
     loaded, engine = server.parts.models[endless], server.parts.answers
-    assert isinstance(engine, Engine)
+    assert isinstance(engine, TorchtuneEngine)
     pieces: list[Piece | UserError] = []
     original = loaded.advance
 
@@ -281,7 +281,7 @@ def test_a_model_goes_on_loading_when_who_asked_goes_away(model: str) -> None:
             loaded.set()
             return found
 
-        engine = Engine(load)
+        engine = TorchtuneEngine(load)
         asking = asyncio.create_task(_all(engine.answer(Question(model, tuple(ASKED), 1))))
         await asyncio.wait_for(started.wait(), WAIT_S)
         asking.cancel()

@@ -1,0 +1,184 @@
+"""Answers by vLLM, on GPUs where it is installed: https://docs.vllm.ai.
+
+Each model is an engine of vLLM's in a process of its own. Only tokens go there and come back: the prompt is made by the
+template that the model was trained with, as everywhere else.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from ulid import ULID
+
+from serve_app.chat.engine import Engine, Share
+from trainers.answers import Piece, Question
+from trainers.data.chat import ChatTokenizer
+from trainers.errors import InfrastructureError
+from trainers.models.answer_text import AnswerText, encode_question
+from trainers.models.architecture import inspect_model_dir
+
+logger = logging.getLogger("tunewright.chat")
+
+CPU_CACHE_BYTES = 1 << 30
+"""Of keys and values, of each model on a CPU. On a GPU they take what its share of the memory leaves."""
+_ROOM_S = 60.0
+"""How long a model waits for one that still answers to make room."""
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",  # where the engine's parts listen for each other
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+
+
+class VllmModel:
+    """Its process ends soon after nobody holds this object any more."""
+
+    def __init__(self, llm: Any, tokenizer: ChatTokenizer, gone: Callable[[], object]) -> None:  # noqa: ANN401  -- vLLM may not be installed
+        """`llm`: a `vllm.v1.engine.async_llm.AsyncLLM`. `gone` is called by another thread when its process has
+        ended."""
+        self._llm = llm
+        self._tokenizer = tokenizer
+        self._context: int = llm.model_config.max_model_len
+        weakref.finalize(self, _end, llm, gone).atexit = False
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(self._llm.errored)
+
+    def prompt(self, question: Question) -> list[int]:
+        """See `encode_question`."""
+        return encode_question(question, self._tokenizer, self._context)
+
+    async def pieces(self, prompt: list[int], question: Question) -> AsyncGenerator[Piece, None]:
+        """Of the answer, to the one with an `end`; closing it stops the answer. Raises InfrastructureError."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        sampling = question.sampling
+        max_tokens = question.max_tokens or self._context - len(prompt)
+        params = SamplingParams(
+            temperature=sampling.temperature if sampling.top_p > 0 else 0.0,  # vLLM has no top_p of 0
+            top_p=sampling.top_p or 1.0,
+            seed=sampling.seed,
+            max_tokens=max_tokens,
+            stop_token_ids=sorted(self._tokenizer.eos_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        text = AnswerText(self._tokenizer, question.stop, max_tokens)
+        try:
+            async with aclosing(self._llm.generate(tokens_input(prompt), params, f"{ULID()}")) as outputs:
+                async for output in outputs:
+                    for token in output.outputs[0].token_ids:
+                        yield (piece := text.add(token))
+                        if piece.end is not None:
+                            return
+        except EngineDeadError as error:
+            raise InfrastructureError(
+                "chat_unavailable", f"the model's process ended ({type(error).__name__})", suggestion="try again"
+            ) from error
+
+
+class VllmModels:
+    """Starts models, and `most` of them at a time: what one of them still holds, the next can't have."""
+
+    def __init__(self, resolve: Callable[[str], Path], share: Share, most: int, answers: int) -> None:
+        """`resolve`: the directory of what `Question.model` names. It may raise UserError and InfrastructureError.
+        `answers`: so many of each model are made at a time."""
+        self._resolve = resolve
+        self._share = share
+        self._answers = answers
+        self._room = threading.Semaphore(most)
+        self._started: weakref.WeakSet[VllmModel] = weakref.WeakSet()
+
+    async def load(self, name: str) -> VllmModel:
+        """Takes as long as vLLM takes to start, half a minute and more. Raises UserError where there is no model,
+        InfrastructureError `no_room` where it doesn't fit beside the others, or vLLM can't start with it."""
+        directory = await asyncio.to_thread(self._resolve, name)
+        if not await asyncio.to_thread(self._room.acquire, timeout=_ROOM_S):
+            message = "as many models as there is room for are being asked already"
+            raise InfrastructureError("no_room", message, suggestion="try again when one has answered")
+        try:
+            llm, tokenizer = await asyncio.to_thread(_start, directory, self._share, self._answers)
+        except BaseException:
+            self._room.release()
+            raise
+        model = VllmModel(llm, tokenizer, self._room.release)
+        self._started.add(model)
+        return model
+
+    def check(self) -> None:
+        """Raises RuntimeError when a model's process has died."""
+        if any(model.is_dead for model in self._started):
+            raise RuntimeError("the process of a model has died")
+
+
+class VllmEngine(Engine[VllmModel]):
+    """The answers of one model are made together, a token of each in a step, by vLLM."""
+
+    async def _prompt(self, model: VllmModel, question: Question) -> list[int]:
+        return await asyncio.to_thread(model.prompt, question)
+
+    def _pieces(self, model: VllmModel, prompt: list[int], question: Question) -> AsyncGenerator[Piece, None]:
+        return model.pieces(prompt, question)
+
+
+def _start(directory: Path, share: Share, answers: int) -> tuple[Any, ChatTokenizer]:
+    inspect_model_dir(directory)  # raises UserError for what is no model
+    tokenizer = ChatTokenizer.from_dir(directory)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if share.gpus:
+        device = {"dtype": "bfloat16", "gpu_memory_utilization": share.gpu_memory, "max_model_len": -1}
+        if share.gpus > 1:
+            device |= {"tensor_parallel_size": share.gpus, "distributed_executor_backend": "mp"}
+    else:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ["OMP_NUM_THREADS"] = f"{share.cores}"
+        # Compiling would take longer than what it saves a few answers.
+        device = {"dtype": "float32", "kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}
+        device |= {"max_model_len": -1}
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(
+        model=str(directory),
+        load_format="safetensors",  # nothing that could run code
+        trust_remote_code=False,
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # what is not asked for is as the API says, not as the model's file does
+        max_num_seqs=answers,
+        disable_log_stats=True,
+        **device,
+    )
+    try:
+        return AsyncLLM.from_engine_args(arguments), tokenizer
+    except (RuntimeError, ValueError) as error:
+        logger.exception("vLLM could not start with %s", directory)
+        raise InfrastructureError(
+            "no_room",
+            f"vLLM could not start with this model ({type(error).__name__}): most often it finds too little memory",
+            suggestion="the log of the chat replica says why; TUNEWRIGHT_CHAT_MODELS=1 gives one model all of the GPU, "
+            "and TUNEWRIGHT_CHAT_ENGINE=torchtune does without vLLM",
+        ) from error
+
+
+def _end(llm: Any, gone: Callable[[], object]) -> None:  # noqa: ANN401  -- as above
+    """Ending a process takes a second, which the event loop has not got."""
+
+    def end() -> None:
+        try:
+            llm.shutdown()
+        finally:
+            gone()
+
+    threading.Thread(target=end, name="vllm-shutdown", daemon=True).start()

@@ -1,0 +1,56 @@
+"""An answer's text, token by token: put together it is what decoding all its tokens at once gives."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tiny_models import FAMILIES, make_tiny_model
+from trainers.data.chat import ChatTokenizer
+from trainers.models.answer_text import AnswerText
+
+
+def tokenizer_of(path: Path, family: str) -> ChatTokenizer:
+    return ChatTokenizer.from_dir(make_tiny_model(path, family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pieces_of_any_tokens_make_up_their_text(family: str, tmp_path: Path) -> None:
+    """Any: control tokens, halves of characters and lone blanks among them."""
+    tokenizer = tokenizer_of(tmp_path, family)
+    others = [token for token in range(512) if token not in tokenizer.eos_ids]
+    draw = np.random.default_rng(11)
+    for _ in range(40):
+        tokens = draw.choice(others, size=draw.integers(1, 61)).tolist()
+        text = AnswerText(tokenizer, (), len(tokens))
+        pieces = [text.add(token) for token in tokens]
+        assert "".join(piece.text for piece in pieces) == tokenizer.decode(tokens)
+        assert [piece.tokens for piece in pieces] == list(range(1, len(tokens) + 1))
+        assert [piece.end for piece in pieces] == [None] * (len(tokens) - 1) + ["length"]
+
+
+def test_a_character_of_several_tokens_comes_whole(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path, "llama")
+    tokens = tokenizer.encode_prompt([{"role": "user", "content": "a 🦊 and ü"}])
+    text = AnswerText(tokenizer, (), len(tokens) + 1)
+    pieces = [text.add(token).text for token in tokens]
+    assert "🦊" in pieces
+    assert "ü" in pieces
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_a_token_costs_the_same_however_long_the_answer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of(tmp_path, "llama")
+    tokens = tokenizer.encode_prompt([{"role": "user", "content": "the quick brown fox " * 50}])
+    text = AnswerText(tokenizer, ("never",), len(tokens) + 1)
+    decoded: list[int] = []
+    original = ChatTokenizer.decode
+
+    def watched(self: ChatTokenizer, ids: list[int]) -> str:
+        decoded.append(len(ids))
+        return original(self, ids)
+
+    monkeypatch.setattr(ChatTokenizer, "decode", watched)
+    for token in tokens:
+        text.add(token)
+    assert max(decoded) < 20 < len(tokens)
