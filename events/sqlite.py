@@ -90,7 +90,7 @@ class SqliteStore:
             self._db = self._open()
         except BaseException as error:
             os.close(self._lock)
-            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:  # Python's own errors have no code
                 raise StoreLockedError(f"another process, the sqlite3 shell perhaps, has {path} open") from error
             if isinstance(error, sqlite3.Error | UnicodeDecodeError):  # an error that quotes the damaged file
                 raise StoreFailedError(f"{path} can't be opened: {error}") from error

@@ -168,6 +168,16 @@ CREATE TABLE events (
 """
 
 
+def test_a_log_whose_tables_are_no_longer_described_in_utf_8_is_not_opened(tmp_path: Path) -> None:
+    file = tmp_path / "events.db"
+    write(file)
+    content = file.read_bytes()
+    assert content.count(b"CREATE TABLE head") == 1
+    file.write_bytes(content.replace(b"CREATE TABLE head", b"CREATE TABL\xc5 head"))
+    with pytest.raises(StoreFailedError, match="decode to UTF-8"):
+        SqliteStore(file)
+
+
 def test_a_log_from_before_there_were_checksums_gets_them(tmp_path: Path) -> None:
     write(tmp_path / "new.db")
     with closing(sqlite3.connect(tmp_path / "old.db")) as db, db:
