@@ -172,8 +172,8 @@ def test_a_log_whose_tables_are_no_longer_described_in_utf_8_is_not_opened(tmp_p
     file = tmp_path / "events.db"
     write(file)
     content = file.read_bytes()
-    assert content.count(b"CREATE TABLE head") == 1
-    file.write_bytes(content.replace(b"CREATE TABLE head", b"CREATE TABL\xc5 head"))
+    assert b"    position INTEGER NOT NULL" in content
+    file.write_bytes(content.replace(b"    position INTEGER NOT NULL", b"   \xa0position INTEGER NOT NULL"))
     with pytest.raises(StoreFailedError, match="decode to UTF-8"):
         SqliteStore(file)
 

@@ -1,4 +1,4 @@
-"""Answers by vLLM: the same as torchtune's components give. Run by `make test-vllm`, on the CPU, where vLLM is installed."""
+"""Answers by vLLM: the same as torchtune's components give. Run by `make test-vllm`, on the CPU."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from serve_app.chat.engine import Share
 from serve_app.chat.vllm_engine import VllmEngine, VllmModel, VllmModels
 from tests.generated import generated
 from tests.tiny_models import make_tiny_model
-from tests.waiting import eventually
+from tests.waiting import async_eventually, eventually
 from trainers.answers import Accepted, Begun, Failed, Part, Piece, Question, Sampling
 from trainers.data.chat import ChatTokenizer
 from trainers.errors import UserError
@@ -118,9 +118,8 @@ def test_what_nobody_waits_for_any_more_is_no_longer_made(model: Path) -> None:
                 break
         await answer.aclose()
         held = await engine._loaded(str(model))
-        async with asyncio.timeout(WAIT_S):
-            while held._llm.output_processor.has_unfinished_requests():
-                await asyncio.sleep(0.01)
+        unfinished = held._llm.output_processor.has_unfinished_requests
+        await async_eventually(lambda: not unfinished(), WAIT_S, lambda: "the answer is still being made")
 
     with_engine(journey)
 
@@ -131,8 +130,7 @@ def test_a_model_takes_the_place_of_another_once_that_has_answered(model: Path, 
 
     async def journey(engine: VllmEngine) -> None:
         long = asyncio.create_task(text_of(engine.answer(question(model, 300))))
-        while not processes():
-            await asyncio.sleep(0.05)
+        await async_eventually(processes, WAIT_S, lambda: "vLLM does not start")
         short = asyncio.create_task(text_of(engine.answer(question(other))))
         while not short.done():
             at_most.append(len([one for one in processes() if "EngineCor" in one.name()]))

@@ -55,7 +55,7 @@ def test_a_base_model_and_a_tuned_one_answer_take_turns_survive_a_kill_and_go_wh
     assert ask(client, base) == streamed(client, base) == expected
     with ThreadPoolExecutor(8) as threads:
         assert set(threads.map(lambda _: ask(client, base), range(8))) == {expected}
-    assert of_vllm(api), [(p.pid, p.name()) for p in psutil.process_iter()]
+    eventually(lambda: of_vllm(api), 10, lambda: f"none of vLLM's among {[p.name() for p in psutil.process_iter()]}")
 
     job = api.until_status(api.submit(api.config(fine_tuning_options={"n_epochs": 2, "lr": 0.01})), "success")
     tuned = client.fine_tuning.jobs.retrieve(job["job_id"]).fine_tuned_model
