@@ -4,7 +4,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check faults-short faults bench bench-recipe clean
+.PHONY: help setup demo serve test test-vllm check faults-short faults bench bench-recipe clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -18,7 +18,10 @@ serve: setup  ## run the service on 127.0.0.1 until Ctrl-C; ARGS='--port 8001 --
 	$(BIN)/python -m serve_app.local $(ARGS)
 
 test: setup .venv-hf/.complete  ## run the test suite, all but the fault tests; ARGS='tests/events -x'
-	$(PYTEST) --ignore=tests/faults $(ARGS)
+	$(PYTEST) --ignore=tests/faults --ignore=tests/vllm $(ARGS)
+
+test-vllm: .venv-vllm/.complete  ## run the tests of chat by vLLM, on the CPU
+	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 
 check: setup  ## lint, formatting, types, import rule
 	$(BIN)/ruff check .
@@ -39,7 +42,7 @@ bench-recipe: setup .venv-trl/.complete  ## measure training against torchtune a
 	$(BIN)/python -m benchmarks.recipe $(ARGS)
 
 clean:  ## remove environments and caches; ~/.tunewright (your jobs) stays
-	rm -rf .venv .venv-hf .venv-trl build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-hf .venv-trl .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.complete: pyproject.toml constraints.txt .ci/setup
@@ -47,6 +50,9 @@ clean:  ## remove environments and caches; ~/.tunewright (your jobs) stays
 
 .venv-hf/.complete: tests/hf/requirements.txt .ci/setup-hf
 	.ci/setup-hf
+
+.venv-vllm/.complete: pyproject.toml tests/vllm/requirements.txt .ci/setup-vllm
+	.ci/setup-vllm
 
 .venv-trl/.complete: benchmarks/requirements-trl.txt tests/hf/requirements.txt .ci/setup-trl
 	.ci/setup-trl

@@ -1,39 +1,65 @@
-"""`python -m benchmarks.chat`: tokens a second of the process behind /v1/chat/completions, for one answer and for
+"""`python -m benchmarks.chat [--vllm]`: tokens a second of what is behind /v1/chat/completions, for one answer and for
 several at a time. Takes a minute.
 
-The real model, on as many cores as TUNEWRIGHT_CHAT_CPUS says (1, where it says nothing or 0); without Ray and HTTP.
+The real model on the CPU, with as many cores as TUNEWRIGHT_CHAT_CPUS says (1, where it says nothing or 0); without Ray
+and HTTP. `--vllm` needs .venv-vllm, which `make test-vllm` makes.
 """
 
+import argparse
 import asyncio
 import time
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import table
 from benchmarks.service import machine
 from benchmarks.workload import smollm2
+from serve_app.chat.engine import Engine, Share
 from serve_app.chat.torchtune_engine import TorchtuneEngine
 from trainers.answers import Failed, Piece, Question, Sampling
 from trainers.models.chat_model import ChatModel, compute_on
 from trainers.settings import settings
+
+if TYPE_CHECKING:
+    from serve_app.chat.vllm_engine import VllmModel
 
 AT_A_TIME = (1, 2, 4, 8)
 TOKENS = 60
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chat", description="Tokens a second of chat.")
+    parser.add_argument("--vllm", action="store_true", help="by vLLM instead of torchtune's components")
+    with_vllm = parser.parse_args().vllm
     cores = max(1, int(settings().chat_cpus))
-    compute_on(cores)
-    model = ChatModel.load(smollm2())
-    rows = asyncio.run(measured(model))
-    print(f"{machine()}, `python -m benchmarks.chat`, {cores} {'core' if cores == 1 else 'cores'}.\n")
+    rows = asyncio.run(_by_vllm(cores) if with_vllm else _by_torchtune(cores))
+    command = "python -m benchmarks.chat" + " --vllm" * with_vllm
+    print(f"{machine()}, `{command}`, {cores} {'core' if cores == 1 else 'cores'}.\n")
     print(table(("answers at a time", "tokens/s, all together", "of each"), rows))
 
 
-async def measured(model: ChatModel) -> list[tuple[str, ...]]:
+async def _by_torchtune(cores: int) -> list[tuple[str, ...]]:
+    compute_on(cores)
+    model = ChatModel.load(smollm2())
+
     async def load(_: str) -> ChatModel:
         return model
 
-    engine = TorchtuneEngine(load)
+    return await measured(TorchtuneEngine(load))
 
+
+async def _by_vllm(cores: int) -> list[tuple[str, ...]]:
+    from serve_app.chat.vllm_engine import VllmEngine, VllmModels
+
+    models = VllmModels(lambda _: smollm2(), Share(gpus=0, gpu_memory=0, cores=cores), 1, answers=max(AT_A_TIME))
+    model = await models.load("")
+
+    async def load(_: str) -> "VllmModel":
+        return model
+
+    return await measured(VllmEngine(load))
+
+
+async def measured(engine: Engine[Any]) -> list[tuple[str, ...]]:
     async def answered(number: int) -> int:
         """How many tokens the answer to a question of its own has."""
         messages = ({"role": "user", "content": f"Tell me a long story about the number {number} and the sea."},)
