@@ -166,7 +166,7 @@ def _start(directory: Path, share: Share, answers: int) -> tuple[Any, ChatTokeni
         logger.exception("vLLM could not start with %s", directory)
         raise InfrastructureError(
             "no_room",
-            f"vLLM could not start with this model ({type(error).__name__}): most often it finds too little memory",
+            f"vLLM could not start with this model ({type(error).__name__}), most often for want of memory",
             suggestion="the log of the chat replica says why; TUNEWRIGHT_CHAT_MODELS=1 gives one model all of the GPU, "
             "and TUNEWRIGHT_CHAT_ENGINE=torchtune does without vLLM",
         ) from error
