@@ -9,7 +9,8 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,12 @@ class VllmModels:
 class VllmEngine(Engine[VllmModel]):
     """The answers of one model are made together, a token of each in a step, by vLLM."""
 
+    def __init__(self, load: Callable[[str], Awaitable[VllmModel]]) -> None:
+        super().__init__(load)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat")  # a tokenizer is for one at a time
+
     async def _prompt(self, model: VllmModel, question: Question) -> list[int]:
-        return await asyncio.to_thread(model.prompt, question)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, model.prompt, question)
 
     def _pieces(self, model: VllmModel, prompt: list[int], question: Question) -> AsyncGenerator[Piece, None]:
         return model.pieces(prompt, question)
@@ -138,7 +143,7 @@ def _start(directory: Path, share: Share, answers: int) -> tuple[Any, ChatTokeni
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if share.gpus:
-        device = {"dtype": "bfloat16", "gpu_memory_utilization": share.gpu_memory, "max_model_len": -1}
+        device: dict[str, object] = {"dtype": "bfloat16", "gpu_memory_utilization": share.gpu_memory}
         if share.gpus > 1:
             device |= {"tensor_parallel_size": share.gpus, "distributed_executor_backend": "mp"}
     else:
@@ -146,7 +151,6 @@ def _start(directory: Path, share: Share, answers: int) -> tuple[Any, ChatTokeni
         os.environ["OMP_NUM_THREADS"] = f"{share.cores}"
         # Compiling would take longer than what it saves a few answers.
         device = {"dtype": "float32", "kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}
-        device |= {"max_model_len": -1}
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -156,6 +160,7 @@ def _start(directory: Path, share: Share, answers: int) -> tuple[Any, ChatTokeni
         trust_remote_code=False,
         skip_tokenizer_init=True,
         generation_config="vllm",  # what is not asked for is as the API says, not as the model's file does
+        max_model_len=-1,  # as much of the model's context as there is memory for
         max_num_seqs=answers,
         disable_log_stats=True,
         **device,

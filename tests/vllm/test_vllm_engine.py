@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from serve_app.chat import vllm_engine
 from serve_app.chat.engine import Share
 from serve_app.chat.vllm_engine import VllmEngine, VllmModel, VllmModels
 from tests.generated import generated
@@ -140,6 +141,20 @@ def test_a_model_takes_the_place_of_another_once_that_has_answered(model: Path, 
 
     with_engine(journey)
     assert max(at_most) == 1
+
+
+def test_where_memory_is_short_the_context_is_shorter_and_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "CPU_CACHE_BYTES", 2 << 20)  # of 1 KiB a token
+
+    async def journey(engine: VllmEngine) -> None:
+        assert await text_of(engine.answer(question(model))) == generated(model, ASKED, 16)[1]
+        refused = (await parts_of(engine.answer(question(model, 3000))))[-1]
+        assert isinstance(refused, Failed)
+        assert refused.error.code == "context_length_exceeded"
+        takes = int(refused.error.message.split("takes ")[1].split()[0])
+        assert 1000 < takes <= 2048
+
+    with_engine(journey)
 
 
 def test_a_process_that_dies_is_an_error_for_who_waits_and_is_noticed(model: Path) -> None:
