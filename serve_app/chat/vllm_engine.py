@@ -178,11 +178,15 @@ def _start(directory: Path, share: Share, answers: int) -> tuple[Any, ChatTokeni
 
 
 def _end(llm: Any, gone: Callable[[], object]) -> None:  # noqa: ANN401  -- as above
-    """Ending a process takes a second, which the event loop has not got."""
+    """Ending a process takes seconds, which the event loop has not got. vLLM kills one that takes too long, and doesn't
+    wait for it: until then its memory isn't free, and it stays a zombie."""
+    processes = llm.engine_core.resources.engine_manager.processes
 
     def end() -> None:
         try:
             llm.shutdown()
+            for process in processes:
+                process.join(_ROOM_S)
         finally:
             gone()
 
