@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ulid import ULID
 
@@ -23,6 +23,9 @@ from trainers.data.chat import ChatTokenizer
 from trainers.errors import InfrastructureError
 from trainers.models.answer_text import AnswerText, encode_question
 from trainers.models.architecture import inspect_model_dir
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger("tunewright.chat")
 
@@ -41,9 +44,8 @@ _ENVIRONMENT = {
 class VllmModel:
     """Its process ends soon after nobody holds this object any more."""
 
-    def __init__(self, llm: Any, tokenizer: ChatTokenizer, gone: Callable[[], object]) -> None:  # noqa: ANN401  -- vLLM may not be installed
-        """`llm`: a `vllm.v1.engine.async_llm.AsyncLLM`. `gone` is called by another thread when its process has
-        ended."""
+    def __init__(self, llm: "AsyncLLM", tokenizer: ChatTokenizer, gone: Callable[[], object]) -> None:
+        """`gone` is called by another thread when the process of `llm` has ended."""
         self._llm = llm
         self._tokenizer = tokenizer
         self._context: int = llm.model_config.max_model_len
@@ -137,7 +139,7 @@ class VllmEngine(Engine[VllmModel]):
         return model.pieces(prompt, question)
 
 
-def _start(directory: Path, share: Share, answers: int) -> tuple[Any, ChatTokenizer]:
+def _start(directory: Path, share: Share, answers: int) -> tuple["AsyncLLM", ChatTokenizer]:
     inspect_model_dir(directory)  # raises UserError for what is no model
     tokenizer = ChatTokenizer.from_dir(directory)
     for name, value in _ENVIRONMENT.items():
@@ -177,7 +179,7 @@ def _start(directory: Path, share: Share, answers: int) -> tuple[Any, ChatTokeni
         ) from error
 
 
-def _end(llm: Any, gone: Callable[[], object]) -> None:  # noqa: ANN401  -- as above
+def _end(llm: "AsyncLLM", gone: Callable[[], object]) -> None:
     """Ending a process takes seconds, which the event loop has not got. vLLM kills one that takes too long, and doesn't
     wait for it: until then its memory isn't free, and it stays a zombie."""
     processes = llm.engine_core.resources.engine_manager.processes

@@ -11,12 +11,11 @@ import openai
 import psutil
 import pytest
 
+from tests.asking import ASKED, MAX_TOKENS, ask, streamed
 from tests.generated import generated
 from tests.service.conftest import CPUS, Api
 from tests.tiny_models import make_tiny_model
 from tests.waiting import WAIT_S, eventually
-
-ASKED: list[Any] = [{"role": "user", "content": "Say 3."}]
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +32,7 @@ def tuned_job(api: Api) -> dict[str, Any]:
 
 
 def greedy(directory: Path) -> str:
-    return generated(directory, ASKED, max_new_tokens=16)[1]
-
-
-def ask(client: openai.OpenAI, model: str) -> str:
-    completion = client.chat.completions.create(model=model, messages=ASKED, temperature=0, max_tokens=16)
-    return completion.choices[0].message.content or ""
-
-
-def streamed(client: openai.OpenAI, model: str) -> str:
-    chunks = client.chat.completions.create(model=model, messages=ASKED, temperature=0, max_tokens=16, stream=True)
-    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    return generated(directory, ASKED, max_new_tokens=MAX_TOKENS)[1]
 
 
 def replicas(api: Api) -> list[psutil.Process]:

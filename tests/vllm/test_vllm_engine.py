@@ -94,7 +94,9 @@ def test_answers_are_those_of_torchtune_s_components_one_by_one_and_together(mod
         ids, text = generated(model, ASKED, 24)
         _, begun, *pieces = await parts_of(engine.answer(question(model, 24)))
         assert begun == Begun(len(ChatTokenizer.from_dir(model).encode_prompt(ASKED)))
-        assert pieces[-1] == Piece(pieces[-1].text, len(ids), "length")  # type: ignore[union-attr]
+        last = pieces[-1]
+        assert isinstance(last, Piece)
+        assert (last.tokens, last.end) == (len(ids), "length")
         stop = text[7:11]
         assert await text_of(engine.answer(question(model, 24, stop=(stop,)))) == text[: text.index(stop)]
         assert await text_of(engine.answer(question(model, 24, sampling=Sampling(1.5, top_p=0)))) == text
@@ -117,10 +119,12 @@ def test_what_nobody_waits_for_any_more_is_no_longer_made(model: Path) -> None:
         async for part in answer:
             if isinstance(part, Piece):
                 break
-        await answer.aclose()
         held = await engine._loaded(str(model))
         unfinished = held._llm.output_processor.has_unfinished_requests
+        assert unfinished()
+        await answer.aclose()
         await async_eventually(lambda: not unfinished(), WAIT_S, lambda: "the answer is still being made")
+        assert len(await text_of(engine.answer(question(model, 4)))) > 0  # and others can be asked
 
     with_engine(journey)
 

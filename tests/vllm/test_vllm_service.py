@@ -3,20 +3,19 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import psutil
 import pytest
 
+from tests.asking import ASKED, MAX_TOKENS, ask, streamed
 from tests.generated import generated
 from tests.service.conftest import Api, local_service, make_inputs
 from tests.tiny_models import make_tiny_model
 from tests.waiting import eventually
 
 WAIT_S = 180.0
-ASKED: list[Any] = [{"role": "user", "content": "Say 3."}]
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +33,6 @@ def client(api: Api) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{api.service.url}/v1", api_key="none", timeout=WAIT_S, http_client=http)
 
 
-def ask(client: openai.OpenAI, model: str) -> str:
-    completion = client.chat.completions.create(model=model, messages=ASKED, temperature=0, max_tokens=16)
-    return completion.choices[0].message.content or ""
-
-
-def streamed(client: openai.OpenAI, model: str) -> str:
-    chunks = client.chat.completions.create(model=model, messages=ASKED, temperature=0, max_tokens=16, stream=True)
-    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-
-
 def of_vllm(api: Api) -> list[psutil.Process]:
     return api.processes("VLLM::")
 
@@ -51,7 +40,7 @@ def of_vllm(api: Api) -> list[psutil.Process]:
 def test_a_base_model_and_a_tuned_one_answer_take_turns_survive_a_kill_and_go_when_idle(
     api: Api, client: openai.OpenAI
 ) -> None:
-    base, expected = str(api.model), generated(api.model, ASKED, 16)[1]
+    base, expected = str(api.model), generated(api.model, ASKED, MAX_TOKENS)[1]
     assert ask(client, base) == streamed(client, base) == expected
     with ThreadPoolExecutor(8) as threads:
         assert set(threads.map(lambda _: ask(client, base), range(8))) == {expected}
@@ -61,7 +50,7 @@ def test_a_base_model_and_a_tuned_one_answer_take_turns_survive_a_kill_and_go_wh
     tuned = client.fine_tuning.jobs.retrieve(job["job_id"]).fine_tuned_model
     assert tuned is not None
     merged = Path(job["checkpoints"][-1].removeprefix("file://")) / "merged"
-    assert streamed(client, tuned) == generated(merged, ASKED, 16)[1] != expected
+    assert streamed(client, tuned) == generated(merged, ASKED, MAX_TOKENS)[1] != expected
     assert ask(client, base) == expected  # it had to make room, and comes again
 
     before = {process.pid for process in of_vllm(api)}
