@@ -30,6 +30,7 @@ from benchmarks.report import table, write_section
 from benchmarks.service import machine
 from events import EventLog, SqliteStore, new_event_id, new_job_id
 from events.actors import EventLogClient, blocking, collect_rarely, connect
+from events.codec import encode
 from events.facts import (
     DataReport,
     DataValidated,
@@ -41,7 +42,7 @@ from events.facts import (
     RunStarted,
     StepMetrics,
 )
-from events.store import NewEvent, StreamAppend
+from events.store import Recorded
 from tests.conftest import a_ray_cluster
 
 README = Path(__file__).parent / "README.md"
@@ -167,8 +168,9 @@ def single_appends(file: Path, seconds: float) -> Speed:
         began, cpu = time.perf_counter(), time.process_time()
         while time.perf_counter() < began + seconds:
             start = time.perf_counter()
-            new = NewEvent.of(new_event_id(), measured(len(latencies)))
-            store.append([StreamAppend("ftjob-1", [new])], datetime.now(UTC))
+            number, event = len(latencies), measured(len(latencies))
+            one = Recorded(number + 1, "ftjob-1", number, new_event_id(), datetime.now(UTC), event)
+            store.append([(one, encode(event))])
             latencies.append(time.perf_counter() - start)
         return speed(latencies, len(latencies), time.perf_counter() - began, time.process_time() - cpu)
 
@@ -194,8 +196,9 @@ def opening(file: Path, events: int) -> tuple[float, float, float]:
             for number in range(start, min(start + 5000, events)):
                 nth = number // JOBS
                 event = first[nth] if nth < len(first) else measured(nth)
-                batch.append(StreamAppend(f"ftjob-{number % JOBS}", [NewEvent.of(f"{number:09}", event)]))
-            store.append(batch, datetime.now(UTC))
+                one = Recorded(number + 1, f"ftjob-{number % JOBS}", nth, f"{number:09}", datetime.now(UTC), event)
+                batch.append((one, encode(event)))
+            store.append(batch)
     without = asyncio.run(open_and_close(file, wait_for_snapshot=True))
     return without, asyncio.run(open_and_close(file)), file.stat().st_size / 2**20
 

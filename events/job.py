@@ -3,9 +3,9 @@
 There is no other job state anywhere. `evolve` never raises: whatever was written replays.
 """
 
-import math
 from collections.abc import Iterable
 from datetime import datetime
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
@@ -99,7 +99,7 @@ class Pace(_Part):
 
     def after(self, measured: list[StepMetrics]) -> "Pace":
         """A checkpoint's time counts with the step after it."""
-        at, changes = self.at, dict(self.__dict__)
+        at, changes = self.at, {**self.__dict__}
         for metrics in measured:
             try:
                 end = datetime.fromisoformat(metrics.time)
@@ -114,7 +114,8 @@ class Pace(_Part):
                 changes["first_s"] = changes["first_s"] if changes["steps"] else took
                 changes["steps"] += 1
                 changes["steps_s"] += took
-        return changed(self, {**changes, "at": at})
+        changes["at"] = at
+        return changed(self, changes)
 
     def remaining_s(self, steps: int, evaluations: float) -> float | None:
         """Seconds that so many more will take; None before the first step."""
@@ -222,7 +223,8 @@ def evolve(job: FineTuningJob | None, recorded: Recorded) -> FineTuningJob:
     if job is None:
         job = _begin(recorded)
     changes = {} if job.over else _changes(job, recorded.event, recorded.time)
-    return changed(job, {**changes, "version": recorded.version})
+    changes["version"] = recorded.version
+    return changed(job, changes)
 
 
 def _begin(recorded: Recorded) -> FineTuningJob:
@@ -396,9 +398,10 @@ def _latest(metrics: Metrics | None, steps: list[StepMetrics]) -> Metrics:
     metrics = metrics or Metrics()
     values: dict[str, float | None] = {"first_valid_loss": metrics.first_valid_loss}
     for step in steps:
+        measured = step.__dict__  # half the cost of `getattr` for each
         for name in _MEASURED:
-            if (value := getattr(step, name)) is not None:
-                values[name] = value if math.isfinite(value) else None
+            if (value := measured[name]) is not None:
+                values[name] = value if isfinite(value) else None
         if values["first_valid_loss"] is None:
             values["first_valid_loss"] = values.get("valid_loss")
     return changed(metrics, values)

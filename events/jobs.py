@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from events.decide import Refused, decide
 from events.facts import JobSubmitted
 from events.job import FineTuningJob, evolve
-from events.store import NO_STREAM, ExpectedVersionError, NewEvent, Recorded, StreamAppend
+from events.store import NO_STREAM, ExpectedVersionError, NewEvent, Recorded
 
 REPETITION = timedelta(seconds=60)
 """How long after a submit an identical one may be the same one, sent again."""
@@ -126,13 +126,13 @@ class Jobs:
 
 class Draft:
     """What one commit would write, and the jobs as they would then be. Proposals are decided in order, each seeing the
-    ones before it. Nothing of it is true until the store has written `appends` and `Jobs.adopt` took it over."""
+    ones before it. Nothing of it is true until the store has written `events` and `Jobs.adopt` took it over."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.changed: dict[str, FineTuningJob] = {}
         self.keys: dict[str, str] = {}
         self.digests: dict[str, str] = {}
-        self.appends: list[StreamAppend] = []
+        self.events: list[tuple[Recorded, str]] = []  # as `EventStore.append` takes them
         self.position = jobs.position
         self.time = jobs.time
         self._jobs = jobs
@@ -172,23 +172,23 @@ class Draft:
         """Raises Refused or ExpectedVersionError, and then drafts nothing of it."""
         self._jobs.check(job_id)
         job = self._get(job_id)
-        fresh = [new for new in events if new.event_id not in self._known]
+        fresh = {new.event_id: new for new in events if new.event_id not in self._known}
         actual = NO_STREAM if job is None else job.version
         if fresh and expected_version not in (None, actual):
             raise ExpectedVersionError(job_id, expected_version, actual)
-        accepted: list[NewEvent] = []
-        for new in fresh:
-            if decide(job, new.event):  # type: ignore[arg-type]  # only Event comes in here
+        accepted: list[tuple[Recorded, str]] = []
+        for event_id, event, body in fresh.values():
+            if decide(job, event):  # type: ignore[arg-type]  # only Event comes in here
                 version = NO_STREAM + 1 if job is None else job.version + 1
-                position = self.position + len(accepted) + 1
-                job = evolve(job, Recorded(position, job_id, version, new.event_id, time, new.event))
-                accepted.append(new)
+                recorded = Recorded(self.position + len(accepted) + 1, job_id, version, event_id, time, event)
+                job = evolve(job, recorded)
+                accepted.append((recorded, body))
         if job is None:
             raise Refused("unknown_job", f"no job {ascii(job_id)[1:-1]}")
         if accepted:
             self._put(job, self.position + len(accepted), time)
-            self.appends.append(StreamAppend(job_id, accepted, actual))
-            self._known.update([new.event_id for new in accepted])
+            self.events += accepted
+            self._known.update([recorded.event_id for recorded, _ in accepted])
         return job
 
     def put(self, job: FineTuningJob) -> None:

@@ -13,7 +13,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -50,8 +49,7 @@ class LogUnavailable(Exception):
     ids."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Proposal:
+class _Proposal(NamedTuple):
     """One caller's append, waiting for its commit. `draft` adds it, and returns the job or raises Refused."""
 
     event_ids: list[str]
@@ -266,9 +264,9 @@ class EventLog:
         self._heed(self._jobs)
         time = max(datetime.now(UTC), draft.time or _EPOCH)  # never backwards, whatever the clock does
         outcomes = [_try(proposal, draft, time) for proposal in batch]
-        if draft.appends:
+        if draft.events:
             self._in_doubt = True
-            self._store.append(draft.appends, time)
+            self._store.append(draft.events)
         self._in_doubt = False
         return draft, outcomes
 

@@ -2,10 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from datetime import datetime
 from pathlib import Path
 
-from events.store import Damage, Recorded, StreamAppend, place
+from events.store import NO_STREAM, Damage, Recorded, check_places
 
 
 class MemoryStore:
@@ -21,15 +20,12 @@ class MemoryStore:
     def last_position(self) -> int:
         return len(self._all)
 
-    def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
-        known = self.find([event.event_id for stream in batch for event in stream.events])
-        versions = {stream.job_id: len(self._streams.get(stream.job_id, ())) - 1 for stream in batch}
-        placed, new = place(batch, known, versions, len(self._all), time)
-        for recorded, _body in new:
+    def append(self, batch: Sequence[tuple[Recorded, str]]) -> None:
+        check_places(batch, len(self._all), lambda job_id: len(self._streams.get(job_id, ())) + NO_STREAM)
+        for recorded, _body in batch:
             self._all.append(recorded)
             self._streams[recorded.job_id].append(recorded)
             self._by_id[recorded.event_id] = recorded
-        return placed
 
     def find(self, event_ids: Collection[str]) -> dict[str, Recorded]:
         return {event_id: self._by_id[event_id] for event_id in event_ids if event_id in self._by_id}

@@ -8,6 +8,10 @@ Every event carries a CRC-32 of its columns, which any one flipped bit changes. 
 the last position is kept apart from the events, so that one that vanished is missed. What SQLite forgets of a damaged
 write-ahead log is noticed by `events.wal`, and by what `events.db.lock` says: the last position that was acknowledged.
 That is written without a sync, so after a power cut it may say less than is true, never more.
+
+An append writes at two places, which every job shares: the end of the events and of the ids' index. Where each job's
+events are, `streams` tells up to the last multiple of _STRIDE, and memory from there on: an index of the jobs that each
+commit kept up to date would change a page for every job in it.
 """
 
 import fcntl
@@ -16,9 +20,10 @@ import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing, suppress
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from events.codec import CorruptEventError, decode
@@ -29,39 +34,52 @@ from events.store import (
     Recorded,
     StoreFailedError,
     StoreLockedError,
-    StreamAppend,
-    place,
+    check_places,
 )
 from events.wal import lost_frames
 
-_SCHEMA_VERSION = 2
-_EVENTS = """CREATE TABLE events (
+_SCHEMA_VERSION = 3
+_SCHEMA = {
+    "events": """CREATE TABLE events (
     position INTEGER PRIMARY KEY,
     job_id   TEXT NOT NULL,
     version  INTEGER NOT NULL,
-    event_id TEXT NOT NULL UNIQUE,
+    event_id TEXT NOT NULL,
     time     TEXT NOT NULL,
     event    TEXT NOT NULL,
-    checksum INTEGER NOT NULL,
-    UNIQUE (job_id, version)
-) STRICT"""
-_HEAD = """CREATE TABLE head (
+    checksum INTEGER NOT NULL
+) STRICT""",
+    # It knows whose an event is in another place than the event itself, which may be damaged.
+    "by_event_id": "CREATE INDEX by_event_id ON events (event_id, job_id, version)",
+    "streams": """CREATE TABLE streams (
+    job_id   TEXT NOT NULL,
+    version  INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    PRIMARY KEY (job_id, version)
+) STRICT, WITHOUT ROWID""",
+    "head": """CREATE TABLE head (
     id       INTEGER PRIMARY KEY CHECK (id = 1),
     position INTEGER NOT NULL,
     checksum INTEGER NOT NULL
-) STRICT"""
-_BY_EVENT_ID, _BY_JOB = "sqlite_autoindex_events_1", "sqlite_autoindex_events_2"
+) STRICT""",
+}
 _COLUMNS = "position, job_id, version, event_id, time, event, checksum"
+_ONE = f"SELECT {_COLUMNS} FROM events WHERE position = ?"  # noqa: S608  -- constants of this module
 _INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  -- constants of this module
-# An event that an index does not lead to could be written again, or be missing from its job.
-_UNREACHABLE = f"""
+_STRIDE = 8192
+"""`streams` is brought up to date when this many events are new to it, sorted, so that each of its pages is written
+once for many events. A part of the schema: how far `streams` goes follows from it and the last position."""
+_UNREACHABLE = """
+SELECT position, job_id FROM events AS e WHERE position > ? AND position <= ?
+AND (SELECT position, job_id, version FROM events INDEXED BY by_event_id WHERE event_id = e.event_id)
+    IS NOT (position, job_id, version)
+"""
+_UNLISTED = """
 SELECT position, job_id FROM events AS e WHERE position > ? AND position <= ? AND (
-    (SELECT position FROM events INDEXED BY {_BY_EVENT_ID} WHERE event_id = e.event_id) IS NOT e.position
-    OR (SELECT position FROM events INDEXED BY {_BY_JOB} WHERE job_id = e.job_id AND version = e.version)
-       IS NOT e.position
-    OR e.version > 0
-       AND NOT EXISTS (SELECT 1 FROM events INDEXED BY {_BY_JOB} WHERE job_id = e.job_id AND version = e.version - 1)
-)"""  # noqa: S608  -- constants of this module
+    (SELECT position FROM streams WHERE job_id = e.job_id AND version = e.version) IS NOT e.position
+    OR e.version > 0 AND NOT EXISTS (SELECT 1 FROM streams WHERE job_id = e.job_id AND version = e.version - 1)
+)
+"""
 _WAL_BYTES = 16 << 20
 """The write-ahead log goes into the database file when it has grown beyond this. A page that many commits changed is
 then written once."""
@@ -84,10 +102,15 @@ class SqliteStore:
         self.damage: dict[int, Damage] = {}
         self._copying = threading.Lock()
         self._failed = False
+        self._listed = 0
+        """`streams` has the events up to this position."""
+        self._unlisted: dict[str, dict[int, int]] = {}
+        """Those after it: by job, the position of each version, in order."""
         self._lock = lock(path.with_name(path.name + ".lock"))
         try:
             self._acknowledged = _read_mark(self._lock)
             self._db = self._open()
+            self._read_unlisted()
         except BaseException as error:
             os.close(self._lock)
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:  # Python's own errors have no code
@@ -96,30 +119,46 @@ class SqliteStore:
                 raise StoreFailedError(f"{path} can't be opened: {error}") from error
             raise
 
-    def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
+    def append(self, batch: Sequence[tuple[Recorded, str]]) -> None:
         if self._failed:
             raise StoreFailedError(f"{self._path} has stopped after a failed write")
         try:
-            known = self.find([event.event_id for stream in batch for event in stream.events])
-            versions = self._versions({stream.job_id for stream in batch})
-            placed, new = place(batch, known, versions, self._last, time)
-            if new:
-                moment = time.isoformat()
-                self._write([_row(recorded, moment, body) for recorded, body in new])
+            check_places(batch, self._last, self._last_version)
+            if batch:
+                self._write(batch)
         except sqlite3.Error as error:
             self._failed = True
             raise StoreFailedError(f"{self._path}: {error}") from error
-        return placed
 
-    def _write(self, rows: list[Row]) -> None:
-        last = rows[-1][0]
+    def _write(self, batch: Sequence[tuple[Recorded, str]]) -> None:
+        last = batch[-1][0].position
+        listed = last - last % _STRIDE
         with self._db:  # one transaction: BEGIN, COMMIT (which fsyncs), ROLLBACK on an error
-            self._db.executemany(_INSERT, rows)
+            self._db.executemany(_INSERT, map(_row, batch))
+            if listed > self._listed:
+                self._list(batch, listed)
             self._db.execute("UPDATE head SET position = ?, checksum = ?", (last, _checksum(last)))
         self._last = last
         self._mark(last)
+        if listed > self._listed:
+            self._listed = listed
+            self._unlisted = {
+                job_id: rest
+                for job_id, places in self._unlisted.items()
+                if (rest := {version: position for version, position in places.items() if position > listed})
+            }
+        for recorded, _ in batch:
+            if recorded.position > listed:
+                self._unlisted.setdefault(recorded.job_id, {})[recorded.version] = recorded.position
         if self._wal.stat().st_size > _WAL_BYTES:
             self._empty_wal()
+
+    def _list(self, batch: Sequence[tuple[Recorded, str]], through: int) -> None:
+        """Brings `streams` up to date, in the transaction that writes the batch."""
+        places = [(job_id, *place) for job_id, places in self._unlisted.items() for place in places.items()]
+        places += [(recorded.job_id, recorded.version, recorded.position) for recorded, _ in batch]
+        due = sorted(place for place in places if place[2] <= through)
+        self._db.executemany("INSERT INTO streams (job_id, version, position) VALUES (?, ?, ?)", due)
 
     def find(self, event_ids: Collection[str]) -> dict[str, Recorded]:
         query = f"SELECT {_COLUMNS} FROM events WHERE event_id IN (SELECT value FROM json_each(?))"  # noqa: S608  -- constants
@@ -133,9 +172,15 @@ class SqliteStore:
         return found
 
     def read_stream(self, job_id: str, after_version: int = -1, limit: int = 1000) -> list[Recorded]:
-        query = f"SELECT {_COLUMNS} FROM events WHERE job_id = ? AND version > ? ORDER BY version LIMIT ?"  # noqa: S608  -- constants
+        listed = (
+            "SELECT e.* FROM streams LEFT JOIN events AS e USING (position) "
+            "WHERE streams.job_id = ? AND streams.version > ? ORDER BY streams.version LIMIT ?"
+        )
         try:
-            rows = self._db.execute(query, (job_id, after_version, limit)).fetchall()
+            rows: list[Row | None] = self._db.execute(listed, (job_id, after_version, limit)).fetchall()
+            for version, position in self._unlisted.get(job_id, {}).items():
+                if version > after_version and len(rows) < limit:
+                    rows.append(self._db.execute(_ONE, (position,)).fetchone())
         except sqlite3.Error as error:
             if not _is_damage(error):
                 raise StoreFailedError(f"{self._path}: {error}") from error
@@ -144,7 +189,7 @@ class SqliteStore:
         for version, row in enumerate(rows, max(after_version, NO_STREAM) + 1):
             recorded = _recorded(row)
             if recorded is None or (recorded.job_id, recorded.version) != (job_id, version):
-                raise JobDamagedError(f"event {version} of job {job_id} is damaged or missing (position {row[0]})")
+                raise JobDamagedError(f"event {version} of job {job_id} is damaged or missing")
             history.append(recorded)
         return history
 
@@ -162,17 +207,16 @@ class SqliteStore:
 
     def check(self, after_position: int, limit: int = 500) -> int:
         through = min(after_position + limit, self._last)
-        self._range(after_position, through)
-        unreachable = "an index does not lead to it, or to the one before it in its job"
-        try:
-            rows = self._db.execute(_UNREACHABLE, (after_position, through)).fetchall()
-            found: dict[int, tuple[str, ...]] = {position: (job_id,) for position, job_id in rows}
-        except sqlite3.Error as error:
-            if not _is_damage(error):
-                raise StoreFailedError(f"{self._path}: {error}") from error
-            found = dict(self._unreachable_one_by_one(after_position, through))
-        for position, job_ids in found.items():
-            self.damage.setdefault(position, Damage(position, job_ids, unreachable))
+        history = self._range(after_position, through)
+        listed = min(through, self._listed)
+        unlisted = [recorded for recorded in history if recorded.position > listed and self._is_astray(recorded)]
+        no_id = "the index of the event ids does not lead to it"
+        no_place = "its job does not lead to it, or to the one before it"
+        found = [(position, job_id, no_id) for position, job_id in self._found(_UNREACHABLE, after_position, through)]
+        found += [(position, job_id, no_place) for position, job_id in self._found(_UNLISTED, after_position, listed)]
+        found += [(recorded.position, recorded.job_id, no_place) for recorded in unlisted]
+        for position, job_id, why in found:
+            self.damage.setdefault(position, Damage(position, (job_id,), why))
         return through
 
     def integrity(self) -> list[str]:
@@ -237,6 +281,7 @@ class SqliteStore:
             with self._copying:
                 self._db.close()
                 self._db = self._open()
+            self._read_unlisted()
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise StoreFailedError(f"{self._path}: {error}") from error
         self._failed = False
@@ -285,25 +330,32 @@ class SqliteStore:
             )
 
     def _migrate(self, db: sqlite3.Connection, version: int) -> None:
-        tables = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
-        if tables == {"events": _EVENTS, "head": _HEAD}:
+        schema = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+        if schema == _SCHEMA:
             return
-        if tables and version != 1:
-            raise StoreFailedError(f"{self._path} is damaged, or no event log: its tables are not those of schema 2")
+        if schema and (version not in (1, 2) or "streams" in schema):
+            raise StoreFailedError(f"{self._path} is damaged, or no event log: its tables are not those of schema 3")
         db.create_function("checksum", -1, _checksum, deterministic=True)
         with db:
             db.execute("BEGIN IMMEDIATE")
-            if tables:
-                db.execute("ALTER TABLE events RENAME TO events_1")
-            db.execute(_EVENTS)
-            db.execute(_HEAD)
-            if tables:
+            if schema:
+                db.execute("ALTER TABLE events RENAME TO events_before")
+            for name, sql in _SCHEMA.items():
+                if name != "head" or version < 2:
+                    db.execute(sql)
+            if schema:
                 of_1 = "position, job_id, version, event_id, time, event"
-                db.execute(f"INSERT INTO events SELECT {of_1}, checksum({of_1}) FROM events_1 ORDER BY position")  # noqa: S608  -- a constant
-                db.execute("DROP TABLE events_1")
-            db.execute(
-                "INSERT INTO head SELECT 1, ifnull(max(position), 0), checksum(ifnull(max(position), 0)) FROM events"
-            )
+                columns = f"{of_1}, checksum({of_1})" if version == 1 else _COLUMNS
+                db.execute(f"INSERT INTO events SELECT {columns} FROM events_before ORDER BY position")  # noqa: S608  -- constants
+                db.execute(
+                    "INSERT INTO streams SELECT job_id, version, position FROM events_before "
+                    "WHERE position <= (SELECT max(position) / ? * ? FROM events) ORDER BY job_id, version",
+                    (_STRIDE, _STRIDE),
+                )
+                db.execute("DROP TABLE events_before")
+            if version < 2:
+                last = "ifnull(max(position), 0)"
+                db.execute(f"INSERT INTO head SELECT 1, {last}, checksum({last}) FROM events")  # noqa: S608  -- a constant
             db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
 
     def _read_head(self, db: sqlite3.Connection) -> int:
@@ -344,13 +396,13 @@ class SqliteStore:
         damaged: dict[int, str] = {}
         for position in range(after + 1, through + 1):
             try:
-                row = self._db.execute(f"SELECT {_COLUMNS} FROM events WHERE position = ?", (position,)).fetchone()  # noqa: S608  -- constants
+                row = self._db.execute(_ONE, (position,)).fetchone()
             except sqlite3.Error as error:
                 if not _is_damage(error):
                     raise StoreFailedError(f"{self._path}: {error}") from error
                 damaged[position] = str(error)
                 continue
-            recorded = None if row is None else _recorded(row)
+            recorded = _recorded(row)
             if recorded is None or recorded.position != position:
                 damaged[position] = "it is missing" if row is None else "its checksum is wrong"
             else:
@@ -359,25 +411,57 @@ class SqliteStore:
         return history
 
     def _note(self, damaged: dict[int, str]) -> None:
-        """Whose they were, the index of the jobs knows: it keeps job and position apart from the event."""
-        of = "position IN (SELECT value FROM json_each(?))"
-        query = f"SELECT position, job_id FROM events INDEXED BY {_BY_JOB} WHERE {of}"  # noqa: S608  -- constants
+        """Whose they were, the indexes know: they keep job and position apart from the event."""
         owners: dict[int, tuple[str, ...]] = {}
-        with suppress(sqlite3.Error):
-            for position, job_id in self._db.execute(query, [json.dumps(list(damaged))]):
+        for job_id, _, position in self._places(damaged):
+            if str(job_id) not in owners.get(position, ()):
                 owners[position] = (*owners.get(position, ()), str(job_id))
         for position, why in damaged.items():
             self.damage.setdefault(position, Damage(position, owners.get(position, ()), why))
 
-    def _unreachable_one_by_one(self, after: int, through: int) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """With an index that can't be read in places: which events it does not lead to, and their jobs."""
+    def _places(self, positions: Collection[int]) -> list[tuple[str, int, int]]:
+        """Job, version and position of these events, as each index knows them that can be read."""
+        columns, at = "job_id, version, position", "position IN (SELECT value FROM json_each(?))"
+        places: list[tuple[str, int, int]] = []
+        for index in ("streams", "events INDEXED BY by_event_id"):
+            with suppress(sqlite3.Error):
+                places += self._db.execute(f"SELECT {columns} FROM {index} WHERE {at}", [json.dumps(list(positions))])  # noqa: S608  -- constants
+        return places
+
+    def _read_unlisted(self) -> None:
+        self._listed = self._last - self._last % _STRIDE
+        history = self._range(self._listed, self._last)
+        places = [(recorded.job_id, recorded.version, recorded.position) for recorded in history]
+        if len(places) < self._last - self._listed:
+            damaged = set(range(self._listed + 1, self._last + 1)) - {position for _, _, position in places}
+            places += [place for place in self._places(damaged) if list(map(type, place)) == [str, int, int]]
+        self._unlisted = {}
+        for job_id, version, position in sorted(places):
+            self._unlisted.setdefault(job_id, {})[version] = position
+
+    def _is_astray(self, recorded: Recorded) -> bool:
+        """Whether one beyond `streams` can't be found by its job, or the one before it can't."""
+        places = self._unlisted.get(recorded.job_id, {})
+        if places.get(recorded.version) != recorded.position:
+            return True
+        before = recorded.version - 1
+        return before not in places and before != self._last_listed_version(recorded.job_id)
+
+    def _found(self, query: str, after: int, through: int) -> list[tuple[int, str]]:
+        """Position and job of what _UNREACHABLE or _UNLISTED finds in (after, through]. With an index that can't be
+        read in places, also the events for which it would be needed."""
+        try:
+            return self._db.execute(query, (after, through)).fetchall()
+        except sqlite3.Error as error:
+            if not _is_damage(error):
+                raise StoreFailedError(f"{self._path}: {error}") from error
+        found: list[tuple[int, str]] = []
         for recorded in self._range(after, through):
             try:
-                rows = self._db.execute(_UNREACHABLE, (recorded.position - 1, recorded.position)).fetchall()
+                found += self._db.execute(query, (recorded.position - 1, recorded.position))
             except sqlite3.Error:
-                rows = [()]
-            if rows:
-                yield recorded.position, (recorded.job_id,)
+                found.append((recorded.position, recorded.job_id))
+        return found
 
     def _select(self, query: str, *values: str | int) -> list[Row]:
         try:
@@ -385,11 +469,12 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise StoreFailedError(f"{self._path}: {error}") from error
 
-    def _versions(self, job_ids: Collection[str]) -> dict[str, int]:
-        # For each job a look at the end of its stream: with GROUP BY SQLite would go through all of it.
-        last = "SELECT value, (SELECT max(version) FROM events WHERE job_id = value) FROM json_each(?)"
-        rows = self._db.execute(last, [json.dumps(list(job_ids))])
-        return {job_id: NO_STREAM if version is None else version for job_id, version in rows}
+    def _last_version(self, job_id: str) -> int:
+        places = self._unlisted.get(job_id)
+        return next(reversed(places)) if places else self._last_listed_version(job_id)
+
+    def _last_listed_version(self, job_id: str) -> int:
+        return self._select("SELECT ifnull(max(version), -1) FROM streams WHERE job_id = ?", job_id)[0][0]
 
 
 def lock(path: Path) -> int:
@@ -437,13 +522,22 @@ def _is_damage(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def _row(recorded: Recorded, time: str, body: str) -> Row:
-    columns = recorded.position, recorded.job_id, recorded.version, recorded.event_id, time, body
+@lru_cache(maxsize=1)
+def _text(time: datetime) -> str:
+    """The events of a commit have the same."""
+    return time.isoformat()
+
+
+def _row(new: tuple[Recorded, str]) -> Row:
+    (position, job_id, version, event_id, time, _), body = new
+    columns = position, job_id, version, event_id, _text(time), body
     return *columns, _checksum(*columns)
 
 
-def _recorded(row: Row) -> Recorded | None:
-    """None: this is not what was written."""
+def _recorded(row: Row | None) -> Recorded | None:
+    """None: this is not what was written, or nothing is there."""
+    if row is None:
+        return None
     position, job_id, version, event_id, time, body, checksum = row
     if _checksum(position, job_id, version, event_id, time, body) != checksum:
         return None

@@ -1,19 +1,18 @@
 """The event store: streams of events, one a job, in one global order. `events.memory` and `events.sqlite` keep it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from events.codec import AnyEvent, encode
 
 NO_STREAM = -1
-"""Expected version of a stream that has no event yet."""
+"""Version of a stream that has no event yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
+class Recorded(NamedTuple):
     """An event with its place in history."""
 
     position: int
@@ -27,8 +26,7 @@ class Recorded:
     event: AnyEvent
 
 
-@dataclass(frozen=True, slots=True)
-class NewEvent:
+class NewEvent(NamedTuple):
     """An event to be written, already encoded: one that can't be is refused before it reaches a batch."""
 
     event_id: str
@@ -38,15 +36,6 @@ class NewEvent:
     @classmethod
     def of(cls, event_id: str, event: AnyEvent) -> "NewEvent":
         return cls(event_id, event, encode(event))
-
-
-@dataclass(frozen=True, slots=True)
-class StreamAppend:
-    """Events for one stream. `expected_version`: of its last event, -1 when there is no stream yet, None for any."""
-
-    job_id: str
-    events: Sequence[NewEvent]
-    expected_version: int | None = None
 
 
 class ExpectedVersionError(Exception):
@@ -97,14 +86,13 @@ class EventStore(Protocol):
         """Of the last event; 0 when there is none."""
         ...
 
-    def append(self, batch: Sequence[StreamAppend], time: datetime) -> list[list[Recorded]]:
-        """Writes all of the batch or nothing, durably, and returns where each event stands.
+    def append(self, batch: Sequence[tuple[Recorded, str]]) -> None:
+        """Writes all of the batch, each event with what `encode` made of it, or nothing; durably.
 
-        An event id that was written before (or earlier in the batch) is not written again: the first one's
-        coordinates are returned. Expected versions are checked against the batch so far; a stream append that
-        brings nothing new is not checked.
+        It goes on where the store ends: with the position after `last_position`, and in each stream with the version
+        after the last. That no event id is there already is for the caller to see to (`find`).
 
-        Raises ExpectedVersionError (nothing was written) or StoreFailedError.
+        Raises ValueError when it goes on elsewhere (nothing was written), or StoreFailedError.
         """
         ...
 
@@ -151,27 +139,15 @@ class EventStore(Protocol):
     def close(self) -> None: ...
 
 
-def place(batch: Sequence[StreamAppend], known: dict[str, Recorded], versions: dict[str, int], position: int,
-          time: datetime) -> tuple[list[list[Recorded]], list[tuple[Recorded, str]]]:  # fmt: skip
-    """The rules of `append`, for every store: where each event of the batch goes, and which are new (with their body).
-
-    `known` holds the batch's events that were written before, `versions` the last version of each of its streams,
-    `position` the store's last position. The first two are updated.
-    """
-    placed: list[list[Recorded]] = []
-    new: list[tuple[Recorded, str]] = []
-    for stream in batch:
-        actual = versions.get(stream.job_id, NO_STREAM)
-        brings_news = any(event.event_id not in known for event in stream.events)
-        if brings_news and stream.expected_version not in (None, actual):
-            raise ExpectedVersionError(stream.job_id, stream.expected_version, actual)
-        for event in stream.events:
-            if event.event_id not in known:
-                actual += 1
-                position += 1
-                recorded = Recorded(position, stream.job_id, actual, event.event_id, time, event.event)
-                known[event.event_id] = recorded
-                new.append((recorded, event.body))
-        versions[stream.job_id] = actual
-        placed.append([known[event.event_id] for event in stream.events])
-    return placed, new
+def check_places(batch: Sequence[tuple[Recorded, str]], last: int, last_version: Callable[[str], int]) -> None:
+    """For every store's `append`. Raises ValueError when the batch does not go on where the store ends."""
+    ends: dict[str, int] = {}
+    for position, (recorded, _) in enumerate(batch, last + 1):
+        job_id = recorded.job_id
+        end = ends[job_id] if job_id in ends else last_version(job_id)
+        if recorded.position != position or recorded.version != end + 1:
+            raise ValueError(
+                f"event {recorded.version} of job {job_id} at position {recorded.position} does not follow event {end} "
+                f"of the job and position {position - 1} of the log"
+            )
+        ends[job_id] = recorded.version

@@ -3,13 +3,15 @@
 import resource
 import sqlite3
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from events import EventLog, Recorded, SqliteStore
+from events.codec import AnyEvent, encode
 from events.facts import Event, JobSubmitted
-from events.store import EventStore, NewEvent, StreamAppend
+from events.store import NO_STREAM, EventStore
 from tests.events.facts_of_a_job import ADMITTED, START, SUBMITTED, VALIDATED, measured, started, step
 
 TIME = "2026-11-22T12:00:00Z"
@@ -33,12 +35,25 @@ async def append(log: EventLog, job_id: str, *events: Event, expected: int | Non
     await log.append(job_id, list(events), ids, expected)
 
 
+def add(store: EventStore, new: Iterable[tuple[str, str, AnyEvent]], time: datetime = START) -> list[Recorded]:
+    """Writes each (job, event id, event) behind what is there, all in one append."""
+    ends: dict[str, int] = {}
+    history: list[Recorded] = []
+    for position, (job_id, event_id, event) in enumerate(new, store.last_position() + 1):
+        if job_id not in ends:
+            ends[job_id] = len(store.read_stream(job_id)) + NO_STREAM
+        ends[job_id] += 1
+        history.append(Recorded(position, job_id, ends[job_id], event_id, time, event))
+    store.append([(recorded, encode(recorded.event)) for recorded in history])
+    return history
+
+
 def write(file: Path, jobs: str = "abc") -> None:
     """Five events of each job, in turns: those of `b` are at positions 2, 5, 8, ..."""
     facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1), measured(1, step(1))]
     with closing(SqliteStore(file)) as store:
         for number, fact in enumerate(facts):
-            store.append([StreamAppend(job, [NewEvent.of(f"{job}{number}", fact)]) for job in jobs], START)
+            add(store, [(job, f"{job}{number}", fact) for job in jobs])
 
 
 def change(file: Path, sql: str) -> None:
@@ -62,18 +77,21 @@ def numbered(first: int, count: int) -> list[tuple[str, str]]:
 
 
 def history_of(directory: Path) -> list[Recorded]:
-    """All of it. Positions and versions have no gaps, event ids are all different, every checksum is right."""
+    """All of it. Positions and versions have no gaps, event ids are all different, every checksum is right, and
+    each job leads to its events."""
     with closing(SqliteStore(directory / "events.db")) as store:
         assert store.integrity() == []
         position, history = 0, []
         while page := store.read_all(position, 10_000):
             history += page
+            store.check(position, 10_000)
             position = page[-1].position
-        assert store.damage == {}
+        assert not store.damage, store.damage
+        streams: defaultdict[str, list[Recorded]] = defaultdict(list)
+        for one in history:
+            streams[one.job_id].append(one)
+        assert all(store.read_stream(job_id, limit=len(history)) == stream for job_id, stream in streams.items())
     assert [one.position for one in history] == list(range(1, len(history) + 1))
     assert len({one.event_id for one in history}) == len(history)
-    versions: defaultdict[str, list[int]] = defaultdict(list)
-    for one in history:
-        versions[one.job_id].append(one.version)
-    assert all(of_one == list(range(len(of_one))) for of_one in versions.values())
+    assert all([one.version for one in stream] == list(range(len(stream))) for stream in streams.values())
     return history

@@ -13,9 +13,8 @@ import pytest
 from events import LogUnavailable, Recorded, Refused, SqliteStore, new_event_id
 from events.__main__ import main
 from events.actors import Handles, blocking
-from events.store import NewEvent, StreamAppend
 from tests.events.facts_of_a_job import CANCEL, START, SUBMITTED, VALIDATED
-from tests.events.support import append, change, opened, submit, write
+from tests.events.support import add, append, change, opened, submit, write
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def test_the_log_of_a_running_service_is_asked_through_ray(handles: Handles, tmp
     assert done.returncode == 0, done.stderr
     with closing(SqliteStore(tmp_path / "copy.db")) as copy:
         assert [one.job_id for one in copy.read_all()] == ["a", "a"]
-        copy.append([StreamAppend("b", [NewEvent.of("b", SUBMITTED)])], START)
+        add(copy, [("b", "b", SUBMITTED)])
     exported = events("export")
     assert [json.loads(line)["event"]["type"] for line in exported.stdout.splitlines()] == [
         "JobSubmitted",

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from events import EventLog, Refused, SqliteStore
+from events import EventLog, Refused, SqliteStore, sqlite
 from events.snapshot import take
-from events.store import JobDamagedError, NewEvent, StoreFailedError, StreamAppend
-from tests.events.facts_of_a_job import CANCEL, START, SUBMITTED
-from tests.events.support import append, change, opened, write
+from events.store import JobDamagedError, StoreFailedError
+from tests.events.facts_of_a_job import CANCEL
+from tests.events.support import add, append, change, opened, write
 from tests.waiting import async_eventually
+
+
+@pytest.fixture(autouse=True, params=[sqlite._STRIDE, 4], ids=["by heart", "in streams"])
+def stride(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Where the events of each job are is known by heart, or written down for the first twelve of fifteen."""
+    monkeypatch.setattr(sqlite, "_STRIDE", request.param)
+    return request.param
 
 
 def checked(file: Path) -> dict[int, tuple[str, ...]]:
@@ -66,7 +73,8 @@ def test_a_job_with_an_event_that_is_not_as_it_was_written_is_refused_and_the_ot
 def test_events_that_are_gone_with_every_trace_of_whose_they_were_stop_the_log(tmp_path: Path, position: int) -> None:
     file = tmp_path / "events.db"
     write(file)
-    change(file, f"DELETE FROM events WHERE position = {position}")  # noqa: S608  -- a number
+    for table in ("events", "streams"):
+        change(file, f"DELETE FROM {table} WHERE position = {position}")  # noqa: S608  -- a name and a number
     assert checked(file)[position] == ()
     with closing(SqliteStore(file)) as store, pytest.raises(StoreFailedError, match=f"at position {position} "):
         EventLog(store)
@@ -76,8 +84,7 @@ def test_a_lost_page_takes_the_jobs_with_events_on_it_and_no_others(tmp_path: Pa
     file = tmp_path / "events.db"
     write(file)
     with closing(SqliteStore(file)) as store:
-        late = [NewEvent.of(f"z{number}", fact) for number, fact in enumerate([SUBMITTED, *[CANCEL] * 100])]
-        store.append([StreamAppend("z", late)], START)  # they fill pages of their own
+        add(store, [("z", f"z{number}", CANCEL) for number in range(100)])  # they fill pages of their own
     at = file.read_bytes().rindex(b"z90")
     page = at - at % 4096
     with file.open("r+b") as raw:
@@ -96,6 +103,30 @@ def test_an_event_that_an_index_does_not_lead_to_is_found(tmp_path: Path) -> Non
     found = checked(file)
     assert 8 in found  # those after it are no longer in order
     assert set(found.values()) == {("b",)}
+
+
+@pytest.mark.parametrize(
+    ("sql", "found"),
+    [
+        ("DELETE FROM streams WHERE job_id = 'b' AND version = 3", {11: ("b",), 14: ("b",)}),
+        ("DELETE FROM streams WHERE job_id = 'b' AND version = 2", {8: ("b",), 11: ("b",)}),
+        ("UPDATE streams SET position = 12 WHERE job_id = 'b' AND version = 3", {11: ("b",)}),
+        ("UPDATE streams SET job_id = 'd' WHERE job_id = 'b'", dict.fromkeys((2, 5, 8, 11, 14), ("b",))),
+    ],
+)
+def test_a_job_that_does_not_lead_to_all_of_its_events_is_found(
+    tmp_path: Path, stride: int, sql: str, found: dict[int, tuple[str, ...]]
+) -> None:
+    file = tmp_path / "events.db"
+    write(file)
+    change(file, sql)
+    in_streams = stride == 4
+    assert checked(file) == (found if in_streams else {})
+    with closing(SqliteStore(file)) as store:
+        assert len(store.read_stream("a")) == 5
+        if in_streams:
+            with pytest.raises(JobDamagedError, match="of job b is damaged or missing"):
+                store.read_stream("b")
 
 
 def test_damage_that_a_snapshot_hides_at_the_start_is_found_soon_after(tmp_path: Path) -> None:
@@ -133,7 +164,7 @@ def test_a_damaged_record_of_the_last_position_is_reported_and_the_log_goes_on(t
     change(file, "UPDATE head SET position = 14")
     assert list(checked(file)) == [0]
     with closing(SqliteStore(file)) as store:
-        store.append([StreamAppend("a", [NewEvent.of("a9", CANCEL)])], START)
+        add(store, [("a", "a9", CANCEL)])
         assert store.last_position() == 16
     assert checked(file) == {}
 
@@ -160,14 +191,6 @@ def test_a_file_that_is_no_event_log_is_not_opened(tmp_path: Path) -> None:
         SqliteStore(tmp_path / "other.db")
 
 
-_SCHEMA_1 = """
-CREATE TABLE events (
-    position INTEGER PRIMARY KEY, job_id TEXT NOT NULL, version INTEGER NOT NULL, event_id TEXT NOT NULL UNIQUE,
-    time TEXT NOT NULL, event TEXT NOT NULL, UNIQUE (job_id, version)
-) STRICT
-"""
-
-
 def test_a_log_whose_tables_are_no_longer_described_in_utf_8_is_not_opened(tmp_path: Path) -> None:
     file = tmp_path / "events.db"
     write(file)
@@ -178,18 +201,34 @@ def test_a_log_whose_tables_are_no_longer_described_in_utf_8_is_not_opened(tmp_p
         SqliteStore(file)
 
 
-def test_a_log_from_before_there_were_checksums_gets_them(tmp_path: Path) -> None:
+_SCHEMA_1 = """
+CREATE TABLE events (
+    position INTEGER PRIMARY KEY, job_id TEXT NOT NULL, version INTEGER NOT NULL, event_id TEXT NOT NULL UNIQUE,
+    time TEXT NOT NULL, event TEXT NOT NULL, UNIQUE (job_id, version)
+) STRICT
+"""
+_SCHEMA_2 = _SCHEMA_1.replace("TEXT NOT NULL, UNIQUE", "TEXT NOT NULL, checksum INTEGER NOT NULL, UNIQUE")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_log_of_an_earlier_schema_is_rewritten(tmp_path: Path, version: int) -> None:
+    file = tmp_path / "old.db"
     write(tmp_path / "new.db")
-    with closing(sqlite3.connect(tmp_path / "old.db")) as db, db:
-        db.execute(_SCHEMA_1)
+    with closing(sqlite3.connect(file)) as db, db:
+        db.execute(_SCHEMA_1 if version == 1 else _SCHEMA_2)
         db.execute("ATTACH ? AS new", [str(tmp_path / "new.db")])
-        columns = "position, job_id, version, event_id, time, event"
+        columns = "position, job_id, version, event_id, time, event" + ", checksum" * (version == 2)
         db.execute(f"INSERT INTO main.events SELECT {columns} FROM new.events")  # noqa: S608  -- a constant
-        db.execute("PRAGMA main.user_version=1")
-    with closing(SqliteStore(tmp_path / "old.db")) as old, closing(SqliteStore(tmp_path / "new.db")) as new:
+        if version == 2:
+            db.execute(sqlite._SCHEMA["head"])
+            db.execute("INSERT INTO main.head SELECT * FROM new.head")
+        db.execute(f"PRAGMA main.user_version={version}")
+    with closing(SqliteStore(file)) as old, closing(SqliteStore(tmp_path / "new.db")) as new:
         assert old.read_all() == new.read_all()
+        assert [old.read_stream(job) for job in "abc"] == [new.read_stream(job) for job in "abc"]
         assert old.last_position() == 15
-        old.append([StreamAppend("a", [NewEvent.of("a9", CANCEL)])], START)
-    assert checked(tmp_path / "old.db") == {}
-    change(tmp_path / "old.db", "UPDATE events SET event_id = 'x' WHERE position = 2")
-    assert checked(tmp_path / "old.db") == {2: ("b",)}
+        assert old.integrity() == []
+        add(old, [("a", "a9", CANCEL)])
+    assert checked(file) == {}
+    change(file, "UPDATE events SET event_id = 'x' WHERE position = 2")
+    assert checked(file) == {2: ("b",)}

@@ -14,10 +14,9 @@ from events import EventLog, MemoryStore, Recorded, SqliteStore, evolve, log, sn
 from events.facts import Event
 from events.job import FineTuningJob
 from events.snapshot import restore, take
-from events.store import NewEvent, StreamAppend
 from tests.events.any_event import events
 from tests.events.facts_of_a_job import CANCEL, CANCELLED, RUNNING, START, SUBMITTED, measured, saved, step
-from tests.events.support import append, opened, submit
+from tests.events.support import add, append, opened, submit
 from tests.waiting import WAIT_S, async_eventually
 
 
@@ -27,8 +26,8 @@ def stored(histories: list[list[Event]]) -> tuple[MemoryStore, list[FineTuningJo
     for number in range(max(map(len, histories), default=0)):
         for job_id, history in enumerate(histories):
             if number < len(history):
-                new = NewEvent.of(f"{job_id}:{number}", history[number])
-                [[recorded]] = store.append([StreamAppend(str(job_id), [new])], START + timedelta(seconds=number))
+                new = str(job_id), f"{job_id}:{number}", history[number]
+                [recorded] = add(store, [new], START + timedelta(seconds=number))
                 jobs[job_id] = evolve(jobs.get(job_id), recorded)
     return store, list(jobs.values())
 
@@ -132,7 +131,7 @@ def test_a_snapshot_of_another_log_is_not_used() -> None:
     shorter, _ = stored([[SUBMITTED]])
     with pytest.raises(ValueError, match="another log"):
         restore(kept, shorter)
-    shorter.append([StreamAppend("9", [NewEvent.of("other", SUBMITTED)])], START)
+    add(shorter, [("9", "other", SUBMITTED)])
     with pytest.raises(ValueError, match="another log"):
         restore(kept, shorter)
 

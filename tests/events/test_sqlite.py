@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from events import SqliteStore
-from events.store import NewEvent, StoreFailedError, StoreLockedError, StreamAppend
-from tests.events.facts_of_a_job import START, SUBMITTED
-from tests.events.support import full_disk
+from events.store import StoreFailedError, StoreLockedError
+from tests.events.facts_of_a_job import SUBMITTED
+from tests.events.support import add, full_disk
 
 
 def append(store: SqliteStore, event_id: str) -> None:
-    store.append([StreamAppend(f"job-{event_id}", [NewEvent.of(event_id, SUBMITTED)])], START)
+    add(store, [(f"job-{event_id}", event_id, SUBMITTED)])
 
 
 def event_ids(store: SqliteStore) -> list[str]:

@@ -16,13 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from events import EventLog, LogUnavailable, SqliteStore
+from events import EventLog, LogUnavailable, SqliteStore, sqlite
 from tests.faults.immortal import back_at_once
 
+STRIDE = 512
+"""Who opens its log must have the same: it is a part of the schema."""
 _LENGTH = struct.Struct(">I")
 
 
 async def _serve(directory: Path) -> None:
+    sqlite._STRIDE = STRIDE
     log = EventLog(SqliteStore(directory / "events.db"))
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

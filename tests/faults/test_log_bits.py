@@ -9,20 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from events import Recorded, SqliteStore
+from events import Recorded, SqliteStore, sqlite
 from events.facts import Event
-from events.store import JobDamagedError, NewEvent, StoreFailedError, StreamAppend
-from tests.events.facts_of_a_job import ADMITTED, START, SUBMITTED, VALIDATED, measured, started, step
+from events.store import JobDamagedError, StoreFailedError
+from tests.events.facts_of_a_job import ADMITTED, SUBMITTED, VALIDATED, measured, started, step
+from tests.events.support import add
 
 JOBS = "abcd"
+
+
+@pytest.fixture(autouse=True)
+def stride(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first 64 events of the hundred are in `streams`."""
+    monkeypatch.setattr(sqlite, "_STRIDE", 64)
 
 
 def write(store: SqliteStore) -> None:
     """A hundred events of four jobs, five at a time."""
     facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1), *(measured(1, step(n)) for n in range(21))]
-    new = [(job, NewEvent.of(f"{job}{n:02}", fact)) for n, fact in enumerate(facts) for job in JOBS]
+    new = [(job, f"{job}{n:02}", fact) for n, fact in enumerate(facts) for job in JOBS]
     for start in range(0, len(new), 5):
-        store.append([StreamAppend(job, [event]) for job, event in new[start : start + 5]], START)
+        add(store, new[start : start + 5])
 
 
 def read(store: SqliteStore) -> tuple[list[Recorded], list[str]]:

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import pytest
 
-from events import ExpectedVersionError
+from events import ExpectedVersionError, sqlite
 from events.facts import MetricsRecorded
 from tests.events.facts_of_a_job import BEGUN, SUBMITTED, measured, step
 from tests.events.support import history_of
 from tests.faults.immortal import kept_alive
-from tests.faults.log_server import Client
+from tests.faults.log_server import STRIDE, Client
 from tests.waiting import async_eventually
 
 WRITERS = 64
@@ -26,8 +26,9 @@ CLIENTS, JOBS = 20, 3
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
+def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Of a short name: that of a socket may have a hundred characters."""
+    monkeypatch.setattr(sqlite, "_STRIDE", STRIDE)
     with tempfile.TemporaryDirectory(prefix="tw-", dir="/tmp") as directory:
         yield Path(directory)
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from events import EventLog, FineTuningJob, Refused, SqliteStore, fold, log
+from events import EventLog, FineTuningJob, Refused, SqliteStore, fold, log, sqlite
 from events.facts import Event, JobSucceeded
 from tests.events.facts_of_a_job import (
     ADMITTED,
@@ -151,6 +151,7 @@ def looks(job: FineTuningJob | None) -> Any:
 
 def test_jobs_keep_their_rules_whatever_happens(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "_SNAPSHOT_EVENTS", 3)  # starts from snapshots too
+    monkeypatch.setattr(sqlite, "_STRIDE", 4)
     run_state_machine_as_test(
         Machine,
         settings=settings(

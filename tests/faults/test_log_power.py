@@ -7,37 +7,42 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from events import MemoryStore, Recorded, SqliteStore
+import pytest
+
+from events import MemoryStore, Recorded, SqliteStore, sqlite
 from events.facts import Event
-from events.store import EventStore, NewEvent, StreamAppend
-from tests.events.facts_of_a_job import ADMITTED, CANCEL, START, SUBMITTED, VALIDATED, measured, started, step
+from events.store import EventStore
+from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, measured, started, step
+from tests.events.support import add
 from tests.faults.disk import Disk, Said, Step, needs_strace, record
 
 BATCHES = 24
 SHORT_LOG = 64 << 10  # The write-ahead log is emptied every few batches, so that many crashes fall into that.
+STRIDE = 16  # Of about two hundred events.
 
 
-def batch(number: int) -> list[StreamAppend]:
+def batch(number: int) -> list[tuple[str, str, Event]]:
     """One to twenty events, of three jobs; some of many sectors."""
     chance = random.Random(number)  # noqa: S311  -- no secret
     if number == 0:
         facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1)]
-        return [StreamAppend(job, [NewEvent.of(f"{job}{n}", fact) for n, fact in enumerate(facts)]) for job in "abc"]
+        return [(job, f"{job}{n}", fact) for job in "abc" for n, fact in enumerate(facts)]
     many = chance.choice([1, 1, 5, 20])
     steps = [step(n) for n in range(chance.choice([1, 1, 40]))]
-    return [
-        StreamAppend(chance.choice("abc"), [NewEvent.of(f"{number}:{n}", measured(1, *steps))]) for n in range(many)
-    ]
+    return [(chance.choice("abc"), f"{number}:{n}", measured(1, *steps)) for n in range(many)]
 
 
 def write(store: EventStore) -> Iterator[int]:
     """The last position after each batch."""
     for number in range(BATCHES):
-        yield store.append(batch(number), START)[-1][-1].position
+        yield add(store, batch(number))[-1].position
 
 
 @needs_strace
-def test_power_cuts_lose_nothing_that_was_acknowledged(memory: Path, seed: int, long: bool) -> None:
+def test_power_cuts_lose_nothing_that_was_acknowledged(
+    memory: Path, seed: int, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_STRIDE", STRIDE)
     crashes = 10_000 if long else 150
     steps = recorded(memory)
     expected = MemoryStore()
@@ -74,15 +79,17 @@ def survives(left: Path, acknowledged: int, boundaries: list[int], history: list
         assert last >= acknowledged
         assert last in boundaries
         assert store.read_all(limit=100_000) == history[:last]
+        for job in "abc":
+            assert store.read_stream(job) == [one for one in history[:last] if one.job_id == job]
+        assert store.check(0, last) == last
         assert store.damage == {}
         assert store.integrity() == []
-        store.append([StreamAppend("a", [NewEvent.of("after", CANCEL)])], START)
+        add(store, [("a", "after", CANCEL)])
         assert store.last_position() == last + 1
 
 
 if __name__ == "__main__":
-    from events import sqlite
-
+    sqlite._STRIDE = STRIDE
     sqlite._WAL_BYTES = SHORT_LOG
     for position in write(SqliteStore(Path(sys.argv[1]))):
         sys.stdout.write(f"{position}\n")
