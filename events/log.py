@@ -86,7 +86,8 @@ class EventLog:
         self._committing: asyncio.Task[None] | None = None
         self._in_doubt = False
         self._closing = threading.Event()
-        self._checking = threading.Thread(target=self._check, name="event-log-check", daemon=True)
+        there = (self._jobs.position,)  # what is written from now on, this process wrote
+        self._checking = threading.Thread(target=self._check, args=there, name="event-log-check", daemon=True)
         self._checking.start()
         self._snapshot_if_due()
 
@@ -298,18 +299,18 @@ class EventLog:
             for job_id in damage.job_ids:
                 jobs.damage(job_id, f"event at position {damage.position}: {damage.why}")
 
-    def _check(self) -> None:
-        """Reads the store from beginning to end, in steps between the commits, and heeds what it finds."""
+    def _check(self, through: int) -> None:
+        """Reads the store from its beginning to a position, in steps between the commits, and heeds what it finds."""
 
         def step(position: int) -> int:
             position = self._store.check(position)
             self._heed(self._jobs)
             return position
 
-        position, before = 0, -1
-        while position > before and not self._closing.wait(_CHECK_PAUSE_S):
+        position = 0
+        while position < through and not self._closing.wait(_CHECK_PAUSE_S):
             try:
-                position, before = self._thread.submit(step, position).result(), position
+                position = self._thread.submit(step, position).result()
             except StoreFailedError as error:  # the next start checks again
                 logger.error("the event log could not be checked beyond position %d: %s", position, error)  # noqa: TRY400
                 return

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from events import EventLog, Refused, SqliteStore, sqlite
+from events import EventLog, MemoryStore, Refused, SqliteStore, sqlite
 from events.snapshot import take
 from events.store import JobDamagedError, StoreFailedError
-from tests.events.facts_of_a_job import CANCEL
+from tests.events.facts_of_a_job import CANCEL, SUBMITTED
 from tests.events.support import add, append, change, opened, write
-from tests.waiting import async_eventually
+from tests.waiting import WAIT_S, async_eventually
 
 
 @pytest.fixture(autouse=True, params=[sqlite._STRIDE, 4], ids=["by heart", "in streams"])
@@ -145,6 +145,29 @@ def test_damage_that_a_snapshot_hides_at_the_start_is_found_soon_after(tmp_path:
             with pytest.raises(Refused, match="position 5: its checksum is wrong"):
                 await async_eventually(stops_running, 30, lambda: "the damage is not found")
             assert (await log.job("a")).status == "running"
+
+    asyncio.run(scenario())
+
+
+class Growing(MemoryStore):
+    """There is always more to check, as if others wrote faster than that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked: list[int] = []
+
+    def check(self, after_position: int, limit: int = 500) -> int:
+        self.checked.append(after_position)
+        return after_position + 1
+
+
+def test_a_check_ends_with_what_was_there_at_the_start() -> None:
+    async def scenario() -> None:
+        store = Growing()
+        add(store, [("a", "a0", SUBMITTED), ("a", "a1", CANCEL)])
+        async with opened(store) as log:
+            await async_eventually(lambda: not log._checking.is_alive(), WAIT_S, lambda: f"checks {store.checked}")
+            assert store.checked == [0, 1]
 
     asyncio.run(scenario())
 
