@@ -109,8 +109,7 @@ class SqliteStore:
         self._lock = lock(path.with_name(path.name + ".lock"))
         try:
             self._acknowledged = _read_mark(self._lock)
-            self._db = self._open()
-            self._read_unlisted()
+            self._open()
         except BaseException as error:
             os.close(self._lock)
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:  # Python's own errors have no code
@@ -280,8 +279,7 @@ class SqliteStore:
         try:
             with self._copying:
                 self._db.close()
-                self._db = self._open()
-            self._read_unlisted()
+                self._open()
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise StoreFailedError(f"{self._path}: {error}") from error
         self._failed = False
@@ -292,20 +290,21 @@ class SqliteStore:
             self._db.close()
         os.close(self._lock)
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> None:
         is_new = not self._path.exists()
         # Calls come from one thread at a time, but not always from the thread that opened the file; and see `backup`.
-        db = sqlite3.connect(self._path, timeout=0, check_same_thread=False)  # who opens it may try again
+        self._db = sqlite3.connect(self._path, timeout=0, check_same_thread=False)  # who opens it may try again
         try:
-            self._prepare(db)
+            self._prepare()
+            self._read_unlisted()
         except BaseException:
-            db.close()
+            self._db.close()
             raise
         if is_new:
             _sync(self._path.parent)
-        return db
 
-    def _prepare(self, db: sqlite3.Connection) -> None:
+    def _prepare(self) -> None:
+        db = self._db
         db.execute("PRAGMA locking_mode=EXCLUSIVE")  # before the first access: then no shared memory is ever used
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
@@ -320,16 +319,18 @@ class SqliteStore:
                 f"{self._wal}: {lost}. Acknowledged events are in it and can't be read. Restore a backup, or "
                 f"move that file and {self._path.name}.lock away to go on without them"
             )
-        self._empty_wal(db)
-        self._migrate(db, version)
-        self._last = self._read_head(db)
+        if not self._empty_wal():
+            raise StoreFailedError(f"{self._path}: the write-ahead log could not be checkpointed")
+        self._migrate(version)
+        self._last = self._read_head()
         if self._last < self._acknowledged:
             raise StoreFailedError(
                 f"{self._path}: events up to position {self._acknowledged} were acknowledged, it ends at {self._last}. "
                 f"Restore a backup, or move {self._path.name}.lock away to go on without (also after restoring one)"
             )
 
-    def _migrate(self, db: sqlite3.Connection, version: int) -> None:
+    def _migrate(self, version: int) -> None:
+        db = self._db
         schema = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
         if schema == _SCHEMA:
             return
@@ -358,19 +359,18 @@ class SqliteStore:
                 db.execute(f"INSERT INTO head SELECT 1, {last}, checksum({last}) FROM events")  # noqa: S608  -- a constant
             db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
 
-    def _read_head(self, db: sqlite3.Connection) -> int:
+    def _read_head(self) -> int:
         """The last position. When its record is damaged, that of the last event there is."""
-        head = db.execute("SELECT position, checksum FROM head").fetchone()
+        head = self._db.execute("SELECT position, checksum FROM head").fetchone()
         if head is not None and _checksum(head[0]) == head[1]:
             return int(head[0])
-        (last,) = db.execute("SELECT ifnull(max(position), 0) FROM events").fetchone()
+        (last,) = self._db.execute("SELECT ifnull(max(position), 0) FROM events").fetchone()
         self.damage[0] = Damage(0, (), f"the record of the last position is; events may be missing behind {last}")
         return int(last)
 
-    def _empty_wal(self, db: sqlite3.Connection | None = None) -> None:
-        busy, *_ = (db or self._db).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if busy and db is not None:
-            raise StoreFailedError(f"{self._path}: the write-ahead log could not be checkpointed")
+    def _empty_wal(self) -> bool:
+        busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
 
     def _mark(self, position: int) -> None:
         self._acknowledged = position
