@@ -5,7 +5,7 @@ gets the job over HTTP, and is stopped. Both speeds are those of the steps after
 the metrics file that the service writes. Both compute on all cores but one: the service's processes need a seventh of
 two cores, and where a worker has all of them, each of its threads waits for the one that they interrupt.
 
-    python -m benchmarks.served       about 5 minutes; into benchmarks/training.md
+    python -m benchmarks.served       about 12 minutes; into benchmarks/training.md
 """
 
 import json
@@ -27,7 +27,7 @@ from events.facts import StepMetrics
 from examples.client import Client
 from serve_app.local import LocalService
 
-STEPS, WARMUP, ROUNDS = 24, 4, 3
+STEPS, WARMUP, ROUNDS = 64, 4, 4
 GOAL = 0.99
 CORES = max(1, (os.cpu_count() or 1) - 1)
 
