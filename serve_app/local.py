@@ -32,7 +32,7 @@ import psutil
 import yaml
 from rich.console import Console
 
-from trainers.settings import settings
+from trainers.settings import InvalidSettingsError, settings
 
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
@@ -332,7 +332,12 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(highlight=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops it as Ctrl-C does
-    service = LocalService(settings().storage, http_port=options.port, dashboard_port=options.dashboard_port)
+    try:
+        storage = settings().storage
+    except InvalidSettingsError as error:
+        console.print(f"[red]The settings are wrong:[/red]\n{error}", soft_wrap=True)
+        return 2
+    service = LocalService(storage, http_port=options.port, dashboard_port=options.dashboard_port)
     try:
         with console.status("Starting Ray and the service (about 20 s) ..."):
             service.start()

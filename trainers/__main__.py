@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from trainers.priority import give_way
-from trainers.settings import settings
+from trainers.settings import InvalidSettingsError, settings
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a program that SIGINT ended."""
@@ -39,7 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         return drain(_drain_arguments(arguments[1:]))
     from trainers.submit import submit_and_follow
 
-    return submit_and_follow(_arguments(arguments), settings())
+    config = _arguments(arguments)
+    try:
+        return submit_and_follow(config, settings())
+    except InvalidSettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
 
 
 def _runner_arguments(arguments: list[str]) -> str:

@@ -9,7 +9,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ERROR_FILE = "error.txt"
@@ -171,7 +171,15 @@ class Settings(BaseSettings):
         return values
 
 
+class InvalidSettingsError(Exception):
+    """The environment holds settings that can't be. Says which and why, and not what they are."""
+
+
 @cache
 def settings() -> Settings:
-    """This process's settings, read once."""
-    return Settings()
+    """This process's settings, read once. Raises InvalidSettingsError."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = [f"TUNEWRIGHT_{problem['loc'][0]}".upper() + f": {problem['msg']}" for problem in error.errors()]
+        raise InvalidSettingsError("\n".join(wrong)) from None
