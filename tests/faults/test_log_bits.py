@@ -1,9 +1,13 @@
 """Every bit of a log of 100 events, flipped: found, or without any effect on what is read."""
 
+import multiprocessing
+import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -61,42 +65,55 @@ def outcome(directory: Path, written: list[Recorded]) -> str:
     return "no effect"
 
 
-def chosen(bits: int, sample: int | None, seed: int) -> list[int]:
-    return list(range(bits)) if sample is None else random.Random(seed).sample(range(bits), sample)  # noqa: S311  -- no secret
+def outcomes(left: Path, name: str, bits: Sequence[int], written: list[Recorded]) -> Counter[str]:
+    """Of flipping each of these bits of that file, in what a process left behind."""
+    content = (left / name).read_bytes()
+    seen: Counter[str] = Counter()
+    for bit in bits:
+        with tempfile.TemporaryDirectory(dir=left.parent) as directory:
+            shutil.copytree(left, directory, dirs_exist_ok=True)
+            (Path(directory) / name).write_bytes(flipped(content, bit))
+            seen[outcome(Path(directory), written)] += 1
+    return seen
+
+
+def flip(left: Path, name: str, sample: int | None, seed: int, written: list[Recorded]) -> Counter[str]:
+    """A sample of the bits, or all of them; on all cores."""
+    bits: Sequence[int] = range(8 * (left / name).stat().st_size)
+    if sample is not None:
+        bits = random.Random(seed).sample(bits, sample)  # noqa: S311  -- no secret
+    cores = os.cpu_count() or 1
+    # Forked, so that they have the stride of this process.
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
+        parts = [pool.submit(outcomes, left, name, bits[core::cores], written) for core in range(cores)]
+        seen = sum((part.result() for part in parts), Counter[str]())
+    print(dict(seen))  # noqa: T201
+    assert seen.total() == len(bits)
+    return seen
 
 
 def test_a_flipped_bit_of_the_file_is_found_or_means_nothing(memory: Path, seed: int, long: bool) -> None:
     """What means nothing is room on a page that holds no event: the file may differ there, what is read does not."""
-    with closing(SqliteStore(memory / "events.db")) as store:
+    left = memory / "left"
+    left.mkdir()
+    with closing(SqliteStore(left / "events.db")) as store:
         write(store)
         written, problems = read(store)
     assert (len(written), problems) == (100, [])
-    whole = (memory / "events.db").read_bytes()
-    seen = dict.fromkeys(["reported", "the log does not open", "no effect"], 0)
-    for bit in chosen(len(whole) * 8, None if long else 250, seed):
-        (memory / "events.db").write_bytes(flipped(whole, bit))
-        seen[outcome(memory, written)] += 1
-    print(seen)  # noqa: T201
+    seen = flip(left, "events.db", None if long else 250, seed, written)
     assert seen["reported"] > seen["the log does not open"]
 
 
 def test_a_flipped_bit_of_the_write_ahead_log_is_found_or_means_nothing(memory: Path, seed: int, long: bool) -> None:
     """After a SIGKILL. SQLite alone would forget acknowledged events here, without a word."""
-    alive = memory / "alive"
+    alive, left = memory / "alive", memory / "left"
     alive.mkdir()
     with closing(SqliteStore(alive / "events.db")) as store:
         write(store)
         written, _ = read(store)
-        shutil.copytree(alive, memory / "killed")  # as a process leaves it that does not get to close it
-    wal = (memory / "killed" / "events.db-wal").read_bytes()
-    assert len(wal) > 50_000
-    seen = dict.fromkeys(["reported", "the log does not open", "no effect"], 0)
-    for bit in chosen(len(wal) * 8, None if long else 150, seed):
-        with tempfile.TemporaryDirectory(dir=memory) as directory:
-            shutil.copytree(memory / "killed", directory, dirs_exist_ok=True)
-            (Path(directory) / "events.db-wal").write_bytes(flipped(wal, bit))
-            seen[outcome(Path(directory), written)] += 1
-    print(seen)  # noqa: T201
+        shutil.copytree(alive, left)  # as a process leaves it that does not get to close it
+    assert (left / "events.db-wal").stat().st_size > 50_000
+    seen = flip(left, "events.db-wal", None if long else 150, seed, written)
     assert seen["the log does not open"] > 0
 
 
