@@ -66,7 +66,7 @@ _SCHEMA = {
 _COLUMNS = "position, job_id, version, event_id, time, event, checksum"
 _ONE = f"SELECT {_COLUMNS} FROM events WHERE position = ?"  # noqa: S608  -- constants of this module
 _INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  -- constants of this module
-_STRIDE = 8192
+_STRIDE = 16384
 """`streams` is brought up to date when this many events are new to it, sorted, so that each of its pages is written
 once for many events. A part of the schema: how far `streams` goes follows from it and the last position."""
 _UNREACHABLE = """
