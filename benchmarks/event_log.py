@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "",
             table(["", "durable events/s", "p50", "p99", "CPU per event"], cells),
             f"Opening a log of {arguments.rows:,} events of {JOBS:,} jobs ({size:,.0f} MiB), until it answers: "
-            f"{with_snapshot:.1f} s with a snapshot (goal: under 5 s), {without:.1f} s without one.",
+            f"{with_snapshot:.2f} s with a snapshot (goal: under 5 s), {without:.1f} s without one.",
         ]
     )
     print(text)
