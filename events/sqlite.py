@@ -355,8 +355,10 @@ class SqliteStore:
                 )
                 db.execute("DROP TABLE events_before")
             if version < 2:
-                last = "ifnull(max(position), 0)"
-                db.execute(f"INSERT INTO head SELECT 1, {last}, checksum({last}) FROM events")  # noqa: S608  -- a constant
+                db.execute(
+                    "INSERT INTO head SELECT 1, last, checksum(last) "
+                    "FROM (SELECT ifnull(max(position), 0) AS last FROM events)"
+                )
             db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
 
     def _read_head(self) -> int:

@@ -1,9 +1,7 @@
 """The door: HTTP in front of the event log. `app` is the Ray Serve application."""
 
-from typing import Any
 
-
-def __getattr__(name: str) -> Any:  # noqa: ANN401 -- whatever Serve makes of an application
+def __getattr__(name: str) -> object:
     """`app` is bound when it is asked for: `python -m serve_app.local` has no use for it."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
