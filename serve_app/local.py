@@ -114,7 +114,7 @@ class LocalService:
         command = [sys.executable, "-m", "trainers", "drain", f"--timeout={timeout_s}"]
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, env=self.env, stdin=subprocess.DEVNULL, timeout=timeout_s + 60, check=False)
-        # Not DELETE, which is what `serve shutdown` does: that ends HAProxy at once, with the streams through it.
+        # Not DELETE, which is `serve shutdown`: that ends Serve's controller too, which is asked below.
         with contextlib.suppress(httpx.HTTPError, ServiceError):
             self._dashboard("PUT", "/api/serve/applications/", json=serve_config() | {"applications": []})
             self._wait("the end of the API", lambda: not self._applications())

@@ -43,6 +43,8 @@ from ray.train.v2.api.result import Result
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.annotations import RayDeprecationWarning
 
+from trainers.replacing import replace
+
 logger = logging.getLogger(__name__)
 
 _STATE_TIMEOUT_S = 30.0
@@ -182,12 +184,7 @@ class _NoActor:
         return self
 
 
-def _replace(module: Any, name: str, replacement: object) -> None:  # noqa: ANN401
-    getattr(module, name)  # a Ray that has it no more is to be noticed
-    setattr(module, name, replacement)
-
-
-_replace(LoggingManager, "configure_controller_logger", staticmethod(_log_to_files))
-_replace(state_manager, "TrainStateManager", _StateManager)
-_replace(worker_group, "SynchronizationActor", _NoActor())
-_replace(worker_group_state, "_shutdown_sync_actor", lambda _actor: None)
+replace(LoggingManager, "configure_controller_logger", staticmethod(_log_to_files))
+replace(state_manager, "TrainStateManager", _StateManager)
+replace(worker_group, "SynchronizationActor", _NoActor())
+replace(worker_group_state, "_shutdown_sync_actor", lambda _actor: None)

@@ -108,16 +108,17 @@ def test_a_service_that_is_told_to_end_ends_at_checkpoints_and_goes_on_after_its
         done = sorted(losses(job))  # read once: the job goes on
         assert done == list(range(1, len(done) + 1))
 
-        tail = Tail(after, job_id, after=last["next"])
         workers = workers_of(after, job_id)
-        service._dashboard("PUT", "/api/serve/applications/", json=serve_config() | {"applications": []})
-        last = tail.end()
-        assert (last["logs"], "status" in last) == ([], False)
-        service._dashboard("DELETE", "/api/serve/applications/")  # as `serve shutdown`
-        eventually(lambda: not is_up(service), WAIT_S, lambda: "the API stays")
         assert workers
-        assert all(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
-        service._deploy()
+        nothing = serve_config() | {"applications": []}
+        for method, body in (("PUT", nothing), ("DELETE", None)):  # `serve deploy` of nothing, and `serve shutdown`
+            tail = Tail(after, job_id, after=last["next"])
+            service._dashboard(method, "/api/serve/applications/", json=body)
+            last = tail.end()
+            assert (last["logs"], "status" in last) == ([], False)
+            eventually(lambda: not is_up(service), WAIT_S, lambda: "the API stays")
+            assert all(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+            service._deploy()
         assert after.job(job_id)["attempt"] == 2
         after.cancel(job_id)
         after.until_status(job_id, "cancelled")
