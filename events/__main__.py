@@ -102,7 +102,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     history = list(_with_log(arguments.log, lambda log: list(_history(log, arguments.job_id))))
     job = fold(history)
     if job is None:
-        _say(f"no job {arguments.job_id}")
+        _say(f"no job {arguments.job_id} in {arguments.log or _storage() / 'events.db'}")
         return 1
     sys.stdout.write(json.dumps(job.wire(), indent=2) + "\n")
     sys.stdout.writelines(map(_line, history))
@@ -131,8 +131,12 @@ def _history(log: Source, job_id: str) -> Iterator[Recorded]:
         version = page[-1].version
 
 
+def _storage() -> Path:
+    return Path(os.environ.get("TUNEWRIGHT_STORAGE", "~/.tunewright")).expanduser()
+
+
 def _with_log(file: Path | None, use: Callable[[Source], T]) -> T:
-    storage = Path(os.environ.get("TUNEWRIGHT_STORAGE", "~/.tunewright")).expanduser()
+    storage = _storage()
     try:
         with closing(_opened(file or storage / "events.db")) as store:
             return use(store)

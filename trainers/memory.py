@@ -33,7 +33,8 @@ output head  A chunk of logits and the temporary of its normaliser, both float32
 gradients    T b / n, beside all activations only where micro-batches are accumulated: otherwise they grow as the
              activations shrink, so the largest moment is one of the two ends of the backward pass. At the second an
              embedding's gradient is there once more, dense, before it is added to the head's. Where weights are updated
-             within the backward pass (`Plan.updates_in_backward`), there are those of a tied head and of one matrix.
+             within the backward pass (`Plan.updates_in_backward`), there are those of a tied head and of the matrices
+             that are updated together (`TOGETHER`); in mixed also memory for the largest in fp32, which stays.
 checkpoint   For adapters, beside training: a copy of adapters and moments, the base model's file as it is read, with
              QLoRA what its 4-bit numbers stand for, and the adapted matrices merged, one of them in float32. Where
              there is only the last one, half of that (`REUSED`) finds room in what training has left. Full fine-tuning
@@ -84,6 +85,9 @@ FITS = 0.5
 BUFFERS = 20 << 20  # bytes
 FRAGMENTED = {"full": 0.27, "adapters": 0.38, "nf4": 0.57, "checkpointing": 0.26}
 REUSED = 0.5
+TOGETHER = 2**22
+"""Numbers whose gradients wait for one another where weights are updated within the backward pass: the optimizer takes
+0.1 ms for a call, however little there is to update."""
 
 
 class Memory(BaseModel):
@@ -130,23 +134,22 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     )
     one_layer = positions * (in_hand + (saved if plan.enable_activation_checkpointing else 0))
     accumulates = plan.gradient_accumulation_steps > 1
-    at_once = size.largest_matrix_bytes
-    if arch.tied:  # its gradient waits for the embedding's; then there is a copy of it
-        at_once += head_gradient + arch.vocab_size * arch.hidden_size * size.copy_width
+    at_once = size.together_bytes + (head_gradient if arch.tied else 0)  # which waits for the embedding's
+    in_fp32 = arch.vocab_size * arch.hidden_size * size.copy_width if plan.updates_in_backward else 0
     gathered = size.unit_bytes if size.shards > 1 else 0
     checkpoint = size.checkpoint_bytes()
     between = plan.n_epochs > 1 or plan.save_every_n_steps or plan.run_val_every_n_steps
     beside = 0 if plan.lora is None else checkpoint if between else REUSED * checkpoint
     moments: dict[Moment, dict[str, float]] = {
         "backward": {
-            "gradients": size.gradient_bytes(whole=accumulates) if accumulates else 0,
+            "gradients": size.gradient_bytes(whole=accumulates) if accumulates else in_fp32,
             "activations": kept + one_layer,
             "output_head": d_hidden + max(head + head_gradient + in_float, 2 * head_gradient),
             "checkpoint": beside,
         },
         "update": {
             "gradients": head_gradient
-            + (at_once if plan.updates_in_backward else size.gradient_bytes(whole=accumulates, copied=True)),
+            + (at_once + in_fp32 if plan.updates_in_backward else size.gradient_bytes(whole=accumulates, copied=True)),
             "activations": one_layer,
             "output_head": 0,
             "checkpoint": beside,
@@ -391,11 +394,10 @@ class _Size:
         return max(size, self.trained * self.copy_width / self.shards) if copied else size
 
     @property
-    def largest_matrix_bytes(self) -> int:
-        """Of the blocks."""
-        return (self.width + self.copy_width) * max(
-            linear.rows * linear.columns for linear in self._linears if linear.parts[0].name != "output"
-        )
+    def together_bytes(self) -> int:
+        """Gradients of what of the blocks is updated together within the backward pass."""
+        largest = max(linear.rows * linear.columns for linear in self._linears if linear.parts[0].name != "output")
+        return self.width * min(self.trained, TOGETHER + largest)
 
     @property
     def unit_bytes(self) -> int:

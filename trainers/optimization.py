@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from trainers.components import missing_package, shardable
 from trainers.distributed import like
 from trainers.errors import UserError
+from trainers.memory import TOGETHER
 from trainers.plan import EXTRAS, Plan
 
 WARMUP_SHARE = 0.03
@@ -52,18 +53,33 @@ def build_optimizer(
         kwargs["fused"] = True
     optimizer: torch.optim.Optimizer = getattr(importlib.import_module(module), kind)(parameters, lr=plan.lr, **kwargs)
     if copied is not None:
-        _train_copies(optimizer, dict(zip(parameters, copied, strict=True)))
+        _train_copies(optimizer, dict(zip(parameters, copied, strict=True)), few_at_a_time=plan.updates_in_backward)
     return optimizer
 
 
-def _train_copies(optimizer: torch.optim.Optimizer, copied: Mapping[nn.Parameter, nn.Parameter]) -> None:
+def _train_copies(
+    optimizer: torch.optim.Optimizer, copied: Mapping[nn.Parameter, nn.Parameter], *, few_at_a_time: bool
+) -> None:
+    """`few_at_a_time`: the optimizer is called with few of the gradients, which are then copied into the same memory
+    each time. (The kernel would clear the pages of an embedding's anew in each step, a twentieth of its time.)"""
     (group,) = optimizer.param_groups
+    memory = torch.empty(0)
+
+    def room_for(copies: list[nn.Parameter]) -> Iterable[Tensor]:
+        nonlocal memory
+        if not few_at_a_time:
+            return (torch.empty_like(copy) for copy in copies)
+        numbers = [copy.numel() for copy in copies]
+        if sum(numbers) > memory.numel():
+            memory = copies[0].new_empty(sum(numbers))
+        parts = torch.split_with_sizes(memory[: sum(numbers)], numbers)
+        return (part.view_as(copy) for part, copy in zip(parts, copies, strict=True))
 
     def take_gradients(*_: object) -> None:
-        for copy in group["params"]:
+        copies = [copy for copy in group["params"] if copied[copy].grad is not None]
+        for copy, room in zip(copies, room_for(copies), strict=True):
             weight = copied[copy]
-            if weight.grad is not None:
-                copy.grad, weight.grad = weight.grad.to(copy.dtype), None
+            copy.grad, weight.grad = room.copy_(cast(Tensor, weight.grad)), None
 
     @torch.no_grad()
     def give_values(*_: object) -> None:
@@ -76,31 +92,37 @@ def _train_copies(optimizer: torch.optim.Optimizer, copied: Mapping[nn.Parameter
 
 
 @contextmanager
-def updating_in_backward(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float
-) -> Iterator[None]:
-    """Each parameter is updated as soon as the backward pass within has its gradient, which is multiplied by `factor`
-    before and freed after: the model's gradients never stand in memory together. The numbers are those of a step taken
+def updating_in_backward(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters are updated as soon as the backward pass within has the gradients of `TOGETHER` numbers, or more, and
+    these are freed after: the model's gradients never stand in memory together. The numbers are those of a step taken
     after the backward pass, to the bit.
 
     `parameters` are the model's: what the optimizer updates, or what that is copied from, in the same order.
     """
     (group,) = optimizer.param_groups
     updated = group["params"]
+    waiting: list[tuple[Tensor, nn.Parameter]] = []
 
-    def update(parameter: Tensor, one: nn.Parameter) -> None:
-        group["params"] = [one]
-        assert parameter.grad is not None  # noqa: S101  -- it is what this is called for
-        parameter.grad.mul_(factor)
+    def update() -> None:
+        group["params"] = [one for _, one in waiting]
         optimizer.step()
-        parameter.grad = one.grad = None
+        for parameter, one in waiting:
+            parameter.grad = one.grad = None
+        waiting.clear()
+
+    def has_gradient(parameter: Tensor, one: nn.Parameter) -> None:
+        waiting.append((parameter, one))
+        if sum(parameter.numel() for parameter, _ in waiting) >= TOGETHER:
+            update()
 
     handles = [
-        parameter.register_post_accumulate_grad_hook(partial(update, one=one))  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(partial(has_gradient, one=one))  # type: ignore[no-untyped-call]
         for parameter, one in zip(parameters, updated, strict=True)
     ]
     try:
         yield
+        if waiting:
+            update()
     finally:
         group["params"] = updated
         for handle in handles:

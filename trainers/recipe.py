@@ -209,11 +209,13 @@ def training_step(
     losses = torch.zeros(ranks.world, len(micro_batches), dtype=torch.float64, device=ranks.device)
     measures = torch.zeros(len(model.objective.measures), dtype=torch.float64, device=ranks.device)
     lr = float(optimizer.param_groups[0]["lr"])
+    # From a sum to a mean, before there are gradients: they would be rounded once more. FSDP divides by the ranks.
+    share = (ranks.world if model.sharded else 1) / trained
     for number, batch in enumerate(micro_batches):
         model.reduce_gradients_in_backward(number == len(micro_batches) - 1)
         measured = model(batch.to(ranks.device, model.computed_in))  # summed over the micro-batch
-        with updating_in_backward(optimizer, model.trainable().values(), 1 / trained) if in_backward else nullcontext():
-            measured.loss.backward()
+        with updating_in_backward(optimizer, model.trainable().values()) if in_backward else nullcontext():
+            (measured.loss * share).backward()
         losses[ranks.rank, number] = measured.loss.detach()
         measures += measured.measures
 
@@ -225,10 +227,6 @@ def training_step(
         gradients = model.gradients()
         if not model.sharded:
             ranks.sum_all_(gradients)
-        # From the gradient of a sum to that of a mean; FSDP has divided by the number of ranks already.
-        factor = (ranks.world if model.sharded else 1) / trained
-        # As a tensor in fp32: a number would be rounded to bf16 before it is multiplied with gradients in bf16.
-        torch._foreach_mul_(gradients, torch.full((), factor, device=gradients[0].device))
         if clip_grad_norm is not None:
             grad_norm = clip(gradients, clip_grad_norm, ranks, summed=not model.sharded)
         optimizer.step()

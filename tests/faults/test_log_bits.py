@@ -28,12 +28,12 @@ def stride(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "_STRIDE", 64)
 
 
-def write(store: SqliteStore) -> None:
-    """A hundred events of four jobs, five at a time."""
+def write(store: SqliteStore, at_once: int = 5) -> None:
+    """A hundred events of four jobs, in transactions of `at_once`."""
     facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1), *(measured(1, step(n)) for n in range(21))]
     new = [(job, f"{job}{n:02}", fact) for n, fact in enumerate(facts) for job in JOBS]
-    for start in range(0, len(new), 5):
-        add(store, new[start : start + 5])
+    for start in range(0, len(new), at_once):
+        add(store, new[start : start + at_once])
 
 
 def read(store: SqliteStore) -> tuple[list[Recorded], list[str]]:
@@ -105,11 +105,12 @@ def test_a_flipped_bit_of_the_file_is_found_or_means_nothing(memory: Path, seed:
 
 
 def test_a_flipped_bit_of_the_write_ahead_log_is_found_or_means_nothing(memory: Path, seed: int, long: bool) -> None:
-    """After a SIGKILL. SQLite alone would forget acknowledged events here, without a word."""
+    """After a SIGKILL. SQLite alone would forget acknowledged events here, without a word. (In five transactions: each
+    page that one changes is there once more, so twenty would have four times the bits, and no others.)"""
     alive, left = memory / "alive", memory / "left"
     alive.mkdir()
     with closing(SqliteStore(alive / "events.db")) as store:
-        write(store)
+        write(store, at_once=20)
         written, _ = read(store)
         shutil.copytree(alive, left)  # as a process leaves it that does not get to close it
     assert (left / "events.db-wal").stat().st_size > 50_000

@@ -21,6 +21,7 @@ from tests.trainers.recipe_support import (
     store_in_bf16,
     write_rows,
 )
+from trainers import optimization
 from trainers.distributed import Ranks
 from trainers.errors import CapacityError, UserError
 from trainers.methods import method_of
@@ -123,6 +124,7 @@ def test_activation_checkpointing_changes_no_number(bench: Bench, method: str) -
 def test_updating_within_the_backward_pass_changes_no_number(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, component: str, dtype: str
 ) -> None:
+    monkeypatch.setattr(optimization, "TOGETHER", 2000)  # a few layers of the tiny model
     changes = {"optimizer": ComponentSpec(component=component), "dtype": dtype}
     within = bench.case(method, **changes).run()
     assert make_plan_for(method, **changes).updates_in_backward
@@ -303,18 +305,19 @@ def test_bf16_is_stored_and_trained_as_bf16(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("stored", ["tiny", "tiny_in_bf16"])
-@pytest.mark.parametrize("method", ["full", "qat"])
+@pytest.mark.parametrize(("method", "within"), [("full", 0.05), ("qat", 0.3)])
 def test_mixed_learns_what_fp32_does_where_bf16_loses_its_small_updates(
-    request: pytest.FixtureRequest, data: Path, tmp_path: Path, method: str, stored: str
+    request: pytest.FixtureRequest, data: Path, tmp_path: Path, method: str, within: float, stored: str
 ) -> None:
-    """At a rate so low that updates are less than half a digit of most weights."""
+    """At a rate so low that updates are less than half a digit of most weights. (Where weights are rounded to 4 bits,
+    gradients that differ in their last bits make gains differ by a tenth.)"""
     bench = Bench(request.getfixturevalue(stored), data, tmp_path)
     gains = {}
     for dtype in ("fp32", "mixed", "bf16"):
         losses = bench.losses(method, dtype=dtype, lr=5e-6, n_epochs=6, shuffle=False, lr_scheduler=None)
         gains[dtype] = sum(losses[:11]) - sum(losses[-11:])
-    assert gains["mixed"] == pytest.approx(gains["fp32"], rel=0.2)
-    assert gains["bf16"] < 0.5 * gains["fp32"]
+    assert gains["mixed"] == pytest.approx(gains["fp32"], rel=within)
+    assert gains["bf16"] < 0.1 * gains["fp32"]
 
 
 def test_mixed_begins_with_the_model_as_it_is_stored(tiny_in_bf16: Path) -> None:
