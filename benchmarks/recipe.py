@@ -71,8 +71,8 @@ COMPARISONS = (
     ),
     Comparison("05b-lora", "0.5B LoRA, equal", "05b", "lora", goal=1.4, steps=5, rounds=2, warmup=1),
     Comparison("05b-full", "0.5B full, equal", "05b", "full", goal=1.4, steps=4, rounds=2, warmup=1),
-    Comparison("05b-lora-defaults", "0.5B LoRA, defaults", "05b", "lora", steps=2, rounds=1, **_DEFAULTS),
-    Comparison("05b-full-defaults", "0.5B full, defaults", "05b", "full", steps=2, rounds=1, **_DEFAULTS),
+    Comparison("05b-lora-defaults", "0.5B LoRA, defaults", "05b", "lora", steps=3, rounds=1, **_DEFAULTS),
+    Comparison("05b-full-defaults", "0.5B full, defaults", "05b", "full", steps=4, rounds=1, **_DEFAULTS),
 )  # fmt: skip
 QUICK = ("135m-lora", "135m-full", "135m-lora-2")
 CURVES = (("fp32", OURS), ("fp32", TORCHTUNE), ("mixed", OURS), ("bf16", OURS), ("bf16", TORCHTUNE))

@@ -208,9 +208,11 @@ class FineTuningOptions(_Wire):
     """How to train. Every option has a default."""
 
     n_epochs: int = Field(default=1, ge=1, le=10_000, description="Passes over the training data.")
-    batch_size: int = Field(default=4, ge=1, le=65_536, description="Rows per micro-batch and worker.")
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = optional(
+        "Rows per micro-batch and worker. Default: 8 rows, 4 packs or, with DPO, 4 pairs."
+    )
     lr: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = optional(
-        "Peak learning rate. Default: 2e-5 for full fine-tuning, 3e-4 for LoRA; with DPO 1e-6 and 1e-5.", format="float"
+        "Peak learning rate. Default: 4e-5 for full fine-tuning, 6e-4 for LoRA; with DPO 1e-6 and 1e-5.", format="float"
     )
     gradient_accumulation_steps: int = Field(
         default=1,

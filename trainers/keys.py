@@ -33,12 +33,15 @@ _STEPS = integer(1, 10**9)
 KEYS: tuple[Key, ...] = (
     Key("n_epochs", integer(1, 10_000), "1", "Passes over the training data.", ("epochs",)),
     Key(
-        "batch_size", integer(1, 65_536), "4", "Rows (packs, if `packed`; pairs, with DPO) per micro-batch and worker."
+        "batch_size",
+        integer(1, 65_536),
+        "8 rows; 4 packs, if `packed`; 4 pairs, with DPO",
+        "Rows, packs or pairs per micro-batch and worker.",
     ),
     Key(
         "lr",
         number(0, 10, above=True),
-        "2e-5 full, 3e-4 LoRA; with DPO 1e-6 and 1e-5",
+        "4e-5 full, 6e-4 LoRA; with DPO 1e-6 and 1e-5",
         "Peak learning rate.",
         ("optimizer.lr",),
     ),

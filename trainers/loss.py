@@ -7,8 +7,9 @@ loss *and of the gradients*, and is gone. Nothing is computed twice: the gradien
 target, needs nothing but the logits at hand. (The idea is that of Liger Kernel's fused linear cross-entropy.)
 """
 
+import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ class HeadLoss:
         self.label_smoothing = label_smoothing
         self.chunks = chunks
         self.measure = compiled(_loss_and_gradient) if compiled else _loss_and_gradient
+        self._matrix: Tensor | None = None
+
+    def reading(self, matrix: Tensor) -> Self:
+        """This head with `matrix`, as `look_up` returned it, in the place of a tied one."""
+        head = copy.copy(self)
+        head._matrix = matrix
+        return head
 
     def __call__(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """`hidden` [n, d] and `labels` [n] of the trained positions -> the loss, float32 [], and how many of the labels
@@ -54,7 +62,7 @@ class HeadLoss:
             return cast(tuple[Tensor, Tensor], _fused(hidden, weight, labels, self._rows(hidden), grad, self))
 
         if isinstance(self.output, TiedLinear):
-            return fused(hidden, self.output.tied_module.weight)
+            return fused(hidden, self._tied)
         if isinstance(self.output, Head):
             return cast(tuple[Tensor, Tensor], self.output(hidden, fused))
         return self._through_module(hidden, labels)
@@ -71,7 +79,7 @@ class HeadLoss:
             return cast(Tensor, _fused_each(hidden, weight, labels, self._rows(hidden), self))
 
         if isinstance(self.output, TiedLinear):
-            return fused(hidden, self.output.tied_module.weight)
+            return fused(hidden, self._tied)
         if isinstance(self.output, Head):
             return cast(Tensor, self.output(hidden, fused))
         return -self._each_through_module(hidden, labels)[0]
@@ -92,6 +100,10 @@ class HeadLoss:
         logits = self.output(hidden).float()
         losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
         return losses, _hits(logits.detach(), labels)
+
+    @property
+    def _tied(self) -> Tensor:
+        return cast(TiedLinear, self.output).tied_module.weight if self._matrix is None else self._matrix
 
     def _rows(self, hidden: Tensor) -> int:
         """Of a chunk."""
@@ -224,3 +236,28 @@ class _LinearLogProbabilities(torch.autograd.Function):
 
 
 _fused_each: Callable[..., Any] = _LinearLogProbabilities.apply
+
+
+class _LookUp(torch.autograd.Function):
+    """What `look_up` does."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        ctx.save_for_backward(tokens)
+        return functional.embedding(tokens, matrix), matrix.view_as(matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows: Tensor, d_matrix: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (tokens,) = ctx.saved_tensors
+        return d_matrix.index_put_((tokens,), d_rows, accumulate=True), None
+
+
+def look_up(matrix: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`matrix` [v, d] that is embedding and output head in one, `tokens` [1, s] -> embeddings [1, s, d], and the matrix
+    for the head (`HeadLoss.reading`), which has to be the only one to use that.
+
+    The gradients of the rows that were looked up are added to the head's where it stands. By itself autograd makes a
+    matrix of zeros for them first, and adds one to the other: a twentieth of a step of a small model.
+    """
+    return cast(tuple[Tensor, Tensor], _LookUp.apply(matrix, tokens))  # type: ignore[no-untyped-call]

@@ -134,7 +134,9 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     )
     one_layer = positions * (in_hand + (saved if plan.enable_activation_checkpointing else 0))
     accumulates = plan.gradient_accumulation_steps > 1
-    at_once = size.together_bytes + (head_gradient if arch.tied else 0)  # which waits for the embedding's
+    # The embedding's, a matrix of its own unless it is added to the head's.
+    looked_up = 0 if arch.tied and size.shards == 1 and not accumulates else head_gradient
+    at_once = size.together_bytes + (head_gradient if arch.tied else 0)  # which waits for the rows looked up
     in_fp32 = arch.vocab_size * arch.hidden_size * size.copy_width if plan.updates_in_backward else 0
     gathered = size.unit_bytes if size.shards > 1 else 0
     checkpoint = size.checkpoint_bytes()
@@ -144,11 +146,11 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
         "backward": {
             "gradients": size.gradient_bytes(whole=accumulates) if accumulates else in_fp32,
             "activations": kept + one_layer,
-            "output_head": d_hidden + max(head + head_gradient + in_float, 2 * head_gradient),
+            "output_head": d_hidden + max(head + head_gradient + in_float, head_gradient + looked_up),
             "checkpoint": beside,
         },
         "update": {
-            "gradients": head_gradient
+            "gradients": looked_up
             + (at_once + in_fp32 if plan.updates_in_backward else size.gradient_bytes(whole=accumulates, copied=True)),
             "activations": one_layer,
             "output_head": 0,

@@ -78,7 +78,7 @@ class Plan(_Frozen):
     lora: LoraSpec | None = None
 
     n_epochs: int = 1
-    batch_size: int = 4
+    batch_size: int = 8
     lr: float
     gradient_accumulation_steps: int = 1
     seed: int = 42
@@ -135,9 +135,12 @@ class Plan(_Frozen):
         return self.loss.component == DPO_LOSS
 
 
-_DEFAULT_LR = {"full": 2e-5, "lora": 3e-4}
-_DEFAULT_DPO_LR = {"full": 1e-6, "lora": 1e-5}
+DEFAULT_LR = {"full": 4e-5, "lora": 6e-4}
+"""torchtune's 2e-5 and 3e-4 are for half as many rows; docs/decisions/0022 compares."""
+DEFAULT_DPO_LR = {"full": 1e-6, "lora": 1e-5}
 """TRL's DPOConfig has 1e-6, and its examples take ten times as much for adapters."""
+DEFAULT_ROWS, DEFAULT_GROUPS = 8, 4
+"""Rows in a micro-batch; pairs, of two rows each, or packs."""
 _LORA_FIELDS = {
     "lora_attn_modules": "attn_modules",
     "apply_lora_to_mlp": "mlp",
@@ -176,7 +179,8 @@ def make_plan(config: Config) -> Plan:
     problems += _logger_problems(config)
     if problems:
         raise ConfigProblems(problems)
-    values.setdefault("lr", (_DEFAULT_DPO_LR if pairs else _DEFAULT_LR)[kind])
+    values.setdefault("lr", (DEFAULT_DPO_LR if pairs else DEFAULT_LR)[kind])
+    values.setdefault("batch_size", DEFAULT_GROUPS if pairs or values.get("packed") else DEFAULT_ROWS)
     dora, quantized = (values.pop(key, False) for key in ("use_dora", "quantize_base"))
     method: MethodName = "qat" if components["quantizer"] else "dora" if dora else "qlora" if quantized else kind
     merged_values: dict[str, Any] = values | {name: _component(part) for name, part in components.items()}

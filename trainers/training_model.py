@@ -17,16 +17,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune.training.precision import set_default_dtype
 
 from trainers.collate import Batch
 from trainers.distributed import Ranks, like
-from trainers.loss import HeadLoss
+from trainers.loss import HeadLoss, look_up
 from trainers.memory import FITS
 from trainers.methods import Method
 from trainers.models.architecture import Architecture
-from trainers.models.decoder import build_decoder, causal, init_rope
+from trainers.models.decoder import Embedding, build_decoder, causal, init_rope
 from trainers.objectives import Measured, objective_of
 from trainers.plan import Plan
 from trainers.precision import Device, Dtype, default_dtype
@@ -59,7 +59,7 @@ class TrainingModel(nn.Module):
 
     def forward(self, batch: Batch) -> Measured:
         """The loss summed over what the batch counts (`Batch.n_trained`). 0, with zero gradients, for nothing."""
-        hidden = self.decoder.tok_embeddings(batch.tokens)  # [1, s, d]
+        hidden, head = self._embedded(batch.tokens)  # [1, s, d]
         seen, positions = causal(self.decoder, batch.tokens, batch.layout), batch.layout.positions
         for layer in self.decoder.layers:
             if self.recompute and self.training:
@@ -67,7 +67,16 @@ class TrainingModel(nn.Module):
             else:
                 hidden = layer(hidden, mask=seen, input_pos=positions)
         hidden = self.decoder.norm(hidden.flatten(0, 1)[batch.trained])  # [n, d]
-        return self.objective(self.head, hidden, batch)
+        return self.objective(head, hidden, batch)
+
+    def _embedded(self, tokens: Tensor) -> tuple[Tensor, HeadLoss]:
+        """Embeddings of `tokens` [1, s], and the head that goes with them."""
+        embedding = cast(Embedding, self.decoder.tok_embeddings)
+        tied = isinstance(self.decoder.output, TiedLinear)
+        if self.sharded or not tied or not embedding.weight.requires_grad:
+            return embedding(tokens), self.head
+        rows, matrix = look_up(embedding.weight, tokens)
+        return embedding.scaled(rows), self.head.reading(matrix)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What has gradients, by the decoder's names, in the order of the model."""

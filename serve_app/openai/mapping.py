@@ -22,13 +22,13 @@ from serve_app.openai.objects import (
 from trainers.components import DPO_LOSS
 from trainers.errors import ConfigProblems, Problem
 from trainers.files import PURPOSE
-from trainers.plan import Plan, WandBLog, make_plan
+from trainers.plan import DEFAULT_DPO_LR, DEFAULT_GROUPS, DEFAULT_LR, DEFAULT_ROWS, Plan, WandBLog, make_plan
 
-EPOCHS, BATCH, BETA = 3, 4, 0.1
-"""What `auto` means."""
-LARGEST_MICRO_BATCH = 4
-RATE = {"supervised": 3e-4, "dpo": 1e-5}
-"""A learning_rate_multiplier of 1: the service's own defaults for LoRA."""
+EPOCHS, BETA = 3, 0.1
+BATCH = {"supervised": DEFAULT_ROWS, "dpo": DEFAULT_GROUPS}
+"""What `auto` means. A larger batch is accumulated from micro-batches of at most this."""
+RATE = {"supervised": DEFAULT_LR["lora"], "dpo": DEFAULT_DPO_LR["lora"]}
+"""A learning_rate_multiplier of 1."""
 _STATUS: dict[Status, JobStatus] = {
     "validation": "validating_files",
     "queued": "queued",
@@ -51,8 +51,8 @@ def config_of(asked: OpenAIJobRequest) -> dict[str, Any]:
     """The body that POST /fine_tuning/jobs/submit would get for it. Raises ConfigProblems."""
     kind, chosen = _method(asked)
     beta = getattr(chosen, "beta", "auto")
-    batch = BATCH if chosen.batch_size == "auto" else chosen.batch_size
-    micro = next(size for size in range(LARGEST_MICRO_BATCH, 0, -1) if batch % size == 0)
+    batch = BATCH[kind] if chosen.batch_size == "auto" else chosen.batch_size
+    micro = next(size for size in range(BATCH[kind], 0, -1) if batch % size == 0)
     multiplier = 1.0 if chosen.learning_rate_multiplier == "auto" else chosen.learning_rate_multiplier
     options: dict[str, Any] = {
         "n_epochs": EPOCHS if chosen.n_epochs == "auto" else chosen.n_epochs,

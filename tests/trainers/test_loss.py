@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchtune.modules import TiedLinear
 
-from trainers.loss import HeadLoss
+from trainers.loss import HeadLoss, look_up
 from trainers.models.decoder import Head
 
 ROWS, WIDTH, VOCABULARY = 11, 8, 23
@@ -138,3 +138,21 @@ def test_with_a_vocabulary_of_real_size_the_loss_is_exact_to_a_millionth() -> No
         logits = functional.linear(hidden.double(), matrix.weight.double())
         exact = functional.cross_entropy(logits, labels, reduction="sum")
         assert HeadLoss(matrix, 49_152)(hidden, labels)[0].item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("trained", [ROWS, 0])
+def test_a_tied_matrix_gets_the_gradients_of_the_head_and_of_what_is_looked_up(trained: int, each: bool) -> None:
+    matrix = nn.Embedding(VOCABULARY, WIDTH)
+    tokens = torch.tensor([[3, 1, 3, 0, 5, 3, 7, 8, 9, 1, 2]])
+    labels = torch.arange(trained)
+    hidden = torch.tanh(matrix(tokens))[0, :trained]
+    plain = functional.cross_entropy(functional.linear(hidden, matrix.weight), labels, reduction="sum")
+    (expected,) = torch.autograd.grad(plain, matrix.weight)
+    rows, again = look_up(matrix.weight, tokens)
+    head = HeadLoss(TiedLinear(matrix), VOCABULARY).reading(again)
+    hidden = torch.tanh(rows)[0, :trained]
+    loss = -head.log_probabilities(hidden, labels).sum() if each else head(hidden, labels)[0]
+    torch.testing.assert_close(loss, plain)
+    loss.backward()
+    torch.testing.assert_close(matrix.weight.grad, expected)

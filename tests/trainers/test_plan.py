@@ -27,13 +27,21 @@ def only_problem(extras: dict[str, Any], method: str = "lora") -> Problem:
 
 def test_nothing_but_model_and_data_is_lora_of_rank_8_on_one_worker() -> None:
     plan = make_plan(config())
-    assert (plan.method, plan.lora, plan.lr, plan.workers, plan.max_restarts) == ("lora", LoraSpec(), 3e-4, 1, 3)
+    assert (plan.method, plan.lora, plan.lr, plan.workers, plan.max_restarts) == ("lora", LoraSpec(), 6e-4, 1, 3)
     assert not plan.enable_activation_checkpointing
+
+
+def test_a_micro_batch_is_8_rows_or_4_packs_or_4_pairs() -> None:
+    packed = {"extras": {"packed": True, "max_seq_len": 8}}
+    chosen = [
+        make_plan(config(options)).batch_size for options in ({}, packed, dpo("lora"), {"batch_size": 3} | packed)
+    ]
+    assert chosen == [8, 4, 4, 3]
 
 
 def test_full_fine_tuning_has_its_own_defaults() -> None:
     plan = make_plan(config({"custom_training_options": {"finetuning_type": "full"}}))
-    assert (plan.method, plan.lora, plan.lr) == ("full", None, 2e-5)
+    assert (plan.method, plan.lora, plan.lr) == ("full", None, 4e-5)
     assert plan.enable_activation_checkpointing
     assert plan.memory_efficient_fsdp_wrap
     assert plan.fsdp_cpu_offload
@@ -187,7 +195,7 @@ QAT = "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer"
 def test_torchtunes_keys_choose_the_method(extras: dict[str, Any], kind: str, method: str) -> None:
     plan = make_plan(config({"extras": extras, "custom_training_options": {"finetuning_type": kind}}))
     assert (plan.method, plan.lora is not None) == (method, kind == "lora")
-    assert plan.lr == (3e-4 if kind == "lora" else 2e-5)
+    assert plan.lr == (6e-4 if kind == "lora" else 4e-5)
     assert (plan.quantizer is not None) == (method == "qat")
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 

@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
 from torchtune.modules import (
     FeedForward,
     RMSNorm,
@@ -44,6 +43,20 @@ class Head(nn.Linear):
 def plain_linear(name: str, inputs: int, outputs: int, *, bias: bool) -> nn.Module:
     kind = Head if name == "output" else nn.Linear
     return kind(inputs, outputs, bias=bias)
+
+
+class Embedding(nn.Embedding):
+    """Of tokens; Gemma's are multiplied by the root of their width, in their own type."""
+
+    def __init__(self, vocabulary: int, width: int, *, gemma_style: bool) -> None:
+        super().__init__(vocabulary, width)
+        self._gemma_style = gemma_style
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.scaled(super().forward(tokens))
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        return rows * torch.tensor(self.embedding_dim**0.5, dtype=rows.dtype) if self._gemma_style else rows
 
 
 class FusedRMSNorm(RMSNorm):  # type: ignore[misc]  # torchtune ships no types
@@ -91,7 +104,7 @@ def build_decoder(
     """
     seq_len = max_seq_len or arch.max_seq_len
     ropes = {params: RotaryEmbedding(params, arch.head_dim, seq_len) for params in {arch.rope, arch.local_rope}}
-    tok_embeddings = _embedding(arch)
+    tok_embeddings = Embedding(arch.vocab_size, arch.hidden_size, gemma_style=arch.gemma_style)
     return TransformerDecoder(
         tok_embeddings=tok_embeddings,
         layers=nn.ModuleList(
@@ -119,11 +132,6 @@ def init_rope(model: nn.Module, device: torch.device | str) -> None:
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):
             module.rope_init(device)
-
-
-def _embedding(arch: Architecture) -> nn.Embedding:
-    kind = GemmaNormEmbeddings if arch.gemma_style else nn.Embedding
-    return kind(arch.vocab_size, arch.hidden_size)
 
 
 def _norm(arch: Architecture, width: int) -> nn.Module:

@@ -54,13 +54,13 @@ def saved(step: int) -> CheckpointSaved:
 def test_a_job_is_what_was_asked_for_and_one_on_both_faces(
     client: openai.OpenAI, server: Server, create: Callable[..., Any]
 ) -> None:
-    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 6}}}
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 18}}}
     job = create(method=method, suffix="tickets", seed=7, metadata={"team": "a"})
     assert (job.object, job.status, job.seed, job.model) == ("fine_tuning.job", "validating_files", 7, MODEL)
     assert job.id.startswith("ftjob-")
     assert abs(job.created_at - time.time()) < 60
     assert job.hyperparameters.model_dump(exclude_none=True) == {
-        "batch_size": 6, "learning_rate_multiplier": 1.0, "n_epochs": 2
+        "batch_size": 18, "learning_rate_multiplier": 1.0, "n_epochs": 2
     }  # fmt: skip
     hyperparameters = job.method.supervised.hyperparameters
     assert (hyperparameters.n_epochs, hyperparameters.learning_rate_multiplier) == (2, "auto")
@@ -72,9 +72,9 @@ def test_a_job_is_what_was_asked_for_and_one_on_both_faces(
         "data": job.training_file,
         "fine_tuning_options": {
             "n_epochs": 2,
-            "batch_size": 3,
-            "gradient_accumulation_steps": 2,
-            "lr": 3e-4,
+            "batch_size": 6,
+            "gradient_accumulation_steps": 3,
+            "lr": 6e-4,
             "seed": 7,
             "custom_training_options": {"finetuning_type": "lora"},
         },
