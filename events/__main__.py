@@ -11,7 +11,6 @@ open that file, so it is asked through Ray: the cluster is the one at RAY_ADDRES
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Protocol, TypeVar
 from events.codec import encode
 from events.decide import Refused
 from events.job import fold
+from events.join import join_cluster
 from events.log import LogUnavailable
 from events.sqlite import SqliteStore
 from events.store import Damage, JobDamagedError, Recorded, StoreFailedError, StoreLockedError
@@ -41,15 +41,17 @@ class _Service:
     """The log of a service that runs. Raises LogUnavailable."""
 
     def __init__(self, storage: Path) -> None:
+        try:
+            join_cluster()
+        except ConnectionError as error:
+            raise LogUnavailable(f"{storage}/events.db is in use, and no Ray cluster can be asked: {error}") from error
         import ray
 
         from events.actors import EVENT_LOG, NAMESPACE, blocking, connect
 
         try:
-            if not ray.is_initialized():
-                ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
             ray.get_actor(EVENT_LOG, NAMESPACE)
-        except (ConnectionError, ValueError) as error:
+        except ValueError as error:
             raise LogUnavailable(
                 f"{storage}/events.db is in use, but not by the Ray cluster found: set RAY_ADDRESS ({error})"
             ) from error

@@ -16,6 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
+from events.join import join_cluster
 from trainers.priority import give_way
 from trainers.settings import InvalidSettingsError, settings
 
@@ -34,9 +35,15 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:  # the dispatcher stops it, and records why
             return INTERRUPTED
     if arguments[:1] == ["drain"]:
+        timeout_s = _drain_arguments(arguments[1:])
+        try:
+            join_cluster()
+        except ConnectionError as error:
+            sys.stderr.write(f"tunewright: no Ray cluster can be asked: {error}\n")
+            return 1
         from trainers.drain import drain
 
-        return drain(_drain_arguments(arguments[1:]))
+        return drain(timeout_s)
     from trainers.submit import submit_and_follow
 
     config = _arguments(arguments)

@@ -1,6 +1,5 @@
 """Before a shutdown: running jobs stop at a checkpoint, so that nothing they did is done again after the restart."""
 
-import logging
 import sys
 from typing import Any
 
@@ -14,11 +13,10 @@ ANSWER_S = 15.0
 
 
 def drain(timeout_s: float) -> int:
-    """Drain the service on this Ray cluster; nothing starts for ten minutes then, unless the service is restarted.
+    """Drain the service of the cluster that was joined; nothing starts for ten minutes then, unless it is restarted.
 
     Returns 0 when no job runs any more, 1 when some still do after `timeout_s`: those go on from their last checkpoint.
     """
-    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     try:
         dispatcher: Any = ray.get_actor(NAME, NAMESPACE)
         running: list[str] = ray.get(dispatcher.drain.remote(timeout_s), timeout=timeout_s + ANSWER_S)

@@ -15,6 +15,7 @@ from events.__main__ import main
 from events.actors import Handles, blocking
 from tests.events.facts_of_a_job import CANCEL, START, SUBMITTED, VALIDATED
 from tests.events.support import add, append, change, opened, submit, write
+from tests.ports import free_ports
 
 
 @pytest.fixture
@@ -156,3 +157,16 @@ def test_the_log_of_a_running_service_is_asked_through_ray(handles: Handles, tmp
     ], exported.stderr
     assert '"cancel_requested": true' in events("inspect", "a").stdout
     assert "is locked" in events("verify", str(tmp_path / "events.db")).stderr
+
+
+def test_a_cluster_that_does_not_answer_is_given_up_within_seconds(file: Path) -> None:
+    (port,) = free_ports(1)
+    asked = [sys.executable, "-m", "events", "inspect", "a"]
+    with closing(SqliteStore(file)):
+        done = subprocess.run(
+            asked, env={**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}"}, capture_output=True, text=True, check=False,
+            timeout=30,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"{file} is in use, and no Ray cluster can be asked" in done.stderr
+    assert "set RAY_ADDRESS to that of the service's cluster, as HOST:PORT" in done.stderr

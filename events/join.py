@@ -1,0 +1,31 @@
+"""How a command joins a Ray cluster. `ray` reads what is set here when it is first imported."""
+
+import logging
+import os
+
+_PATIENCE = {
+    "RAY_gcs_server_port_wait_time_s": "1",
+    "RAY_gcs_rpc_server_connect_timeout_s": "2",
+    "RAY_py_gcs_connect_timeout_s": "3",
+}
+"""Where nobody is at an address, Ray tries for ten minutes."""
+
+
+def join_cluster() -> None:
+    """Joins the cluster at RAY_ADDRESS, or the one that this machine has started last.
+
+    Raises ConnectionError, after some seconds, where no cluster answers or the address is none.
+    """
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    from events.actors import NAMESPACE
+
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError) as error:
+        message = f"{str(error).rstrip('.')}; set RAY_ADDRESS to that of the service's cluster, as HOST:PORT"
+        raise ConnectionError(message) from error
