@@ -3,12 +3,14 @@
 import logging
 import os
 
-_PATIENCE = {
+_SETTINGS = {
+    # Despite its name: without it Ray replaces 127.0.0.1, where `make serve` is, by the machine's address.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Where nobody is at an address, Ray tries for ten minutes.
     "RAY_gcs_server_port_wait_time_s": "1",
     "RAY_gcs_rpc_server_connect_timeout_s": "2",
     "RAY_py_gcs_connect_timeout_s": "3",
 }
-"""Where nobody is at an address, Ray tries for ten minutes."""
 
 
 def join_cluster() -> None:
@@ -16,7 +18,7 @@ def join_cluster() -> None:
 
     Raises ConnectionError, after some seconds, where no cluster answers or the address is none.
     """
-    for name, value in _PATIENCE.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
 
