@@ -253,6 +253,9 @@ class _LookUp(torch.autograd.Function):
         return d_matrix.index_put_((tokens,), d_rows, accumulate=True), None
 
 
+_look_up: Callable[..., Any] = _LookUp.apply
+
+
 def look_up(matrix: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """`matrix` [v, d] that is embedding and output head in one, `tokens` [1, s] -> embeddings [1, s, d], and the matrix
     for the head (`HeadLoss.reading`), which has to be the only one to use that.
@@ -260,4 +263,4 @@ def look_up(matrix: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     The gradients of the rows that were looked up are added to the head's where it stands. By itself autograd makes a
     matrix of zeros for them first, and adds one to the other: a twentieth of a step of a small model.
     """
-    return cast(tuple[Tensor, Tensor], _LookUp.apply(matrix, tokens))  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, Tensor], _look_up(matrix, tokens))

@@ -168,6 +168,17 @@ def test_a_client_generated_from_the_contract_works_against_the_whole_service(ap
     assert journey(generate_client(tmp_path), api.service.url, **api.config()) == "cancelled"
 
 
+def test_the_command_line_asks_the_running_service(api: Api) -> None:
+    job_id = api.submit(api.config())
+    told = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "TUNEWRIGHT_STORAGE")
+    ours = {name: api.service.env[name] for name in told if name in api.service.env}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    asked = [sys.executable, "-m", "events", "inspect", job_id]
+    done = subprocess.run(asked, env=others | ours, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    assert done.returncode == 0, done.stderr
+    assert f'"job_id": "{job_id}"' in done.stdout
+
+
 @pytest.mark.parametrize("end", ["success", "stopped"])
 def test_ray_job_submit_runs_one_job_to_its_end(api: Api, tmp_path: Path, end: str) -> None:
     (tmp_path / "rows.jsonl").write_text(api.data.read_text())
