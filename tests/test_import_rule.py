@@ -33,6 +33,7 @@ TRAINING_MODULES = (
     "trainers.methods.method",
     "trainers.methods.qat",
     "trainers.methods.qlora",
+    "trainers.mixed_adam",
     "trainers.models.adapters",
     "trainers.models.attention",
     "trainers.models.chat_model",

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trainers.memory import ROUND_BF16
 
@@ -53,7 +54,8 @@ class Layout(NamedTuple):
 
 class Batch(NamedTuple):
     """One micro-batch. `tokens` [1, s]; `trained` [n] are the positions that carry loss, `labels` [n] the tokens that
-    follow them. `n_tokens`: of the rows as they are, whatever they share.
+    follow them, and `wanted` [m] is `trained` filled up to a round number, to one at least. `n_tokens`: of the rows as
+    they are, whatever they share.
 
     `n_trained` is what the loss is a mean over: trained tokens, or pairs. Of pairs, `reference` [rows] has the
     log-probability of each row's trained tokens under the reference model, chosen and rejected in turn, and `places`
@@ -63,6 +65,7 @@ class Batch(NamedTuple):
     tokens: Tensor
     labels: Tensor
     trained: Tensor
+    wanted: Tensor
     layout: Layout
     n_tokens: int
     n_trained: int
@@ -71,15 +74,18 @@ class Batch(NamedTuple):
     longest: int = 0
 
     def to(self, device: torch.device, computed_in: torch.dtype) -> "Batch":
-        """On `device`, without waiting for the copy, and of a round width where kernels are made for each."""
+        """On `device`, without waiting for the copy, and of round widths where kernels are made for each."""
         rounded_to = ROUND if device.type == "cuda" else ROUND_BF16 if computed_in == torch.bfloat16 else 1
         batch = self.padded(-(-self.tokens.shape[1] // rounded_to) * rounded_to)
+        more = -len(self.trained) % rounded_to if len(self.trained) else rounded_to
+        batch = batch._replace(wanted=functional.pad(self.trained, (0, more)))
         if device.type == "cpu":
             return batch
         return batch._replace(
             tokens=_sent(batch.tokens, device),
             labels=_sent(batch.labels, device),
             trained=_sent(batch.trained, device),
+            wanted=_sent(batch.wanted, device),
             layout=batch.layout._replace(
                 positions=_sent(batch.layout.positions, device), until=_sent(batch.layout.until, device)
             ),
@@ -212,7 +218,7 @@ class _Line:
         until = torch.from_numpy(np.repeat(ends, widths))
         trained = (labels != IGNORED).nonzero()[:, 0]
         layout = Layout(tuple(self.segments), positions[None], until[None])
-        return Batch(tokens[None], labels[trained], trained, layout, n_tokens, len(trained))
+        return Batch(tokens[None], labels[trained], trained, trained, layout, n_tokens, len(trained))
 
 
 def _common(parts: Sequence[np.ndarray]) -> int:

@@ -26,7 +26,8 @@ class HeadLoss:
     """Hidden states in, summed loss out; `output` is the decoder's head.
 
     `softcap`: logits x become c * tanh(x / c) (Gemma 2). `chunks`: how many chunks of rows to make, None: as many as
-    `CHUNK_ELEMENTS` asks for.
+    `CHUNK_ELEMENTS` asks for. `gone_by_next`: the gradient of one call is done with before the next call, and leaves it
+    its memory: that of a new matrix has to be cleared by the kernel, page by page.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class HeadLoss:
         softcap: float | None = None,
         label_smoothing: float = 0.0,
         chunks: int | None = None,
+        gone_by_next: bool = False,
         compiled: Callable[[Any], Any] | None = None,
     ) -> None:
         self.output = output
@@ -46,6 +48,7 @@ class HeadLoss:
         self.chunks = chunks
         self.measure = compiled(_loss_and_gradient) if compiled else _loss_and_gradient
         self._matrix: Tensor | None = None
+        self._rooms: list[Tensor] | None = [] if gone_by_next else None
 
     def reading(self, matrix: Tensor) -> Self:
         """This head with `matrix`, as `look_up` returned it, in the place of a tied one."""
@@ -105,6 +108,16 @@ class HeadLoss:
     def _tied(self) -> Tensor:
         return cast(TiedLinear, self.output).tied_module.weight if self._matrix is None else self._matrix
 
+    def room(self, weight: Tensor, rows: int) -> Tensor:
+        """For the gradient of `weight`, which the products of `rows` rows add up to."""
+        if not rows:
+            return torch.zeros_like(weight)
+        if self._rooms is None:
+            return torch.empty_like(weight)
+        if not self._rooms:
+            self._rooms.append(torch.empty_like(weight))
+        return self._rooms[0].detach()  # a tensor of its own, which autograd keeps as it is
+
     def _rows(self, hidden: Tensor) -> int:
         """Of a chunk."""
         if self.chunks is not None:
@@ -151,6 +164,15 @@ def _loss_and_gradient(
     return losses, gradient
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Adds `left` @ `right` to `total`; `first`: to nothing, whatever stands there. (To add to numbers in bf16 a CPU
+    makes a copy of all of them in fp32.)"""
+    if first:
+        torch.mm(left, right, out=total)
+    else:
+        total.addmm_(left, right)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """sum over rows i of cross_entropy(hidden[i] @ weight.T, labels[i])."""
 
@@ -168,7 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hits = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if for_hidden else None
-        d_weight = torch.zeros_like(weight) if for_weight else None
+        d_weight = head.room(weight, len(hidden)) if for_weight else None
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             logits = functional.linear(hidden[chunk], weight).float()  # [n, v]
@@ -180,7 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if d_hidden is not None:
                     torch.mm(gradient, weight, out=d_hidden[chunk])
                 if d_weight is not None:
-                    d_weight.addmm_(gradient.t(), hidden[chunk])
+                    _add_product(d_weight, gradient.t(), hidden[chunk], first=start == 0)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(hits)
         return total, hits
@@ -222,7 +244,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, d_logps: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         hidden, weight, labels = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_weight = ctx.head.room(weight, len(hidden)) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ctx.rows):
             chunk = slice(start, start + ctx.rows)
             logits = functional.linear(hidden[chunk], weight).float()
@@ -231,7 +253,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[chunk])
             if d_weight is not None:
-                d_weight.addmm_(gradient.t(), hidden[chunk])
+                _add_product(d_weight, gradient.t(), hidden[chunk], first=start == 0)
         return d_hidden, d_weight, None, None, None
 
 

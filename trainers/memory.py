@@ -24,17 +24,19 @@ activations  What autograd keeps of each layer for the backward pass, by positio
                scores instead, a matrix of the segment's positions for each head, and keys and values for every head;
                on a CPU in float32 where segments are short (`SHORT_SEGMENT`);
              - the gated unit keeps the gate, the gate after its activation, and the value it is multiplied with.
+             In the last layer what is behind its attention is there for L positions only.
              With activation checkpointing only each layer's input, d b, and one layer as above while it is computed
              again. Once more comes what one layer's backward pass has in hand at a time: its gradients.
 output head  A chunk of logits and the temporary of its normaliser, both float32 (at most `CHUNK_ELEMENTS`, at most L
              rows, see trainers.loss), the gradient of L hidden states, and where the matrix is trained that of the
-             matrix, which is there twice when the backward pass begins; on CPUs a bf16 one once in float32 while a
-             chunk's share is added to it.
+             matrix, which is there twice when the backward pass begins; on CPUs a bf16 one once in float32 while what
+             is not the first chunk's share is added to it.
 gradients    T b / n, beside all activations only where micro-batches are accumulated: otherwise they grow as the
              activations shrink, so the largest moment is one of the two ends of the backward pass. At the second an
              embedding's gradient is there once more, dense, before it is added to the head's. Where weights are updated
              within the backward pass (`Plan.updates_in_backward`), there are those of a tied head and of the matrices
-             that are updated together (`TOGETHER`); in mixed also memory for the largest in fp32, which stays.
+             that are updated together (`TOGETHER`). In mixed they are there in fp32 as well, of Adam and AdamW only a
+             `PIECE` at a time.
 checkpoint   For adapters, beside training: a copy of adapters and moments, the base model's file as it is read, with
              QLoRA what its 4-bit numbers stand for, and the adapted matrices merged, one of them in float32. Where
              there is only the last one, half of that (`REUSED`) finds room in what training has left. Full fine-tuning
@@ -89,6 +91,10 @@ TOGETHER = 2**22
 """Numbers whose gradients wait for one another where weights are updated within the backward pass: the optimizer takes
 0.1 ms for a call, however little there is to update."""
 
+PIECE = {"cpu": 2**20, "cuda": 2**26}
+"""Numbers that Adam in mixed updates at a time: five tensors of four bytes each find room in a cache of 32 MB. On a GPU
+the calls would cost more than a cache brings."""
+
 
 class Memory(BaseModel):
     """Bytes that the first worker needs at the moment it needs most. The parts add up to the peak."""
@@ -126,25 +132,29 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     saved, in_hand = size.saved_per_position(load), size.in_hand_per_position()
     head = size.head_rows(load) * arch.vocab_size * (16 if size.adapts_head else 8)
     head_gradient = arch.vocab_size * arch.hidden_size * size.width if size.trains_head else 0
-    in_float = 4 * head_gradient / size.width if size.width < 4 and device == "cpu" else 0
+    added_to = size.width < 4 and device == "cpu" and size.head_rows(load) < load.trained
+    in_float = 4 * head_gradient / size.width if added_to else 0
     d_hidden = load.trained * arch.hidden_size * size.width
     positions = size.computed(load.positions)
-    kept = positions * (
-        arch.num_layers * (arch.hidden_size * size.width if plan.enable_activation_checkpointing else saved)
-    )
-    one_layer = positions * (in_hand + (saved if plan.enable_activation_checkpointing else 0))
+    behind = positions * (arch.num_layers - 1) + size.computed(load.trained)
+    if plan.enable_activation_checkpointing:
+        kept = positions * float(arch.num_layers * arch.hidden_size * size.width)
+        one_layer = positions * (in_hand + sum(saved))
+    else:
+        kept = positions * arch.num_layers * saved.leading + behind * saved.behind
+        one_layer = positions * in_hand
     accumulates = plan.gradient_accumulation_steps > 1
     # The embedding's, a matrix of its own unless it is added to the head's.
     looked_up = 0 if arch.tied and size.shards == 1 and not accumulates else head_gradient
     at_once = size.together_bytes + (head_gradient if arch.tied else 0)  # which waits for the rows looked up
-    in_fp32 = arch.vocab_size * arch.hidden_size * size.copy_width if plan.updates_in_backward else 0
+    in_fp32 = arch.vocab_size * arch.hidden_size * size.gradient_copy_width
     gathered = size.unit_bytes if size.shards > 1 else 0
     checkpoint = size.checkpoint_bytes()
     between = plan.n_epochs > 1 or plan.save_every_n_steps or plan.run_val_every_n_steps
     beside = 0 if plan.lora is None else checkpoint if between else REUSED * checkpoint
     moments: dict[Moment, dict[str, float]] = {
         "backward": {
-            "gradients": size.gradient_bytes(whole=accumulates) if accumulates else in_fp32,
+            "gradients": size.gradient_bytes(whole=accumulates) if accumulates else 0,
             "activations": kept + one_layer,
             "output_head": d_hidden + max(head + head_gradient + in_float, head_gradient + looked_up),
             "checkpoint": beside,
@@ -308,6 +318,14 @@ def flops_per_token(plan: Plan, arch: Architecture) -> float:
     return float(passes * size.numbers)
 
 
+class _Saved(NamedTuple):
+    """Bytes that a layer keeps for a position: what leads to its attention, this included, and what is behind it, which
+    in the last layer is there for trained positions only."""
+
+    leading: float
+    behind: float
+
+
 class _Size:
     """Sizes that don't depend on the data, in bytes unless they say otherwise."""
 
@@ -317,6 +335,7 @@ class _Size:
         self.width = 4 if dtype == "fp32" else 2
         self.kept_width = 2 if dtype == "bf16" else 4  # of what the optimizer updates, and of its state
         self.copy_width = 4 if dtype == "mixed" else 0
+        self.gradient_copy_width = 0 if plan.fused_adam else self.copy_width
         self._linears = list(linears(arch))
         of_tensors = {tensor.name: _product(tensor.shape) for tensor in checkpoint_tensors(arch)}
         self.numbers = sum(of_tensors.values())
@@ -393,7 +412,7 @@ class _Size:
         """`whole`: of a sharded model, before they are added up over the ranks. `copied`: or, where that is more, in
         the type of the copies that the optimizer updates."""
         size = self.trained * self.width / (1 if whole else self.shards)
-        return max(size, self.trained * self.copy_width / self.shards) if copied else size
+        return max(size, self.trained * self.gradient_copy_width / self.shards) if copied else size
 
     @property
     def together_bytes(self) -> int:
@@ -422,15 +441,18 @@ class _Size:
         copies = self.trained * self.kept_width + self._quantised * self.width + self.optimizer_bytes * self.shards
         return copies + self.numbers * stored + sum(adapted) * stored + 12 * max(adapted, default=0)
 
-    def saved_per_position(self, load: Load) -> float:
+    def saved_per_position(self, load: Load) -> "_Saved":
         """Of one layer."""
         arch, plan, b = self._arch, self._plan, self.width
         d, f, queries, keys = self._widths
         scales = 2 if plan.lora is None else 1  # tensors that a norm keeps
-        norms = (4 if arch.post_norms else 2) * 4 * (scales * d + 1)
-        if arch.qk_norm:
-            norms += 4 * (scales * (queries + keys) + arch.num_heads + arch.num_kv_heads)
-        return norms + b * self._inputs + 8 * arch.head_dim + self._attention(load) + 3 * f * b
+        norm = 4 * (scales * d + 1)
+        of_heads = 4 * (scales * (queries + keys) + arch.num_heads + arch.num_kv_heads) if arch.qk_norm else 0
+        leading, behind = self._inputs
+        return _Saved(
+            norm + of_heads + b * leading + 8 * arch.head_dim + self._attention(load),
+            norm * (3 if arch.post_norms else 1) + b * behind + 3 * f * b,
+        )
 
     @property
     def _widths(self) -> tuple[int, int, int, int]:
@@ -443,20 +465,23 @@ class _Size:
         )
 
     @property
-    def _inputs(self) -> float:
-        """Numbers that the linear layers of one layer keep for a position, and what adapters keep."""
+    def _inputs(self) -> tuple[float, float]:
+        """Numbers that the linear layers of one layer keep for a position, and what adapters keep: of those that lead
+        to its attention, and of those behind it."""
         of_one = self._linears[: (len(self._linears) - (not self._arch.tied)) // self._arch.num_layers]
         by_input: dict[str, int] = {}
-        own = 0.0
+        own = {True: 0.0, False: 0.0}
         lora = self._plan.lora
         for linear in of_one:
             for part in linear.parts:
                 if lora is None or self._adapted(part):
                     by_input[_shared_input(part)] = linear.columns
                 if lora is not None and self._adapted(part):
-                    own += lora.rank + (part.rows if self._plan.method == "dora" else 0)
-                    own += linear.columns * (1 + 1 / self.width) if lora.dropout else 0
-        return sum(by_input.values()) + own
+                    leads = _shared_input(part) == "qkv"
+                    own[leads] += lora.rank + (part.rows if self._plan.method == "dora" else 0)
+                    own[leads] += linear.columns * (1 + 1 / self.width) if lora.dropout else 0
+        leading = by_input.pop("qkv", 0)
+        return leading + own[True], sum(by_input.values()) + own[False]
 
     def _attention(self, load: Load) -> float:
         arch = self._arch

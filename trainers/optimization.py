@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from trainers.components import missing_package, shardable
 from trainers.distributed import like
 from trainers.errors import UserError
 from trainers.memory import TOGETHER
+from trainers.mixed_adam import MixedAdam, MixedAdamW
 from trainers.plan import EXTRAS, Plan
 
 WARMUP_SHARE = 0.03
@@ -49,37 +50,26 @@ def build_optimizer(
             suggestion="use torch.optim.AdamW, or quantize_base",
         )
     module, _, kind = name.rpartition(".")
-    if kind in ("Adam", "AdamW") and not kwargs.keys() & {"fused", "foreach"}:
+    if plan.fused_adam:
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("fused", "foreach")}
+        if copied is not None:
+            mixed = MixedAdamW if kind == "AdamW" else MixedAdam
+            return mixed(dict(zip(parameters, copied, strict=True)), {"lr": plan.lr, **kwargs})
         kwargs["fused"] = True
     optimizer: torch.optim.Optimizer = getattr(importlib.import_module(module), kind)(parameters, lr=plan.lr, **kwargs)
     if copied is not None:
-        _train_copies(optimizer, dict(zip(parameters, copied, strict=True)), few_at_a_time=plan.updates_in_backward)
+        _train_copies(optimizer, dict(zip(parameters, copied, strict=True)))
     return optimizer
 
 
-def _train_copies(
-    optimizer: torch.optim.Optimizer, copied: Mapping[nn.Parameter, nn.Parameter], *, few_at_a_time: bool
-) -> None:
-    """`few_at_a_time`: the optimizer is called with few of the gradients, which are then copied into the same memory
-    each time. (The kernel would clear the pages of an embedding's anew in each step, a twentieth of its time.)"""
+def _train_copies(optimizer: torch.optim.Optimizer, copied: Mapping[nn.Parameter, nn.Parameter]) -> None:
     (group,) = optimizer.param_groups
-    memory = torch.empty(0)
-
-    def room_for(copies: list[nn.Parameter]) -> Iterable[Tensor]:
-        nonlocal memory
-        if not few_at_a_time:
-            return (torch.empty_like(copy) for copy in copies)
-        numbers = [copy.numel() for copy in copies]
-        if sum(numbers) > memory.numel():
-            memory = copies[0].new_empty(sum(numbers))
-        parts = torch.split_with_sizes(memory[: sum(numbers)], numbers)
-        return (part.view_as(copy) for part, copy in zip(parts, copies, strict=True))
 
     def take_gradients(*_: object) -> None:
-        copies = [copy for copy in group["params"] if copied[copy].grad is not None]
-        for copy, room in zip(copies, room_for(copies), strict=True):
+        for copy in group["params"]:
             weight = copied[copy]
-            copy.grad, weight.grad = room.copy_(cast(Tensor, weight.grad)), None
+            if weight.grad is not None:
+                copy.grad, weight.grad = weight.grad.to(copy.dtype), None
 
     @torch.no_grad()
     def give_values(*_: object) -> None:

@@ -130,6 +130,13 @@ class Plan(_Frozen):
         )
 
     @property
+    def fused_adam(self) -> bool:
+        """Whether the optimizer is torch's Adam or AdamW in one pass over memory: unless the plan asks for another."""
+        kwargs = self.optimizer.kwargs
+        other = kwargs.get("foreach") is not None or kwargs.get("fused") is False
+        return self.optimizer.component in ("torch.optim.Adam", "torch.optim.AdamW") and not other
+
+    @property
     def pairs(self) -> bool:
         """Whether it trains on preferences: each row of data is a pair of dialogs."""
         return self.loss.component == DPO_LOSS

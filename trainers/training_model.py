@@ -1,7 +1,7 @@
 """The model as the recipe trains it: a decoder that computes its own loss, placed on one device or sharded over ranks.
 
-The final norm and the output head see trained positions only. That is exact, and it saves the largest matrix product of
-a step for every token of a prompt.
+The output head, the final norm, and the last layer behind its attention see trained positions only: nobody sees what
+they make of the others. That is exact, and it saves the largest matrix product of a step for every token of a prompt.
 """
 
 import os
@@ -53,6 +53,7 @@ class TrainingModel(nn.Module):
             softcap=arch.final_softcap,
             label_smoothing=self.objective.label_smoothing,
             chunks=plan.loss.kwargs.get("num_output_chunks"),
+            gone_by_next=plan.updates_in_backward,
             compiled=partial(torch.compile, backend=_compile_backend()) if plan.compile else None,
         )
         self.recompute = plan.enable_activation_checkpointing
@@ -62,11 +63,12 @@ class TrainingModel(nn.Module):
         hidden, head = self._embedded(batch.tokens)  # [1, s, d]
         seen, positions = causal(self.decoder, batch.tokens, batch.layout), batch.layout.positions
         for layer in self.decoder.layers:
+            wanted = batch.wanted if layer is self.decoder.layers[-1] else None
             if self.recompute and self.training:
-                hidden = checkpoint(layer, hidden, mask=seen, input_pos=positions, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, mask=seen, input_pos=positions, wanted=wanted, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask=seen, input_pos=positions)
-        hidden = self.decoder.norm(hidden.flatten(0, 1)[batch.trained])  # [n, d]
+                hidden = layer(hidden, mask=seen, input_pos=positions, wanted=wanted)
+        hidden = self.decoder.norm(hidden[0, : len(batch.trained)])  # [n, d]
         return self.objective(head, hidden, batch)
 
     def _embedded(self, tokens: Tensor) -> tuple[Tensor, HeadLoss]:

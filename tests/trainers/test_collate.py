@@ -54,6 +54,14 @@ def test_lines_in_bf16_are_filled_up_to_a_round_width_on_a_cpu() -> None:
     assert rounded.tokens.tolist() == [[5, 6, 8] + [0] * (ROUND_BF16 - 3)]
     assert rounded.layout.until.shape == rounded.layout.positions.shape == (1, ROUND_BF16)
     assert (rounded.n_tokens, rounded.n_trained, rounded.trained.tolist()) == (6, 2, [1, 2])
+    assert rounded.wanted.tolist() == [1, 2] + [0] * (ROUND_BF16 - 2)
+
+
+def test_of_a_line_one_position_at_least_is_wanted() -> None:
+    nothing = collate(ListedRows([[5, 6]], [[True, False]]), [np.array([0])])
+    for dtype, wanted in ((torch.float32, 1), (torch.bfloat16, ROUND_BF16)):
+        batch = nothing.to(torch.device("cpu"), dtype)
+        assert (batch.trained.tolist(), batch.wanted.tolist()) == ([], [0] * wanted)
 
 
 def test_items_are_padded_to_their_width_with_positions_that_see_only_themselves() -> None:

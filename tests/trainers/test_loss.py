@@ -81,6 +81,24 @@ def test_no_trained_position_is_a_loss_of_zero_with_zero_gradients(own_layers: b
     assert [p.grad.abs().sum().item() for p in matrix.parameters() if p.grad is not None] == [0]
 
 
+@pytest.mark.parametrize("each", [False, True])
+def test_the_next_gradient_takes_the_memory_of_the_last_one_where_that_is_gone(each: bool) -> None:
+    hidden, labels = inputs()
+    matrix = Head(WIDTH, VOCABULARY, bias=False)
+    gradients = []
+    for gone in (True, False):
+        head = HeadLoss(matrix, VOCABULARY, chunks=2, gone_by_next=gone)
+        for factor in (1, 3):
+            matrix.weight.grad = None
+            loss = head.log_probabilities(hidden, labels).sum() if each else head(hidden, labels)[0]
+            (factor * loss).backward()
+            gradients.append(matrix.weight.grad)
+    first, second, first_alone, second_alone = gradients
+    assert first.data_ptr() == second.data_ptr() != first_alone.data_ptr() != second_alone.data_ptr()
+    assert torch.equal(second, second_alone)
+    torch.testing.assert_close(3 * first_alone, second_alone)
+
+
 def test_without_gradients_nothing_but_the_loss_is_computed() -> None:
     hidden, labels = inputs()
     head = HeadLoss(Head(WIDTH, VOCABULARY, bias=False), VOCABULARY)

@@ -62,8 +62,9 @@ def built(folder: Path, family: str, custom: dict[str, Any], **extras: Any) -> t
     return plan, arch, model
 
 
-def kept_by(model: TrainingModel) -> int:
-    """Bytes that autograd keeps for the backward pass of one line, apart from parameters and tables."""
+def kept_by(model: TrainingModel, wanted: int | None = None) -> int:
+    """Bytes that autograd keeps for the backward pass of one line, apart from parameters and tables. `wanted`: of how
+    many positions the last layer is to do all; None: of those that are trained."""
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -72,8 +73,11 @@ def kept_by(model: TrainingModel) -> int:
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
+    batch = collate(Rows(), [np.array([row]) for row in range(ROWS)])
+    if wanted is not None:
+        batch = batch._replace(wanted=torch.arange(wanted))
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(collate(Rows(), [np.array([row]) for row in range(ROWS)]))
+        model(batch)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -102,10 +106,13 @@ def test_what_a_layer_keeps_is_what_the_formula_says(
         folder = make_tiny_model(tmp_path / str(layers), family, num_hidden_layers=layers)
         plan, arch, model = built(folder, family, custom, **extras)
         kept.append(kept_by(model))
-    positions = ROWS * (ROW - 1)
-    load = Load(steps=1, items=ROWS, positions=positions, trained=ROWS * ROW // 2, segment=ROW - 1)
-    per_position = (kept[1] - kept[0]) / 2 / positions
-    assert _Size(plan, arch, "cpu", None).saved_per_position(load) == pytest.approx(per_position, rel=0.03)
+    positions, trained = ROWS * (ROW - 1), ROWS * ROW // 2
+    load = Load(steps=1, items=ROWS, positions=positions, trained=trained, segment=ROW - 1)
+    saved = _Size(plan, arch, "cpu", None).saved_per_position(load)
+    assert sum(saved) == pytest.approx((kept[1] - kept[0]) / 2 / positions, rel=0.03)
+    left_out = (kept_by(model, wanted=positions) - kept[1]) / (positions - trained)
+    by_norm = arch.hidden_size * 4 if model.computed_in == torch.float32 else 0  # its input, of which it takes a part
+    assert saved.behind == pytest.approx(left_out - by_norm - torch.int64.itemsize, rel=0.03)
 
 
 @pytest.mark.parametrize(

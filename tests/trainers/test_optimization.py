@@ -1,10 +1,13 @@
 """Learning-rate schedules: what share of the peak rate each step is taken with. And when weights are updated."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.trainers.recipe_support import make_plan_for
 from trainers import optimization
+from trainers.mixed_adam import MixedAdam
 from trainers.optimization import build_optimizer, build_scheduler, updating_in_backward
 from trainers.plan import ComponentSpec, Plan
 
@@ -53,6 +56,13 @@ def test_adam_is_fused_unless_the_plan_says_otherwise() -> None:
     assert build_optimizer(make_plan_for(), parameters).defaults["fused"]
     unfused = make_plan_for(optimizer=ComponentSpec(component="torch.optim.AdamW", kwargs={"foreach": False}))
     assert not build_optimizer(unfused, parameters).defaults["fused"]
+
+
+@pytest.mark.parametrize("asked_for", [{"foreach": None}, {"fused": True}, {"betas": (0.8, 0.9)}])
+def test_adam_in_mixed_precision_is_fused_too(asked_for: dict[str, Any]) -> None:
+    plan = make_plan_for(optimizer=ComponentSpec(component="torch.optim.Adam", kwargs=asked_for))
+    copies, weights = ([torch.nn.Parameter(torch.zeros(1, dtype=dtype))] for dtype in (torch.float32, torch.bfloat16))
+    assert type(build_optimizer(plan, copies, weights)) is MixedAdam
 
 
 def test_within_the_backward_pass_few_gradients_are_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,9 +81,14 @@ class Attention(nn.Module):
         return self._rules if self.training else self._rules._replace(dropout=0.0)
 
     def forward(
-        self, x: Tensor, _: Tensor | None = None, *, mask: Attend | None = None, input_pos: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Attend | None = None,
+        input_pos: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """[b, s, d] -> [b, s, d]. The names of the arguments are those that torchtune's layers call.
+        """[b, s, d] -> [b, s, d], or of the positions `wanted` [n] only, [b, n, d].
 
         `mask` says what the positions see; it is made once for all layers (`decoder.causal`). None: all that precedes
         them, worked out here. `input_pos` [b, s] holds positions within a document; None: 0, 1, 2, ...
@@ -94,7 +99,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.pos_embeddings(q, input_pos=input_pos), self.pos_embeddings(k, input_pos=input_pos)
         seen = mask if mask is not None else Causal(s, {self.rules}, x.device)
-        output: Tensor = self.output_proj(seen(q, k, v, self.rules).flatten(2))
+        attended = seen(q, k, v, self.rules).flatten(2)
+        output: Tensor = self.output_proj(attended if wanted is None else attended.index_select(1, wanted))
         return output
 
 

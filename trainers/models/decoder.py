@@ -21,7 +21,7 @@ from torchtune.modules import (
 
 from trainers.collate import Layout
 from trainers.models.architecture import Architecture
-from trainers.models.attention import Attention, Causal
+from trainers.models.attention import Attend, Attention, Causal
 from trainers.models.rope import RotaryEmbedding
 
 
@@ -93,6 +93,26 @@ class CappedTiedLinear(TiedLinear):  # type: ignore[misc]  # torchtune ships no 
         return self.softcap * torch.tanh(logits / self.softcap)
 
 
+class Layer(TransformerSelfAttentionLayer):  # type: ignore[misc]  # torchtune ships no types
+    """torchtune's, which leaves out what nobody wants."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Attend | None = None,
+        input_pos: Tensor | None = None,
+        wanted: Tensor | None = None,
+        **_: None,  # of encoders, from torchtune's decoder
+    ) -> Tensor:
+        """[b, s, d] -> [b, s, d], or of the positions `wanted` [n] only, [b, n, d]. `mask` and `input_pos` as in
+        `Attention`."""
+        attended = self.attn(self.sa_norm(x), mask=mask, input_pos=input_pos, wanted=wanted)
+        hidden: Tensor = self.sa_scale(attended) + (x if wanted is None else x.index_select(1, wanted))
+        output: Tensor = hidden + self.mlp_scale(self.mlp(self.mlp_norm(hidden)))
+        return output
+
+
 def build_decoder(
     arch: Architecture, *, linear: MakeLinear = plain_linear, max_seq_len: int | None = None
 ) -> TransformerDecoder:
@@ -146,10 +166,8 @@ def _head(arch: Architecture, tok_embeddings: nn.Embedding, linear: MakeLinear) 
     return linear("output", arch.hidden_size, arch.vocab_size, bias=False)
 
 
-def _layer(
-    arch: Architecture, window: int | None, rope: RotaryEmbedding, linear: MakeLinear
-) -> TransformerSelfAttentionLayer:
-    return TransformerSelfAttentionLayer(
+def _layer(arch: Architecture, window: int | None, rope: RotaryEmbedding, linear: MakeLinear) -> Layer:
+    return Layer(
         attn=_attention(arch, window, rope, linear),
         mlp=_feed_forward(arch, linear),
         sa_norm=_norm(arch, arch.hidden_size),

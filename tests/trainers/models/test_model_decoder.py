@@ -121,6 +121,20 @@ def test_rows_of_a_line_compute_what_each_computes_alone(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_of_the_positions_that_are_wanted_a_layer_makes_what_it_does_of_all(
+    family: str, tmp_path: Path, build_model: BuildModel
+) -> None:
+    layer = build_model(make_tiny_model(tmp_path, family)).layers[-1]
+    wanted = torch.tensor([3, 17, 18, 39, 0, 0])
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    outputs = [layer(x, wanted=wanted), layer(x)[:, wanted]]
+    torch.testing.assert_close(*outputs)
+    inputs = [x, *layer.parameters()]
+    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_computes_in_bfloat16(family: str, tmp_path: Path, build_model: BuildModel) -> None:
     exact = build_model(make_tiny_model(tmp_path, family))
     rough = build_model(tmp_path).to(torch.bfloat16)
