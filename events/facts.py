@@ -120,10 +120,19 @@ class Origin(_Value):
     checkpoint: str = Field(description="Its URI.", json_schema_extra={"format": "uri"})
 
 
+class Defaults(_Value):
+    """What holds in a job for settings that a request may leave open, and for which a later version of Tunewright may
+    choose something else. A job goes on as it began, whatever version resumes it."""
+
+    batch_size: int = Field(ge=1)
+    lr: float
+
+
 class JobSubmitted(Fact):
     type: Literal["JobSubmitted"] = "JobSubmitted"
     config: dict[str, Any] = Field(description="The Config exactly as the user sent it.")
     resources: Resources
+    defaults: Defaults | None = Field(default=None, description="Absent in jobs from before this was recorded.")
     max_restarts: int = Field(ge=0, description="How often the run may be started again after an interruption.")
     submission_id: str = Field(
         description="Id of the Ray Job that runs it: the job id, unless the user made the Ray Job."

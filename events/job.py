@@ -21,6 +21,7 @@ from events.facts import (
     DataRejected,
     DataReport,
     DataValidated,
+    Defaults,
     JobAdmitted,
     JobCancelled,
     JobError,
@@ -185,6 +186,7 @@ class FineTuningJob(BaseModel):
     idempotency_key: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     request_digest: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     openai: SkipJsonSchema[dict[str, Any] | None] = Field(default=None, exclude=True)
+    defaults: SkipJsonSchema[Defaults | None] = Field(default=None, exclude=True)
     device: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     pace: SkipJsonSchema[Pace | None] = Field(default=None, exclude=True)
     saved: SkipJsonSchema[_Saved] = Field(default=_Saved(), exclude=True)
@@ -245,6 +247,7 @@ def _begin(recorded: Recorded) -> FineTuningJob:
         request_digest=event.request_digest,
         resubmitted_from=event.resubmitted_from,
         openai=event.openai,
+        defaults=event.defaults,
     )
 
 

@@ -19,14 +19,12 @@ import json
 import os
 import sqlite3
 import threading
-import zlib
 from collections.abc import Collection, Sequence
 from contextlib import closing, suppress
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 
-from events.codec import CorruptEventError, decode
+from events.sqlite_rows import COLUMNS, Row, checksum_of, recorded_of, row_of
+from events.sqlite_schema import VERSION, migrate
 from events.store import (
     NO_STREAM,
     Damage,
@@ -38,34 +36,8 @@ from events.store import (
 )
 from events.wal import lost_frames
 
-_SCHEMA_VERSION = 3
-_SCHEMA = {
-    "events": """CREATE TABLE events (
-    position INTEGER PRIMARY KEY,
-    job_id   TEXT NOT NULL,
-    version  INTEGER NOT NULL,
-    event_id TEXT NOT NULL,
-    time     TEXT NOT NULL,
-    event    TEXT NOT NULL,
-    checksum INTEGER NOT NULL
-) STRICT""",
-    # It knows whose an event is in another place than the event itself, which may be damaged.
-    "by_event_id": "CREATE INDEX by_event_id ON events (event_id, job_id, version)",
-    "streams": """CREATE TABLE streams (
-    job_id   TEXT NOT NULL,
-    version  INTEGER NOT NULL,
-    position INTEGER NOT NULL,
-    PRIMARY KEY (job_id, version)
-) STRICT, WITHOUT ROWID""",
-    "head": """CREATE TABLE head (
-    id       INTEGER PRIMARY KEY CHECK (id = 1),
-    position INTEGER NOT NULL,
-    checksum INTEGER NOT NULL
-) STRICT""",
-}
-_COLUMNS = "position, job_id, version, event_id, time, event, checksum"
-_ONE = f"SELECT {_COLUMNS} FROM events WHERE position = ?"  # noqa: S608  -- constants of this module
-_INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  -- constants of this module
+_ONE = f"SELECT {COLUMNS} FROM events WHERE position = ?"  # noqa: S608  -- constants of this module
+_INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  -- constants of this module
 _STRIDE = 16384
 """`streams` is brought up to date when this many events are new to it, sorted, so that each of its pages is written
 once for many events. A part of the schema: how far `streams` goes follows from it and the last position."""
@@ -85,8 +57,6 @@ _WAL_BYTES = 16 << 20
 then written once."""
 _CACHE_KIB = 16 << 10
 _BACKUP_PAGES = 64  # copied at a time: an append waits for as long as that takes
-
-Row = tuple[int, str, int, str, str, str, int]
 
 
 class SqliteStore:
@@ -133,10 +103,10 @@ class SqliteStore:
         last = batch[-1][0].position
         listed = last - last % _STRIDE
         with self._db:  # one transaction: BEGIN, COMMIT (which fsyncs), ROLLBACK on an error
-            self._db.executemany(_INSERT, map(_row, batch))
+            self._db.executemany(_INSERT, map(row_of, batch))
             if listed > self._listed:
                 self._list(batch, listed)
-            self._db.execute("UPDATE head SET position = ?, checksum = ?", (last, _checksum(last)))
+            self._db.execute("UPDATE head SET position = ?, checksum = ?", (last, checksum_of(last)))
         self._last = last
         self._mark(last)
         if listed > self._listed:
@@ -160,10 +130,10 @@ class SqliteStore:
         self._db.executemany("INSERT INTO streams (job_id, version, position) VALUES (?, ?, ?)", due)
 
     def find(self, event_ids: Collection[str]) -> dict[str, Recorded]:
-        query = f"SELECT {_COLUMNS} FROM events WHERE event_id IN (SELECT value FROM json_each(?))"  # noqa: S608  -- constants
+        query = f"SELECT {COLUMNS} FROM events WHERE event_id IN (SELECT value FROM json_each(?))"  # noqa: S608  -- constants
         found: dict[str, Recorded] = {}
         for row in self._select(query, json.dumps(list(event_ids))):
-            recorded = _recorded(row)
+            recorded = recorded_of(row)
             if recorded is None:
                 self._note({row[0]: "its checksum is wrong"})
             else:
@@ -186,7 +156,7 @@ class SqliteStore:
             raise JobDamagedError(f"events of job {job_id} can't be read: {error}") from error
         history: list[Recorded] = []
         for version, row in enumerate(rows, max(after_version, NO_STREAM) + 1):
-            recorded = _recorded(row)
+            recorded = recorded_of(row)
             if recorded is None or (recorded.job_id, recorded.version) != (job_id, version):
                 raise JobDamagedError(f"event {version} of job {job_id} is damaged or missing")
             history.append(recorded)
@@ -311,7 +281,7 @@ class SqliteStore:
         db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         db.execute("PRAGMA wal_autocheckpoint=0")  # `events.wal` wants it emptied as a whole: `_empty_wal`
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > _SCHEMA_VERSION:
+        if version > VERSION:
             raise StoreFailedError(f"{self._path} was written by a newer version of Tunewright (schema {version})")
         _, recovered, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if lost := lost_frames(self._wal, max(recovered, 0)):
@@ -321,7 +291,7 @@ class SqliteStore:
             )
         if not self._empty_wal():
             raise StoreFailedError(f"{self._path}: the write-ahead log could not be checkpointed")
-        self._migrate(version)
+        migrate(db, self._path, version, _STRIDE)
         self._last = self._read_head()
         if self._last < self._acknowledged:
             raise StoreFailedError(
@@ -329,42 +299,10 @@ class SqliteStore:
                 f"Restore a backup, or move {self._path.name}.lock away to go on without (also after restoring one)"
             )
 
-    def _migrate(self, version: int) -> None:
-        db = self._db
-        schema = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
-        if schema == _SCHEMA:
-            return
-        if schema and (version not in (1, 2) or "streams" in schema):
-            raise StoreFailedError(f"{self._path} is damaged, or no event log: its tables are not those of schema 3")
-        db.create_function("checksum", -1, _checksum, deterministic=True)
-        with db:
-            db.execute("BEGIN IMMEDIATE")
-            if schema:
-                db.execute("ALTER TABLE events RENAME TO events_before")
-            for name, sql in _SCHEMA.items():
-                if name != "head" or version < 2:
-                    db.execute(sql)
-            if schema:
-                of_1 = "position, job_id, version, event_id, time, event"
-                columns = f"{of_1}, checksum({of_1})" if version == 1 else _COLUMNS
-                db.execute(f"INSERT INTO events SELECT {columns} FROM events_before ORDER BY position")  # noqa: S608  -- constants
-                db.execute(
-                    "INSERT INTO streams SELECT job_id, version, position FROM events_before "
-                    "WHERE position <= (SELECT max(position) / ? * ? FROM events) ORDER BY job_id, version",
-                    (_STRIDE, _STRIDE),
-                )
-                db.execute("DROP TABLE events_before")
-            if version < 2:
-                db.execute(
-                    "INSERT INTO head SELECT 1, last, checksum(last) "
-                    "FROM (SELECT ifnull(max(position), 0) AS last FROM events)"
-                )
-            db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-
     def _read_head(self) -> int:
         """The last position. When its record is damaged, that of the last event there is."""
         head = self._db.execute("SELECT position, checksum FROM head").fetchone()
-        if head is not None and _checksum(head[0]) == head[1]:
+        if head is not None and checksum_of(head[0]) == head[1]:
             return int(head[0])
         (last,) = self._db.execute("SELECT ifnull(max(position), 0) FROM events").fetchone()
         self.damage[0] = Damage(0, (), f"the record of the last position is; events may be missing behind {last}")
@@ -377,18 +315,18 @@ class SqliteStore:
     def _mark(self, position: int) -> None:
         self._acknowledged = position
         with suppress(OSError):  # it is there to find damage, and none of what it guards depends on it
-            os.pwrite(self._lock, b"%020d %010d\n" % (position, _checksum(position)), 0)
+            os.pwrite(self._lock, b"%020d %010d\n" % (position, checksum_of(position)), 0)
 
     def _range(self, after: int, through: int) -> list[Recorded]:
         """The events of these positions that are whole. The others are noted as damaged."""
-        query = f"SELECT {_COLUMNS} FROM events WHERE position > ? AND position <= ? ORDER BY position"  # noqa: S608  -- constants
+        query = f"SELECT {COLUMNS} FROM events WHERE position > ? AND position <= ? ORDER BY position"  # noqa: S608  -- constants
         try:
             rows = self._db.execute(query, (after, through)).fetchall()
         except sqlite3.Error as error:
             if not _is_damage(error):
                 raise StoreFailedError(f"{self._path}: {error}") from error
             rows = []
-        history = [recorded for row in rows if (recorded := _recorded(row)) is not None]
+        history = [recorded for row in rows if (recorded := recorded_of(row)) is not None]
         if [recorded.position for recorded in history] == list(range(after + 1, through + 1)):
             return history
         return self._one_by_one(after, through)
@@ -404,7 +342,7 @@ class SqliteStore:
                     raise StoreFailedError(f"{self._path}: {error}") from error
                 damaged[position] = str(error)
                 continue
-            recorded = _recorded(row)
+            recorded = recorded_of(row)
             if recorded is None or recorded.position != position:
                 damaged[position] = "it is missing" if row is None else "its checksum is wrong"
             else:
@@ -500,7 +438,7 @@ def _read_mark(held: int) -> int:
         position, checksum = map(int, os.pread(held, 64, 0).split())
     except ValueError:
         return 0
-    return position if _checksum(position) == checksum else 0
+    return position if checksum_of(position) == checksum else 0
 
 
 def _sync(path: Path) -> None:
@@ -512,38 +450,8 @@ def _sync(path: Path) -> None:
         os.close(opened)
 
 
-def _checksum(*columns: object) -> int:
-    """CRC-32. A value of another type than it was written with counts as another value."""
-    return zlib.crc32("\0".join(map(str, columns)).encode(errors="surrogatepass"))
-
-
 def _is_damage(error: sqlite3.Error) -> bool:
     """Whether what is in the file is to blame, and not reading it."""
     if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
         return True
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-@lru_cache(maxsize=1)
-def _text(time: datetime) -> str:
-    """The events of a commit have the same."""
-    return time.isoformat()
-
-
-def _row(new: tuple[Recorded, str]) -> Row:
-    (position, job_id, version, event_id, time, _), body = new
-    columns = position, job_id, version, event_id, _text(time), body
-    return *columns, _checksum(*columns)
-
-
-def _recorded(row: Row | None) -> Recorded | None:
-    """None: this is not what was written, or nothing is there."""
-    if row is None:
-        return None
-    position, job_id, version, event_id, time, body, checksum = row
-    if _checksum(position, job_id, version, event_id, time, body) != checksum:
-        return None
-    try:
-        return Recorded(position, job_id, version, event_id, datetime.fromisoformat(time), decode(body))
-    except (CorruptEventError, ValueError):  # of an older schema, damaged before there were checksums
-        return None

@@ -1,6 +1,8 @@
 """The door on Ray Serve: `serve run serve_app:app`, or `serve deploy serve_app/serve.yaml`."""
 
 import asyncio
+import logging
+import os
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,7 +14,7 @@ from serve_app.api import build_api
 from serve_app.chat import deployment as chat
 from serve_app.replica import before_draining, listen_on_node_address_only
 from trainers import service
-from trainers.settings import Settings, settings
+from trainers.settings import Settings, misspelled, settings
 
 MAX_ONGOING_REQUESTS = 2000
 """Requests one replica works on at a time. Each open tail is one, and waits more than it works; a thousand of them
@@ -49,5 +51,7 @@ deployment = serve.deployment(
     logging_config={"enable_access_log": False},  # A line for each request costs more than most of the answers.
 )(serve.ingress()(Api))
 
+for line in misspelled(os.environ):
+    logging.getLogger("tunewright").warning(line)
 # Read where the application is built: with `serve run` that is the shell it was typed in, else the head node.
 app = deployment.bind(settings(), chat.application(settings()))

@@ -32,7 +32,7 @@ import psutil
 import yaml
 from rich.console import Console
 
-from trainers.settings import InvalidSettingsError, settings
+from trainers.settings import InvalidSettingsError, misspelled, settings
 
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
@@ -337,6 +337,8 @@ def main() -> int:
     except InvalidSettingsError as error:
         console.print(f"[red]The settings are wrong:[/red]\n{error}", soft_wrap=True)
         return 2
+    for line in misspelled(os.environ):
+        console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
     service = LocalService(storage, http_port=options.port, dashboard_port=options.dashboard_port)
     try:
         with console.status("Starting Ray and the service (about 20 s) ..."):

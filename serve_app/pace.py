@@ -3,13 +3,12 @@
 import asyncio
 from statistics import median
 
-from events.config import Config
 from events.facts import Resources
 from events.job import FineTuningJob
 from serve_app.backend import JobLog
 from trainers.errors import ConfigProblems
 from trainers.estimate import Found, TimeEstimate
-from trainers.plan import Plan, make_plan, step_items
+from trainers.plan import Plan, plan_of, step_items
 
 PAGES = 5
 """Of a hundred jobs each, the last ones, that are looked through for jobs like it."""
@@ -72,7 +71,7 @@ def _speed(job: FineTuningJob, wanted: tuple[object, ...]) -> float | None:
     if pace is None or job.data is None or pace.steps < FEWEST_STEPS:
         return None
     try:
-        plan = make_plan(Config.model_validate(job.input_config))
+        plan = plan_of(job)
     except (ConfigProblems, ValueError):  # of another version
         return None
     seconds = pace.steps_s - pace.first_s

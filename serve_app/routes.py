@@ -280,7 +280,11 @@ async def examined(backend: Backend, document: dict[str, Any]) -> tuple[JobSubmi
     if found.plan is None or resources is None:
         return None, found.problems
     submitted = JobSubmitted(
-        config=found.document, resources=resources, max_restarts=found.plan.max_restarts, submission_id=""
+        config=found.document,
+        resources=resources,
+        defaults=found.plan.defaults,
+        max_restarts=found.plan.max_restarts,
+        submission_id="",
     )
     return submitted, found.problems
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from events.config import Config, LoraFineTuneOptions, WandBLogger
+from events.facts import Defaults
+from events.job import FineTuningJob
 from trainers.components import DEFAULTS, DPO_LOSS, shardable
 from trainers.errors import ConfigProblems, Problem
 from trainers.merge import Merged
@@ -113,6 +115,10 @@ class Plan(_Frozen):
     max_restarts: int = 3
 
     @property
+    def defaults(self) -> Defaults:
+        return Defaults(batch_size=self.batch_size, lr=self.lr)
+
+    @property
     def workers(self) -> int:
         return self.nnodes * self.nproc_per_node
 
@@ -158,8 +164,15 @@ _LORA_FIELDS = {
 }
 
 
-def make_plan(config: Config) -> Plan:
-    """The training run that `config` asks for. Raises ConfigProblems with everything that is wrong with it."""
+def plan_of(job: FineTuningJob) -> Plan:
+    """The training run of `job`. Raises ConfigProblems, or ValueError, for a job of another version of Tunewright whose
+    config means nothing to this one."""
+    return make_plan(Config.model_validate(job.input_config), job.defaults)
+
+
+def make_plan(config: Config, defaults: Defaults | None = None) -> Plan:
+    """The training run that `config` asks for; what it leaves open is as `defaults` have it, where they are given.
+    Raises ConfigProblems with everything that is wrong with it."""
     options = config.fine_tuning_options
     custom = options.custom_training_options
     kind: Literal["full", "lora"] = "lora" if isinstance(custom, LoraFineTuneOptions) else "full"
@@ -186,6 +199,7 @@ def make_plan(config: Config) -> Plan:
     problems += _logger_problems(config)
     if problems:
         raise ConfigProblems(problems)
+    values = (defaults.model_dump() if defaults else {}) | values
     values.setdefault("lr", (DEFAULT_DPO_LR if pairs else DEFAULT_LR)[kind])
     values.setdefault("batch_size", DEFAULT_GROUPS if pairs or values.get("packed") else DEFAULT_ROWS)
     dora, quantized = (values.pop(key, False) for key in ("use_dora", "quantize_base"))

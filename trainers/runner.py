@@ -18,7 +18,6 @@ from urllib.parse import unquote, urlsplit
 import ray
 
 from events.actors import NAMESPACE, EventLogClient, connect
-from events.config import Config
 from events.decide import Refused
 from events.facts import (
     DataRejected,
@@ -45,7 +44,7 @@ from trainers.job_output import JobOutput
 from trainers.memory import check_memory, recomputing_if_needed, surely_fits
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
-from trainers.plan import COMPILED, Plan, make_plan
+from trainers.plan import COMPILED, Plan, plan_of
 from trainers.reporting import Paused
 from trainers.retrying import retrying
 from trainers.settings import Settings
@@ -90,7 +89,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     """
     job_dir = settings.job_dir(job.job_id)
     try:
-        plan = make_plan(Config.model_validate(job.input_config))
+        plan = plan_of(job)
         model_dir = resolve_model(plan.model, settings, logger.info)
         capacity = Cluster().capacity
         job = _make_data_ready(job, plan, model_dir, tenure, settings, capacity)

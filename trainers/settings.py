@@ -4,6 +4,8 @@ Lists are separated by ':' as in PATH. Secrets (WANDB_API_KEY, HF_TOKEN, cloud c
 read them from the environment of the processes that need them, and they never pass through the API.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -169,6 +171,18 @@ class Settings(BaseSettings):
                 continue
             values[f"TUNEWRIGHT_{name.upper()}"] = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
         return values
+
+
+def misspelled(environment: Iterable[str]) -> list[str]:
+    """A line for each variable of `environment` that is no setting, and looks like one. (Others that begin alike may be
+    there: Kubernetes makes some in the name of a service.)"""
+    known = [name.upper() for name in Settings.model_fields]
+    lines = []
+    for variable in sorted(environment):
+        prefix, _, name = variable.upper().partition("_")
+        if prefix == "TUNEWRIGHT" and name not in known and (meant := get_close_matches(name, known, 1, 0.75)):
+            lines.append(f"{variable} is no setting and has no effect: is TUNEWRIGHT_{meant[0]} meant?")
+    return lines
 
 
 class InvalidSettingsError(Exception):

@@ -86,6 +86,7 @@ async def _examined(service: Service, job_id: str, document: dict[str, Any], set
     return JobSubmitted(
         config=examined.document,
         resources=await service.resources(examined.plan, examined.architecture),
+        defaults=examined.plan.defaults,
         max_restarts=examined.plan.max_restarts,
         submission_id=job_id,
     )

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from events.config import Config
-from events.facts import CheckpointSaved
+from events.facts import CheckpointSaved, Defaults
 from events.job import FineTuningJob, Status
 from events.store import Recorded
 from serve_app.openai import results
@@ -114,7 +114,8 @@ def shown(job: FineTuningJob) -> OpenAIJob:
     """The job as OpenAI shows it."""
     said = job.openai or {}
     # Metadata changes no plan, may be as large as a request, and would be kept with each of them.
-    plan = _plan(json.dumps({name: value for name, value in job.input_config.items() if name != "metadata"}))
+    config = {name: value for name, value in job.input_config.items() if name != "metadata"}
+    plan = _plan(json.dumps(config), job.defaults)
     kind: Literal["supervised", "dpo"] = "dpo" if plan is not None and plan.pairs else "supervised"
     hyperparameters = _hyperparameters(plan, kind)
     method = {"type": kind, kind: {"hyperparameters": hyperparameters}}
@@ -210,9 +211,9 @@ def _hyperparameters(plan: Plan | None, kind: Literal["supervised", "dpo"]) -> d
 
 
 @lru_cache(4096)
-def _plan(config: str) -> Plan | None:
+def _plan(config: str, defaults: Defaults | None) -> Plan | None:
     """None for the config of another version, which doesn't mean anything to this one."""
     try:
-        return make_plan(Config.model_validate_json(config))
+        return make_plan(Config.model_validate_json(config), defaults)
     except (ConfigProblems, ValueError):
         return None

@@ -9,6 +9,7 @@ import pytest
 
 from events import EventLog, MemoryStore, Refused, SqliteStore, sqlite
 from events.snapshot import take
+from events.sqlite_schema import SCHEMA
 from events.store import JobDamagedError, StoreFailedError
 from tests.events.facts_of_a_job import CANCEL, SUBMITTED
 from tests.events.support import add, append, change, opened, write
@@ -243,7 +244,7 @@ def test_a_log_of_an_earlier_schema_is_rewritten(tmp_path: Path, version: int) -
         columns = "position, job_id, version, event_id, time, event" + ", checksum" * (version == 2)
         db.execute(f"INSERT INTO main.events SELECT {columns} FROM new.events")  # noqa: S608  -- a constant
         if version == 2:
-            db.execute(sqlite._SCHEMA["head"])
+            db.execute(SCHEMA["head"])
             db.execute("INSERT INTO main.head SELECT * FROM new.head")
         db.execute(f"PRAGMA main.user_version={version}")
     with closing(SqliteStore(file)) as old, closing(SqliteStore(tmp_path / "new.db")) as new:

@@ -7,7 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
+from events.config import Config
+from events.facts import Defaults
 from tests.serve_app.live_server import Serve, Server
+from trainers.plan import make_plan, plan_of
 
 SUBMIT = "/fine_tuning/jobs/submit"
 
@@ -92,3 +95,15 @@ def test_a_submitted_job_is_on_disk(server: Server, submit: Callable[..., str]) 
     history = server.do(server.parts.log.read(job_id))
     assert [recorded.event.type for recorded in history] == ["JobSubmitted"]
     assert history[0].event.submission_id == job_id
+
+
+def test_what_a_request_leaves_open_is_on_disk_as_well(
+    server: Server, submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that chooses something else goes on with the job as it began."""
+    job_id = submit(fine_tuning_options={"extras": {"lr": 1e-3}})
+    monkeypatch.setattr("trainers.plan.DEFAULT_ROWS", 16)
+    job = server.do(server.parts.log.job(job_id))
+    assert job.defaults == Defaults(batch_size=8, lr=1e-3)
+    assert (plan_of(job).batch_size, plan_of(job).lr) == (8, 1e-3)
+    assert make_plan(Config.model_validate(job.input_config)).batch_size == 16

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from events.config import Config
+from events.facts import Defaults
 from trainers.errors import ConfigProblems, Problem
 from trainers.plan import ComponentSpec, LoraSpec, Plan, make_plan
 
@@ -37,6 +38,15 @@ def test_a_micro_batch_is_8_rows_or_4_packs_or_4_pairs() -> None:
         make_plan(config(options)).batch_size for options in ({}, packed, dpo("lora"), {"batch_size": 3} | packed)
     ]
     assert chosen == [8, 4, 4, 3]
+
+
+def test_what_the_config_leaves_open_is_as_the_job_began() -> None:
+    before = Defaults(batch_size=4, lr=2e-5)
+    plans = [
+        make_plan(config(options), before) for options in ({}, {"batch_size": 2, "extras": {"lr": 1e-3}}, dpo("full"))
+    ]
+    assert [(plan.batch_size, plan.lr) for plan in plans] == [(4, 2e-5), (2, 1e-3), (4, 2e-5)]
+    assert [plan.defaults for plan in plans] == [before, Defaults(batch_size=2, lr=1e-3), before]
 
 
 def test_full_fine_tuning_has_its_own_defaults() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainers.settings import InvalidSettingsError, settings
+from trainers.settings import InvalidSettingsError, misspelled, settings
 
 WRONG = {
     "TUNEWRIGHT_CHAT_ENGINE": "nonsense",
@@ -32,6 +32,15 @@ def test_each_wrong_setting_is_named_by_its_variable(monkeypatch: pytest.MonkeyP
     assert {line.partition(":")[0] for line in lines} == set(WRONG)
     assert "TUNEWRIGHT_CHAT_ENGINE: Input should be 'auto', 'torchtune' or 'vllm'" in lines
     assert not any(value in line for value in ("nonsense", "perhaps") for line in lines)
+
+
+def test_a_variable_that_looks_like_a_setting_and_is_none_is_told_of() -> None:
+    set_by_others = ["TUNEWRIGHT_SERVICE_HOST", "TUNEWRIGHT_PORT_8000_TCP_ADDR", "TUNEWRIGHT_URL", "STORGE", "PATH"]
+    good = ["TUNEWRIGHT_STORAGE", "TUNEWRIGHT_FILES", "tunewright_use_gpu"]
+    assert misspelled(["TUNEWRIGHT_STORGE", "TUNEWRIGHT_DATA_ROOT", *set_by_others, *good]) == [
+        "TUNEWRIGHT_DATA_ROOT is no setting and has no effect: is TUNEWRIGHT_DATA_ROOTS meant?",
+        "TUNEWRIGHT_STORGE is no setting and has no effect: is TUNEWRIGHT_STORAGE meant?",
+    ]
 
 
 @pytest.mark.parametrize("command", [["serve_app.local"], ["trainers", "config.json"]])
