@@ -63,16 +63,16 @@ _DEFAULTS: dict[str, Any] = {"goal": 2.5, "equal": False, "warmup": 1}
 COMPARISONS = (
     Comparison("135m-lora", "135M LoRA, equal", "135m", "lora", steps=10, rounds=3, **_EQUAL),
     Comparison("135m-full", "135M full, equal", "135m", "full", steps=8, rounds=3, **_EQUAL),
-    Comparison("135m-lora-defaults", "135M LoRA, defaults", "135m", "lora", steps=3, rounds=2, **_DEFAULTS),
-    Comparison("135m-full-defaults", "135M full, defaults", "135m", "full", steps=4, rounds=2, **_DEFAULTS),
+    Comparison("135m-lora-defaults", "135M LoRA, defaults", "135m", "lora", steps=3, rounds=3, **_DEFAULTS),
+    Comparison("135m-full-defaults", "135M full, defaults", "135m", "full", steps=4, rounds=3, **_DEFAULTS),
     Comparison(
         "135m-lora-2", "135M LoRA, equal, 2 workers", "135m", "lora", goal=2.0, steps=8, rounds=3, workers=2,
         contenders=(OURS, TORCHTUNE),
     ),
     Comparison("05b-lora", "0.5B LoRA, equal", "05b", "lora", goal=1.4, steps=5, rounds=2, warmup=1),
     Comparison("05b-full", "0.5B full, equal", "05b", "full", goal=1.4, steps=4, rounds=2, warmup=1),
-    Comparison("05b-lora-defaults", "0.5B LoRA, defaults", "05b", "lora", steps=3, rounds=1, **_DEFAULTS),
-    Comparison("05b-full-defaults", "0.5B full, defaults", "05b", "full", steps=4, rounds=1, **_DEFAULTS),
+    Comparison("05b-lora-defaults", "0.5B LoRA, defaults", "05b", "lora", steps=3, rounds=3, **_DEFAULTS),
+    Comparison("05b-full-defaults", "0.5B full, defaults", "05b", "full", steps=4, rounds=3, **_DEFAULTS),
 )  # fmt: skip
 QUICK = ("135m-lora", "135m-full", "135m-lora-2")
 CURVES = (("fp32", OURS), ("fp32", TORCHTUNE), ("mixed", OURS), ("bf16", OURS), ("bf16", TORCHTUNE))

@@ -40,6 +40,7 @@ TRAINING_MODULES = (
     "trainers.models.decoder",
     "trainers.models.export_files",
     "trainers.models.generate",
+    "trainers.models.norm",
     "trainers.models.rope",
     "trainers.models.weights",
     "trainers.objectives",

@@ -15,8 +15,8 @@ weights      N b / n; in mixed 4 T / n for copies of what is trained. QLoRA hold
 optimizer    Its state, of the type of what it updates (in mixed: the copies): AdamW keeps two moments (three with
              amsgrad), SGD with momentum one; AdamW of 8 and 4 bits 1 and 1/2 byte for each number and moment.
 activations  What autograd keeps of each layer for the backward pass, by position:
-             - norms compute in float32 and keep their input, its root mean square, and where their scale is trained
-               the normed input: 4 (2 d + 1) or 4 (d + 1) bytes; those of queries and keys likewise;
+             - norms keep their input, and its root mean square in float32: b d + 4 bytes; those of queries and keys
+               likewise;
              - linear layers that are trained, or beside which an adapter is, keep their input, once for those that
                share it (q, k and v; gate and up); adapters their low-rank product, DoRA the output it scales;
              - rotations keep sine and cosine of queries and of keys, 4 tables of half a head in float32;
@@ -443,11 +443,10 @@ class _Size:
 
     def saved_per_position(self, load: Load) -> "_Saved":
         """Of one layer."""
-        arch, plan, b = self._arch, self._plan, self.width
+        arch, b = self._arch, self.width
         d, f, queries, keys = self._widths
-        scales = 2 if plan.lora is None else 1  # tensors that a norm keeps
-        norm = 4 * (scales * d + 1)
-        of_heads = 4 * (scales * (queries + keys) + arch.num_heads + arch.num_kv_heads) if arch.qk_norm else 0
+        norm = b * d + 4
+        of_heads = b * (queries + keys) + 4 * (arch.num_heads + arch.num_kv_heads) if arch.qk_norm else 0
         leading, behind = self._inputs
         return _Saved(
             norm + of_heads + b * leading + 8 * arch.head_dim + self._attention(load),

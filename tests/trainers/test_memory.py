@@ -111,7 +111,7 @@ def test_what_a_layer_keeps_is_what_the_formula_says(
     saved = _Size(plan, arch, "cpu", None).saved_per_position(load)
     assert sum(saved) == pytest.approx((kept[1] - kept[0]) / 2 / positions, rel=0.03)
     left_out = (kept_by(model, wanted=positions) - kept[1]) / (positions - trained)
-    by_norm = arch.hidden_size * 4 if model.computed_in == torch.float32 else 0  # its input, of which it takes a part
+    by_norm = arch.hidden_size * model.computed_in.itemsize  # the last one keeps its input, part of what is made
     assert saved.behind == pytest.approx(left_out - by_norm - torch.int64.itemsize, rel=0.03)
 
 

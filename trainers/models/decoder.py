@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchtune.modules import (
     FeedForward,
-    RMSNorm,
     TiedLinear,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
@@ -22,6 +21,7 @@ from torchtune.modules import (
 from trainers.collate import Layout
 from trainers.models.architecture import Architecture
 from trainers.models.attention import Attend, Attention, Causal
+from trainers.models.norm import FusedRMSNorm, GemmaNorm
 from trainers.models.rope import RotaryEmbedding
 
 
@@ -57,28 +57,6 @@ class Embedding(nn.Embedding):
 
     def scaled(self, rows: Tensor) -> Tensor:
         return rows * torch.tensor(self.embedding_dim**0.5, dtype=rows.dtype) if self._gemma_style else rows
-
-
-class FusedRMSNorm(RMSNorm):  # type: ignore[misc]  # torchtune ships no types
-    """torchtune's RMSNorm without its cast of the input, which keeps PyTorch from its fused kernel in bfloat16.
-
-    That kernel computes in float32 as well: the outputs are the same bits.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.normalized_shape, self.scale, self.eps)
-
-
-class GemmaNorm(nn.Module):
-    """RMSNorm that multiplies by (1 + scale), in float32 like transformers'."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.scale = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.float(), self.scale.shape, 1.0 + self.scale.float(), self.eps).type_as(x)
 
 
 class CappedTiedLinear(TiedLinear):  # type: ignore[misc]  # torchtune ships no types

@@ -6,9 +6,11 @@ convention of the checkpoints means that q and k projections are loaded and save
 
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trainers.models.rope_config import RopeParams
 
@@ -51,8 +53,35 @@ class RotaryEmbedding(nn.Module):
         sin = self.sin[:seq_len] if input_pos is None else self.sin[input_pos]
         # [s, d/2] or [b, s, d/2] -> [..., s, 1, d/2], the same for every head
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return cast(Tensor, _Rotation.apply(x, cos, sin))  # type: ignore[no-untyped-call]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+class _Rotation(torch.autograd.Function):
+    """Of the halves of `x` [b, s, heads, d] against one another. Its gradient is the rotation back, for which autograd
+    would keep twice as much, and fill halves of matrices with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ANN401  -- torch types it too narrowly
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        cos, sin = ctx.saved_tensors
+        return _rotated(d_output, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    output = torch.empty_like(x)
+    half = x.shape[-1] // 2
+    output[..., :half] = (first * cos).sub_(second * sin)
+    output[..., half:] = (second * cos).add_(first * sin)
+    return output
 
 
 def inverse_frequencies(params: RopeParams, head_dim: int, device: torch.device | str | None = None) -> Tensor:

@@ -19,7 +19,8 @@ from tests.trainers.recipe_support import ListedRows
 from trainers.collate import collate
 from trainers.methods.lora import adapter_parameters, initial_adapter, lora_linear
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import FusedRMSNorm, GemmaNorm, build_decoder, causal, init_rope
+from trainers.models.decoder import build_decoder, causal, init_rope
+from trainers.models.norm import FusedRMSNorm, GemmaNorm
 from trainers.models.rope import RotaryEmbedding
 from trainers.models.rope_config import RopeParams
 from trainers.models.weights import load_weights
@@ -85,6 +86,33 @@ def test_our_norm_gives_the_bits_of_torchtunes_and_no_warning(recwarn: pytest.Wa
         outputs = ours(x.to(dtype))
         assert not recwarn.list
         assert torch.equal(outputs, reference(x.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_norm_and_rotation_have_the_gradients_that_autograd_finds(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, d_output = (torch.randn(1, 9, 4, 16, generator=generator).to(dtype) for _ in range(2))
+    norm, reference = FusedRMSNorm(16).to(dtype), RMSNorm(16).to(dtype)
+    for of in (norm, reference):
+        of.scale.data.copy_(torch.linspace(0.5, 1.5, 16))
+    rope, positions = (
+        RotaryEmbedding(RopeParams(theta=10_000.0), head_dim=16, max_seq_len=32),
+        torch.arange(9)[None] + 5,
+    )
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        cos, sin = (torch.cat([table[positions]] * 2, -1)[:, :, None] for table in (rope.cos, rope.sin))
+        exact = x.float()
+        return (exact * cos + torch.cat([-exact[..., 8:], exact[..., :8]], -1) * sin).to(dtype)
+
+    for ours, plain in ((norm, reference), (lambda x: rope(x, input_pos=positions), rotated)):
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [compute(one) for compute, one in zip((ours, plain), inputs, strict=True)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.backward(d_output)
+        torch.testing.assert_close(*(one.grad for one in inputs))
+    torch.testing.assert_close(norm.scale.grad, reference.scale.grad)
 
 
 def test_our_norm_for_gemma_computes_what_torchtunes_does() -> None:
