@@ -4,7 +4,8 @@ On a CPU torch computes it, and its gradients, in a dozen operations, each of wh
 of these stay for the backward pass. Here they are worked out in place, from the input and a number for each row.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class GemmaNorm(nn.Module):
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """`x` [..., d] divided by the root of its mean square + `eps`, times `scale` [d]; in float32 whatever the types."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return cast(Tensor, _RMSNorm.apply(x, scale, eps))  # type: ignore[no-untyped-call]
+        return _on_cpu(x, scale, eps)
     if scale.dtype != x.dtype:
         return functional.rms_norm(x.float(), scale.shape, scale.float(), eps).type_as(x)
     return functional.rms_norm(x, scale.shape, scale, eps)
@@ -63,3 +64,6 @@ class _RMSNorm(torch.autograd.Function):
         mean = (products @ scale).div_(len(scale))[..., None]
         d_x = d_normed.mul_(scale).addcmul_(normed, mean, value=-1).mul_(inverse)
         return d_x.to(x.dtype), d_scale, None
+
+
+_on_cpu: Callable[..., Tensor] = _RMSNorm.apply

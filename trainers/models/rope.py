@@ -6,7 +6,7 @@ convention of the checkpoints means that q and k projections are loaded and save
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class RotaryEmbedding(nn.Module):
         # [s, d/2] or [b, s, d/2] -> [..., s, 1, d/2], the same for every head
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return cast(Tensor, _Rotation.apply(x, cos, sin))  # type: ignore[no-untyped-call]
+            return _rotated_on_cpu(x, cos, sin)
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
@@ -73,6 +73,9 @@ class _Rotation(torch.autograd.Function):
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
         cos, sin = ctx.saved_tensors
         return _rotated(d_output, cos, -sin), None, None
+
+
+_rotated_on_cpu: Callable[..., Tensor] = _Rotation.apply
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
