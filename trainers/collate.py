@@ -41,6 +41,11 @@ class Segment(NamedTuple):
     end: int
     before: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def seen(self) -> int:
+        """Positions that its last one sees."""
+        return self.end - self.start + sum(end - start for start, end in self.before)
+
 
 class Layout(NamedTuple):
     """What the positions of a line see. `segments` cover the line from 0 up to padding, parents before children, in the

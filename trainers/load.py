@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers.batches import Progress, Schedule
-from trainers.collate import Batch, Rows, collate
+from trainers.collate import Rows, collate
 from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 
@@ -53,13 +53,7 @@ def load_of(plan: Plan, arch: Architecture, data: PreparedRows) -> Load:
         schedules[0].n_items,
         max(line.tokens.shape[1] for line in lines),
         max(len(line.trained) for line in lines),
-        max(_widest(line) for line in lines),
-    )
-
-
-def _widest(line: Batch) -> int:
-    return max(
-        end - start + sum(until - since for since, until in before) for start, end, before in line.layout.segments
+        max(segment.seen for line in lines for segment in line.layout.segments),
     )
 
 

@@ -21,8 +21,9 @@ activations  What autograd keeps of each layer for the backward pass, by positio
                share it (q, k and v; gate and up); adapters their low-rank product, DoRA the output it scales;
              - rotations keep sine and cosine of queries and of keys, 4 tables of half a head in float32;
              - attention keeps q, k, v, its output, and a normaliser for each head; with a soft-cap or dropout its
-               scores instead, a matrix of the segment's positions for each head, and keys and values for every head;
-               on a CPU in float32 where segments are short (`SHORT_SEGMENT`);
+               scores instead, a matrix of the segment's positions for each head, and keys and values for every head.
+               On a CPU, where segments are short (`SHORT_SEGMENT`), it keeps q, k, v and its weights, such a matrix,
+               in float32, and sine and cosine once;
              - the gated unit keeps the gate, the gate after its activation, and the value it is multiplied with.
              In the last layer what is behind its attention is there for L positions only.
              With activation checkpointing only each layer's input, d b, and one layer as above while it is computed
@@ -75,8 +76,9 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits in a chunk: small enough to be no matter of memory (64 and 512 MB in float32), large enough for the matrix
 products to run at full speed."""
 SHORT_SEGMENT = 256
-"""On a CPU, a line whose segments are all shorter than this is attended to in float32, whatever its type: in bf16 the
-kernel works through short rows in products so small that each costs more to call than to compute."""
+"""On a CPU, a line whose segments are all shorter than this, what they see before them included, is attended to in
+float32, whatever its type, and in batches of segments (`trainers.models.short_attention`). Up to it that took 0.3 to 0.9
+of the time of PyTorch's kernel, forward and backward, with 9 and 14 heads; with rows of 500 it took longer."""
 ROUND_BF16 = 16
 """Positions to which lines are filled up on a CPU in bf16. oneDNN prepares some forty products for each width of a line
 and keeps a thousand of them: hundreds of megabytes, where widths are as they come."""
@@ -449,7 +451,7 @@ class _Size:
         of_heads = b * (queries + keys) + 4 * (arch.num_heads + arch.num_kv_heads) if arch.qk_norm else 0
         leading, behind = self._inputs
         return _Saved(
-            norm + of_heads + b * leading + 8 * arch.head_dim + self._attention(load),
+            norm + of_heads + b * leading + self._attention(load),
             norm * (3 if arch.post_norms else 1) + b * behind + 3 * f * b,
         )
 
@@ -483,12 +485,16 @@ class _Size:
         return leading + own[True], sum(by_input.values()) + own[False]
 
     def _attention(self, load: Load) -> float:
+        """With its rotations."""
         arch = self._arch
-        b = 4 if self._device == "cpu" and load.segment < SHORT_SEGMENT else self.width
         _, _, queries, keys = self._widths
-        if arch.attention_softcap is None and not arch.attention_dropout:
-            return b * (2 * queries + 2 * keys) + 4 * arch.num_heads
-        return 3 * queries * b + load.segment * (arch.num_heads * (4 + b) + 1)
+        short = self._device == "cpu" and load.segment < SHORT_SEGMENT
+        b = 4 if short else self.width
+        if arch.attention_softcap is not None or arch.attention_dropout:
+            return 8 * arch.head_dim + 3 * queries * b + load.segment * (arch.num_heads * (4 + b) + 1)
+        if short:
+            return 4 * arch.head_dim + 4 * (queries + 2 * keys) + 4 * arch.num_heads * load.segment
+        return 8 * arch.head_dim + b * (2 * queries + 2 * keys) + 4 * arch.num_heads
 
     def in_hand_per_position(self) -> float:
         """Gradients that one layer's backward pass holds at a time: of the gated unit, and of what leads to it."""

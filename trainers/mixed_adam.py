@@ -6,8 +6,8 @@ turned into fp32, its copies are updated and its weights written while they are 
 gradients of a whole model, or of its largest matrix, never stand in memory in fp32.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,21 @@ class MixedAdam(torch.optim.Adam):
         self._most = PIECE[_local(next(iter(copied))).device.type]
         self._pieces: dict[nn.Parameter, list[_Piece]] = {}
         self._room: Tensor | None = None
+        self._parts: dict[tuple[int, ...], list[Tensor]] = {}
+        """Of the room, by their lengths: the same are wanted in every step."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes none
         (group,) = self.param_groups
         waiting: list[tuple[_Piece, Tensor]] = []
         numbers = 0
-        for piece, gradient in self._with_gradients(group["params"]):
+        copies = [copy for copy in group["params"] if self._copied[copy].grad is not None]
+        for copy in copies:
+            if copy not in self._pieces:
+                self._pieces[copy] = list(self._split(copy))
+        if copies:
+            torch._foreach_add_([self._pieces[copy][0].step for copy in copies], 1)
+        for piece, gradient in self._gradients(copies):
             if waiting and numbers + len(gradient) > self._most:
                 self._update(waiting, group)
                 waiting, numbers = [], 0
@@ -54,17 +62,11 @@ class MixedAdam(torch.optim.Adam):
         if waiting:
             self._update(waiting, group)
 
-    def _with_gradients(self, copies: Iterable[nn.Parameter]) -> Iterator[tuple[_Piece, Tensor]]:
-        """The pieces of those `copies` whose weights have gradients, which they lose. Counts a step of each."""
+    def _gradients(self, copies: Iterable[nn.Parameter]) -> Iterator[tuple[_Piece, Tensor]]:
+        """Of each piece of `copies`, whose weights lose them."""
         for copy in copies:
-            weight = self._copied[copy]
-            if weight.grad is None:
-                continue
-            if copy not in self._pieces:
-                self._pieces[copy] = list(self._split(copy))
-            pieces = self._pieces[copy]
-            pieces[0].step.add_(1)
-            gradient = _local(weight.grad).reshape(-1)
+            weight, pieces = self._copied[copy], self._pieces[copy]
+            gradient = _local(cast(Tensor, weight.grad)).reshape(-1)
             weight.grad = None
             yield from zip(pieces, torch.split(gradient, self._most) if len(pieces) > 1 else [gradient], strict=True)
 
@@ -81,10 +83,7 @@ class MixedAdam(torch.optim.Adam):
     def _update(self, waiting: list[tuple[_Piece, Tensor]], group: Mapping[str, Any]) -> None:
         pieces, gradients = map(list, zip(*waiting, strict=True))
         weights, copies, moments, steps = map(list, zip(*pieces, strict=True))
-        numbers = [len(copy) for copy in copies]
-        if self._room is None or len(self._room) < sum(numbers):
-            self._room = copies[0].new_empty(sum(numbers))
-        in_fp32 = list(torch.split(self._room[: sum(numbers)], numbers))
+        in_fp32 = self._room_for(copies)
         torch._foreach_copy_(in_fp32, gradients)
         exp_avgs, exp_avg_sqs, *largest = map(list, zip(*moments, strict=True))
         beta1, beta2 = group["betas"]
@@ -105,6 +104,16 @@ class MixedAdam(torch.optim.Adam):
             maximize=group["maximize"],
         )
         torch._foreach_copy_(weights, copies)
+
+    def _room_for(self, copies: Sequence[Tensor]) -> list[Tensor]:
+        """In one piece of memory, that of the last ones: it is in the cache."""
+        numbers = [len(copy) for copy in copies]
+        if self._room is None or len(self._room) < sum(numbers):
+            self._room, self._parts = copies[0].new_empty(sum(numbers)), {}
+        lengths = tuple(numbers)
+        if lengths not in self._parts:
+            self._parts[lengths] = list(torch.split(self._room[: sum(numbers)], numbers))
+        return self._parts[lengths]
 
 
 class MixedAdamW(MixedAdam, torch.optim.AdamW):

@@ -22,7 +22,8 @@ from torch.utils._triton import has_triton
 
 from trainers.collate import Layout, Segment
 from trainers.memory import SHORT_SEGMENT
-from trainers.models.rope import RotaryEmbedding
+from trainers.models.rope import RotaryEmbedding, Rotation
+from trainers.models.short_attention import ShortSegments
 
 BLOCK = 128
 """Positions in a block of FlexAttention."""
@@ -39,8 +40,9 @@ class Rules(NamedTuple):
     dropout: float
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Rules], Tensor]
-"""Queries [b, s, h, d], keys and values [b, s, kv, d], rules -> outputs [b, s, h, d]."""
+Attend = Callable[[Tensor, Tensor, Tensor, Rotation, Rules], Tensor]
+"""Queries [b, s, h, d], keys and values [b, s, kv, d], the rotation that queries and keys still need, rules -> outputs
+[b, s, h, d]."""
 
 
 class Attention(nn.Module):
@@ -97,9 +99,8 @@ class Attention(nn.Module):
         q, k, v = (proj(x).view(b, s, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.pos_embeddings(q, input_pos=input_pos), self.pos_embeddings(k, input_pos=input_pos)
         seen = mask if mask is not None else Causal(s, {self.rules}, x.device)
-        attended = seen(q, k, v, self.rules).flatten(2)
+        attended = seen(q, k, v, self.pos_embeddings.at(s, input_pos), self.rules).flatten(2)
         output: Tensor = self.output_proj(attended if wanted is None else attended.index_select(1, wanted))
         return output
 
@@ -117,29 +118,35 @@ class Causal:
         """
         self._segments = None if layout is None else layout.segments
         self._narrow = frozenset(rule.window for rule in rules if rule.window is not None and rule.window < width)
+        short = layout is not None and max(segment.seen for segment in layout.segments) < SHORT_SEGMENT
         windows = {self._window(rule) for rule in rules}
         capped = any(rule.softcap is not None for rule in rules)
+        dropping = any(rule.dropout for rule in rules)
         self._blocks: dict[int | None, BlockMask] = {}
         # Explicit matrices, where SDPA can't make do with its own causal one: of a line, or of each segment.
         self._visible: dict[int | None, Tensor] = {}
         self._parts: dict[int | None, list[Tensor | None]] = {}
-        if _flex_works(device) and not any(rule.dropout for rule in rules):
+        self._short: ShortSegments | None = None
+        if _flex_works(device) and not dropping:
             needed = windows if layout is not None or capped else windows - {None}
             self._blocks = {window: block_mask(width, window, device, layout) for window in needed}
         elif layout is None:
             self._visible = {w: _band(width, w, device) for w in windows if capped or w is not None}
+        elif short and device.type == "cpu" and not capped and not dropping:
+            self._short = ShortSegments(layout.segments)
         else:
             self._parts = {
                 w: [_part(segment, w, device, always=capped) for segment in layout.segments] for w in windows
             }
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, rules: Rules) -> Tensor:
         window = self._window(rules)
+        if self._segments is not None and window not in self._blocks:
+            outputs: Tensor = self._by_segment(q, k, v, rotation, rules)
+            return outputs
+        q, k = rotation(q), rotation(k)
         if window in self._blocks:
             return flex_attend(q, k, v, self._blocks[window], rules)
-        if self._segments is not None:
-            outputs: Tensor = self._by_segment(q, k, v, rules)
-            return outputs
         return attend(q, k, v, self._visible.get(window), rules)
 
     def _window(self, rules: Rules) -> int | None:
@@ -147,9 +154,12 @@ class Causal:
         return rules.window if rules.window in self._narrow else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled anew for the documents of each batch
-    def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
+    def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, rules: Rules) -> Tensor:
         """Padding gets zeros."""
         assert self._segments is not None  # noqa: S101  -- nobody else calls it
+        if self._short is not None:
+            return self._short(q, k, v, rotation, window=self._window(rules), scale=rules.scale)
+        q, k = rotation(q), rotation(k)
         widths, dtype = [end - start for start, end, _ in self._segments], q.dtype
         if q.device.type == "cpu" and max(widths) < SHORT_SEGMENT:
             q, k, v = q.float(), k.float(), v.float()
@@ -168,7 +178,8 @@ class Causal:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, rules: Rules) -> Tensor:
-    """An `Attend` over all of `k` and `v` ([b, t, kv, d]) that `visible` allows: bool, [s, t] or [b, 1, s, t].
+    """Of queries that are rotated, over all of `k` and `v` ([b, t, kv, d]) that `visible` allows: bool, [s, t] or
+    [b, 1, s, t].
 
     None: causal, for s = t. `visible` has to be given where the rules have a soft-cap; their window is `visible`'s
     business. A position that sees nothing gives NaN.
@@ -210,7 +221,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 def flex_attend(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, rules: Rules, flex: Callable[..., Tensor] | None = None
 ) -> Tensor:
-    """An `Attend` by FlexAttention, which has no dropout. `flex` stands in for the compiled one."""
+    """The same by FlexAttention, which has no dropout. `flex` stands in for the compiled one."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     output: Tensor = (flex or _compiled_flex_attention())(
         q,

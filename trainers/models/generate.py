@@ -1,7 +1,7 @@
 """Generation with keys and values kept: greedy for a batch of prompts, as the demo and the tests ask a model, or token
 by token for as many as there are just now, as the chat endpoint does."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,8 @@ from torchtune.modules import TransformerDecoder
 
 from trainers.answers import Sampling
 from trainers.errors import UserError
-from trainers.models.attention import Rules, attend
+from trainers.models.attention import Attend, Rules, attend
+from trainers.models.rope import Rotation
 
 MAX_BATCH = 64
 
@@ -105,7 +106,7 @@ def advance(model: TransformerDecoder, continuations: Sequence[Continuation]) ->
 
     hidden, positions = model.tok_embeddings(tokens), torch.cat(queries)[None]
     for number, layer in enumerate(model.layers):
-        hidden = layer(hidden, mask=partial(attend_each, number), input_pos=positions)
+        hidden = layer(hidden, mask=_rotating(partial(attend_each, number)), input_pos=positions)
     last = torch.tensor(widths, device=device).cumsum(0) - 1
     logits = model.unembed(hidden[:, last])[0]  # [continuations, vocab]
     found: list[int | UserError] = []
@@ -208,10 +209,19 @@ def _next_logits(
     visible = {window: _visible(slots[start:], slots, pads, window) for window in set(windows)}
     hidden = model.tok_embeddings(tokens)
     for layer, window, cache in zip(model.layers, windows, caches, strict=True):
-        hidden = layer(hidden, mask=partial(cache.attend, start, visible[window]), input_pos=positions)
+        hidden = layer(hidden, mask=_rotating(partial(cache.attend, start, visible[window])), input_pos=positions)
     # Only the last position is asked for: on a short prompt the head would cost more than a few layers.
     logits: Tensor = model.unembed(hidden[:, -1:])
     return logits[:, -1]
+
+
+def _rotating(attend_to: Callable[[Tensor, Tensor, Tensor, Rules], Tensor]) -> Attend:
+    """`attend_to` takes queries and keys that are rotated, as they are kept."""
+
+    def rotate_and_attend(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, rules: Rules) -> Tensor:
+        return attend_to(rotation(q), rotation(k), v, rules)
+
+    return rotate_and_attend
 
 
 def _visible(queries: Tensor, keys: Tensor, pads: Tensor, window: int | None) -> Tensor:

@@ -6,7 +6,7 @@ convention of the checkpoints means that q and k projections are loaded and save
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,44 +46,57 @@ class RotaryEmbedding(nn.Module):
         self.rope_init(self.cos.device)
         return self
 
+    def at(self, length: int, input_pos: Tensor | None = None) -> "Rotation":
+        """Of `length` positions: `input_pos`, shape [s] or [b, s]; None: 0, 1, 2, ..."""
+        cos = self.cos[:length] if input_pos is None else self.cos[input_pos]
+        sin = self.sin[:length] if input_pos is None else self.sin[input_pos]
+        return Rotation(cos.unsqueeze(-2), sin.unsqueeze(-2))
+
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
-        """`input_pos` holds positions, shape [s] or [b, s]; None: 0, 1, 2, ... Returns the shape and dtype of `x`."""
-        seq_len = x.shape[1]
-        cos = self.cos[:seq_len] if input_pos is None else self.cos[input_pos]
-        sin = self.sin[:seq_len] if input_pos is None else self.sin[input_pos]
-        # [s, d/2] or [b, s, d/2] -> [..., s, 1, d/2], the same for every head
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        """`input_pos` as in `at`. Returns the shape and dtype of `x`."""
+        return self.at(x.shape[1], input_pos)(x)
+
+
+class Rotation(NamedTuple):
+    """By the angles of some positions, the same for every head: [s, 1, d / 2] or [b, s, 1, d / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Queries or keys, shape [b, s, heads, d]. Returns their shape and dtype."""
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _rotated_on_cpu(x, cos, sin)
+            return _rotated_on_cpu(x, self.cos, self.sin)
         first, second = x.float().chunk(2, dim=-1)
+        cos, sin = self
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
-class _Rotation(torch.autograd.Function):
-    """Of the halves of `x` [b, s, heads, d] against one another. Its gradient is the rotation back, for which autograd
-    would keep twice as much, and fill halves of matrices with zeros."""
+class _Rotated(torch.autograd.Function):
+    """Its gradient is the rotation back, for which autograd would keep twice as much, and fill halves of matrices with
+    zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ANN401  -- torch types it too narrowly
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return rotated(x.float(), cos, sin).type_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
         cos, sin = ctx.saved_tensors
-        return _rotated(d_output, cos, -sin), None, None
+        return rotated(d_output.float(), cos, -sin).type_as(d_output), None, None
 
 
-_rotated_on_cpu: Callable[..., Tensor] = _Rotation.apply
+_rotated_on_cpu: Callable[..., Tensor] = _Rotated.apply
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The halves of `x` [..., d], float32, against one another. Without a gradient."""
     output = torch.empty_like(x)
-    half = x.shape[-1] // 2
-    output[..., :half] = (first * cos).sub_(second * sin)
-    output[..., half:] = (second * cos).add_(first * sin)
+    (first, second), (of_first, of_second) = x.chunk(2, dim=-1), output.chunk(2, dim=-1)
+    torch.mul(first, cos, out=of_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=of_second).addcmul_(first, sin)
     return output
 
 

@@ -11,10 +11,13 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from trainers.collate import Layout, Segment
 from trainers.models.attention import BLOCK, Causal, Rules, block_mask, can_compile_c, flex_attend
+from trainers.models.rope import RotaryEmbedding, Rotation
+from trainers.models.rope_config import RopeParams
 
 CPU = torch.device("cpu")
 RULES = [Rules(window, 0.3, softcap, 0.0) for window, softcap in product((None, 5, 64, 300, 10_000), (None, 1.5))]
 PLAIN = Rules(None, 0.25, None, 0.0)
+ROPE = RotaryEmbedding(RopeParams(theta=100.0), head_dim=16, max_seq_len=700)
 
 
 Tree = tuple[int, list["Tree"]]
@@ -62,7 +65,22 @@ def seen_by_definition(layout: Layout | None, width: int, window: int | None) ->
     return seen & (at[:, None] - at < (window or width))
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, rules: Rules) -> Tensor:
+def rotation_of(layout: Layout | None, width: int) -> Rotation:
+    return ROPE.at(width, None if layout is None else layout.positions)
+
+
+def still(width: int) -> Rotation:
+    """Of every position by nothing."""
+    return Rotation(torch.ones(width, 1, 8), torch.zeros(width, 1, 8))
+
+
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, rules: Rules, rotation: Rotation | None = None
+) -> Tensor:
+    rotation = rotation or still(q.shape[1])
+    angles = torch.polar(torch.ones_like(rotation.cos), torch.atan2(rotation.sin, rotation.cos))
+    q, k = (torch.complex(x[..., :8], x[..., 8:]) * angles for x in (q, k))
+    q, k = (torch.cat([x.real, x.imag], -1) for x in (q, k))
     k, v = k.repeat_interleave(3, dim=2), v.repeat_interleave(3, dim=2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * rules.scale
     if rules.softcap:
@@ -77,6 +95,7 @@ LINES = [
     line((100, [50, (20, [30, 41]), 60]), 9, width=341),
     line((3, [(290, [1, 2]), 20]), width=341),
     line(341, width=341),
+    line((13, [40, 44, 7, 30, 31, 45]), (5, [(4, [3, 9]), 7]), 60, 20, 1, width=341),
 ]
 
 
@@ -89,8 +108,9 @@ def real(layout: Layout) -> Tensor:
 @pytest.mark.parametrize("rules", RULES)
 def test_documents_of_a_line_are_attended_to_as_the_definition_says(rules: Rules, layout: Layout) -> None:
     qkv = random_qkv(1, 341)
-    outputs = Causal(341, {rules}, CPU, layout)(*qkv, rules)
-    expected = by_definition(*qkv, layout, rules)
+    rotation = rotation_of(layout, 341)
+    outputs = Causal(341, {rules}, CPU, layout)(*qkv, rotation, rules)
+    expected = by_definition(*qkv, layout, rules, rotation)
     torch.testing.assert_close(outputs[real(layout)], expected[real(layout)])
     gradients = [torch.autograd.grad(out[real(layout)].square().sum(), qkv) for out in (outputs, expected)]
     torch.testing.assert_close(*gradients)
@@ -99,8 +119,9 @@ def test_documents_of_a_line_are_attended_to_as_the_definition_says(rules: Rules
 @pytest.mark.parametrize("rules", RULES)
 def test_lines_without_a_layout_are_one_document_each(rules: Rules) -> None:
     qkv = random_qkv(2, 341)
-    outputs = Causal(341, {rules}, CPU)(*qkv, rules)
-    torch.testing.assert_close(outputs, by_definition(*qkv, None, rules))
+    rotation = rotation_of(None, 341)
+    outputs = Causal(341, {rules}, CPU)(*qkv, rotation, rules)
+    torch.testing.assert_close(outputs, by_definition(*qkv, None, rules, rotation))
 
 
 @pytest.mark.parametrize("layout", [None, *LINES])
@@ -154,18 +175,21 @@ def test_flex_attention_visits_every_block_in_which_something_is_seen(
 def test_numbers_in_bf16_are_attended_to_in_float32_where_segments_are_short(layout: Layout, exact: bool) -> None:
     q, k, v = (x.detach().bfloat16() for x in random_qkv(1, 341))
     seen = Causal(341, {PLAIN}, CPU, layout)
-    output = seen(q, k, v, PLAIN)
-    expected = seen(q.float(), k.float(), v.float(), PLAIN).bfloat16()
+    output = seen(q, k, v, still(q.shape[1]), PLAIN)
+    expected = seen(q.float(), k.float(), v.float(), still(q.shape[1]), PLAIN).bfloat16()
     assert torch.equal(output, expected) is exact
     torch.testing.assert_close(output, expected, atol=0.03, rtol=0)
 
 
-def test_padding_gives_finite_outputs_and_gradients() -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_padding_gives_finite_outputs_and_takes_no_part_in_gradients(softcap: float | None) -> None:
     qkv = random_qkv(1, 64)
-    rules = Rules(4, 0.25, 2.0, 0.0)
-    outputs = Causal(64, {rules}, CPU, line(10, width=64))(*qkv, rules)
+    rules = Rules(4, 0.25, softcap, 0.0)
+    outputs = Causal(64, {rules}, CPU, line(10, width=64))(*qkv, still(64), rules)
     assert outputs.isfinite().all()
-    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(outputs[:, :10].sum(), qkv))
+    for gradient in torch.autograd.grad(outputs[:, :10].sum(), qkv):
+        assert gradient[:, :10].abs().sum() > 0
+        assert (gradient[:, 10:] == 0).all()
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -175,7 +199,7 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap: float | None) -> No
     rules = Rules(None, 0.25, softcap, 0.5)
     torch.manual_seed(0)
     causal = Causal(8, {rules}, CPU)
-    outputs = torch.stack([causal(q, k, v, rules) for _ in range(2000)])
+    outputs = torch.stack([causal(q, k, v, still(q.shape[1]), rules) for _ in range(2000)])
     assert set(outputs[:, 0, 0, 0, 0].tolist()) == {0.0, 2.0}
     assert (outputs.mean(0) - 1).abs().max() < 0.1
 
@@ -186,7 +210,7 @@ def test_compiled_code_serves_packs_of_any_documents() -> None:
 
     @torch.compile(backend=counter)
     def layer(q: Tensor, k: Tensor, v: Tensor, mask: Causal) -> Tensor:
-        return mask(q * 2, k, v, PLAIN) + 1
+        return mask(q * 2, k, v, still(q.shape[1]), PLAIN) + 1
 
     counts = []
     trees: list[list[int | Tree]] = [[10, 20], [5, (5, [30])], [64], [1, 2, (3, [4, 5])]]

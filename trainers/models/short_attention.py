@@ -1,0 +1,225 @@
+"""Attention on a CPU where all segments of a line are short: in float32, and with a gradient of its own.
+
+PyTorch's attention would be called for each segment, with products so small that calling costs more than computing.
+Here segments of like widths that follow the same ones are filled up to the widest of them, and each product is one
+batch over all of these segments and all heads. The weights are kept for the gradient, which short segments can afford.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trainers.collate import Segment
+from trainers.models.rope import Rotation, rotated
+
+FILLED = 0.75
+"""Segments are attended to together with one that is wider if they have at least this share of its width: to calculate
+for positions that aren't there costs less than another batch of products."""
+
+
+class _Group(NamedTuple):
+    """`members` segments of up to `width` positions. Each has `before`, `of_before` positions, in front of it."""
+
+    members: int
+    width: int
+    before: tuple[tuple[int, int], ...]
+    of_before: int
+    queries: Tensor
+    """Which row each query is, [members, kv, width], flat. Rows: `_Plan`."""
+    keys: Tensor
+    """Which row each key and value is, [members, kv, of_before + width], flat."""
+    own: slice
+    """Where they are among the queries of all groups."""
+    own_keys: slice
+    masked: Tensor
+    """What is added to scores, 0 or -inf: [1, width * group size, of_before + width]."""
+
+
+class _Plan(NamedTuple):
+    """A row holds what one head of keys and values has at one position: its own numbers, or those of the queries that
+    share it. Rows are in the order [s, kv], and behind them comes one of zeros, which stands for what isn't there."""
+
+    groups: tuple[_Group, ...]
+    places: Tensor
+    """Where each row is among the queries of all groups, [s, kv], flat; behind them, where it is padding."""
+    key_places: Tensor
+    """The same among their keys."""
+    queries: int
+    keys: int
+
+
+class ShortSegments:
+    """The segments of one line, as an `Attend` without soft-cap or dropout. Padding gets zeros."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+        self._plans: dict[tuple[int, int, int, int | None], _Plan] = {}
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, *, window: int | None, scale: float
+    ) -> Tensor:
+        """Queries [1, s, h, d], keys and values [1, s, kv, d] -> outputs [1, s, h, d]."""
+        key = (q.shape[1], k.shape[2], q.shape[2] // k.shape[2], window)
+        if key not in self._plans:
+            self._plans[key] = _plan(self._segments, *key)
+        return _attend(q, k, v, rotation.cos, rotation.sin, self._plans[key], scale)
+
+
+def _plan(segments: Sequence[Segment], positions: int, kv: int, group_size: int, window: int | None) -> _Plan:
+    nothing = positions * kv
+    heads = torch.arange(kv)
+    groups: list[_Group] = []
+    places, key_places = (torch.full((positions, kv), -1) for _ in range(2))
+    first, first_key = 0, 0
+    for before, together in _alike(segments):
+        members, width, preceding = len(together), together[0].end - together[0].start, _positions(before)
+        seen = len(preceding) + width
+        queries, keys = torch.full((members, kv, width), nothing), torch.full((members, kv, seen), nothing)
+        keys[:, :, : len(preceding)] = preceding * kv + heads[:, None]
+        for number, (start, end, _) in enumerate(together):
+            rows = torch.arange(start, end) * kv + heads[:, None]  # [kv, end - start]
+            queries[number, :, : end - start] = rows
+            keys[number, :, len(preceding) : len(preceding) + end - start] = rows
+            at, head = torch.arange(end - start)[:, None], number * kv + heads
+            places[start:end] = first + head * width + at
+            key_places[start:end] = first_key + head * seen + len(preceding) + at
+        visible = torch.ones(width, seen, dtype=torch.bool).tril(len(preceding))
+        if window is not None:
+            visible = visible.triu(len(preceding) + 1 - window)
+        masked = torch.zeros(width, seen).masked_fill_(~visible, -torch.inf)
+        own, own_keys = (slice(a, a + one.numel()) for a, one in ((first, queries), (first_key, keys)))
+        groups.append(
+            _Group(
+                members,
+                width,
+                before,
+                len(preceding),
+                queries.flatten(),
+                keys.flatten(),
+                own,
+                own_keys,
+                masked.repeat_interleave(group_size, 0)[None],
+            )
+        )
+        first, first_key = own.stop, own_keys.stop
+    places[places < 0], key_places[key_places < 0] = first, first_key
+    return _Plan(tuple(groups), places.flatten(), key_places.flatten(), first, first_key)
+
+
+def _alike(segments: Iterable[Segment]) -> Iterator[tuple[tuple[tuple[int, int], ...], list[Segment]]]:
+    """Segments to attend to together, the widest first, and what stands before each of them."""
+    children: dict[tuple[tuple[int, int], ...], list[Segment]] = {}
+    for segment in segments:
+        children.setdefault(segment.before, []).append(segment)
+    for before, siblings in children.items():
+        together: list[Segment] = []
+        for segment in sorted(siblings, key=lambda one: one.start - one.end):
+            if together and segment.end - segment.start < FILLED * (together[0].end - together[0].start):
+                yield before, together
+                together = []
+            together.append(segment)
+        yield before, together
+
+
+def _positions(ranges: Iterable[tuple[int, int]]) -> Tensor:
+    return torch.cat([torch.arange(0), *(torch.arange(start, end) for start, end in ranges)])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[1, s, kv, n] -> rows [s * kv + 1, n], the last of zeros."""
+    rows = torch.empty(x.shape[1] * x.shape[2] + 1, x.shape[3], dtype=torch.float32)
+    rows[:-1].view(x.shape[1:]).copy_(x[0])
+    rows[-1] = 0
+    return rows
+
+
+def _places(rows: int, width: int) -> Tensor:
+    """For `rows` of `width` numbers, which are written later, and one of zeros behind them."""
+    places = torch.empty(rows + 1, width, dtype=torch.float32)
+    places[-1] = 0
+    return places
+
+
+class _ShortAttention(torch.autograd.Function):
+    """With S = scale Q K^T + mask, P = softmax(S), O = P V, and g the gradient of O: that of V is P^T g, that of S is
+    P (g V^T - rows' sums of P g V^T), and from it come those of Q and K."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  -- torch types it too narrowly
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: _Plan,
+        scale: float,
+    ) -> Tensor:
+        _, s, h, d = q.shape
+        kv = k.shape[2]
+        group_size = h // kv
+        cos, sin = cos.view(s, 1, 1, -1), sin.view(s, 1, 1, -1)
+        joined = torch.empty(s, kv, group_size + 1, d, dtype=torch.float32)
+        joined[:, :, :-1], joined[:, :, -1] = q[0].view(s, kv, group_size, d), k[0]
+        rows = _rows(rotated(joined, cos, sin).view(1, s, kv, -1))
+        del joined
+        queries, keys = rows[:, :-d], rows[:, -d:]
+        values = _rows(v)
+        outputs = _places(plan.queries, group_size * d)
+        saved: list[Tensor] = []
+        for group in plan.groups:
+            batch = group.members * kv
+            of_group = queries.index_select(0, group.queries).view(batch, -1, d)
+            seen, seen_values = (x.index_select(0, group.keys).view(batch, -1, d) for x in (keys, values))
+            weights = torch.baddbmm(group.masked, of_group, seen.transpose(1, 2), alpha=scale)
+            torch.softmax(weights, -1, out=weights)
+            torch.bmm(weights, seen_values, out=outputs[group.own].view(batch, -1, d))
+            saved += [of_group, seen, seen_values, weights]
+        ctx.save_for_backward(cos, sin, *saved)
+        ctx.plan, ctx.scale, ctx.group_size, ctx.kv = plan, scale, group_size, kv
+        return outputs.index_select(0, plan.places).view(1, s, h, d).to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        cos, sin, *saved = ctx.saved_tensors
+        plan, scale, group_size, kv = ctx.plan, ctx.scale, ctx.group_size, ctx.kv
+        _, s, h, d = d_output.shape
+        d_outputs = _rows(d_output.reshape(1, s, kv, group_size * d))
+        d_queries = _places(plan.queries, group_size * d)
+        d_keys, d_values = (_places(plan.keys, d) for _ in range(2))
+        for number, group in enumerate(plan.groups):
+            batch = group.members * kv
+            of_group, seen, seen_values, weights = saved[4 * number : 4 * number + 4]
+            d_attended = d_outputs.index_select(0, group.queries).view(batch, -1, d)
+            torch.bmm(weights.transpose(1, 2), d_attended, out=d_values[group.own_keys].view(batch, -1, d))
+            d_weights = torch.bmm(d_attended, seen_values.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, torch.float32).mul_(scale)
+            torch.bmm(d_scores, seen, out=d_queries[group.own].view(batch, -1, d))
+            torch.bmm(d_scores.transpose(1, 2), of_group, out=d_keys[group.own_keys].view(batch, -1, d))
+        d_rotated = torch.empty(s, kv, group_size + 1, d, dtype=torch.float32)
+        d_rotated[:, :, :-1] = d_queries.index_select(0, plan.places).view(s, kv, group_size, d)
+        d_rotated[:, :, -1] = d_keys.index_select(0, plan.key_places).view(s, kv, d)
+        d_v = d_values.index_select(0, plan.key_places).view(s, kv, d)
+        for group in plan.groups:
+            for of_places, of_line in ((d_keys, d_rotated[:, :, -1]), (d_values, d_v)):
+                _add_shared(of_places[group.own_keys].view(group.members, kv, -1, d), group, of_line)
+        joined = rotated(d_rotated, cos, -sin)
+        d_q, d_k = (x.to(d_output.dtype) for x in (joined[:, :, :-1], joined[:, :, -1]))
+        return d_q.reshape(1, s, h, d), d_k[None], d_v.to(d_output.dtype)[None], None, None, None, None
+
+
+def _add_shared(of_group: Tensor, group: _Group, of_line: Tensor) -> None:
+    """Adds the gradients [members, kv, t, d] of what stands before the segments of `group` to those of the line,
+    [s, kv, d], whose own are there already."""
+    shared = of_group[:, :, : group.of_before].sum(0).transpose(0, 1)
+    first = 0
+    for start, end in group.before:
+        of_line[start:end] += shared[first : first + end - start]
+        first += end - start
+
+
+_attend: Callable[..., Tensor] = _ShortAttention.apply
