@@ -77,8 +77,8 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 products to run at full speed."""
 SHORT_SEGMENT = 256
 """On a CPU, a line whose segments are all shorter than this, what they see before them included, is attended to in
-float32, whatever its type, and in batches of segments (`trainers.models.short_attention`). Up to it that took 0.3 to 0.9
-of the time of PyTorch's kernel, forward and backward, with 9 and 14 heads; with rows of 500 it took longer."""
+float32, whatever its type, and in batches of segments (`trainers.models.short_attention`). Up to it that took 0.3 to
+0.9 of the time of PyTorch's kernel, forward and backward, with 9 and 14 heads; with rows of 500 it took longer."""
 ROUND_BF16 = 16
 """Positions to which lines are filled up on a CPU in bf16. oneDNN prepares some forty products for each width of a line
 and keeps a thousand of them: hundreds of megabytes, where widths are as they come."""
@@ -87,7 +87,7 @@ MODULE_CHUNKS = 8
 FITS = 0.5
 """A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
 BUFFERS = 20 << 20  # bytes
-FRAGMENTED = {"full": 0.27, "adapters": 0.38, "nf4": 0.57, "checkpointing": 0.26}
+FRAGMENTED = {"full": 0.27, "adapters": 0.38, "nf4": 0.57, "checkpointing": 0.17}
 REUSED = 0.5
 TOGETHER = 2**22
 """Numbers whose gradients wait for one another where weights are updated within the backward pass: the optimizer takes
