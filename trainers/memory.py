@@ -22,8 +22,8 @@ activations  What autograd keeps of each layer for the backward pass, by positio
              - rotations keep sine and cosine of queries and of keys, 4 tables of half a head in float32;
              - attention keeps q, k, v, its output, and a normaliser for each head; with a soft-cap or dropout its
                scores instead, a matrix of the segment's positions for each head, and keys and values for every head.
-               On a CPU, where segments are short (`SHORT_SEGMENT`), it keeps q, k, v and its weights, such a matrix,
-               in float32, and sine and cosine once;
+               On a CPU, where segments are short (`SHORT_SEGMENT`), it keeps q, k and v in float32 only, and sine and
+               cosine once;
              - the gated unit keeps the gate, the gate after its activation, and the value it is multiplied with.
              In the last layer what is behind its attention is there for L positions only.
              With activation checkpointing only each layer's input, d b, and one layer as above while it is computed
@@ -493,7 +493,7 @@ class _Size:
         if arch.attention_softcap is not None or arch.attention_dropout:
             return 8 * arch.head_dim + 3 * queries * b + load.segment * (arch.num_heads * (4 + b) + 1)
         if short:
-            return 4 * arch.head_dim + 4 * (queries + 2 * keys) + 4 * arch.num_heads * load.segment
+            return 4 * arch.head_dim + 4 * (queries + 2 * keys)
         return 8 * arch.head_dim + b * (2 * queries + 2 * keys) + 4 * arch.num_heads
 
     def in_hand_per_position(self) -> float:

@@ -2,7 +2,8 @@
 
 PyTorch's attention would be called for each segment, with products so small that calling costs more than computing.
 Here segments of like widths that follow the same ones are filled up to the widest of them, and each product is one
-batch over all of these segments and all heads. The weights are kept for the gradient, which short segments can afford.
+batch over all of these segments and all heads. For the gradient the weights are computed once more: kept, those of
+segments of 256 tokens would be more than all else that a layer's attention keeps.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -174,10 +175,9 @@ class _ShortAttention(torch.autograd.Function):
             batch = group.members * kv
             of_group = queries.index_select(0, group.queries).view(batch, -1, d)
             seen, seen_values = (x.index_select(0, group.keys).view(batch, -1, d) for x in (keys, values))
-            weights = torch.baddbmm(group.masked, of_group, seen.transpose(1, 2), alpha=scale)
-            torch.softmax(weights, -1, out=weights)
+            weights = _weights(of_group, seen, group, scale)
             torch.bmm(weights, seen_values, out=outputs[group.own].view(batch, -1, d))
-            saved += [of_group, seen, seen_values, weights]
+            saved += [of_group, seen, seen_values]
         ctx.save_for_backward(cos, sin, *saved)
         ctx.plan, ctx.scale, ctx.group_size, ctx.kv = plan, scale, group_size, kv
         return outputs.index_select(0, plan.places).view(1, s, h, d).to(q.dtype)
@@ -193,7 +193,8 @@ class _ShortAttention(torch.autograd.Function):
         d_keys, d_values = (_places(plan.keys, d) for _ in range(2))
         for number, group in enumerate(plan.groups):
             batch = group.members * kv
-            of_group, seen, seen_values, weights = saved[4 * number : 4 * number + 4]
+            of_group, seen, seen_values = saved[3 * number : 3 * number + 3]
+            weights = _weights(of_group, seen, group, scale)
             d_attended = d_outputs.index_select(0, group.queries).view(batch, -1, d)
             torch.bmm(weights.transpose(1, 2), d_attended, out=d_values[group.own_keys].view(batch, -1, d))
             d_weights = torch.bmm(d_attended, seen_values.transpose(1, 2))
@@ -210,6 +211,11 @@ class _ShortAttention(torch.autograd.Function):
         joined = rotated(d_rotated, cos, -sin)
         d_q, d_k = (x.to(d_output.dtype) for x in (joined[:, :, :-1], joined[:, :, -1]))
         return d_q.reshape(1, s, h, d), d_k[None], d_v.to(d_output.dtype)[None], None, None, None, None
+
+
+def _weights(queries: Tensor, keys: Tensor, group: _Group, scale: float) -> Tensor:
+    scores = torch.baddbmm(group.masked, queries, keys.transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def _add_shared(of_group: Tensor, group: _Group, of_line: Tensor) -> None:
