@@ -42,6 +42,7 @@ TRAINING_MODULES = (
     "trainers.models.generate",
     "trainers.models.norm",
     "trainers.models.rope",
+    "trainers.models.short_attention",
     "trainers.models.weights",
     "trainers.objectives",
     "trainers.optimization",

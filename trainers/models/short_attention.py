@@ -49,6 +49,7 @@ class _Plan(NamedTuple):
     key_places: Tensor
     """The same among their keys."""
     queries: int
+    """How many rows of them the groups have, those that are filled up included."""
     keys: int
 
 
