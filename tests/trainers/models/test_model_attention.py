@@ -188,6 +188,7 @@ def test_padding_gives_finite_outputs_and_takes_no_part_in_gradients(softcap: fl
     outputs = Causal(64, {rules}, CPU, line(10, width=64))(*qkv, still(64), rules)
     assert outputs.isfinite().all()
     for gradient in torch.autograd.grad(outputs[:, :10].sum(), qkv):
+        assert gradient.isfinite().all()
         assert gradient[:, :10].abs().sum() > 0
         assert (gradient[:, 10:] == 0).all()
 
