@@ -14,7 +14,7 @@ from benchmarks.contender import Recording, Task
 from events.config import Config, FineTuningOptions, FullFineTuneOptions, LoraFineTuneOptions
 from events.facts import StepMetrics
 from trainers.data.dataset import TokenisedDataset
-from trainers.memory import recomputing_if_needed
+from trainers.fitting import recomputing_if_needed
 from trainers.models.architecture import inspect_model_dir
 from trainers.plan import ComponentSpec, LoraSpec, Plan, make_plan
 from trainers.precision import default_dtype

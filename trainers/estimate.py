@@ -31,8 +31,10 @@ from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
 from trainers.data.prepare import DataInvalid, Tally, judge
 from trainers.data.source import check_data_uri, data_size, open_lines
 from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError
-from trainers.memory import MARGIN, Memory, flops_per_token, memory_of, recomputing_if_needed
-from trainers.models.architecture import inspect_model_dir
+from trainers.fitting import MARGIN, recomputing_if_needed
+from trainers.memory import Memory, memory_of
+from trainers.models.architecture import Architecture, inspect_model_dir
+from trainers.models.layout import numbers_of
 from trainers.models.resolve import resolve_model
 from trainers.plan import Plan, step_items
 from trainers.precision import Device
@@ -280,7 +282,7 @@ def _find(asked: Asked, settings: Settings) -> Found:
         memory=MemoryEstimate(**memory.model_dump(), available_bytes=there, fits=fits),
         preview=train.preview,
         tokens_a_step=float(train.lengths.sum()) / load.items * min(step_items(plan), load.items * train.scale),
-        flops_per_token=flops_per_token(plan, arch),
+        flops_per_token=_flops_per_token(plan, arch),
     )
 
 
@@ -302,6 +304,13 @@ def _steps(plan: Plan, load: "Load", sample: "Sample") -> int:
     """Of the whole file, of which only a sample was seen."""
     an_epoch = -(-round(load.items * sample.scale) // step_items(plan))
     return plan.n_epochs * min(an_epoch, plan.max_steps_per_epoch or an_epoch)
+
+
+def _flops_per_token(plan: Plan, arch: Architecture) -> float:
+    """Floating-point operations of training on one token: 2 for each number of the matrices forward, 2 for the gradient
+    of what they are applied to, 2 for their own where they are trained, 2 to compute the forward pass again."""
+    passes = 4 + (2 if plan.lora is None else 0) + (2 if plan.enable_activation_checkpointing else 0)
+    return float(passes * numbers_of(arch))
 
 
 class Sample:

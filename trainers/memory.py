@@ -53,25 +53,17 @@ On CUDA the formula has not been held against measurements: there nothing is ref
 optimizer alone make impossible.
 """
 
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainers.components import shardable
-from trainers.errors import Problem, UserError
 from trainers.models.architecture import Architecture
-from trainers.models.layout import Part, adapts, checkpoint_tensors, linears
-from trainers.plan import LoraSpec, Plan
+from trainers.models.layout import Part, adapts, linears, numbers_of
+from trainers.plan import Plan
 from trainers.precision import Device, default_dtype
-from trainers.suitability import longest_row
 
 Moment = Literal["backward", "update", "checkpoint"]
 TOLERANCE = 0.15
-MARGIN = 1.25
-"""A job is refused only where the estimate exceeds the memory there is by this factor: more than it was ever off by."""
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits in a chunk: small enough to be no matter of memory (64 and 512 MB in float32), large enough for the matrix
 products to run at full speed."""
@@ -130,7 +122,7 @@ class Load(Protocol):
 def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker_bytes: int | None = None) -> Memory:
     """`worker_bytes`: memory that each worker may take, which decides whether a frozen model is sharded; None: enough
     not to."""
-    size = _Size(plan, arch, device, worker_bytes)
+    size = Size(plan, arch, device, worker_bytes)
     saved, in_hand = size.saved_per_position(load), size.in_hand_per_position()
     head = size.head_rows(load) * arch.vocab_size * (16 if size.adapts_head else 8)
     head_gradient = arch.vocab_size * arch.hidden_size * size.width if size.trains_head else 0
@@ -187,137 +179,8 @@ def states_of(plan: Plan, arch: Architecture, device: Device, worker_bytes: int 
     """Bytes of weights and optimizer on each worker: less no job of this plan can do with."""
     if device == "cuda" and (plan.fsdp_cpu_offload or "Paged" in plan.optimizer.component):
         return 0  # they may lie in the host's memory
-    size = _Size(plan, arch, device, worker_bytes)
+    size = Size(plan, arch, device, worker_bytes)
     return round(size.weight_bytes + size.optimizer_bytes)
-
-
-def states_fit(plan: Plan, arch: Architecture, worker_bytes: int) -> Problem | None:
-    """What is wrong with a request for CPUs whose weights and optimizer alone exceed the memory a worker may take;
-    None where they don't, by the `MARGIN`."""
-    needed = states_of(plan, arch, "cpu", worker_bytes)
-    if needed <= MARGIN * worker_bytes:
-        return None
-    error = does_not_fit(plan, arch, _Nothing(), "cpu", needed, worker_bytes, "for weights and optimizer alone").error
-    return Problem(error.param, error.message, error.code)
-
-
-def check_memory(plan: Plan, arch: Architecture, load: Load, worker_bytes: int) -> None:
-    """Raises UserError `does_not_fit` for a job on CPUs that needs more than a worker may take, by the `MARGIN`."""
-    needed = memory_of(plan, arch, load, "cpu", worker_bytes).peak_bytes
-    if needed > MARGIN * worker_bytes:
-        raise does_not_fit(plan, arch, load, "cpu", needed, worker_bytes, "at its peak")
-
-
-class _Most(NamedTuple):
-    """No micro-batch is heavier."""
-
-    positions: int
-    trained: int
-    segment: int
-
-
-def surely_fits(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> bool:
-    """Whether `check_memory` passes however rows of `lengths` come together. Needs no torch, which takes seconds to
-    import; where it says no, `trainers.load` looks closer."""
-    return _at_most(plan, arch, lengths, worker_bytes) <= MARGIN * worker_bytes
-
-
-def recomputing_if_needed(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], share: int | None) -> Plan:
-    """The plan without activation checkpointing where a worker needn't save memory: all fits its `share` of its node's,
-    with the `MARGIN` to spare, however rows of `lengths` come together. `share` None (on GPUs, whose estimates aren't
-    measured): the plan as it is."""
-    if not plan.enable_activation_checkpointing or share is None:
-        return plan
-    keeping = plan.model_copy(update={"enable_activation_checkpointing": False})
-    return keeping if MARGIN * _at_most(keeping, arch, lengths, share) <= share else plan
-
-
-def _at_most(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> int:
-    """Bytes: the peak if the longest rows made one micro-batch, with nothing in common."""
-    longest = int(lengths.max())
-    if plan.packed:
-        positions = plan.batch_size * (plan.max_seq_len or longest)
-    else:
-        rows = plan.batch_size * (2 if plan.pairs else 1)
-        positions = int(np.sort(lengths)[-rows:].sum())
-    return memory_of(plan, arch, _Most(positions, positions, longest), "cpu", worker_bytes).peak_bytes
-
-
-def check_states(plan: Plan, arch: Architecture, worker_bytes: int) -> None:
-    """Raises UserError `does_not_fit` where weights and optimizer alone exceed the memory of a worker's GPU."""
-    needed = states_of(plan, arch, "cuda", worker_bytes)
-    if needed > worker_bytes:
-        raise does_not_fit(plan, arch, _Nothing(), "cuda", needed, worker_bytes, "for weights and optimizer alone")
-
-
-class _Nothing(NamedTuple):
-    """The least of a load: what holds without any is true of each."""
-
-    positions: int = 1
-    trained: int = 1
-    segment: int = 1
-
-
-def does_not_fit(
-    plan: Plan, arch: Architecture, load: Load, device: Device, needed: int, worker_bytes: int, when: str
-) -> UserError:
-    """The error of a plan whose workers need `needed` bytes, with the changes of which each would make it fit."""
-    enough = [
-        advice
-        for advice, changed, share in _alternatives(plan, arch)
-        if memory_of(changed, arch, _Share(load, share), device, worker_bytes).peak_bytes <= worker_bytes
-    ]
-    return UserError(
-        "does_not_fit",
-        f"a worker needs about {_gib(needed)} of memory {when}, and there are {_gib(worker_bytes)} for it at most",
-        param="fine_tuning_options",
-        suggestion="; or ".join(enough or ["take a smaller model, or larger nodes"]),
-    )
-
-
-class _Share:
-    """A load of smaller micro-batches."""
-
-    def __init__(self, load: Load, share: float) -> None:
-        self.positions = max(1, int(load.positions * share))
-        self.trained = max(1, int(load.trained * share))
-        self.segment = load.segment
-
-
-def _alternatives(plan: Plan, arch: Architecture) -> Iterator[tuple[str, Plan, float]]:
-    """What could be changed about a plan, the plan then, and the share of its micro-batches that is left."""
-    if not plan.enable_activation_checkpointing:
-        changed = plan.model_copy(update={"enable_activation_checkpointing": True})
-        yield "set enable_activation_checkpointing", changed, 1
-    if plan.batch_size > 1:
-        changed = plan.model_copy(
-            update={"batch_size": 1, "gradient_accumulation_steps": plan.gradient_accumulation_steps * plan.batch_size}
-        )
-        yield "set batch_size 1 and gradient_accumulation_steps instead", changed, 1 / plan.batch_size
-    now = longest_row(plan, arch)
-    if now >= 256:
-        changed = plan.model_copy(update={"max_seq_len": now // 4})
-        yield f"set max_seq_len to {now // 4} (it is {now})", changed, 1 / 4
-    if plan.lora is None:
-        yield "train with LoRA", plan.model_copy(update={"method": "lora", "lora": LoraSpec(), "quantizer": None}), 1
-    if plan.dtype != "bf16":
-        yield "set dtype to bf16", plan.model_copy(update={"dtype": "bf16"}), 1
-    if plan.lora is None and shardable(plan.optimizer.component):
-        for factor in (2, 4, 8):
-            changed = plan.model_copy(update={"nproc_per_node": 1, "nnodes": plan.workers * factor})
-            yield f"use {changed.workers} workers, each on a node of its own", changed, 1
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-def flops_per_token(plan: Plan, arch: Architecture) -> float:
-    """Floating-point operations of training on one token: 2 for each number of the matrices forward, 2 for the gradient
-    of what they are applied to, 2 for their own where they are trained, 2 to compute the forward pass again."""
-    size = _Size(plan, arch, "cpu", None)
-    passes = 4 + (2 if plan.lora is None else 0) + (2 if plan.enable_activation_checkpointing else 0)
-    return float(passes * size.numbers)
 
 
 class _Saved(NamedTuple):
@@ -328,7 +191,7 @@ class _Saved(NamedTuple):
     behind: float
 
 
-class _Size:
+class Size:
     """Sizes that don't depend on the data, in bytes unless they say otherwise."""
 
     def __init__(self, plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None) -> None:
@@ -339,8 +202,7 @@ class _Size:
         self.copy_width = 4 if dtype == "mixed" else 0
         self.gradient_copy_width = 0 if plan.fused_adam else self.copy_width
         self._linears = list(linears(arch))
-        of_tensors = {tensor.name: _product(tensor.shape) for tensor in checkpoint_tensors(arch)}
-        self.numbers = sum(of_tensors.values())
+        self.numbers = numbers_of(arch)
         adapter = [part for linear in self._linears for part in linear.parts if self._adapted(part)]
         columns = {part: linear.columns for linear in self._linears for part in linear.parts}
         lora = plan.lora
@@ -506,10 +368,3 @@ def _shared_input(part: Part) -> str:
     """Names the input of a linear layer: the same for layers that share it."""
     module = part.name.rpartition(".")[2]
     return {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "w1": "gated", "w3": "gated"}.get(module, module)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -25,8 +25,8 @@ from trainers.collate import Batch, collate
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
 from trainers.errors import CapacityError, UserError
+from trainers.fitting import check_states
 from trainers.load import build_schedule, drops, pack_size
-from trainers.memory import check_states
 from trainers.methods import method_of
 from trainers.models.architecture import inspect_model_dir
 from trainers.optimization import build_optimizer, build_scheduler, updating_in_backward

@@ -40,8 +40,8 @@ from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid, prepare, prepared
 from trainers.data.source import check_data_uri
 from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, write_details
+from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
 from trainers.job_output import JobOutput
-from trainers.memory import check_memory, recomputing_if_needed, surely_fits
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import COMPILED, Plan, plan_of

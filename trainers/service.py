@@ -6,7 +6,7 @@ from trainers.admission import Capacity, for_workers, infeasible, memory_share, 
 from trainers.dispatcher import start_dispatcher
 from trainers.errors import ConfigProblems, Problem
 from trainers.estimate import Asked, Estimator, Found
-from trainers.memory import states_fit
+from trainers.fitting import states_fit
 from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 from trainers.recent import Recent

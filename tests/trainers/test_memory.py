@@ -1,6 +1,5 @@
-"""The formula for a worker's memory: what autograd keeps, tensor by tensor; and jobs that fit no node are refused."""
+"""The formula for a worker's memory: what autograd keeps, tensor by tensor."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +9,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from events.config import Config
 from tests.tiny_models import make_tiny_model
+from tests.trainers.memory_support import FULL, LOAD, LORA, ROW, ROWS, Rows, plan_for
 from trainers.collate import collate
 from trainers.distributed import Ranks
-from trainers.errors import UserError
-from trainers.load import Load, load_of
-from trainers.memory import MARGIN, _Size, check_memory, memory_of, recomputing_if_needed, states_fit, surely_fits
+from trainers.load import Load
+from trainers.memory import Size, memory_of
 from trainers.methods import method_of
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.optimization import build_optimizer
-from trainers.plan import Plan, make_plan
+from trainers.plan import Plan
 from trainers.training_model import TrainingModel, build_training_model, choose_dtype
 
-FULL = {"finetuning_type": "full", "enable_activation_checkpointing": False}
-LORA = {"finetuning_type": "lora", "lora_rank": 8}
 EVERYWHERE = {**LORA, "apply_lora_to_mlp": True}
-ROW, ROWS = 64, 4
-
-
-class Rows:
-    """Rows of random tokens, of which the second half is trained."""
-
-    def __len__(self) -> int:
-        return ROWS
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.random.default_rng(index).integers(0, 500, ROW)
-        return tokens, np.arange(ROW) >= ROW // 2
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.full(ROWS, ROW)
-
-    @property
-    def trained(self) -> np.ndarray:
-        return np.full(ROWS, ROW // 2)
-
-
-def plan_for(model: Path, custom: dict[str, Any], **extras: Any) -> Plan:
-    options = {"custom_training_options": custom, "extras": {"dtype": "fp32", **extras}}
-    return make_plan(Config.model_validate({"model": str(model), "data": "d", "fine_tuning_options": options}))
 
 
 def built(folder: Path, family: str, custom: dict[str, Any], **extras: Any) -> tuple[Plan, Architecture, TrainingModel]:
@@ -108,7 +79,7 @@ def test_what_a_layer_keeps_is_what_the_formula_says(
         kept.append(kept_by(model))
     positions, trained = ROWS * (ROW - 1), ROWS * ROW // 2
     load = Load(steps=1, items=ROWS, positions=positions, trained=trained, segment=ROW - 1)
-    saved = _Size(plan, arch, "cpu", None).saved_per_position(load)
+    saved = Size(plan, arch, "cpu", None).saved_per_position(load)
     assert sum(saved) == pytest.approx((kept[1] - kept[0]) / 2 / positions, rel=0.03)
     left_out = (kept_by(model, wanted=positions) - kept[1]) / (positions - trained)
     by_norm = arch.hidden_size * model.computed_in.itemsize  # the last one keeps its input, part of what is made
@@ -134,7 +105,7 @@ def test_weights_and_optimizer_are_as_large_as_the_formula_says(
     for parameter in model.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    size = _Size(plan, arch, "cpu", None)
+    size = Size(plan, arch, "cpu", None)
     assert size.weight_bytes == sum(p.numel() * p.itemsize for p in model.parameters())
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     assert size.optimizer_bytes == sum(value.numel() * value.itemsize for value in states if value.numel() > 1)
@@ -143,66 +114,6 @@ def test_weights_and_optimizer_are_as_large_as_the_formula_says(
 @pytest.fixture
 def arch(tmp_path: Path) -> Architecture:
     return inspect_model_dir(make_tiny_model(tmp_path / "m"))
-
-
-LOAD = Load(steps=1, items=8, positions=1600, trained=800, segment=400)
-
-
-def test_a_job_is_refused_only_beyond_the_margin_and_with_what_would_make_it_fit(
-    arch: Architecture, tmp_path: Path
-) -> None:
-    arch = replace(arch, hidden_size=512, intermediate_size=1536, num_layers=30, windows=(None,) * 30)
-    plan = plan_for(tmp_path / "m", FULL)
-    needed = memory_of(plan, arch, LOAD, "cpu").peak_bytes
-    check_memory(plan, arch, LOAD, int(needed / MARGIN) + 1)
-    with pytest.raises(UserError) as caught:
-        check_memory(plan, arch, LOAD, int(needed / MARGIN) - 1)
-    error = caught.value.error
-    assert (error.code, error.fault, error.retryable) == ("does_not_fit", "user", False)
-    easier = plan.model_copy(update={"enable_activation_checkpointing": True})
-    assert memory_of(easier, arch, LOAD, "cpu").peak_bytes <= needed / MARGIN
-    assert "set enable_activation_checkpointing" in (error.suggestion or "")
-    # To what no single change is enough for, none is proposed.
-    with pytest.raises(UserError, match="take a smaller model"):
-        check_memory(plan, arch, LOAD, 10 << 20)
-
-
-@pytest.mark.parametrize("extras", [{}, {"batch_size": 3}, {"dataset": {"packed": True}, "max_seq_len": 64}])
-def test_what_surely_fits_is_never_refused_by_the_closer_look(
-    arch: Architecture, tmp_path: Path, extras: dict[str, Any]
-) -> None:
-    plan = plan_for(tmp_path / "m", FULL, **extras)
-    rows = Rows()
-    load = load_of(plan, arch, rows)
-    needed = memory_of(plan, arch, load, "cpu").peak_bytes
-    for there in np.linspace(needed / MARGIN / 2, 4 * needed, 50).astype(int):
-        if surely_fits(plan, arch, rows.lengths, int(there)):
-            check_memory(plan, arch, load, int(there))
-    assert surely_fits(plan, arch, rows.lengths, 4 * needed)
-    assert not surely_fits(plan, arch, rows.lengths, int(needed / MARGIN) - 1)
-
-
-def test_activations_are_recomputed_where_keeping_them_could_exceed_a_worker_s_share(
-    arch: Architecture, tmp_path: Path
-) -> None:
-    asked, rows = plan_for(tmp_path / "m", FULL | {"enable_activation_checkpointing": True}), Rows()
-    keeping = asked.model_copy(update={"enable_activation_checkpointing": False})
-    needed = MARGIN * memory_of(keeping, arch, load_of(keeping, arch, rows), "cpu").peak_bytes
-    assert recomputing_if_needed(asked, arch, rows.lengths, int(needed) - 1) == asked
-    assert recomputing_if_needed(asked, arch, rows.lengths, 2 * int(needed)) == keeping
-    assert recomputing_if_needed(asked, arch, rows.lengths, None) == asked
-    assert recomputing_if_needed(keeping, arch, rows.lengths, 1) == keeping
-
-
-def test_a_request_is_refused_at_once_for_its_weights_and_optimizer_only(arch: Architecture, tmp_path: Path) -> None:
-    full, lora = (plan_for(tmp_path / "m", custom) for custom in (FULL, LORA))
-    numbers = sum(p.numel() for p in built(tmp_path / "m", "llama", FULL)[2].parameters())
-    there = int(3 * 4 * numbers / MARGIN) - 100
-    problem = states_fit(full, arch, there)
-    assert problem is not None
-    assert problem.code == "does_not_fit"
-    assert states_fit(full, arch, there + 200) is None
-    assert states_fit(lora, arch, there) is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # `architecture` imports this module
@@ -52,6 +53,11 @@ def checkpoint_tensors(arch: Architecture) -> Iterator[CheckpointTensor]:
     yield _whole("model.norm.weight", "norm.scale", (arch.hidden_size,))
     if not arch.tied:
         yield from _linear_tensors(_head(arch))
+
+
+def numbers_of(arch: Architecture) -> int:
+    """How many numbers a checkpoint of this architecture holds."""
+    return sum(prod(tensor.shape) for tensor in checkpoint_tensors(arch))
 
 
 def linears(arch: Architecture) -> Iterator[Linear]:

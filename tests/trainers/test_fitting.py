@@ -1,0 +1,78 @@
+"""Jobs that fit no node are refused, no others; and what would make them fit is said."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny_models import make_tiny_model
+from tests.trainers.memory_support import FULL, LOAD, LORA, Rows, plan_for
+from trainers.errors import UserError
+from trainers.fitting import MARGIN, check_memory, recomputing_if_needed, states_fit, surely_fits
+from trainers.load import load_of
+from trainers.memory import memory_of
+from trainers.models.architecture import Architecture, inspect_model_dir
+from trainers.models.layout import numbers_of
+
+
+@pytest.fixture
+def arch(tmp_path: Path) -> Architecture:
+    return inspect_model_dir(make_tiny_model(tmp_path / "m"))
+
+
+def test_a_job_is_refused_only_beyond_the_margin_and_with_what_would_make_it_fit(
+    arch: Architecture, tmp_path: Path
+) -> None:
+    arch = replace(arch, hidden_size=512, intermediate_size=1536, num_layers=30, windows=(None,) * 30)
+    plan = plan_for(tmp_path / "m", FULL)
+    needed = memory_of(plan, arch, LOAD, "cpu").peak_bytes
+    check_memory(plan, arch, LOAD, int(needed / MARGIN) + 1)
+    with pytest.raises(UserError) as caught:
+        check_memory(plan, arch, LOAD, int(needed / MARGIN) - 1)
+    error = caught.value.error
+    assert (error.code, error.fault, error.retryable) == ("does_not_fit", "user", False)
+    easier = plan.model_copy(update={"enable_activation_checkpointing": True})
+    assert memory_of(easier, arch, LOAD, "cpu").peak_bytes <= needed / MARGIN
+    assert "set enable_activation_checkpointing" in (error.suggestion or "")
+    # To what no single change is enough for, none is proposed.
+    with pytest.raises(UserError, match="take a smaller model"):
+        check_memory(plan, arch, LOAD, 10 << 20)
+
+
+@pytest.mark.parametrize("extras", [{}, {"batch_size": 3}, {"dataset": {"packed": True}, "max_seq_len": 64}])
+def test_what_surely_fits_is_never_refused_by_the_closer_look(
+    arch: Architecture, tmp_path: Path, extras: dict[str, Any]
+) -> None:
+    plan = plan_for(tmp_path / "m", FULL, **extras)
+    rows = Rows()
+    load = load_of(plan, arch, rows)
+    needed = memory_of(plan, arch, load, "cpu").peak_bytes
+    for there in np.linspace(needed / MARGIN / 2, 4 * needed, 50).astype(int):
+        if surely_fits(plan, arch, rows.lengths, int(there)):
+            check_memory(plan, arch, load, int(there))
+    assert surely_fits(plan, arch, rows.lengths, 4 * needed)
+    assert not surely_fits(plan, arch, rows.lengths, int(needed / MARGIN) - 1)
+
+
+def test_activations_are_recomputed_where_keeping_them_could_exceed_a_worker_s_share(
+    arch: Architecture, tmp_path: Path
+) -> None:
+    asked, rows = plan_for(tmp_path / "m", FULL | {"enable_activation_checkpointing": True}), Rows()
+    keeping = asked.model_copy(update={"enable_activation_checkpointing": False})
+    needed = MARGIN * memory_of(keeping, arch, load_of(keeping, arch, rows), "cpu").peak_bytes
+    assert recomputing_if_needed(asked, arch, rows.lengths, int(needed) - 1) == asked
+    assert recomputing_if_needed(asked, arch, rows.lengths, 2 * int(needed)) == keeping
+    assert recomputing_if_needed(asked, arch, rows.lengths, None) == asked
+    assert recomputing_if_needed(keeping, arch, rows.lengths, 1) == keeping
+
+
+def test_a_request_is_refused_at_once_for_its_weights_and_optimizer_only(arch: Architecture, tmp_path: Path) -> None:
+    full, lora = (plan_for(tmp_path / "m", custom) for custom in (FULL, LORA))
+    there = int(3 * 4 * numbers_of(arch) / MARGIN) - 100
+    problem = states_fit(full, arch, there)
+    assert problem is not None
+    assert problem.code == "does_not_fit"
+    assert states_fit(full, arch, there + 200) is None
+    assert states_fit(lora, arch, there) is None

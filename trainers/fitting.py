@@ -1,0 +1,136 @@
+"""Whether a job fits the memory of its workers, and what to change about it where it doesn't.
+
+Three looks, each closer than the last: at weights and optimizer alone as a request comes in (`states_fit`), at the
+lengths of the rows once they are tokenised (`surely_fits`, `recomputing_if_needed`), and at the heaviest micro-batch
+where that leaves a doubt (`check_memory`).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainers.components import shardable
+from trainers.errors import Problem, UserError
+from trainers.memory import Load, memory_of, states_of
+from trainers.models.architecture import Architecture
+from trainers.plan import LoraSpec, Plan
+from trainers.precision import Device
+from trainers.suitability import longest_row
+
+MARGIN = 1.25
+"""A job is refused only where the estimate exceeds the memory there is by this factor: more than it was ever off by."""
+
+
+class _Load(NamedTuple):
+    """Without torch, as `trainers.load` isn't."""
+
+    positions: int
+    trained: int
+    segment: int
+
+
+_LEAST = _Load(1, 1, 1)
+"""What doesn't fit with this fits with no load."""
+
+
+def states_fit(plan: Plan, arch: Architecture, worker_bytes: int) -> Problem | None:
+    """What is wrong with a request for CPUs whose weights and optimizer alone exceed the memory a worker may take;
+    None where they don't, by the `MARGIN`."""
+    needed = states_of(plan, arch, "cpu", worker_bytes)
+    if needed <= MARGIN * worker_bytes:
+        return None
+    error = _does_not_fit(plan, arch, _LEAST, "cpu", needed, worker_bytes, "for weights and optimizer alone").error
+    return Problem(error.param, error.message, error.code)
+
+
+def check_states(plan: Plan, arch: Architecture, worker_bytes: int) -> None:
+    """Raises UserError `does_not_fit` where weights and optimizer alone exceed the memory of a worker's GPU."""
+    needed = states_of(plan, arch, "cuda", worker_bytes)
+    if needed > worker_bytes:
+        raise _does_not_fit(plan, arch, _LEAST, "cuda", needed, worker_bytes, "for weights and optimizer alone")
+
+
+def surely_fits(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> bool:
+    """Whether `check_memory` passes however rows of `lengths` come together. Needs no torch, which takes seconds to
+    import; where it says no, `trainers.load` looks closer."""
+    return _at_most(plan, arch, lengths, worker_bytes) <= MARGIN * worker_bytes
+
+
+def recomputing_if_needed(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], share: int | None) -> Plan:
+    """The plan without activation checkpointing where a worker needn't save memory: all fits its `share` of its node's,
+    with the `MARGIN` to spare, however rows of `lengths` come together. `share` None (on GPUs, whose estimates aren't
+    measured): the plan as it is."""
+    if not plan.enable_activation_checkpointing or share is None:
+        return plan
+    keeping = plan.model_copy(update={"enable_activation_checkpointing": False})
+    return keeping if MARGIN * _at_most(keeping, arch, lengths, share) <= share else plan
+
+
+def check_memory(plan: Plan, arch: Architecture, load: Load, worker_bytes: int) -> None:
+    """Raises UserError `does_not_fit` for a job on CPUs that needs more than a worker may take, by the `MARGIN`."""
+    needed = memory_of(plan, arch, load, "cpu", worker_bytes).peak_bytes
+    if needed > MARGIN * worker_bytes:
+        raise _does_not_fit(plan, arch, load, "cpu", needed, worker_bytes, "at its peak")
+
+
+def _at_most(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> int:
+    """Bytes: the peak if the longest rows made one micro-batch, with nothing in common."""
+    longest = int(lengths.max())
+    if plan.packed:
+        positions = plan.batch_size * (plan.max_seq_len or longest)
+    else:
+        rows = plan.batch_size * (2 if plan.pairs else 1)
+        positions = int(np.sort(lengths)[-rows:].sum())
+    return memory_of(plan, arch, _Load(positions, positions, longest), "cpu", worker_bytes).peak_bytes
+
+
+def _does_not_fit(
+    plan: Plan, arch: Architecture, load: Load, device: Device, needed: int, worker_bytes: int, when: str
+) -> UserError:
+    """The error of a plan whose workers need `needed` bytes, with the changes of which each would make it fit."""
+    enough = [
+        advice
+        for advice, changed, share in _alternatives(plan, arch)
+        if memory_of(changed, arch, _share_of(load, share), device, worker_bytes).peak_bytes <= worker_bytes
+    ]
+    return UserError(
+        "does_not_fit",
+        f"a worker needs about {_gib(needed)} of memory {when}, and there are {_gib(worker_bytes)} for it at most",
+        param="fine_tuning_options",
+        suggestion="; or ".join(enough or ["take a smaller model, or larger nodes"]),
+    )
+
+
+def _share_of(load: Load, share: float) -> _Load:
+    """Of smaller micro-batches."""
+    return _Load(max(1, int(load.positions * share)), max(1, int(load.trained * share)), load.segment)
+
+
+def _alternatives(plan: Plan, arch: Architecture) -> Iterator[tuple[str, Plan, float]]:
+    """What could be changed about a plan, the plan then, and the share of its micro-batches that is left."""
+    if not plan.enable_activation_checkpointing:
+        changed = plan.model_copy(update={"enable_activation_checkpointing": True})
+        yield "set enable_activation_checkpointing", changed, 1
+    if plan.batch_size > 1:
+        changed = plan.model_copy(
+            update={"batch_size": 1, "gradient_accumulation_steps": plan.gradient_accumulation_steps * plan.batch_size}
+        )
+        yield "set batch_size 1 and gradient_accumulation_steps instead", changed, 1 / plan.batch_size
+    now = longest_row(plan, arch)
+    if now >= 256:
+        changed = plan.model_copy(update={"max_seq_len": now // 4})
+        yield f"set max_seq_len to {now // 4} (it is {now})", changed, 1 / 4
+    if plan.lora is None:
+        yield "train with LoRA", plan.model_copy(update={"method": "lora", "lora": LoraSpec(), "quantizer": None}), 1
+    if plan.dtype != "bf16":
+        yield "set dtype to bf16", plan.model_copy(update={"dtype": "bf16"}), 1
+    if plan.lora is None and shardable(plan.optimizer.component):
+        for factor in (2, 4, 8):
+            changed = plan.model_copy(update={"nproc_per_node": 1, "nnodes": plan.workers * factor})
+            yield f"use {changed.workers} workers, each on a node of its own", changed, 1
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
