@@ -17,6 +17,7 @@ MAY_IMPORT = {
 HEAVY = ("torch", "torchtune", "ray.train")
 # What runs where a model is trained or used. The API, the dispatcher and the command line import everything else.
 TRAINING_MODULES = (
+    "trainers.autograd",
     "trainers.batches",
     "trainers.checkpoint",
     "trainers.collate",
@@ -39,6 +40,7 @@ TRAINING_MODULES = (
     "trainers.models.chat_model",
     "trainers.models.decoder",
     "trainers.models.export_files",
+    "trainers.models.feed_forward",
     "trainers.models.generate",
     "trainers.models.norm",
     "trainers.models.rope",

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TiedLinear
 
+from trainers.autograd import Context
 from trainers.memory import CHUNK_ELEMENTS, MODULE_CHUNKS
 from trainers.models.decoder import Head
 
@@ -178,7 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401  -- torch types it too narrowly
+        ctx: Context,
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -209,7 +210,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Context, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # In place, as nobody else has them. A CPU doesn't round the number, in fp32, to their type first.
         d_hidden, d_weight = (None if saved is None else saved.mul_(d_loss) for saved in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None, None
@@ -223,7 +224,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: "_OfLogProbabilities",
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -241,7 +242,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_logps: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: "_OfLogProbabilities", d_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = ctx.head.room(weight, len(hidden)) if ctx.needs_input_grad[1] else None
@@ -249,12 +250,17 @@ class _LinearLogProbabilities(torch.autograd.Function):
             chunk = slice(start, start + ctx.rows)
             logits = functional.linear(hidden[chunk], weight).float()
             _, gradient = ctx.head.measure(logits, labels[chunk], ctx.head, True)
-            gradient = gradient.mul_(-d_logps[chunk, None]).to(weight.dtype)
+            gradient = cast(Tensor, gradient).mul_(-d_logps[chunk, None]).to(weight.dtype)
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[chunk])
             if d_weight is not None:
                 _add_product(d_weight, gradient.t(), hidden[chunk], first=start == 0)
         return d_hidden, d_weight, None, None, None
+
+
+class _OfLogProbabilities(Context):
+    rows: int
+    head: HeadLoss
 
 
 _fused_each: Callable[..., Any] = _LinearLogProbabilities.apply
@@ -264,13 +270,13 @@ class _LookUp(torch.autograd.Function):
     """What `look_up` does."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def forward(ctx: Context, matrix: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(tokens)
         return functional.embedding(tokens, matrix), matrix.view_as(matrix)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_rows: Tensor, d_matrix: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Context, d_rows: Tensor, d_matrix: Tensor) -> tuple[Tensor, None]:
         (tokens,) = ctx.saved_tensors
         return d_matrix.index_put_((tokens,), d_rows, accumulate=True), None
 

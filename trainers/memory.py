@@ -24,7 +24,8 @@ activations  What autograd keeps of each layer for the backward pass, by positio
                scores instead, a matrix of the segment's positions for each head, and keys and values for every head.
                On a CPU, where segments are short (`SHORT_SEGMENT`), it keeps q, k and v in float32 only, and sine and
                cosine once;
-             - the gated unit keeps the gate, the gate after its activation, and the value it is multiplied with.
+             - the gated unit keeps the gate, the value it is multiplied with, and but on a CPU the gate after its
+               activation.
              In the last layer what is behind its attention is there for L positions only.
              With activation checkpointing only each layer's input, d b, and one layer as above while it is computed
              again. Once more comes what one layer's backward pass has in hand at a time: its gradients.
@@ -71,9 +72,9 @@ SHORT_SEGMENT = 256
 """On a CPU, a line whose segments are all shorter than this, what they see before them included, is attended to in
 float32, whatever its type, and in batches of segments (`trainers.models.short_attention`). Up to it that took 0.3 to
 0.9 of the time of PyTorch's kernel, forward and backward, with 9 and 14 heads; with rows of 500 it took longer."""
-ROUND_BF16 = 16
-"""Positions to which lines are filled up on a CPU in bf16. oneDNN prepares some forty products for each width of a line
-and keeps a thousand of them: hundreds of megabytes, where widths are as they come."""
+ROUND_BF16 = 8
+"""Positions to which lines are filled up on a CPU in bf16. oneDNN prepares a dozen products for each width of a line, of
+a megabyte each, and keeps a thousand of them: hundreds of megabytes, where widths are as they come."""
 MODULE_CHUNKS = 8
 """Chunks for a head that autograd goes through, unless the plan says otherwise."""
 FITS = 0.5
@@ -314,7 +315,7 @@ class Size:
         leading, behind = self._inputs
         return _Saved(
             norm + of_heads + b * leading + self._attention(load),
-            norm * (3 if arch.post_norms else 1) + b * behind + 3 * f * b,
+            norm * (3 if arch.post_norms else 1) + b * behind + (2 if self._device == "cpu" else 3) * f * b,
         )
 
     @property

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchtune.modules import (
-    FeedForward,
     TiedLinear,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
@@ -21,6 +20,7 @@ from torchtune.modules import (
 from trainers.collate import Layout
 from trainers.models.architecture import Architecture
 from trainers.models.attention import Attend, Attention, Causal
+from trainers.models.feed_forward import GatedFeedForward
 from trainers.models.norm import FusedRMSNorm, GemmaNorm
 from trainers.models.rope import RotaryEmbedding
 
@@ -173,11 +173,11 @@ def _attention(arch: Architecture, window: int | None, rope: RotaryEmbedding, li
     )
 
 
-def _feed_forward(arch: Architecture, linear: MakeLinear) -> FeedForward:
+def _feed_forward(arch: Architecture, linear: MakeLinear) -> GatedFeedForward:
     width, ffn, bias = arch.hidden_size, arch.intermediate_size, arch.mlp_bias
-    return FeedForward(
-        gate_proj=linear("mlp.w1", width, ffn, bias=bias),
-        down_proj=linear("mlp.w2", ffn, width, bias=bias),
-        up_proj=linear("mlp.w3", width, ffn, bias=bias),
-        activation=nn.SiLU() if arch.activation == "silu" else nn.GELU(approximate="tanh"),
+    return GatedFeedForward(
+        w1=linear("mlp.w1", width, ffn, bias=bias),
+        w2=linear("mlp.w2", ffn, width, bias=bias),
+        w3=linear("mlp.w3", width, ffn, bias=bias),
+        activation=arch.activation,
     )

@@ -5,13 +5,14 @@ of these stay for the backward pass. Here they are worked out in place, from the
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torchtune.modules import RMSNorm
+
+from trainers.autograd import Context
 
 
 class FusedRMSNorm(RMSNorm):  # type: ignore[misc]  # torchtune ships no types
@@ -43,10 +44,10 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With n = x / rms(x) and g the gradient of n, that of x is (g - n * mean(g * n)) / rms(x)."""
+    """With r = rms(x) and g the gradient of x / r, that of x is g / r - x * mean(g * x) / r^3."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:  # noqa: ANN401  -- torch types it too narrowly
+    def forward(ctx: Context, x: Tensor, scale: Tensor, eps: float) -> Tensor:
         normed = x.to(torch.float32, copy=True)
         inverse = normed.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # of the root mean square, [..., 1]
         ctx.save_for_backward(x, scale, inverse)
@@ -54,15 +55,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN401
+    def backward(ctx: Context, d_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale, inverse = ctx.saved_tensors
-        normed = x.to(torch.float32, copy=True).mul_(inverse)
-        d_normed = d_output.to(torch.float32, copy=True)
-        products = d_normed * normed
-        d_scale = products.flatten(0, -2).sum(0).to(scale.dtype) if ctx.needs_input_grad[1] else None
+        wide, d_x = x.float(), d_output.to(torch.float32, copy=True)
+        products = d_x * wide
+        d_scale = (inverse.flatten() @ products.flatten(0, -2)).to(scale.dtype) if ctx.needs_input_grad[1] else None
         scale = scale.float()
-        mean = (products @ scale).div_(len(scale))[..., None]
-        d_x = d_normed.mul_(scale).addcmul_(normed, mean, value=-1).mul_(inverse)
+        towards_x = (products @ scale).div_(-len(scale))[..., None] * inverse**3
+        d_x.mul_(scale).mul_(inverse).addcmul_(wide, towards_x)
         return d_x.to(x.dtype), d_scale, None
 
 

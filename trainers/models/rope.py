@@ -6,12 +6,13 @@ convention of the checkpoints means that q and k projections are loaded and save
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainers.autograd import Context
 from trainers.models.rope_config import RopeParams
 
 
@@ -77,13 +78,13 @@ class _Rotated(torch.autograd.Function):
     zeros."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ANN401  -- torch types it too narrowly
+    def forward(ctx: Context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return rotated(x.float(), cos, sin).type_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Context, d_output: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return rotated(d_output.float(), cos, -sin).type_as(d_output), None, None
 

@@ -7,12 +7,13 @@ segments of 256 tokens would be more than all else that a layer's attention keep
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trainers.autograd import Context
 from trainers.collate import Segment
 from trainers.models.rope import Rotation, rotated
 
@@ -151,7 +152,7 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401  -- torch types it too narrowly
+        ctx: "_OfShortAttention",
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -185,7 +186,7 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: "_OfShortAttention", d_output: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, *saved = ctx.saved_tensors
         plan, scale, group_size, kv = ctx.plan, ctx.scale, ctx.group_size, ctx.kv
         _, s, h, d = d_output.shape
@@ -212,6 +213,13 @@ class _ShortAttention(torch.autograd.Function):
         joined = rotated(d_rotated, cos, -sin)
         d_q, d_k = (x.to(d_output.dtype) for x in (joined[:, :, :-1], joined[:, :, -1]))
         return d_q.reshape(1, s, h, d), d_k[None], d_v.to(d_output.dtype)[None], None, None, None, None
+
+
+class _OfShortAttention(Context):
+    plan: _Plan
+    scale: float
+    group_size: int
+    kv: int
 
 
 def _weights(queries: Tensor, keys: Tensor, group: _Group, scale: float) -> Tensor:

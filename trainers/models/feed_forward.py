@@ -1,0 +1,80 @@
+"""The feed-forward layer of all families, whose outputs and gradients are the bits of torchtune's.
+
+On a CPU what is between its products keeps gate and value for the gradient, and activates the gate once more; torch's
+autograd would keep that too. All else is worked out in place.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torchtune.modules import FeedForward
+
+from trainers.autograd import Context
+from trainers.models.architecture import Activation
+
+
+class _Activation(NamedTuple):
+    of: Callable[[Tensor], Tensor]
+    backward_: Callable[[Tensor, Tensor], object]
+    """Turns the gradient of what is activated, which comes first, into that of what was before, which comes second."""
+
+
+def _silu_backward_(gradient: Tensor, x: Tensor) -> None:
+    torch.ops.aten.silu_backward.grad_input(gradient, x, grad_input=gradient)
+
+
+def _gelu_tanh_backward_(gradient: Tensor, x: Tensor) -> None:
+    torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
+
+
+_ACTIVATIONS: dict[Activation, _Activation] = {
+    "silu": _Activation(functional.silu, _silu_backward_),
+    "gelu_tanh": _Activation(partial(functional.gelu, approximate="tanh"), _gelu_tanh_backward_),
+}
+
+
+class GatedFeedForward(FeedForward):  # type: ignore[misc]  # torchtune ships no types
+    """w2(activation(w1(x)) * w3(x)): [..., d] -> [..., d]."""
+
+    def __init__(self, *, w1: nn.Module, w2: nn.Module, w3: nn.Module, activation: Activation) -> None:
+        super().__init__(gate_proj=w1, down_proj=w2, up_proj=w3)
+        self._activation = _ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.w2(_gated(self.w1(x), self.w3(x), self._activation))
+        return output
+
+
+def _gated(gate: Tensor, value: Tensor, activation: _Activation) -> Tensor:
+    if gate.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _on_cpu(gate, value, activation)
+    return activation.of(gate) * value
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: "_OfGated", gate: Tensor, value: Tensor, activation: _Activation) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        ctx.activation = activation
+        return activation.of(gate).mul_(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: "_OfGated", d_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, value = ctx.saved_tensors
+        d_value = ctx.activation.of(gate).mul_(d_output)
+        d_gate = d_output * value
+        ctx.activation.backward_(d_gate, gate)
+        return d_gate, d_value, None
+
+
+class _OfGated(Context):
+    activation: _Activation
+
+
+_on_cpu: Callable[..., Tensor] = _Gated.apply
