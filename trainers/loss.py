@@ -103,7 +103,7 @@ class HeadLoss:
     def _chunk(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.output(hidden).float()
         losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
-        return losses, _hits(logits.detach(), labels)
+        return losses, _hits(logits.detach().argmax(dim=1), labels)
 
     @property
     def _tied(self) -> Tensor:
@@ -126,43 +126,42 @@ class HeadLoss:
         return max(1, CHUNK_ELEMENTS[hidden.device.type] // self.vocabulary)
 
 
-def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of `labels` [n] are the likeliest token by `logits` [n, v], float64 []. Of equals the first one is."""
-    return (
-        (logits.argmax(dim=1) == labels).sum(dtype=torch.float64)
-        if len(labels)
-        else logits.new_zeros((), dtype=torch.float64)
-    )
+def _hits(likeliest: Tensor, labels: Tensor) -> Tensor:
+    """How many of `labels` [n] are the `likeliest` tokens [n], float64 []."""
+    return (likeliest == labels).sum(dtype=torch.float64)
 
 
 def _loss_and_gradient(
     logits: Tensor, labels: Tensor, head: HeadLoss, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy [n] of float32 `logits` [n, v] against `labels` [n]; and, in the memory of the logits, the gradient
-    [n, v] of its sum.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cross-entropy [n] of float32 `logits` [n, v] against `labels` [n]; how many of these are the likeliest token, of
+    equals the first one; and, in the memory of the logits, the gradient [n, v] of its sum.
 
     With smoothing e the target is (1 - e) at the label plus e / v everywhere, as in torch.nn.CrossEntropyLoss.
     """
     cap, smoothing = head.softcap, head.label_smoothing
+    likeliest = logits.argmax(dim=1, keepdim=True)  # [n, 1]; a soft-cap leaves the order as it is
     slope: Tensor | None = None  # of the soft-cap: 1 - tanh(x / c)^2
     if cap is not None:
         logits.div_(cap).tanh_()
         slope = 1 - logits.square() if with_gradient else None
         logits.mul_(cap)
-    normaliser = logits.logsumexp(dim=1)  # [n]
-    at_label = logits.gather(1, labels[:, None])[:, 0]  # [n]
-    losses = normaliser - (1 - smoothing) * at_label
-    if smoothing:
-        losses = losses - smoothing * logits.mean(dim=1)
+    highest, at_label = (logits.gather(1, tokens)[:, 0] for tokens in (likeliest, labels[:, None]))  # [n]
+    mean = logits.mean(dim=1) if smoothing else 0
+    probabilities = torch.softmax(logits, dim=1, out=logits)
+    # The highest logit's probability is never so small that it would be 0.
+    normaliser = highest - probabilities.gather(1, likeliest)[:, 0].log()  # [n]
+    losses = normaliser - (1 - smoothing) * at_label - smoothing * mean
+    hits = _hits(likeliest[:, 0], labels)
     if not with_gradient:
-        return losses, None
-    gradient = logits.sub_(normaliser[:, None]).exp_()
+        return losses, hits, None
+    gradient = probabilities
     gradient.scatter_add_(1, labels[:, None], torch.full_like(gradient[:, :1], smoothing - 1))
     if smoothing:
         gradient.sub_(smoothing / logits.shape[1])
     if slope is not None:
         gradient.mul_(slope)
-    return losses, gradient
+    return losses, hits, gradient
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -195,9 +194,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             logits = functional.linear(hidden[chunk], weight).float()  # [n, v]
-            hits += _hits(logits, labels[chunk])  # a soft-cap leaves the order as it is
-            losses, gradient = head.measure(logits, labels[chunk], head, for_hidden or for_weight)
+            losses, right, gradient = head.measure(logits, labels[chunk], head, for_hidden or for_weight)
             total += losses.sum()
+            hits += right
             if gradient is not None:
                 gradient = gradient.to(weight.dtype)
                 if d_hidden is not None:
@@ -234,7 +233,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            losses, _ = head.measure(functional.linear(hidden[chunk], weight).float(), labels[chunk], head, False)
+            losses, _, _ = head.measure(functional.linear(hidden[chunk], weight).float(), labels[chunk], head, False)
             logps[chunk] = -losses
         ctx.save_for_backward(hidden, weight, labels)
         ctx.rows, ctx.head = rows, head
@@ -249,7 +248,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
         for start in range(0, len(hidden), ctx.rows):
             chunk = slice(start, start + ctx.rows)
             logits = functional.linear(hidden[chunk], weight).float()
-            _, gradient = ctx.head.measure(logits, labels[chunk], ctx.head, True)
+            _, _, gradient = ctx.head.measure(logits, labels[chunk], ctx.head, True)
             gradient = cast(Tensor, gradient).mul_(-d_logps[chunk, None]).to(weight.dtype)
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[chunk])

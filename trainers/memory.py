@@ -29,8 +29,8 @@ activations  What autograd keeps of each layer for the backward pass, by positio
              In the last layer what is behind its attention is there for L positions only.
              With activation checkpointing only each layer's input, d b, and one layer as above while it is computed
              again. Once more comes what one layer's backward pass has in hand at a time: its gradients.
-output head  A chunk of logits and the temporary of its normaliser, both float32 (at most `CHUNK_ELEMENTS`, at most L
-             rows, see trainers.loss), the gradient of L hidden states, and where the matrix is trained that of the
+output head  A chunk of logits in float32, and in the type of the weights where that is another (at most
+             `CHUNK_ELEMENTS`, at most L rows, see trainers.loss), with a soft-cap its slope, the gradient of L hidden states, and where the matrix is trained that of the
              matrix, which is there twice when the backward pass begins; on CPUs a bf16 one once in float32 while what
              is not the first chunk's share is added to it.
 gradients    T b / n, beside all activations only where micro-batches are accumulated: otherwise they grow as the
@@ -125,7 +125,7 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     not to."""
     size = Size(plan, arch, device, worker_bytes)
     saved, in_hand = size.saved_per_position(load), size.in_hand_per_position()
-    head = size.head_rows(load) * arch.vocab_size * (16 if size.adapts_head else 8)
+    head = size.head_rows(load) * arch.vocab_size * size.head_width
     head_gradient = arch.vocab_size * arch.hidden_size * size.width if size.trains_head else 0
     added_to = size.width < 4 and device == "cpu" and size.head_rows(load) < load.trained
     in_float = 4 * head_gradient / size.width if added_to else 0
@@ -225,6 +225,13 @@ class Size:
     def adapts_head(self) -> bool:
         """Then autograd goes through it, and keeps more."""
         return self._plan.lora is not None and self._plan.lora.output
+
+    @property
+    def head_width(self) -> int:
+        """Bytes for each logit of a chunk."""
+        if self.adapts_head:
+            return 16
+        return 4 + (self.width if self.width < 4 else 0) + (4 if self._arch.final_softcap else 0)
 
     def head_rows(self, load: Load) -> int:
         """Of a chunk of logits, as `trainers.loss` makes them."""

@@ -38,6 +38,16 @@ def test_loss_and_gradients_are_those_of_plain_autograd(
     torch.testing.assert_close(torch.autograd.grad(3 * fused, [hidden, matrix.weight]), expected)
 
 
+def test_the_loss_is_exact_where_the_label_s_probability_is_too_small_for_a_number() -> None:
+    hidden, labels = (part.detach() for part in inputs())
+    matrix = Head(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
+    hidden *= 1000
+    logits = functional.linear(hidden, matrix.weight)
+    plain = functional.cross_entropy(logits.double(), labels, reduction="sum")
+    assert logits.softmax(1).gather(1, labels[:, None]).min() == 0
+    torch.testing.assert_close(HeadLoss(matrix, VOCABULARY)(hidden, labels)[0], plain.float())
+
+
 @pytest.mark.parametrize("chunks", [None, 3, 50])
 @pytest.mark.parametrize(("kind", "softcap"), [("head", None), ("tied", 0.5), ("module", None)])
 def test_hits_are_the_labels_that_are_the_likeliest_token(kind: str, softcap: float | None, chunks: int | None) -> None:
