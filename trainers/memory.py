@@ -80,7 +80,7 @@ MODULE_CHUNKS = 8
 FITS = 0.5
 """A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
 BUFFERS = 20 << 20  # bytes
-FRAGMENTED = {"full": 0.35, "adapters": 0.48, "nf4": 0.85, "checkpointing": 0.20}
+FRAGMENTED = {"full": 0.43, "adapters": 0.68, "nf4": 1.12, "checkpointing": 0.20}
 REUSED = 0.5
 TOGETHER = 2**22
 """Numbers whose gradients wait for one another where weights are updated within the backward pass: the optimizer takes
