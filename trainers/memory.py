@@ -30,9 +30,9 @@ activations  What autograd keeps of each layer for the backward pass, by positio
              With activation checkpointing only each layer's input, d b, and one layer as above while it is computed
              again. Once more comes what one layer's backward pass has in hand at a time: its gradients.
 output head  A chunk of logits in float32, and in the type of the weights where that is another (at most
-             `CHUNK_ELEMENTS`, at most L rows, see trainers.loss), with a soft-cap its slope, the gradient of L hidden states, and where the matrix is trained that of the
-             matrix, which is there twice when the backward pass begins; on CPUs a bf16 one once in float32 while what
-             is not the first chunk's share is added to it.
+             `CHUNK_ELEMENTS`, at most L rows, see trainers.loss), with a soft-cap its slope; the gradient of L hidden
+             states, and where the matrix is trained that of the matrix, which is there twice when the backward pass
+             begins; on CPUs a bf16 one once in float32 while what is not the first chunk's share is added to it.
 gradients    T b / n, beside all activations only where micro-batches are accumulated: otherwise they grow as the
              activations shrink, so the largest moment is one of the two ends of the backward pass. At the second an
              embedding's gradient is there once more, dense, before it is added to the head's. Where weights are updated
@@ -73,8 +73,8 @@ SHORT_SEGMENT = 256
 float32, whatever its type, and in batches of segments (`trainers.models.short_attention`). Up to it that took 0.3 to
 0.9 of the time of PyTorch's kernel, forward and backward, with 9 and 14 heads; with rows of 500 it took longer."""
 ROUND_BF16 = 8
-"""Positions to which lines are filled up on a CPU in bf16. oneDNN prepares a dozen products for each width of a line, of
-a megabyte each, and keeps a thousand of them: hundreds of megabytes, where widths are as they come."""
+"""Positions to which lines are filled up on a CPU in bf16. oneDNN prepares a dozen products for each width of a line, a
+megabyte each, and keeps a thousand: hundreds of megabytes, where widths are as they come."""
 MODULE_CHUNKS = 8
 """Chunks for a head that autograd goes through, unless the plan says otherwise."""
 FITS = 0.5
