@@ -147,9 +147,10 @@ class WandBLogger(_Wire):
 
 
 def _choose(value: object, tag_field: str, tags: dict[str, str], fields: dict[str, set[str]]) -> str | None:
-    """The alternative that `value` means: by its tag, else by the fields only one alternative has.
+    """The alternative that `value` means: by its tag, else by the fields only one alternative has. Of fields that none
+    has it is the first of `fields`, which refuses them by name.
 
-    Returns None where neither decides; pydantic then reports the union's custom error.
+    Returns None where nothing decides; pydantic then reports the union's custom error.
     """
     if not isinstance(value, dict):
         return {cls: cls for cls in fields}.get(type(value).__name__)
@@ -158,6 +159,8 @@ def _choose(value: object, tag_field: str, tags: dict[str, str], fields: dict[st
         return tags.get(tag) if isinstance(tag, str) else None
     sent = {name for name, item in value.items() if item is not None}
     named = {name for name, own in fields.items() if own & sent}
+    if sent and not named:
+        return next(iter(fields))
     return named.pop() if len(named) == 1 else None
 
 
@@ -169,7 +172,7 @@ def _finetuning_type(value: object) -> str | None:
         | {name: name for name in ("FullFineTuneOptions", "LoraFineTuneOptions")},
         {
             cls.__name__: set(cls.model_fields) - {"finetuning_type"}
-            for cls in (FullFineTuneOptions, LoraFineTuneOptions)
+            for cls in (LoraFineTuneOptions, FullFineTuneOptions)
         },
     )
 
@@ -190,7 +193,7 @@ CustomTrainingOptions = Annotated[
         _finetuning_type,
         custom_error_type="ambiguous_finetuning_type",
         custom_error_message="can't tell full from LoRA fine-tuning here: set finetuning_type to 'full' or 'lora' "
-        "(or send fields of one of them only)",
+        "(or send fields of one of them only); QLoRA, DoRA and QAT are keys of extras",
     ),
 ]
 Logger = Annotated[

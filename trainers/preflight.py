@@ -19,12 +19,14 @@ from events.config import (
     LoraFineTuneOptions,
     WandBLogger,
 )
+from trainers.components import SECTIONS
 from trainers.data.source import check_data_uri
 from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem, UserError
 from trainers.files import file_store, is_file_id
+from trainers.keys import BY_NAME
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.models.names import classify_model, local_directory
-from trainers.plan import Plan, make_plan
+from trainers.plan import EXTRAS, Plan, make_plan
 from trainers.settings import Settings
 from trainers.suitability import check_suitable
 
@@ -36,8 +38,14 @@ _HOMES: _Homes = {
     _CUSTOM: (LoraFineTuneOptions, FullFineTuneOptions),
     "logger": (DiskLogger, WandBLogger),
 }
-_UNION_TAGS = {cls.__name__ for cls in (FullFineTuneOptions, LoraFineTuneOptions, DiskLogger, WandBLogger)}
-_UNION_MEMBERS = {"constrained-str", "constrained-int", "constrained-float", "str", "int", "float", "none"}
+_MEMBERS: Mapping[str, tuple[type[BaseModel], str]] = {
+    "FullFineTuneOptions": (FullFineTuneOptions, "finetuning_type 'full'"),
+    "LoraFineTuneOptions": (LoraFineTuneOptions, "finetuning_type 'lora'"),
+    "DiskLogger": (DiskLogger, "log_type 'disk'"),
+    "WandBLogger": (WandBLogger, "log_type 'wandb'"),
+}
+"""Of unions, by their tags in pydantic's locations; and how a request chooses them."""
+_SCALARS = {"constrained-str", "constrained-int", "constrained-float", "str", "int", "float", "none"}
 _NOT_A_PATH = (OSError, ValueError, RuntimeError)  # a name too long, a loop of links, a broken URI, `~nobody`
 _OPAQUE = ("metadata", "extras")  # what stands in them is the user's, null included
 
@@ -71,44 +79,66 @@ def problems_of(errors: Sequence[Mapping[str, Any]], body: type[BaseModel] = Con
     # An optional field is a union with None, which nobody is told to send; its other member stands in the path.
     told = [detail for detail in errors if detail["type"] != "none_required"]
     homes = _HOMES if body is Config else {"": (body,)}
-    problems = [_problem(detail, homes) for detail in told[:MOST_PROBLEMS]]
+    alternatives = {_path(detail): detail for detail in told if _is_alternative(detail)}
+    told = [detail for detail in told if not _is_alternative(detail)]
+    problems = [_problem(detail, homes, alternatives.get(_path(detail))) for detail in told[:MOST_PROBLEMS]]
     if len(told) > MOST_PROBLEMS:
         problems.append(Problem(None, f"and {len(told) - MOST_PROBLEMS} more problems", "more_problems"))
     return problems
 
 
-def _problem(detail: Mapping[str, Any], homes: _Homes) -> Problem:
+def _is_alternative(detail: Mapping[str, Any]) -> bool:
+    """Whether it says that the word of a union like `int | Literal["auto"]` isn't it either."""
+    return str(detail["loc"][-1:]).startswith("('literal[")
+
+
+def _problem(detail: Mapping[str, Any], homes: _Homes, alternative: Mapping[str, Any] | None) -> Problem:
     path = _path(detail)
     param = ".".join(str(part) for part in path) or None
     match detail["type"]:
         case "missing":
             return Problem(param, "is required", "missing")
         case "extra_forbidden":
-            parent = ".".join(str(part) for part in path[:-1])
-            return Problem(param, _unknown_field(parent, str(path[-1]), homes), "unknown_field")
+            return Problem(param, _unknown_field(detail, homes), "unknown_field")
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if alternative is not None:
+        message += f", or {alternative['ctx']['expected']}"
     return Problem(param, message[:1].lower() + message[1:], str(detail["type"]))
 
 
 def _path(detail: Mapping[str, Any]) -> tuple[str | int, ...]:
     """Where the field is in the request: pydantic's location without the members of unions."""
-    path = tuple(part for part in detail["loc"] if part not in _UNION_TAGS)
-    optional = len(path) > 1 and path[-1] in _UNION_MEMBERS and detail["type"] != "extra_forbidden"
-    return path[:-1] if optional else path
+    path = tuple(part for part in detail["loc"] if part not in _MEMBERS)
+    of_union = path and (path[-1] in _SCALARS or _is_alternative(detail))
+    return path[:-1] if len(path) > 1 and of_union and detail["type"] != "extra_forbidden" else path
 
 
-def _unknown_field(parent: str, name: str, homes: _Homes) -> str:
-    here = _fields(parent, homes)
-    if close := get_close_matches(name, here, 1):
+def _unknown_field(detail: Mapping[str, Any], homes: _Homes) -> str:
+    """What is wrong with a field that isn't one, and where it belongs or what it may have been meant to be."""
+    *before, name = (str(part) for part in _path(detail))
+    parent, ours = ".".join(before), homes is _HOMES
+    chosen = next((_MEMBERS[part] for part in detail["loc"] if part in _MEMBERS), None)
+    here = homes.get(parent, ())
+    known = [field for model in here if chosen is None or model is chosen[0] for field in model.model_fields]
+    setting = BY_NAME[name].name if ours and name in BY_NAME else name
+    if setting in known:
+        return f"unknown field; did you mean {setting}?"
+    of_others = {field: how for model, how in _MEMBERS.values() if model in here for field in model.model_fields}
+    if setting in of_others and chosen is not None:
+        return f"is a field of {of_others[setting]}, and this is {chosen[1]}"
+    for home, models in homes.items():
+        if any(setting in model.model_fields for model in models):
+            named = f", as {setting}" if setting != name else ""
+            return f"unknown field; it belongs {f'into {home}' if home else 'to the top level'}{named}"
+    if ours and (name in BY_NAME or name.partition(".")[0] in SECTIONS):
+        return f"unknown field; it belongs into {EXTRAS}"
+    if close := get_close_matches(name, known, 1):
         return f"unknown field; did you mean {close[0]}?"
-    for home in homes:
-        if home != parent and name in _fields(home, homes):
-            return f"unknown field; it belongs {f'into {home}' if home else 'to the top level'}"
-    return f"unknown field; known here: {', '.join(here)}" if here else "unknown field"
-
-
-def _fields(home: str, homes: _Homes) -> list[str]:
-    return list(dict.fromkeys(name for model in homes.get(home, ()) for name in model.model_fields))
+    if close := get_close_matches(name, of_others, 1):
+        return f"unknown field; did you mean {close[0]}, of {of_others[close[0]]}?"
+    if ours and (close := get_close_matches(name, BY_NAME, 1)):
+        return f"unknown field; did you mean {close[0]}, in {EXTRAS}?"
+    return f"unknown field; known here: {', '.join(known)}" if known else "unknown field"
 
 
 def _without_nulls(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torchtune.modules import FeedForward
 
 from trainers.autograd import Context
 from trainers.models.architecture import Activation
@@ -38,11 +37,12 @@ _ACTIVATIONS: dict[Activation, _Activation] = {
 }
 
 
-class GatedFeedForward(FeedForward):  # type: ignore[misc]  # torchtune ships no types
-    """w2(activation(w1(x)) * w3(x)): [..., d] -> [..., d]."""
+class GatedFeedForward(nn.Module):
+    """w2(activation(w1(x)) * w3(x)): [..., d] -> [..., d]. The names are those of torchtune's `FeedForward`."""
 
     def __init__(self, *, w1: nn.Module, w2: nn.Module, w3: nn.Module, activation: Activation) -> None:
-        super().__init__(gate_proj=w1, down_proj=w2, up_proj=w3)
+        super().__init__()
+        self.w1, self.w2, self.w3 = w1, w2, w3
         self._activation = _ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
