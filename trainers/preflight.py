@@ -89,7 +89,7 @@ def problems_of(errors: Sequence[Mapping[str, Any]], body: type[BaseModel] = Con
 
 def _is_alternative(detail: Mapping[str, Any]) -> bool:
     """Whether it says that the word of a union like `int | Literal["auto"]` isn't it either."""
-    return str(detail["loc"][-1:]).startswith("('literal[")
+    return any(str(part).startswith("literal[") for part in detail["loc"][-1:])
 
 
 def _problem(detail: Mapping[str, Any], homes: _Homes, alternative: Mapping[str, Any] | None) -> Problem:

@@ -185,6 +185,45 @@ def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config
             "can't tell full from LoRA",
         ),
         (
+            {"fine_tuning_options": {"custom_training_options": {"finetuning_type": "qlora"}}},
+            "fine_tuning_options.custom_training_options",
+            "QLoRA, DoRA and QAT are keys of extras",
+        ),
+        (
+            {"fine_tuning_options": {"custom_training_options": {"finetuning_type": "full", "lora_rank": 8}}},
+            "fine_tuning_options.custom_training_options.lora_rank",
+            "is a field of finetuning_type 'lora', and this is finetuning_type 'full'",
+        ),
+        (
+            {"fine_tuning_options": {"custom_training_options": {"lora_rnk": 8}}},
+            "fine_tuning_options.custom_training_options.lora_rnk",
+            "did you mean lora_rank?",
+        ),
+        (
+            {"fine_tuning_options": {"custom_training_options": {"fsdp_cpu_ofload": True}}},
+            "fine_tuning_options.custom_training_options.fsdp_cpu_ofload",
+            "did you mean fsdp_cpu_offload, of finetuning_type 'full'?",
+        ),
+        (
+            {"fine_tuning_options": {"custom_training_options": {"use_dora": True}}},
+            "fine_tuning_options.custom_training_options.use_dora",
+            "it belongs into fine_tuning_options.extras",
+        ),
+        (
+            {"fine_tuning_options": {"custom_training_options": {"finetuning_type": "lora", "sparsity": 1}}},
+            "fine_tuning_options.custom_training_options.sparsity",
+            "known here: finetuning_type, lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output, lora_rank, "
+            "lora_alpha",
+        ),
+        ({"fine_tuning_options": {"packed": True}}, "fine_tuning_options.packed", "into fine_tuning_options.extras"),
+        (
+            {"fine_tuning_options": {"packd": True}},
+            "fine_tuning_options.packd",
+            "packed, in fine_tuning_options.extras",
+        ),
+        ({"fine_tuning_options": {"epochs": 3}}, "fine_tuning_options.epochs", "did you mean n_epochs?"),
+        ({"epochs": 3}, "epochs", "it belongs into fine_tuning_options, as n_epochs"),
+        (
             {"fine_tuning_options": {"custom_training_options": {"lora_rank": 0}}},
             "fine_tuning_options.custom_training_options.lora_rank",
             "greater than or equal to 1",
@@ -195,6 +234,7 @@ def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config
             "q_proj",
         ),
         ({"logger": {}}, "logger", "can't tell which logger"),
+        ({"logger": {"log_type": "disk", "project": "p"}}, "logger.project", "is a field of log_type 'wandb'"),
         ({"logger": {"filename": "a/b.jsonl"}}, "logger.filename", "plain file name"),
         ({"logger": {"filename": "..\\x"}}, "logger.filename", "plain file name"),
         ({"overrides": "--nproc_per_node 0"}, "overrides", "--nproc_per_node 0"),

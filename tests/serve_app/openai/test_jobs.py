@@ -302,6 +302,14 @@ def test_a_wrong_request_is_a_400_that_names_the_field(
     assert client.fine_tuning.jobs.list(limit=1).data == before
 
 
+def test_a_number_that_may_be_auto_is_refused_once_with_both(create: Callable[..., Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(hyperparameters={"n_epochs": "many"})
+    assert refused.value.message.count("input should be") == 1
+    assert "input should be a valid integer, or 'auto'" in refused.value.message
+    assert refused.value.param == "hyperparameters.n_epochs"
+
+
 def test_an_idempotency_key_is_not_for_another_name_of_the_model(
     client: openai.OpenAI, create: Callable[..., Any]
 ) -> None:
