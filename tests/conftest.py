@@ -36,6 +36,7 @@ ON_A_LIVE_CLUSTER = (
     "tests/faults/test_whole_cluster.py",
     "tests/serve_app/test_behind_ray.py",
     "tests/service/",
+    "tests/trainers/test_autoscaler.py",
 )
 """Two clusters at a time are too much for two cores."""
 _START_S = 150  # it takes five seconds on an idle machine

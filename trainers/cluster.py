@@ -17,7 +17,8 @@ from ray.dashboard.modules.job.common import JOB_ACTOR_NAME_TEMPLATE, SUPERVISOR
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from trainers.admission import Capacity, Node, NodeGroup
+from trainers.admission import Capacity
+from trainers.autoscaler import Autoscaler, node_of
 
 WATCHED_S = 4.0
 """Ray's job manager looks at every job once a second."""
@@ -71,6 +72,10 @@ class Cluster:
         self._lingering: dict[str, float] = {}  # when the supervisor of an ended Ray Job was first seen, by job
 
     @cached_property
+    def _autoscaler(self) -> Autoscaler:
+        return Autoscaler(ray.get_runtime_context().gcs_address)
+
+    @cached_property
     def _jobs(self) -> JobSubmissionClient:
         return _Jobs(f"http://{_untyped(ray._private.worker).get_dashboard_url()}")
 
@@ -80,15 +85,10 @@ class Cluster:
         alive = [node for node in _untyped(ray).nodes() if node["Alive"]]
         free = _untyped(ray_state).available_resources_per_node()
         draining = ray_state.state.get_draining_nodes()
-        config = ray_state.state.get_cluster_config()
-        groups = tuple(
-            NodeGroup(_node(dict(group.resources)), group.max_count if group.max_count >= 0 else sys.maxsize)
-            for group in (config.node_group_configs if config else ())
-        )
         return Capacity(
-            nodes=tuple(_node(node["Resources"]) for node in alive),
-            free=tuple(_node(free.get(node["NodeID"], {})) for node in alive if node["NodeID"] not in draining),
-            groups=groups,
+            nodes=tuple(node_of(node["Resources"]) for node in alive),
+            free=tuple(node_of(free.get(node["NodeID"], {})) for node in alive if node["NodeID"] not in draining),
+            groups=self._autoscaler.groups(),
         )
 
     def start_runner(self, job_id: str, settings_env: dict[str, str]) -> None:
@@ -169,13 +169,3 @@ class Cluster:
 def _untyped(module: Any) -> Any:  # noqa: ANN401  -- that is the point
     """Ray's functions without annotations, for a type checker that refuses to call them."""
     return module
-
-
-def _node(resources: dict[str, Any]) -> Node:
-    """Ray's two kinds of memory are together what was available when the node started."""
-    memory = resources.get("memory", 0.0)
-    return Node(
-        cpus=resources.get("CPU", 0.0),
-        gpus=resources.get("GPU", 0.0),
-        memory=memory + resources.get("object_store_memory", 0.0) if memory else 0.0,
-    )

@@ -23,6 +23,7 @@ from serve_app.chat.torchtune_engine import TorchtuneEngine
 from serve_app.errors import RETRY_AFTER_S, Answer, RequestRefused
 from serve_app.replica import listen_on_node_address_only
 from trainers.answers import Part, Question
+from trainers.cluster import Cluster
 from trainers.models.resolve import resolve_model
 from trainers.priority import give_way
 from trainers.settings import SHORTEST_IDLE_S, Settings
@@ -168,7 +169,7 @@ def _share(settings: Settings) -> Share | None:
     reserved = gpus(settings)
     installed = importlib.util.find_spec("vllm") is not None
     if settings.chat_engine == "vllm" and not installed:
-        raise ValueError("TUNEWRIGHT_CHAT_ENGINE is vllm, which is not installed: pip install 'tunewright[vllm]'")
+        raise ValueError("TUNEWRIGHT_CHAT_ENGINE is vllm, which is not installed (docs/openai.md says how)")
     if settings.chat_engine == "torchtune" or not installed or (settings.chat_engine == "auto" and not reserved):
         return None
     memory = OF_GPU * min(1.0, reserved) / settings.chat_models
@@ -181,10 +182,9 @@ def _cores(settings: Settings) -> int:
 
 
 def gpus(settings: Settings) -> float:
-    """What a replica reserves, by what the cluster has where this process is connected to one."""
+    """What a replica reserves, by what the cluster has or can grow to, where this process is connected to one."""
     if settings.chat_gpus is not None:
         return settings.chat_gpus
     if settings.use_gpu is not None or not ray.is_initialized():
         return float(bool(settings.use_gpu))
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return min(1.0, resources.get("GPU", 0.0))
+    return float(Cluster().capacity().has_gpus)

@@ -1,0 +1,140 @@
+"""What Ray's autoscaler may add is known before it has added anything: on a cluster that begins without a GPU, jobs ask
+for GPUs all the same, and get them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+from tests.ports import free_ports
+from trainers.admission import Node, NodeGroup
+from trainers.autoscaler import Autoscaler, node_groups
+
+ROOT = Path(__file__).parents[2]
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+
+HEAD = "ray.head.default"  # as the provider calls it, whatever the config says
+_LISTS = (
+    "cluster_synced_files",
+    "head_setup_commands",
+    "head_start_ray_commands",
+    "initialization_commands",
+    "rsync_exclude",
+    "rsync_filter",
+    "setup_commands",
+    "worker_setup_commands",
+    "worker_start_ray_commands",
+)
+"""What Ray's launcher fills in, and its autoscaler insists on."""
+
+DRIVER = """
+import json, sys
+import ray
+from ray.util.placement_group import placement_group
+from trainers.cluster import Cluster
+
+ray.init(sys.argv[1], log_to_driver=False)
+capacity = Cluster().capacity()
+assert placement_group([{"GPU": 1}]).wait(120), "no node came"
+print(json.dumps([len(capacity.nodes), capacity.has_gpus, capacity.largest()[-1].gpus]))
+"""
+
+
+def config(**provider: Any) -> dict[str, Any]:
+    return {
+        "cluster_name": "test",
+        "max_workers": 3,
+        "provider": {"type": "external", "module": PROVIDER, "launch_multiple": True} | provider,
+        "head_node_type": HEAD,
+        "available_node_types": {
+            HEAD: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "gpus": {
+                "resources": {"CPU": 1, "GPU": 2, "object_store_memory": 100 << 20},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 2,
+            },
+        },
+        "idle_timeout_minutes": 1,
+        "upscaling_speed": 1.0,
+        "auth": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+    } | {key: [] for key in _LISTS}
+
+
+@pytest.fixture
+def head(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """The address of a cluster whose autoscaler starts more nodes on this machine, and the environment to reach it."""
+    port, dashboard = free_ports(2)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(json.dumps(config(gcs_address=f"127.0.0.1:{port}", head_node_id=FAKE_HEAD_NODE_ID)))
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_TMPDIR": str(tmp_path_factory.mktemp("r")),
+    }
+    ray = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--autoscaling-config={file}"]
+    ray += [f"--port={port}", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1", "--num-cpus=1"]
+    log = (tmp_path / "ray.log").open("wb")
+    with log, subprocess.Popen(ray, env=env, stdout=log, stderr=log, start_new_session=True) as process:
+        yield f"127.0.0.1:{port}", env
+        for other in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, ProcessLookupError, psutil.AccessDenied):
+                if other.environ().get("RAY_TMPDIR") == env["RAY_TMPDIR"]:
+                    other.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_cluster_that_begins_without_a_gpu_has_those_of_its_autoscaler(head: tuple[str, dict[str, str]]) -> None:
+    address, env = head
+    driver = subprocess.run(
+        [sys.executable, "-c", DRIVER, address], env=env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert driver.returncode == 0, driver.stderr[-3000:]
+    assert json.loads(driver.stdout.splitlines()[-1]) == [1, True, 2]
+
+
+def test_the_launcher_s_file_says_how_many_nodes_of_which_kind() -> None:
+    assert node_groups(config()) == (NodeGroup(Node(1, 0), 0), NodeGroup(Node(1, 2), 2))
+    shipped = node_groups(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    assert NodeGroup(Node(192, 8), 2) in shipped
+    unlimited: dict[str, Any] = {"available_node_types": {"cpu": {"resources": {"CPU": 4}}}}
+    assert node_groups(unlimited)[0].max_count == sys.maxsize
+    assert node_groups(unlimited | {"max_workers": 5})[0].max_count == 5
+    assert node_groups({}) == ()
+
+
+def test_the_file_of_another_cluster_s_autoscaler_is_not_taken_and_changes_are_followed(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(json.dumps(config()))
+    code = "import sys; sys.stdin.read()"
+    monitor = [sys.executable, "-c", code, "--gcs-address=10.0.0.1:7001", f"--autoscaling-config={file}"]
+    with subprocess.Popen(monitor, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        with process.stdin:
+            assert Autoscaler("10.0.0.1:7002").groups() == ()
+            autoscaler = Autoscaler("10.0.0.1:7001")
+            assert autoscaler.groups() == node_groups(config())
+            file.write_text(json.dumps(config() | {"max_workers": 1}))
+            os.utime(file, (1, 1))
+            assert autoscaler.groups()[1].max_count == 1
+            file.write_text("{")
+            assert autoscaler.groups()[1].max_count == 1
+            file.unlink()
+            assert autoscaler.groups()[1].max_count == 1
