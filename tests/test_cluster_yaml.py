@@ -68,20 +68,28 @@ def test_every_variable_is_set_in_one_place(cluster: dict[str, Any]) -> None:
     assert not repeated, f"{repeated} already stand in ray.env"
 
 
-def test_the_file_of_variables_is_whole_and_nobody_else_can_read_it(cluster: dict[str, Any], tmp_path: Path) -> None:
+def test_the_file_of_variables_is_whole_and_takes_the_secrets_that_are_there_when_ray_starts(
+    cluster: dict[str, Any], tmp_path: Path
+) -> None:
     """The block is run, in a home of its own."""
     (block,) = (command for command in cluster["setup_commands"] if "cluster.env" in command)
     (tmp_path / "tunewright").symlink_to(ROOT)
-    (tmp_path / "secrets.env").write_text("HF_TOKEN=hf_secret\n")
-    block = block.replace("/mnt/tunewright/secrets.env", str(tmp_path / "secrets.env"))
-    assert block.index("chmod 600") < block.index("secrets.env")
-    show = "set -a && . ~/cluster.env && set +a && echo $RAY_AUTH_MODE $RAY_SERVE_HAPROXY_BINARY_PATH $HF_TOKEN"
+    secrets = tmp_path / "secrets.env"
+    block = block.replace("/mnt/tunewright/secrets.env", str(secrets))
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        ["/bin/bash", "-euc", f"{block}\n{show}"], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["token", f"{tmp_path}/tunewright/serve_app/haproxy-on-loopback", "hf_secret"]
-    assert (tmp_path / "cluster.env").stat().st_mode & 0o777 == 0o600
+
+    def run(command: str) -> list[str]:
+        bash = ["/bin/bash", "-euc", command]
+        return subprocess.run(bash, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    start = 'set -a && . ~/cluster.env && set +a && env | grep -E "^(RAY_AUTH_MODE|RAY_SERVE_HAPROXY_B|HF_TOKEN)"'
+    run(block)
+    haproxy = f"RAY_SERVE_HAPROXY_BINARY_PATH={tmp_path}/tunewright/serve_app/haproxy-on-loopback"
+    assert set(run(start)) == {"RAY_AUTH_MODE=token", haproxy}
+    for token in ("hf_secret", "hf_another"):
+        secrets.write_text(f"HF_TOKEN={token}\n")
+        assert set(run(start)) == {"RAY_AUTH_MODE=token", haproxy, f"HF_TOKEN={token}"}
+    assert "hf_" not in (tmp_path / "cluster.env").read_text()
 
 
 def test_storage_is_the_shared_mount(cluster: dict[str, Any]) -> None:

@@ -141,12 +141,15 @@ def _refused(status: int, message: str) -> RequestRefused:
 
 def application(settings: Settings) -> Application:
     """Raises ValueError for an engine that is not installed."""
-    return deployment(settings).bind(settings, _share(settings))
+    reserved = gpus(settings)
+    share = _share(settings, reserved)
+    return deployment(settings, reserved, share).bind(settings, share)
 
 
-def deployment(settings: Settings) -> Deployment:
-    """Scales to zero after about `chat_idle_s`, and then holds no memory and no processor."""
-    ongoing = ONGOING if _share(settings) is None else ONGOING_WITH_VLLM
+def deployment(settings: Settings, reserved: float, share: Share | None = None) -> Deployment:
+    """Scales to zero after about `chat_idle_s`, and then holds no memory and no processor. A replica reserves as many
+    GPUs; `share` is of vLLM."""
+    ongoing = ONGOING if share is None else ONGOING_WITH_VLLM
     return serve.deployment(
         name="chat",
         max_ongoing_requests=ongoing,
@@ -160,13 +163,12 @@ def deployment(settings: Settings) -> Deployment:
             downscale_delay_s=settings.chat_idle_s - LOOK_BACK_S,
         ),
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": gpus(settings)},
+        ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": reserved},
     )(Chat)
 
 
-def _share(settings: Settings) -> Share | None:
-    """What vLLM gives each model. None: torchtune's components answer."""
-    reserved = gpus(settings)
+def _share(settings: Settings, reserved: float) -> Share | None:
+    """What vLLM gives each model, of a replica's `reserved` GPUs. None: torchtune's components answer."""
     installed = importlib.util.find_spec("vllm") is not None
     if settings.chat_engine == "vllm" and not installed:
         raise ValueError("TUNEWRIGHT_CHAT_ENGINE is vllm, which is not installed (docs/openai.md says how)")

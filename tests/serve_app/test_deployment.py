@@ -14,6 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import serve_app
 from serve_app.chat.deployment import deployment as chat_deployment
+from serve_app.chat.deployment import gpus
 from serve_app.deployment import MAX_ONGOING_REQUESTS, deployment
 from trainers.settings import Settings
 
@@ -39,13 +40,14 @@ def test_the_door_takes_no_cpu_from_training() -> None:
 
 
 def test_nobody_who_asks_means_no_replica_for_chat_and_no_cpu_either() -> None:
-    chat = chat_deployment(Settings(chat_idle_s=60))
+    idle = Settings(chat_idle_s=60)
+    chat = chat_deployment(idle, gpus(idle))
     scaling = chat._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.look_back_period_s + scaling.downscale_delay_s) == (0, 60)
     assert chat.ray_actor_options["num_cpus"] == chat.ray_actor_options["num_gpus"] == 0
-    reserved = chat_deployment(Settings(chat_cpus=2, chat_gpus=0.5)).ray_actor_options
+    reserved = chat_deployment(Settings(chat_cpus=2), 0.5).ray_actor_options
     assert (reserved["num_cpus"], reserved["num_gpus"]) == (2, 0.5)
-    assert chat_deployment(Settings(use_gpu=True)).ray_actor_options["num_gpus"] == 1
+    assert (gpus(Settings(use_gpu=True)), gpus(Settings(use_gpu=True, chat_gpus=0))) == (1, 0)
 
 
 def test_the_config_file_deploys_this_application_on_loopback_and_cuts_no_tail() -> None:
