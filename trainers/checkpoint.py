@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainers.batches import Progress
-from trainers.distributed import Ranks, whole
+from trainers.distributed import Ranks, gathered
 from trainers.errors import InfrastructureError
 from trainers.methods import Method
 from trainers.models.architecture import Architecture
@@ -244,8 +244,8 @@ def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool) -> dic
     """The full tensors on rank 0, one after the other; nothing on the other ranks. `copy`: in memory of their own."""
     full = {}
     for name, tensor in tensors.items():
-        value = whole(tensor, ranks.device)
-        if ranks.first:
+        value = gathered(tensor, ranks)
+        if value is not None:
             shared = copy and not isinstance(tensor, DTensor) and tensor.device.type == "cpu"
             full[name] = value.clone() if shared else value
     return full

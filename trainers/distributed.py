@@ -70,13 +70,14 @@ def _device(cuda: bool) -> torch.device:
     return torch.device("cuda", index)
 
 
-def whole(tensor: Tensor, device: torch.device) -> Tensor:
-    """The full tensor, on the CPU, of one that may be sharded. Every rank has to call it."""
+def gathered(tensor: Tensor, ranks: Ranks) -> Tensor | None:
+    """The full tensor, on the CPU, of one that may be sharded; None on all ranks but the first. Every rank has to call
+    it."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
-        sharded = tensor.to(device)  # shards that are offloaded to the host can't be gathered by nccl
-        return cast(DTensor, sharded).full_tensor().cpu()
-    return tensor.cpu()
+        sharded = tensor.to(ranks.device)  # shards that are offloaded to the host can't be gathered by nccl
+        tensor = cast(DTensor, sharded).full_tensor()
+    return tensor.cpu() if ranks.first else None
 
 
 def like(full: Tensor, parameter: Tensor, device: torch.device | None = None) -> Tensor:
@@ -85,5 +86,6 @@ def like(full: Tensor, parameter: Tensor, device: torch.device | None = None) ->
     if not isinstance(parameter, DTensor):
         return full.to(device or parameter.device)
     mesh = parameter.device_mesh
-    sharded = distribute_tensor(full.to(mesh.device_type), mesh, parameter.placements)
+    # Each rank has the whole tensor, so none has to send it (`src_data_rank`).
+    sharded = distribute_tensor(full.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
     return sharded.to(device or parameter.to_local().device)

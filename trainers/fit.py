@@ -98,6 +98,8 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
             return Interrupted(f"rank {rank} died: {_first_line(cause)}")
         if isinstance(cause, LogUnavailable):
             return Interrupted(f"rank {rank} could not reach the log for too long: {_first_line(cause)}")
+        if _lost_device(cause):
+            return Interrupted(f"rank {rank} lost its GPU: {_first_line(cause)}")
     # Of a worker that died with its node Ray may know nothing yet when the others have noticed.
     rank, cause = next((one for one in causes.items() if not _lost_connection(one[1])), next(iter(causes.items())))
     if _lost_connection(cause):
@@ -123,6 +125,14 @@ def _unwrapped(failure: Exception) -> BaseException:
             return failure.health_check_failure
         case _:
             return failure
+
+
+def _lost_device(cause: BaseException) -> bool:
+    """Whether a GPU failed (its memory, its bus, another process on it) and not what it was told to compute. By its
+    name: torch isn't imported in a job's driver."""
+    told = _first_line(cause)
+    failed = type(cause).__name__ == "AcceleratorError" or told.startswith("CUDA error:")
+    return failed and not any(words in told for words in ("device-side assert", "no kernel image", "out of memory"))
 
 
 def _lost_connection(cause: BaseException) -> bool:

@@ -157,7 +157,8 @@ class StepOutcome(NamedTuple):
 
 
 class StepTensors(NamedTuple):
-    """A StepOutcome that may still be under way on the device."""
+    """A StepOutcome that may still be under way from the device: its tensors are the host's, and `arrived` says when
+    they are filled (None: they are). What the device was told to do after that is not waited for."""
 
     losses: Tensor  # [ranks, micro-batches]
     counts: Tensor  # [tokens, ranks that wish to stop]
@@ -166,9 +167,12 @@ class StepTensors(NamedTuple):
     trained: int
     measures: Tensor  # [k], summed
     names: tuple[str, ...]  # of the measures
+    arrived: torch.Event | None
 
     def read(self) -> StepOutcome:
         """Waits for the step."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
         tokens, stop = self.counts.tolist()
         norm = None if self.grad_norm is None else self.grad_norm.item()
         losses = self.losses.tolist()
@@ -233,7 +237,13 @@ def training_step(
         optimizer.zero_grad()
     if scheduler:
         scheduler.step()
-    return StepTensors(losses, counts, grad_norm, lr, trained, measures, model.objective.measures)
+    arrived = None
+    if ranks.device.type == "cuda":
+        losses, counts, measures = (one.to("cpu", non_blocking=True) for one in (losses, counts, measures))
+        grad_norm = None if grad_norm is None else grad_norm.to("cpu", non_blocking=True)
+        arrived = torch.Event(ranks.device)
+        arrived.record()
+    return StepTensors(losses, counts, grad_norm, lr, trained, measures, model.objective.measures, arrived)
 
 
 def clip(gradients: list[Tensor], longest: float, ranks: Ranks, *, summed: bool) -> Tensor:
@@ -321,8 +331,8 @@ def _advice_when_out_of_memory(plan: Plan) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
-        # Some come as another error: of the CPU's allocator, of pinned memory, of nccl's buffers.
-        told = any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+        # Some come as another error: of the CPU's allocator, of pinned memory, of the buffers of nccl and cuBLAS.
+        told = any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
         if not told and not isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise
         raise CapacityError(

@@ -26,6 +26,7 @@ from trainers.loss import HeadLoss, look_up
 from trainers.memory import FITS
 from trainers.methods import Method
 from trainers.models.architecture import Architecture
+from trainers.models.attention import Attend, allow_variants
 from trainers.models.decoder import Embedding, build_decoder, causal, init_rope
 from trainers.objectives import Measured, objective_of
 from trainers.plan import Plan
@@ -65,9 +66,9 @@ class TrainingModel(nn.Module):
         for layer in self.decoder.layers:
             wanted = batch.wanted if layer is self.decoder.layers[-1] else None
             if self.recompute and self.training:
-                hidden = checkpoint(layer, hidden, mask=seen, input_pos=positions, wanted=wanted, use_reentrant=False)
+                hidden = checkpoint(_through, layer, hidden, seen, positions, wanted, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask=seen, input_pos=positions, wanted=wanted)
+                hidden = _through(layer, hidden, seen, positions, wanted)
         hidden = self.decoder.norm(hidden[0, : len(batch.trained)])  # [n, d]
         return self.objective(head, hidden, batch)
 
@@ -100,6 +101,12 @@ class TrainingModel(nn.Module):
             self.set_requires_gradient_sync(reduce)
 
 
+def _through(layer: nn.Module, hidden: Tensor, seen: Attend, positions: Tensor, wanted: Tensor | None) -> Tensor:
+    allow_variants()
+    output: Tensor = layer(hidden, mask=seen, input_pos=positions, wanted=wanted)
+    return output
+
+
 def build_training_model(
     plan: Plan,
     method: Method,
@@ -125,7 +132,7 @@ def build_training_model(
         _shard(model, plan, arch, ranks)
     weights = method.weights(decoder, arch, model_dir, resume_from, computed_in)
     home = torch.device("cpu") if offloads(plan, ranks) else ranks.device
-    copies = _load(decoder, weights, method, computed_in, home, sharded=model.sharded, keep_fp32=dtype == "mixed")
+    copies = _load(decoder, weights, method, computed_in, home, ranks.device, model.sharded, keep_fp32=dtype == "mixed")
     model.copies = copies
     init_rope(decoder, ranks.device)
     return model
@@ -149,6 +156,8 @@ def choose_dtype(plan: Plan, ranks: Ranks, before: Dtype | None = None) -> Dtype
         return chosen
     device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
     suitable = default_dtype(device)
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        suitable = "fp32"
     agreed = ranks.sum([suitable != "fp32"])[0] == ranks.world
     return suitable if agreed else "fp32"
 
@@ -184,11 +193,12 @@ def _load(
     method: Method,
     dtype: torch.dtype,
     home: torch.device,
-    *,
+    device: torch.device,
     sharded: bool,
+    *,
     keep_fp32: bool,
 ) -> dict[str, nn.Parameter]:
-    """Returns the copies in fp32 of what is trained, if they are to be kept."""
+    """Returns the copies in fp32 of what is trained, if they are to be kept. They are made on `device`."""
     placed, copies = {}, {}
     for name, parameter in decoder.named_parameters():
         stored = weights.pop(name)
@@ -198,7 +208,7 @@ def _load(
         value = like(own, parameter, home)
         value = value if sharded else method.placed(name, value)
         if keep_fp32 and parameter.requires_grad:
-            copies[name] = nn.Parameter(like(_unrounded(stored), parameter, home))
+            copies[name] = nn.Parameter(like(_unrounded(stored.to(device)), parameter, home))
         placed[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     if weights:
         message = f"weights without a place in the model: {', '.join(sorted(weights))}"
@@ -217,18 +227,18 @@ def _unrounded(stored: Tensor) -> Tensor:
     """
     values = stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if stored.dtype == torch.bfloat16:
-        offsets = _offsets_within_a_digit()
+        offsets = _offsets_within_a_digit(stored.device)
         for part in torch.split(values.view(-1), offsets.numel()):
             part.view(torch.int32).add_(offsets[: part.numel()] * (part != 0))
     return values
 
 
 @cache
-def _offsets_within_a_digit() -> Tensor:
+def _offsets_within_a_digit(device: torch.device) -> Tensor:
     """int32, to be added to the bits of numbers in fp32 that bf16 has too: they don't leave what is rounded to the same
     one. Multiples of the golden ratio, modulo 1: of all sequences these fill an interval most evenly."""
     multiples = torch.arange(1 << 20, dtype=torch.int32).mul_(-1640531535)  # 2**32 / 1.618..., wrapping around
-    return (multiples >> 16).clamp_(min=1 - (1 << 15))
+    return (multiples >> 16).clamp_(min=1 - (1 << 15)).to(device)
 
 
 def parameter_count(parameters: Iterable[nn.Parameter]) -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 import ray.exceptions
+import torch
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
 from events.log import LogUnavailable
@@ -65,3 +66,17 @@ def test_an_unknown_error_is_ours_and_is_not_tried_again() -> None:
     assert isinstance(cause, InfrastructureError)
     assert "KeyError" in cause.error.message
     assert (cause.error.rank, cause.error.retryable) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("says", "lost"),
+    [
+        ("CUDA error: uncorrectable ECC error encountered", True),
+        ("CUDA error: unspecified launch failure", True),
+        ("CUDA error: device-side assert triggered", False),
+        ("CUDA error: no kernel image is available for execution on the device", False),
+    ],
+)
+def test_a_run_whose_gpu_failed_is_interrupted_but_not_one_that_fails_on_any_gpu(says: str, lost: bool) -> None:
+    cause = cause_of({0: UserExceptionWithTraceback(torch.AcceleratorError(says), "Traceback ...")})
+    assert isinstance(cause, Interrupted) == lost

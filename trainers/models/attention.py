@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch._dynamo
@@ -27,6 +27,12 @@ from trainers.models.short_attention import ShortSegments
 
 BLOCK = 128
 """Positions in a block of FlexAttention."""
+
+
+NARROW_HEAD = 128
+FOR_WIDER_HEADS = frozenset({(8, 0), (9, 0), (10, 0), (10, 3)})
+"""Compute capabilities with 163 kB of shared memory and more. The blocks that FlexAttention chooses for wider heads
+need more than the 99 kB of others (L4, RTX): https://github.com/pytorch/pytorch/issues/198224."""
 
 
 class Rules(NamedTuple):
@@ -99,7 +105,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).view(b, s, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        seen = mask if mask is not None else Causal(s, {self.rules}, x.device)
+        seen = mask if mask is not None else Causal(s, {self.rules}, x.device, head_dim=self.head_dim)
         attended = seen(q, k, v, self.pos_embeddings.at(s, input_pos), self.rules).flatten(2)
         output: Tensor = self.output_proj(attended if wanted is None else attended.index_select(1, wanted))
         return output
@@ -109,7 +115,13 @@ class Causal:
     """What the positions of one batch see, for every layer of a model; an `Attend`."""
 
     def __init__(
-        self, width: int, rules: Collection[Rules], device: torch.device, layout: Layout | None = None
+        self,
+        width: int,
+        rules: Collection[Rules],
+        device: torch.device,
+        layout: Layout | None = None,
+        *,
+        head_dim: int,
     ) -> None:
         """For lines of `width` positions and layers of `rules`.
 
@@ -127,7 +139,7 @@ class Causal:
         self._visible: dict[int | None, Tensor] = {}
         self._parts: dict[int | None, list[Tensor | None]] = {}
         self._short: ShortSegments | None = None
-        if _flex_works(device) and not dropping:
+        if _flex_works(device, head_dim) and not dropping:
             needed = windows if layout is not None or capped else windows - {None}
             self._blocks = {window: block_mask(width, window, device, layout) for window in needed}
         elif layout is None:
@@ -138,10 +150,12 @@ class Causal:
             self._parts = {
                 w: [_part(segment, w, device, always=capped) for segment in layout.segments] for w in windows
             }
+        # Of its own: compiled code that asked for the segments would be for as many of them only.
+        self._apart = layout is not None and not self._blocks
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, rules: Rules) -> Tensor:
         window = self._window(rules)
-        if self._segments is not None and window not in self._blocks:
+        if self._apart:
             outputs: Tensor = self._by_segment(q, k, v, rotation, rules)
             return outputs
         q, k = rotation(q), rotation(k)
@@ -209,13 +223,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, rules: Rules
     return (functional.dropout(weights, rules.dropout) @ v).transpose(1, 2)
 
 
-# Compiled once for each combination of window, soft-cap, packed or not, with gradients or without, and twice while the
-# width is new. Past the limit it would silently run uncompiled, with a matrix of scores: `fullgraph` raises then.
+VARIANTS = 64
+"""Of compiled code: for each combination of window, soft-cap, packed or not, with gradients or without, with or without
+`wanted`, and twice while the width is new."""
+
+
+def allow_variants() -> None:
+    """So that compiled code is compiled again for what is new to it, and doesn't give up after eight times: it would
+    silently run uncompiled then, with a matrix of scores. Holds for the calling thread only, as torch's settings do;
+    activations are recomputed by another thread than made them."""
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+
+
 @cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, fullgraph=True)
     return compiled
+
+
+def _flex_attention(*arguments: Any, **options: Any) -> Tensor:  # noqa: ANN401
+    if torch.compiler.is_compiling():  # it becomes part of what is being compiled
+        return cast(Tensor, flex_attention(*arguments, **options))
+    allow_variants()
+    return _compiled_flex_attention()(*arguments, **options)
 
 
 def flex_attend(
@@ -223,7 +253,7 @@ def flex_attend(
 ) -> Tensor:
     """The same by FlexAttention, which has no dropout. `flex` stands in for the compiled one."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    output: Tensor = (flex or _compiled_flex_attention())(
+    output: Tensor = (flex or _flex_attention)(
         q,
         k,
         v,
@@ -291,11 +321,14 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 @cache
-def _flex_works(device: torch.device) -> bool:
-    """Whether FlexAttention can be compiled for `device`: by Triton, which itself compiles C at run time."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 5):
+def _flex_works(device: torch.device, head_dim: int) -> bool:
+    """Whether FlexAttention can be compiled for `device`: by Triton, which itself compiles C at run time, and compiles
+    nothing in bf16 for what came before compute capability 8.0."""
+    if device.type != "cuda":
         return False
-    return bool(has_triton()) and can_compile_c()
+    capability = torch.cuda.get_device_capability(device)
+    suitable = capability >= (8, 0) and (head_dim <= NARROW_HEAD or capability in FOR_WIDER_HEADS)
+    return suitable and bool(has_triton()) and can_compile_c()
 
 
 def can_compile_c() -> bool:

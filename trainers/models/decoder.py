@@ -122,7 +122,8 @@ def causal(model: TransformerDecoder, tokens: Tensor, layout: Layout | None = No
 
     `layout` says how the documents of one line lie; None: each line is one document.
     """
-    return Causal(tokens.shape[1], {layer.attn.rules for layer in model.layers}, tokens.device, layout)
+    rules = {layer.attn.rules for layer in model.layers}
+    return Causal(tokens.shape[1], rules, tokens.device, layout, head_dim=model.head_dim)
 
 
 def init_rope(model: nn.Module, device: torch.device | str) -> None:

@@ -17,7 +17,8 @@ from trainers.models.rope_config import RopeParams
 CPU = torch.device("cpu")
 RULES = [Rules(window, 0.3, softcap, 0.0) for window, softcap in product((None, 5, 64, 300, 10_000), (None, 1.5))]
 PLAIN = Rules(None, 0.25, None, 0.0)
-ROPE = RotaryEmbedding(RopeParams(theta=100.0), head_dim=16, max_seq_len=700)
+HEAD_DIM = 16
+ROPE = RotaryEmbedding(RopeParams(theta=100.0), head_dim=HEAD_DIM, max_seq_len=700)
 
 
 Tree = tuple[int, list["Tree"]]
@@ -50,7 +51,7 @@ def line(*trees: int | Tree, width: int) -> Layout:
 def random_qkv(b: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
     """Six heads on two of keys and values."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(b, s, heads, 16, generator=generator) for heads in (6, 2, 2))
+    q, k, v = (torch.randn(b, s, heads, HEAD_DIM, generator=generator) for heads in (6, 2, 2))
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
@@ -109,7 +110,7 @@ def real(layout: Layout) -> Tensor:
 def test_documents_of_a_line_are_attended_to_as_the_definition_says(rules: Rules, layout: Layout) -> None:
     qkv = random_qkv(1, 341)
     rotation = rotation_of(layout, 341)
-    outputs = Causal(341, {rules}, CPU, layout)(*qkv, rotation, rules)
+    outputs = Causal(341, {rules}, CPU, layout, head_dim=HEAD_DIM)(*qkv, rotation, rules)
     expected = by_definition(*qkv, layout, rules, rotation)
     torch.testing.assert_close(outputs[real(layout)], expected[real(layout)])
     gradients = [torch.autograd.grad(out[real(layout)].square().sum(), qkv) for out in (outputs, expected)]
@@ -120,7 +121,7 @@ def test_documents_of_a_line_are_attended_to_as_the_definition_says(rules: Rules
 def test_lines_without_a_layout_are_one_document_each(rules: Rules) -> None:
     qkv = random_qkv(2, 341)
     rotation = rotation_of(None, 341)
-    outputs = Causal(341, {rules}, CPU)(*qkv, rotation, rules)
+    outputs = Causal(341, {rules}, CPU, head_dim=HEAD_DIM)(*qkv, rotation, rules)
     torch.testing.assert_close(outputs, by_definition(*qkv, None, rules, rotation))
 
 
@@ -174,7 +175,7 @@ def test_flex_attention_visits_every_block_in_which_something_is_seen(
 @pytest.mark.parametrize(("layout", "exact"), [(line(130, 1, 170, 40, width=341), True), (LINES[2], False)])
 def test_numbers_in_bf16_are_attended_to_in_float32_where_segments_are_short(layout: Layout, exact: bool) -> None:
     q, k, v = (x.detach().bfloat16() for x in random_qkv(1, 341))
-    seen = Causal(341, {PLAIN}, CPU, layout)
+    seen = Causal(341, {PLAIN}, CPU, layout, head_dim=HEAD_DIM)
     output = seen(q, k, v, still(q.shape[1]), PLAIN)
     expected = seen(q.float(), k.float(), v.float(), still(q.shape[1]), PLAIN).bfloat16()
     assert torch.equal(output, expected) is exact
@@ -185,7 +186,7 @@ def test_numbers_in_bf16_are_attended_to_in_float32_where_segments_are_short(lay
 def test_padding_gives_finite_outputs_and_takes_no_part_in_gradients(softcap: float | None) -> None:
     qkv = random_qkv(1, 64)
     rules = Rules(4, 0.25, softcap, 0.0)
-    outputs = Causal(64, {rules}, CPU, line(10, width=64))(*qkv, still(64), rules)
+    outputs = Causal(64, {rules}, CPU, line(10, width=64), head_dim=HEAD_DIM)(*qkv, still(64), rules)
     assert outputs.isfinite().all()
     for gradient in torch.autograd.grad(outputs[:, :10].sum(), qkv):
         assert gradient.isfinite().all()
@@ -199,25 +200,27 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap: float | None) -> No
     v = torch.ones_like(v)
     rules = Rules(None, 0.25, softcap, 0.5)
     torch.manual_seed(0)
-    causal = Causal(8, {rules}, CPU)
+    causal = Causal(8, {rules}, CPU, head_dim=HEAD_DIM)
     outputs = torch.stack([causal(q, k, v, still(q.shape[1]), rules) for _ in range(2000)])
     assert set(outputs[:, 0, 0, 0, 0].tolist()) == {0.0, 2.0}
     assert (outputs.mean(0) - 1).abs().max() < 0.1
 
 
-def test_compiled_code_serves_packs_of_any_documents() -> None:
+@pytest.mark.parametrize("flex", [False, True])
+def test_compiled_code_serves_packs_of_any_documents(flex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.models.attention._flex_works", lambda *_: flex)
     counter = CompileCounter()
-    qkv = random_qkv(1, 64)
+    qkv = [x.requires_grad_(not flex) for x in random_qkv(1, 256)]  # on a CPU FlexAttention has no gradient
 
     @torch.compile(backend=counter)
     def layer(q: Tensor, k: Tensor, v: Tensor, mask: Causal) -> Tensor:
         return mask(q * 2, k, v, still(q.shape[1]), PLAIN) + 1
 
     counts = []
-    trees: list[list[int | Tree]] = [[10, 20], [5, (5, [30])], [64], [1, 2, (3, [4, 5])]]
+    trees: list[list[int | Tree]] = [[100, 20], [5, (5, [30, 9]), 7], [256], [1, 2, (3, [4, 5]), 6, 7]]
     for lengths in trees:
-        layout = line(*lengths, width=64)
-        outputs = layer(*qkv, mask=Causal(64, {PLAIN}, CPU, layout))
+        layout = line(*lengths, width=256)
+        outputs = layer(*qkv, mask=Causal(256, {PLAIN}, CPU, layout, head_dim=HEAD_DIM))
         expected = by_definition(qkv[0] * 2, *qkv[1:], layout, PLAIN) + 1
         torch.testing.assert_close(outputs[real(layout)], expected[real(layout)])
         counts.append(counter.frame_count)
