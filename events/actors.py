@@ -172,6 +172,10 @@ class EventLogClient(_Client):
         job: FineTuningJob = await self._call("job", job_id)
         return job
 
+    async def job_with_key(self, idempotency_key: str) -> FineTuningJob | None:
+        job: FineTuningJob | None = await self._call("job_with_key", idempotency_key)
+        return job
+
     async def job_json(self, job_id: str) -> bytes:
         """As the log has it at some moment after this was called. To be used from one event loop.
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from events.decide import Refused, decide
 from events.facts import JobSubmitted
@@ -155,7 +156,9 @@ class Draft:
         assert isinstance(event, JobSubmitted)  # noqa: S101  -- EventLog.submit takes nothing else
         if new.event_id not in self._known:
             if event.idempotency_key is not None and (earlier := self._with_key(event.idempotency_key)) is not None:
-                return _same_request(earlier, event)
+                if not same_request(earlier, event.config, event.openai):
+                    raise key_reused(earlier)
+                return earlier
             if event.request_digest is not None and (same := self._unanswered(event.request_digest, time, retried)):
                 return same
             live = self._jobs.live_count() + self._live_change
@@ -228,14 +231,17 @@ class Draft:
         return job if retried or not self._jobs.is_answered(job.job_id) else None
 
 
-def _same_request(job: FineTuningJob, event: JobSubmitted) -> FineTuningJob:
-    """What OpenAI's API takes besides the config, a name for the model, counts as well."""
-    if _canonical([job.input_config, job.openai]) != _canonical([event.config, event.openai]):
-        raise Refused(
-            "idempotency_key_reused",
-            f"this Idempotency-Key was used for job {job.job_id}, with another config: take a new one for a new job",
-        )
-    return job
+def same_request(job: FineTuningJob, config: Mapping[str, Any], openai: Mapping[str, Any] | None) -> bool:
+    """Whether the job was submitted like this. What OpenAI's API takes besides the config, a name for the model,
+    counts as well."""
+    return _canonical([job.input_config, job.openai]) == _canonical([config, openai])
+
+
+def key_reused(job: FineTuningJob) -> Refused:
+    return Refused(
+        "idempotency_key_reused",
+        f"this Idempotency-Key was used for job {job.job_id}, with another config: take a new one for a new job",
+    )
 
 
 def _canonical(request: object) -> str:

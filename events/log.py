@@ -126,6 +126,11 @@ class EventLog:
         """Raises Refused (`unknown_job`, `job_damaged`), as all that asks for one job."""
         return self._job(job_id)
 
+    async def job_with_key(self, idempotency_key: str) -> FineTuningJob | None:
+        """The job that was submitted with the key; None while there is none. Raises Refused `job_damaged`."""
+        job_id = self._jobs.with_key(idempotency_key)
+        return None if job_id is None else self._job(job_id)
+
     async def job_json(self, job_id: str) -> bytes:
         """`job(job_id).wire_json()`, encoded once per version."""
         job = self._job(job_id)

@@ -1,7 +1,8 @@
 """What happens around every request: its id, the headers every response carries, and the net under every bug.
 
 And a door that is shut to other websites: the service has no users and no cookies, so whoever reaches it may use it, a
-page of anywhere in an operator's browser included. Browsers say of each request which kind of page made it.
+page of anywhere in an operator's browser included. Browsers say of each request which kind of page made it, in
+Sec-Fetch-Site; over plain HTTP, but to loopback, only of which origin it is. Programs say neither.
 """
 
 import logging
@@ -23,6 +24,7 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _READS = {"GET", "HEAD", "OPTIONS"}
+_DEFAULT_PORT = {"http": ":80", "https": ":443"}
 _FROM_ANOTHER_SITE = Answer(
     403,
     "invalid_request_error",
@@ -61,7 +63,7 @@ class RequestContext:
                     headers["X-Request-ID"] = request_id
             await send(message)
 
-        if scope["method"] not in _READS and Headers(scope=scope).get("sec-fetch-site") == "cross-site":
+        if scope["method"] not in _READS and _from_another_site(Headers(scope=scope)):
             await _FROM_ANOTHER_SITE.response()(scope, receive, send_with_headers)
             return
         try:
@@ -71,6 +73,19 @@ class RequestContext:
             if started:
                 raise  # Half a response is out: cutting the connection is the only honest answer left.
             await unexpected(request_id).response()(scope, receive, send_with_headers)
+
+
+def _from_another_site(headers: Headers) -> bool:
+    """Sec-Fetch-Site is right behind any proxy. Where it is absent, the origin must be what the client connected to:
+    the Host, or what a proxy that changed it says it was. No page can say that itself: a browser asks before it sends
+    X-Forwarded-Host for another origin's page, and nothing here allows it."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None or origin is None:
+        return site == "cross-site"
+    scheme, _, own = origin.lower().partition("://")  # of "null", of a page in a sandbox, nothing is left
+    port = _DEFAULT_PORT.get(scheme, "")
+    hosts = [headers.get("host", ""), headers.get("x-forwarded-host", "").partition(",")[0].strip()]
+    return not own or own.removesuffix(port) not in [host.lower().removesuffix(port) for host in hosts]
 
 
 def _request_id(scope: Scope) -> str:

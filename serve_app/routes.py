@@ -14,6 +14,7 @@ from events.config import Config
 from events.facts import CancelRequested, JobResumed, JobSubmitted, PauseRequested, Resources
 from events.ids import new_event_id, new_job_id
 from events.job import FineTuningJob
+from events.jobs import key_reused, same_request
 from events.log import LogUnavailable
 from serve_app.backend import Backend
 from serve_app.body import read_object
@@ -33,8 +34,8 @@ from serve_app.wire import (
 )
 from trainers.errors import ConfigProblems, Problem
 from trainers.estimate import Estimate
-from trainers.preflight import Examined, examine, problems_of
-from trainers.resubmit import problem_of_resubmission, resubmission
+from trainers.preflight import Examined, examine, problems_of, without_nulls
+from trainers.resubmit import is_repeated, problem_of_resubmission, resubmission
 
 router = APIRouter(default_response_class=Response)  # whose type and schema the routes document themselves
 Body = TypeVar("Body", bound=BaseModel)
@@ -84,6 +85,9 @@ async def submit(request: Request, backend: TheBackend, idempotency_key: Idempot
     reported now, all of it at once; the rows of the data are validated by the job itself.
     """
     document = await read_object(request, backend.settings.max_body_bytes)
+    config = without_nulls(document)
+    if made := await made_before(backend, idempotency_key, lambda job: same_request(job, config, None)):
+        return JSONResponse(made.wire())
     submitted, problems = await examined(backend, document)
     if submitted is None or problems:
         raise ConfigProblems(problems)
@@ -196,6 +200,10 @@ async def resubmit(request: Request, backend: TheBackend, idempotency_key: Idemp
     document = await read_object(request, backend.settings.max_body_bytes)
     asked = parsed(ResubmitRequest, {key: value for key, value in document.items() if value is not None})
     earlier = await backend.log.job(asked.job_id)
+    if made := await made_before(
+        backend, idempotency_key, lambda job: is_repeated(job, earlier, asked.checkpoint, asked.config)
+    ):
+        return JSONResponse(made.wire())
     again = await asyncio.to_thread(resubmission, earlier, asked.checkpoint, asked.config)
     submitted, problems = await examined(backend, again.document)
     if again.origin is None:  # then the model is the earlier job's, and nobody asked for it
@@ -272,6 +280,20 @@ async def healthz(backend: TheBackend) -> Response:
 @router.get("/", include_in_schema=False)
 async def root(request: Request) -> Response:
     return RedirectResponse(request.app.url_path_for("docs"))
+
+
+async def made_before(
+    backend: Backend, idempotency_key: str | None, same: Callable[[FineTuningJob], bool]
+) -> FineTuningJob | None:
+    """The job that an earlier try of the request made, by its key. To be asked before the request is examined: its data
+    may be gone by now.
+
+    Raises Refused: `idempotency_key_reused` where the job is not the `same` one as the request asks for.
+    """
+    job = None if idempotency_key is None else await backend.log.job_with_key(idempotency_key)
+    if job is not None and not same(job):
+        raise key_reused(job)
+    return job
 
 
 async def examined(backend: Backend, document: dict[str, Any]) -> tuple[JobSubmitted | None, list[Problem]]:

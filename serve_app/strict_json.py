@@ -7,14 +7,16 @@ and nesting deeper than `MAX_DEPTH`.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NoReturn
 
+from serve_app.errors import LONGEST_NAME
 from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem
 
 MAX_DEPTH = 64  # The serialisers of pydantic and the event log recurse; this stays far below their limits.
 _SHOWN = 60  # Characters of a key that an error message repeats.
+_END = (None, None)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -63,23 +65,30 @@ def _constant(name: str) -> NoReturn:
 
 
 def _unsafe(document: dict[str, Any]) -> Iterator[Problem]:
-    """Walks without recursion, so that no input can exhaust the stack."""
-    pending: list[tuple[str, Any, int]] = [("", document, 1)]
-    while pending:
-        path, value, depth = pending.pop()
-        if depth > MAX_DEPTH:
-            yield Problem(path.split(".")[0], f"nested deeper than {MAX_DEPTH} levels", "invalid_json")
+    """Walks without recursion, so that no input can exhaust the stack, and puts a path together only for a problem: a
+    long key over a wide list would make one for each element."""
+    keys: list[str | int] = []  # of the containers that are open below the document
+    opened: list[Iterator[tuple[str | int, Any]]] = [iter(document.items())]
+    while opened:
+        key, value = next(opened[-1], _END)
+        if key is None:
+            opened.pop()
+            del keys[-1:]
+        elif isinstance(key, str) and (complaint := _complaint(key)):
+            yield Problem(_dotted(keys), f"the key {shown(key)} {complaint}", "invalid_json")
+        elif len(opened) == MAX_DEPTH:
+            yield Problem(_dotted(keys[:1]), f"nested deeper than {MAX_DEPTH} levels", "invalid_json")
             return
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if complaint := _complaint(key):
-                    yield Problem(path or None, f"the key {shown(key)} {complaint}", "invalid_json")
-                else:
-                    pending.append((f"{path}.{key}" if path else key, inner, depth + 1))
-        elif isinstance(value, list):
-            pending.extend((f"{path}.{index}", inner, depth + 1) for index, inner in enumerate(value))
+        elif isinstance(value, dict | list):
+            keys.append(key)
+            opened.append(iter(value.items() if isinstance(value, dict) else enumerate(value)))
         elif complaint := _complaint(value):
-            yield Problem(path, complaint, "invalid_json")
+            yield Problem(_dotted([*keys, key]), complaint, "invalid_json")
+
+
+def _dotted(keys: Sequence[str | int]) -> str | None:
+    """The path as far as an answer may show it; None for the document itself."""
+    return ".".join(str(key)[: LONGEST_NAME + 1] for key in keys) if keys else None
 
 
 def _complaint(value: object) -> str | None:

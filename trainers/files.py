@@ -2,7 +2,8 @@
 
 They lie in one flat directory, local or on anything that fsspec reaches, as two objects each: `bytes-<ulid>` and, once
 those are complete, `<file id>.json`, which names them. A file is there exactly if its record is. What a crash leaves
-behind are bytes that no record names; `sweep` collects them after a day. A record never changes, so any number of
+behind are bytes that no record names; `sweep` collects them after a day, and what is left of an upload in parts soon
+after that has expired. A record never changes, so any number of
 processes may work on one directory.
 """
 
@@ -31,6 +32,11 @@ PURPOSE = "fine-tune"
 BLOCK_BYTES = 1 << 20
 LEFT_OVER_S = 24 * 3600
 """Bytes without a record that are younger than this may belong to an upload that is under way."""
+UPLOAD_LIFETIME_S = 3600
+"""Of an upload in parts."""
+PART_LEFT_OVER_S = UPLOAD_LIFETIME_S + 900
+"""Parts of an upload that began longer ago than this are not needed any more, not even by the completing of it that
+began in time."""
 _ULID = "[0-9A-HJKMNP-TV-Z]{26}"
 _FILE_ID = re.compile(f"file-{_ULID}")
 
@@ -253,8 +259,9 @@ class FileStore:
         named = {file.content for file in files}
         for name in sizes:
             if name.startswith(("bytes-", "draft-", "upload_")) and name not in named:
-                made = re.search(_ULID, name)
-                if made and now - ULID.from_str(made[0]).timestamp > LEFT_OVER_S:
+                made = re.search(_ULID, name)  # of a part, when its upload began
+                left_over_s = PART_LEFT_OVER_S if ".part_" in name else LEFT_OVER_S
+                if made and now - ULID.from_str(made[0]).timestamp > left_over_s:
                     self.objects.delete(name)
 
     def _all(self, sizes: dict[str, int]) -> list[File]:

@@ -65,7 +65,7 @@ def examine(document: Mapping[str, Any], settings: Settings) -> Examined:
 
     Fields that are null count as left out, and are left out of `Examined.document`.
     """
-    sent = _without_nulls(document)
+    sent = without_nulls(document)
     try:
         config = Config.model_validate(sent)
     except ValidationError as error:
@@ -141,9 +141,9 @@ def _unknown_field(detail: Mapping[str, Any], homes: _Homes) -> str:
     return f"unknown field; known here: {', '.join(known)}" if known else "unknown field"
 
 
-def _without_nulls(document: Mapping[str, Any]) -> dict[str, Any]:
+def without_nulls(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_nulls(value) if isinstance(value, dict) and key not in _OPAQUE else value
+        key: without_nulls(value) if isinstance(value, dict) and key not in _OPAQUE else value
         for key, value in document.items()
         if value is not None
     }

@@ -12,7 +12,9 @@ from urllib.parse import unquote, urlsplit
 
 from events.facts import Origin
 from events.job import FineTuningJob
+from events.jobs import same_request
 from trainers.errors import Problem
+from trainers.preflight import without_nulls
 
 _TAGS = ("finetuning_type", "log_type")
 _STEP = re.compile(r"step-0*(\d+)(?:-attempt-\d+)?/?$")
@@ -43,6 +45,19 @@ def resubmission(job: FineTuningJob, checkpoint: str | int | None, changes: Mapp
         return Resubmission(document, None, [*problems, chosen])
     document["model"] = str(model_dir_of(chosen))
     return Resubmission(document, Origin(job_id=job.job_id, checkpoint=chosen), problems)
+
+
+def is_repeated(
+    made: FineTuningJob, job: FineTuningJob, checkpoint: str | int | None, changes: Mapping[str, Any]
+) -> bool:
+    """Whether the job `made` came of this resubmission. Its checkpoint may have been deleted since, and where none was
+    named there may be a later one."""
+    origin = made.resubmitted_from
+    if origin is None or origin.job_id != job.job_id or "model" in changes:
+        return False
+    document = _merged(job.input_config, changes) | {"model": made.input_config["model"]}
+    named = checkpoint is None or checkpoint in (origin.checkpoint, step_of(origin.checkpoint))
+    return named and same_request(made, without_nulls(document), None)
 
 
 def problem_of_resubmission(problem: Problem) -> Problem:

@@ -14,7 +14,7 @@ from events.job import FineTuningJob
 from serve_app.backend import JobLog
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai import results
-from serve_app.openai.multipart import Form, receive
+from serve_app.openai.multipart import Form, Limit, receive
 from serve_app.openai.objects import OpenAIExpiresAfter, OpenAIFile, OpenAIFileDeleted, OpenAIFileForm, OpenAIFileList
 from serve_app.openai.paging import page, unknown_after
 from serve_app.openapi import documented, documented_bytes, form_body
@@ -50,7 +50,8 @@ async def create(request: Request, backend: TheBackend) -> Response:
     size = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
     await room_for(store, backend.settings, min(size, backend.settings.max_file_bytes))
     new = await asyncio.to_thread(store.new)
-    form = await receive(request, "file", new, backend.settings.max_file_bytes)
+    limit = Limit(backend.settings.max_file_bytes, "send larger files in parts, through /v1/uploads")
+    form = await receive(request, "file", new, limit)
     try:
         expiry = _expiry(form)
         await room_for(store, backend.settings, 0)  # others may have written meanwhile

@@ -9,11 +9,12 @@ from fastapi.responses import JSONResponse, Response
 from events.facts import CancelRequested, CheckpointSaved, JobResumed, PauseRequested
 from events.ids import new_event_id
 from events.job import FineTuningJob
+from events.jobs import same_request
 from serve_app.openai import mapping, results, timeline
 from serve_app.openai.objects import OpenAICheckpointList, OpenAIEventList, OpenAIJob, OpenAIJobList, OpenAIJobRequest
 from serve_app.openai.paging import After, Limit, page, unknown_after
 from serve_app.openapi import documented, json_body
-from serve_app.routes import IdempotencyKey, TheBackend, begun, examined, received
+from serve_app.routes import IdempotencyKey, TheBackend, begun, examined, made_before, received
 from trainers.errors import ConfigProblems
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
@@ -32,10 +33,13 @@ async def create(request: Request, backend: TheBackend, idempotency_key: Idempot
     asked = await received(OpenAIJobRequest, request, backend)
     if problems := mapping.results_as_data(asked):
         raise ConfigProblems(problems)
-    submitted, problems = await examined(backend, mapping.config_of(asked))
+    config = mapping.config_of(asked)
+    openai = asked.model_dump(mode="json", exclude_none=True)
+    if made := await made_before(backend, idempotency_key, lambda job: same_request(job, config, openai)):
+        return _answer(made)
+    submitted, problems = await examined(backend, config)
     if submitted is None or problems:
         raise ConfigProblems([mapping.in_openai_words(problem) for problem in problems])
-    openai = asked.model_dump(mode="json", exclude_none=True)
     submitted = submitted.model_copy(update={"openai": openai, "idempotency_key": idempotency_key})
     return await begun(request, backend, submitted, _shown)
 

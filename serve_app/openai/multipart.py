@@ -29,14 +29,21 @@ class Form(NamedTuple):
     filename: str
 
 
-async def receive(request: Request, file_field: str, sink: Sink, max_bytes: int) -> Form:
+class Limit(NamedTuple):
+    """How large the file may be, and what the sender of a larger one is told beside that."""
+
+    max_bytes: int
+    beyond: str
+
+
+async def receive(request: Request, file_field: str, sink: Sink, limit: Limit) -> Form:
     """Writes the form's file to `sink`, which is closed when this returns.
 
-    Raises RequestRefused: 400 for what is no such form, 413 for a file of more than `max_bytes`, 415 for another type
-    of body. Whatever is raised, ClientDisconnect among it, the sink was abandoned.
+    Raises RequestRefused: 400 for what is no such form, 413 for a file beyond the limit, 415 for another type of body.
+    Whatever is raised, ClientDisconnect among it, the sink was abandoned.
     """
     try:
-        form = await _receive(request, file_field, sink, max_bytes)
+        form = await _receive(request, file_field, sink, limit)
         await asyncio.to_thread(sink.close)
     except BaseException:
         await asyncio.shield(asyncio.to_thread(sink.abandon))
@@ -44,15 +51,16 @@ async def receive(request: Request, file_field: str, sink: Sink, max_bytes: int)
     return form
 
 
-async def _receive(request: Request, file_field: str, sink: Sink, max_bytes: int) -> Form:
+async def _receive(request: Request, file_field: str, sink: Sink, limit: Limit) -> Form:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         message = "send the body as multipart/form-data"
         raise RequestRefused(Answer(415, "invalid_request_error", "unsupported_media_type", message))
     declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and len(declared) < 20 and int(declared) > max_bytes + MAX_FIELD_BYTES:
-        raise _too_large(file_field, max_bytes)
-    parser = _Parser(options[b"boundary"], file_field, max_bytes)
+    most = limit.max_bytes + MAX_FIELD_BYTES
+    if declared.isascii() and declared.isdigit() and len(declared) < 20 and int(declared) > most:
+        raise _too_large(file_field, limit)
+    parser = _Parser(options[b"boundary"], file_field, limit)
     async for chunk in request.stream():
         parser.feed(chunk)
         if parser.waiting >= WRITE_BYTES:
@@ -65,9 +73,9 @@ async def _receive(request: Request, file_field: str, sink: Sink, max_bytes: int
 class _Parser:
     """Sorts the parts of a form as they come."""
 
-    def __init__(self, boundary: bytes, file_field: str, max_bytes: int) -> None:
+    def __init__(self, boundary: bytes, file_field: str, limit: Limit) -> None:
         self._file_field = file_field
-        self._max_bytes = max_bytes
+        self._limit = limit
         self._fields: dict[str, bytearray] = {}
         self._filename: str | None = None
         self._name = ""
@@ -153,8 +161,8 @@ class _Parser:
             self._fields[self._name] += self._counted(data[start:end])
             return
         self._file_bytes += end - start
-        if self._file_bytes > self._max_bytes:
-            raise _too_large(self._file_field, self._max_bytes)
+        if self._file_bytes > self._limit.max_bytes:
+            raise _too_large(self._file_field, self._limit)
         self._file_data.append(bytes(data[start:end]))
         self.waiting += end - start
 
@@ -174,6 +182,6 @@ def _bad_form(message: str, param: str | None = None, code: str = "invalid_form"
     return RequestRefused(Answer(400, "invalid_request_error", code, told, name, [Problem(name, message, code)]))
 
 
-def _too_large(file_field: str, max_bytes: int) -> RequestRefused:
-    message = f"the {file_field} is larger than {max_bytes} bytes; send larger files in parts, through /v1/uploads"
+def _too_large(file_field: str, limit: Limit) -> RequestRefused:
+    message = f"the {file_field} is larger than {limit.max_bytes} bytes; {limit.beyond}"
     return RequestRefused(Answer(413, "invalid_request_error", "file_too_large", message, file_field))

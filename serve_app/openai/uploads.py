@@ -16,7 +16,7 @@ from ulid import ULID
 
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai.files import in_use, keep, room_for, shown, store_of
-from serve_app.openai.multipart import receive
+from serve_app.openai.multipart import Limit, receive
 from serve_app.openai.objects import (
     OpenAIPartForm,
     OpenAIUpload,
@@ -27,11 +27,12 @@ from serve_app.openai.objects import (
 from serve_app.openapi import documented, form_body, json_body
 from serve_app.routes import TheBackend, received
 from trainers.errors import Problem
-from trainers.files import FileStore, NewObject
+from trainers.files import UPLOAD_LIFETIME_S, FileStore, NewObject
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
-LIFETIME_S = 3600
 PART_BYTES = 64 << 20
+TAKEN = 2
+"""Parts may hold this many times what was announced: one whose answer was lost is sent again, and then there twice."""
 UploadId = Annotated[str, Path(min_length=1, max_length=64, description="The upload's id.")]
 
 
@@ -56,7 +57,7 @@ _ending: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 async def create(request: Request, backend: TheBackend) -> Response:
     """Begin a file that comes in parts of 64 MiB at most, TUNEWRIGHT_MAX_UPLOAD_BYTES (8 GiB) together.
 
-    The upload expires after an hour.
+    The upload expires after an hour. Until it is complete it needs room for its bytes twice: as parts, and joined.
     """
     asked = await received(OpenAIUploadRequest, request, backend)
     if asked.bytes > backend.settings.max_upload_bytes:
@@ -64,13 +65,13 @@ async def create(request: Request, backend: TheBackend) -> Response:
         raise RequestRefused(Answer(413, "invalid_request_error", "file_too_large", message, "bytes"))
     store = await store_of(backend.settings)
     await asyncio.to_thread(store.sweep, await in_use(backend.log))
-    await room_for(store, backend.settings, asked.bytes)
+    await room_for(store, backend.settings, 2 * asked.bytes)
     now = int(time.time())
     upload = OpenAIUpload(
         id=f"upload_{ULID()}",
         bytes=asked.bytes,
         created_at=now,
-        expires_at=now + LIFETIME_S,
+        expires_at=now + UPLOAD_LIFETIME_S,
         filename=asked.filename,
         purpose=asked.purpose,
         status="pending",
@@ -86,13 +87,23 @@ async def create(request: Request, backend: TheBackend) -> Response:
     responses=documented(OpenAIUploadPart, "The part is on disk.", 400, 404, 409, 413, 415, 429),
 )
 async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -> Response:
-    """Add bytes, as multipart/form-data. Parts may be sent at the same time; `part_ids` says their order, later."""
+    """Add bytes, as multipart/form-data. Parts may be sent at the same time; `part_ids` says their order, later.
+
+    Together they may hold twice what was announced, so that one whose answer was lost can be sent again.
+    """
     store = await store_of(backend.settings)
-    _require_pending((await _read(store, upload_id)).shown)
+    await asyncio.to_thread(store.sweep, await in_use(backend.log))
+    most = min(PART_BYTES, await _left(store, upload_id))
+    limit = Limit(most, "the parts of an upload may hold twice what it announced, together")
     await room_for(store, backend.settings, 0)
     part_id = f"part_{ULID()}"
     new = await asyncio.to_thread(NewObject, store.objects, f"{upload_id}.{part_id}")
-    await receive(request, "data", new, PART_BYTES)
+    await receive(request, "data", new, limit)
+    try:
+        await _left(store, upload_id)  # it may be over since, or others have sent parts
+    except BaseException:
+        await asyncio.shield(asyncio.to_thread(new.abandon))
+        raise
     part = OpenAIUploadPart(id=part_id, created_at=int(time.time()), upload_id=upload_id)
     return JSONResponse(part.model_dump(mode="json"))
 
@@ -112,12 +123,13 @@ async def complete(request: Request, backend: TheBackend, upload_id: UploadId) -
         upload = await _read(store, upload_id)
         if upload.shown.status != "completed":
             _require_pending(upload.shown)
+            await room_for(store, backend.settings, upload.shown.bytes)
             new = await asyncio.to_thread(_joined, store, upload.shown, asked)
             file = await keep(store, new, upload.shown.filename, upload.request.expires_after)
             done = upload.shown.model_copy(update={"status": "completed", "file": shown(file)})
             upload = upload.model_copy(update={"shown": done})
             await _write(store, upload)
-            await asyncio.to_thread(_drop_parts, store, upload_id)
+        await asyncio.to_thread(_drop_parts, store, upload_id)
     return JSONResponse(upload.shown.model_dump(mode="json"))
 
 
@@ -135,16 +147,27 @@ async def cancel(backend: TheBackend, upload_id: UploadId) -> Response:
             _require_pending(upload.shown)
             upload = upload.model_copy(update={"shown": upload.shown.model_copy(update={"status": "cancelled"})})
             await _write(store, upload)
-            await asyncio.to_thread(_drop_parts, store, upload_id)
+        await asyncio.to_thread(_drop_parts, store, upload_id)
     return JSONResponse(upload.shown.model_dump(mode="json"))
+
+
+async def _left(store: FileStore, upload_id: str) -> int:
+    """Bytes that further parts may hold. Raises RequestRefused: 409 for an upload that is over, 413 for one whose parts
+    hold more than they may."""
+    upload = (await _read(store, upload_id)).shown
+    _require_pending(upload)
+    stored = sum((await asyncio.to_thread(_parts, store, upload_id)).values())
+    if stored > TAKEN * upload.bytes:
+        message = f"data: the parts would hold {stored} bytes, {upload.bytes} were announced"
+        raise RequestRefused(Answer(413, "invalid_request_error", "file_too_large", message, "data"))
+    return TAKEN * upload.bytes - stored
 
 
 def _joined(store: FileStore, upload: OpenAIUpload, asked: OpenAIUploadCompletion) -> NewObject:
     """The parts in their order, as one object that is complete."""
-    sizes = store.objects.sizes()
+    sizes = _parts(store, upload.id)
     names = [f"{upload.id}.{part_id}" for part_id in asked.part_ids]
-    there = {name for name in sizes if name.startswith(f"{upload.id}.part_")}
-    if missing := [part_id for part_id, name in zip(asked.part_ids, names, strict=True) if name not in there]:
+    if missing := [part_id for part_id, name in zip(asked.part_ids, names, strict=True) if name not in sizes]:
         raise _wrong("part_ids", f"the upload has no part {missing[0]!a}", "unknown_part")
     total = sum(sizes[name] for name in names)
     if total != upload.bytes:
@@ -180,10 +203,14 @@ async def _write(store: FileStore, upload: _Upload) -> None:
     await asyncio.to_thread(store.objects.put, f"{upload.shown.id}.json", _RECORD.dump_json(upload))
 
 
+def _parts(store: FileStore, upload_id: str) -> dict[str, int]:
+    """The bytes of each part by its name, of those under way too."""
+    return {name: size for name, size in store.objects.sizes().items() if name.startswith(f"{upload_id}.part_")}
+
+
 def _drop_parts(store: FileStore, upload_id: str) -> None:
-    for name in store.objects.sizes():
-        if name.startswith(f"{upload_id}.part_"):
-            store.objects.delete(name)
+    for name in _parts(store, upload_id):
+        store.objects.delete(name)
 
 
 def _require_pending(upload: OpenAIUpload) -> None:

@@ -33,6 +33,13 @@ def test_errors_reach_the_caller_as_themselves(handles: Handles) -> None:
         blocking(handles.lines.read("../etc"))
 
 
+def test_a_job_is_found_by_its_idempotency_key(handles: Handles) -> None:
+    assert blocking(handles.log.job_with_key("k")) is None
+    event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
+    job = blocking(handles.log.submit("a", event, new_event_id(), 100))
+    assert blocking(handles.log.job_with_key("k")) == job
+
+
 def test_everyone_who_connects_gets_the_same_log(handles: Handles, tmp_path: Path) -> None:
     blocking(handles.log.submit("a", SUBMITTED, new_event_id(), 100))
     assert blocking(connect(tmp_path).log.job("a")).job_id == "a"

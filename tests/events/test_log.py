@@ -56,8 +56,9 @@ def test_an_idempotency_key_brings_back_its_job_when_the_config_is_the_same() ->
         event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
         other = event.model_copy(update={"config": {**CONFIG, "model": "other"}})
         async with opened(MemoryStore()) as log:
+            assert await log.job_with_key("k") is None
             first = await log.submit("a", event, "e1", 1)
-            assert await log.submit("b", event, "e2", 1) == first
+            assert await log.submit("b", event, "e2", 1) == first == await log.job_with_key("k")
             with pytest.raises(Refused, match="was used for job a") as refused:
                 await log.submit("c", other, "e3", 10)
             assert refused.value.code == "idempotency_key_reused"

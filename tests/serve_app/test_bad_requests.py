@@ -3,15 +3,19 @@
 import json
 import socket
 import time
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from serve_app.strict_json import parse_object
 from tests.serve_app.live_server import Server
 from tests.tiny_models import make_tiny_model
+from trainers.errors import ConfigProblems
 
 SUBMIT = "/fine_tuning/jobs/submit"
 JSON = {"Content-Type": "application/json"}
@@ -152,6 +156,19 @@ def test_a_request_that_is_all_mistakes_gets_an_answer_of_bounded_length_and_soo
     assert time.process_time() - began < 2
     refused(answer)
     assert len(answer.content) < 50_000
+
+
+@pytest.mark.parametrize("element", [1, "\0"])
+def test_a_long_key_over_a_wide_list_takes_a_few_times_the_memory_of_the_body(element: int | str) -> None:
+    body = json.dumps({"metadata": {"x" * 500_000: [element] * 400}}).encode()
+    tracemalloc.start()
+    try:
+        with suppress(ConfigProblems):
+            parse_object(body)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 10 * len(body)
 
 
 def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config: dict[str, Any]) -> None:

@@ -164,6 +164,19 @@ def test_a_client_that_says_it_retries_gets_the_same_job(
     assert (again == first) == same
 
 
+def test_a_retry_with_the_key_gets_its_job_also_when_the_data_is_gone(gated: Server, api: httpx.Client) -> None:
+    rows = gated.parts.settings.storage / "once.jsonl"
+    rows.write_text(json.dumps({"dialog": [{"role": "assistant", "content": "hi"}]}) + "\n")
+    body = gated.config(data=str(rows), validation_data=None)
+    headers = {"Idempotency-Key": "data that goes"}
+    first = api.post(SUBMIT, json=body, headers=headers).json()
+    rows.unlink()
+    assert api.post(SUBMIT, json=body, headers=headers).json() == first
+    other = api.post(SUBMIT, json=body | {"metadata": {"other": True}}, headers=headers)
+    assert other.json()["error"]["code"] == "idempotency_key_reused"
+    assert api.post(SUBMIT, json=body, headers={"Idempotency-Key": "new"}).json()["error"]["param"] == "data"
+
+
 class _Killed(EventLog):
     """Its process is killed between the append and the answer."""
 

@@ -181,6 +181,44 @@ def test_a_page_of_another_site_changes_nothing(http: httpx.Client, route: str) 
     assert http.get("/healthz", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to it
 
 
+@pytest.mark.parametrize(
+    ("host", "origin", "headers", "passes"),
+    [
+        ("10.0.0.7:8000", "http://evil.example", {}, False),
+        ("10.0.0.7:8000", "http://10.0.0.7:8001", {}, False),
+        ("10.0.0.7:8000", "http://10.0.0.7", {}, False),
+        ("10.0.0.7", "http://10.0.0.7:443", {}, False),
+        ("10.0.0.7:8000", "http://10.0.0.7:8000.evil.example", {}, False),
+        ("10.0.0.7:8000", "null", {}, False),
+        ("", "null", {}, False),
+        ("10.0.0.7:8000", "http://10.0.0.7:8000", {}, True),
+        ("Tuner.Example:80", "http://tuner.example", {}, True),
+        ("tuner.example:443", "https://tuner.example", {}, True),
+        ("[fd00::80]:8000", "http://[fd00::80]:8000", {}, True),
+        ("[fd00::80]", "http://[fd00::80]", {}, True),
+        ("[fd00::80]:8000", "http://[fd00::81]:8000", {}, False),
+        # A proxy that connects under another name:
+        ("replica:8000", "http://tuner.example", {}, False),
+        ("replica:8000", "http://tuner.example", {"X-Forwarded-Host": "tuner.example"}, True),
+        ("replica:8000", "http://tuner.example", {"X-Forwarded-Host": "tuner.example, inner"}, True),
+        ("replica:8000", "http://evil.example", {"X-Forwarded-Host": "tuner.example"}, False),
+        # Whatever the origin is, the browser has compared it:
+        ("replica:8000", "https://tuner.example", {"Sec-Fetch-Site": "same-origin"}, True),
+        ("tuner.example", "https://tuner.example", {"Sec-Fetch-Site": "cross-site"}, False),
+    ],
+)
+def test_without_fetch_metadata_only_a_page_of_the_same_origin_changes_anything(
+    http: httpx.Client, host: str, origin: str, headers: dict[str, str], passes: bool
+) -> None:
+    """As over plain HTTP. What is sent is what a page may send without being asked: a form, or nothing."""
+    sent = {"Host": host, "Origin": origin, **headers}
+    form = http.post("/v1/files", files={"file": ("rows.jsonl", b"{}")}, headers=sent)  # without its purpose
+    for answer in (form, http.post("/v1/fine_tuning/jobs/ftjob-1/cancel", headers=sent)):
+        assert (answer.status_code != 403) == passes
+        assert (answer.json()["error"]["code"] != "cross_site") == passes
+    assert http.get("/healthz", headers=sent).status_code == 200
+
+
 def test_the_root_leads_to_the_reference(http: httpx.Client) -> None:
     answer = http.get("/", follow_redirects=True)
     assert answer.url.path == "/docs"

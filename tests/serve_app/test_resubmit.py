@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from events.facts import CheckpointsDeleted, JobSucceeded
+from events.facts import CheckpointSaved, CheckpointsDeleted, JobSucceeded
 from tests.serve_app.live_server import Server
 from tests.tiny_models import make_tiny_model
 
@@ -164,6 +164,33 @@ def test_an_idempotency_key_makes_one_job(http: httpx.Client, earlier: Earlier) 
     body = {"job_id": earlier.job_id, "checkpoint": 10}
     ids = {http.post(RESUBMIT, json=body, headers={"Idempotency-Key": "r"}).json()["job_id"] for _ in range(3)}
     assert len(ids) == 1
+
+
+@pytest.mark.parametrize("checkpoint", [None, 20, "uri"])
+def test_a_retry_with_the_key_gets_its_job_also_when_the_checkpoint_is_gone_and_another_is_the_last(
+    http: httpx.Client, earlier: Earlier, checkpoint: int | str | None
+) -> None:
+    changes = {"fine_tuning_options": {"lr": 1e-5, "extras": None}}
+    body = {"job_id": earlier.job_id, "config": changes}
+    if checkpoint is not None:
+        body["checkpoint"] = earlier.uri(20) if checkpoint == "uri" else checkpoint
+    headers = {"Idempotency-Key": f"gone {checkpoint}"}
+    first = http.post(RESUBMIT, json=body, headers=headers).json()
+    shutil.rmtree(earlier.paths[20])
+    later = earlier.server.parts.settings.job_dir(earlier.job_id) / "checkpoints" / "step-00000030"
+    make_tiny_model(later)
+    earlier.server.append(earlier.job_id, CheckpointSaved(attempt=1, step=30, epoch=0, uri=later.as_uri()))
+    assert http.post(RESUBMIT, json=body, headers=headers).json() == first
+    for other in ({"checkpoint": 10}, {"config": {}}, {"config": {**changes, "model": "m"}}):
+        answer = http.post(RESUBMIT, json=body | other, headers=headers)
+        assert answer.json()["error"]["code"] == "idempotency_key_reused"
+
+
+def test_a_key_of_a_submit_is_not_for_a_resubmit(http: httpx.Client, earlier: Earlier, config: dict[str, Any]) -> None:
+    headers = {"Idempotency-Key": "of a submit"}
+    assert http.post("/fine_tuning/jobs/submit", json=config, headers=headers).status_code == 200
+    answer = http.post(RESUBMIT, json={"job_id": earlier.job_id}, headers=headers)
+    assert answer.json()["error"]["code"] == "idempotency_key_reused"
 
 
 def test_the_service_trains_on_no_path_that_it_would_not_take_as_a_model(

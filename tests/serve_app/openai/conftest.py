@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from tests.serve_app.live_server import MODEL, Serve, Server
+from trainers.files import file_store
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}) + "\n"
 ROWS = (ROW * 3).encode()
@@ -27,6 +28,10 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 def connected(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=30)
+
+
+def stored(server: Server) -> set[str]:
+    return set(file_store(server.parts.settings.files_url).objects.sizes())
 
 
 @pytest.fixture

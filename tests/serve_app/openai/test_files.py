@@ -1,12 +1,10 @@
-"""Files and uploads through the real client."""
+"""Files through the real client."""
 
 import asyncio
-import hashlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from events.facts import CancelRequested, JobCancelled
 from tests.serve_app.live_server import MODEL, Serve, Server
-from tests.serve_app.openai.conftest import ROWS, connected
+from tests.serve_app.openai.conftest import ROWS, connected, stored
 from trainers.data.source import check_data_uri, open_lines
 from trainers.files import file_store
 
@@ -30,10 +28,6 @@ def upload(client: openai.OpenAI) -> Callable[..., Any]:
         return client.files.create(file=("rows.jsonl", content), purpose="fine-tune", **changes)
 
     return upload
-
-
-def stored(server: Server) -> set[str]:
-    return set(file_store(server.parts.settings.files_url).objects.sizes())
 
 
 def test_a_file_is_there_under_its_id_until_it_is_deleted(client: openai.OpenAI, server: Server) -> None:
@@ -302,111 +296,6 @@ def test_a_storage_that_hangs_holds_up_no_submit(serve: Serve) -> None:
             caller.join()
 
 
-# ---- uploads
-
-
-def test_an_upload_in_parts_is_a_file(client: openai.OpenAI, server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "large.jsonl"
-    path.write_bytes(ROWS * 1000)
-    md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    upload = client.uploads.upload_file_chunked(
-        file=path, mime_type="application/jsonl", purpose="fine-tune", part_size=50_000, md5=md5
-    )
-    assert (upload.status, upload.bytes) == ("completed", path.stat().st_size)
-    assert upload.file is not None
-    assert client.files.content(upload.file.id).read() == path.read_bytes()
-    assert not [name for name in stored(server) if name.startswith(f"{upload.id}.part_")]
-
-
-def begin(client: openai.OpenAI, size: int = 4) -> Any:
-    return client.uploads.create(bytes=size, filename="f.jsonl", mime_type="application/jsonl", purpose="fine-tune")
-
-
-def test_parts_stand_in_the_order_that_completing_names(client: openai.OpenAI) -> None:
-    upload = begin(client, 7)
-    parts = [client.uploads.parts.create(upload.id, data=data).id for data in (b":1}", b'{"a"')]
-    done = client.uploads.complete(upload.id, part_ids=parts[::-1])
-    assert client.files.content(done.file.id).read() == b'{"a":1}'
-    assert client.uploads.complete(upload.id, part_ids=parts[::-1]) == done  # a retry
-
-
-def test_a_wrong_md5_size_or_part_is_a_400_and_the_upload_can_still_be_completed(client: openai.OpenAI) -> None:
-    upload = begin(client, 7)
-    part = client.uploads.parts.create(upload.id, data=b'{"a":1}')
-    for wrong, code in (
-        ({"part_ids": [part.id], "md5": "0" * 32}, "wrong_md5"),
-        ({"part_ids": [part.id, part.id]}, "wrong_size"),
-        ({"part_ids": ["part_none"]}, "unknown_part"),
-    ):
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.uploads.complete(upload.id, **wrong)  # type: ignore[arg-type]
-        assert refused.value.code == code
-    assert client.uploads.complete(upload.id, part_ids=[part.id]).status == "completed"
-
-
-def test_the_record_of_an_upload_is_no_part_of_it(client: openai.OpenAI, server: Server) -> None:
-    upload = begin(client)
-    size = file_store(server.parts.settings.files_url).objects.sizes()[f"{upload.id}.json"]
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.uploads.complete(begin(client, size).id, part_ids=["json"])
-    assert refused.value.code == "unknown_part"
-    assert isinstance(refused.value.body, dict)
-    assert [problem["code"] for problem in refused.value.body["errors"]] == ["unknown_part"]
-
-
-def test_an_upload_that_is_being_completed_can_not_be_cancelled(
-    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload = begin(client, len(ROWS))
-    part = client.uploads.parts.create(upload.id, data=ROWS)
-    objects = file_store(server.parts.settings.files_url).objects
-    read, reading, goes_on = objects.read, threading.Event(), threading.Event()
-
-    def slowly(name: str) -> Iterator[bytes]:
-        reading.set()
-        goes_on.wait()
-        yield from read(name)
-
-    monkeypatch.setattr(objects, "read", slowly)
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            completing = pool.submit(client.uploads.complete, upload.id, part_ids=[part.id])
-            assert reading.wait(60)
-            cancelling = pool.submit(client.uploads.cancel, upload.id)
-            wait([cancelling], timeout=2)  # it has no answer yet, however long that takes
-        finally:
-            goes_on.set()
-        assert completing.result().status == "completed"
-        with pytest.raises(openai.ConflictError):
-            cancelling.result()
-    assert client.files.content(completing.result().file.id).read() == ROWS
-
-
-def test_beginning_an_upload_makes_room_of_what_has_expired(serve: Serve) -> None:
-    server = serve(files_quota_bytes=2000)
-    store = file_store(server.parts.settings.files_url)
-    with connected(server) as client:
-        file = client.files.create(file=("rows.jsonl", ROWS * 5), purpose="fine-tune")
-        record = store.get(file.id).model_copy(update={"expires_at": 1})
-        store.objects.put(f"{file.id}.json", record.model_dump_json().encode())
-        store._records.clear()
-        store._swept = float("-inf")  # ten minutes have passed
-        assert begin(client, 1500).status == "pending"
-        assert record.content not in stored(server)
-
-
-def test_a_cancelled_upload_takes_no_part(client: openai.OpenAI) -> None:
-    upload = begin(client)
-    assert client.uploads.cancel(upload.id).status == "cancelled"
-    assert client.uploads.cancel(upload.id).status == "cancelled"
-    with pytest.raises(openai.ConflictError):
-        client.uploads.parts.create(upload.id, data=b"{}")
-    with pytest.raises(openai.ConflictError):
-        client.uploads.complete(upload.id, part_ids=["part_x"])
-    with pytest.raises(openai.NotFoundError):
-        client.uploads.cancel("upload_none")
-
-
 def test_513_megabytes_are_refused_before_they_are_sent(serve: Serve, tmp_path: Path) -> None:
     server = serve()  # with the limit as it is unless it is set: 512 MiB
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
@@ -419,12 +308,6 @@ def test_513_megabytes_are_refused_before_they_are_sent(serve: Serve, tmp_path: 
     assert str(512 << 20) in refused.value.message
     assert time.monotonic() - before < 60
     assert client.files.list().data == []
-
-
-def test_an_upload_over_the_limit_is_a_413(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.APIStatusError) as refused:
-        begin(client, (4 << 20) + 1)
-    assert refused.value.status_code == 413
 
 
 def test_memory_does_not_grow_with_a_file(serve: Serve) -> None:

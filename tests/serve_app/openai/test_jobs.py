@@ -13,9 +13,11 @@ import openai
 import pytest
 
 from events.facts import (
+    CancelRequested,
     CheckpointSaved,
     CheckpointsDeleted,
     Event,
+    JobCancelled,
     JobError,
     JobFailed,
     JobPaused,
@@ -320,6 +322,17 @@ def test_an_idempotency_key_is_not_for_another_name_of_the_model(
     with pytest.raises(openai.BadRequestError) as refused:
         client.fine_tuning.jobs.create(**again, suffix="second")
     assert refused.value.code == "idempotency_key_reused"
+
+
+def test_a_retry_with_the_key_gets_its_job_also_when_the_file_was_deleted(
+    client: openai.OpenAI, server: Server, create: Callable[..., Any]
+) -> None:
+    headers = {"Idempotency-Key": "a file that goes"}
+    made = create(extra_headers=headers)
+    server.append(made.id, CancelRequested(), JobCancelled())
+    client.files.delete(made.training_file)
+    again = client.fine_tuning.jobs.create(model=MODEL, training_file=made.training_file, extra_headers=headers)
+    assert (again.id, again.status) == (made.id, "cancelled")
 
 
 def test_what_is_wrong_with_an_integration_has_its_name_in_the_request(create: Callable[..., Any]) -> None:
