@@ -248,22 +248,28 @@ class Dispatcher:
                 await self._append(job, PauseRequested(by="node_drain"))
 
     async def _interrupted(self, job: FineTuningJob, runner: Runner) -> None:
+        """Counts the loss before another runner can be started, whose tenure begins with it. And once, however often a
+        pass comes here: each loss has an event id of its own."""
         if runner.state == "absent":
-            reason = "the cluster was restarted while it ran"
+            lost, reason = f"attempt-{job.attempt}", "the cluster was restarted while it ran"
         else:
+            lost = f"runner-{runner.started_ms}"
             reason = f"its runner ended without an outcome: {_gist(runner.message)}"
-        if job.interruptions >= job.max_restarts:
+        interruption = RunInterrupted(attempt=job.attempt, reason=reason)
+        counted = await self._append(job, interruption, event_ids=[f"{job.job_id}-{lost}-lost"])
+        if counted is None:
+            return
+        if counted.interruptions > counted.max_restarts:
             death = InfrastructureError(
                 "runner_died",
-                f"{reason}; it was restarted {job.interruptions} times, which is all --max-restarts allows",
+                f"{reason}; it was restarted {counted.max_restarts} times, which is all --max-restarts allows",
                 suggestion=AGAIN,
             )
             # All that Ray knows of the end, the last output included.
             details = await asyncio.to_thread(write_details, runner.message, self._settings.job_dir(job.job_id))
             await self._end(job, JobFailed(error=death.error, error_path=details))
-            return
-        if runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job.job_id):
-            await self._append(job, RunInterrupted(attempt=job.attempt, reason=reason))
+        elif runner.state == "ended":
+            await asyncio.to_thread(self._cluster.forget_runner, job.job_id)
 
     async def _start_runners(self, sights: list[Sight]) -> dict[str, str]:
         """Start what has no runner, oldest first, while few enough runners wait. Returns why the others wait."""
@@ -308,22 +314,22 @@ class Dispatcher:
             await self._append(by_id[job_id], JobAdmitted())
         return decision.whys
 
-    async def _append(self, job: FineTuningJob, *events: Event) -> None:
+    async def _append(
+        self, job: FineTuningJob, *events: Event, event_ids: list[str] | None = None
+    ) -> FineTuningJob | None:
+        """The job as it then is. None: it moved on between this pass's look and now; the next pass looks again."""
         try:
-            await self._log.append(job.job_id, list(events), [new_event_id() for _ in events])
+            return await self._log.append(job.job_id, list(events), event_ids or [new_event_id() for _ in events])
         except Refused as refusal:
-            # The job moved on between this pass's look and now; the next pass looks again.
             logger.info("%s: %s", job.job_id, refusal)
+            return None
 
     async def _wait_for_news(self) -> None:
         """Return when something was appended that a pass could act on, or when the cluster is due for a look."""
         deadline = time.monotonic() + (SETTLING_TICK_S if self._settling else TICK_S)
         while self._position is not None and (left := deadline - time.monotonic()) > 0:
             news = await self._news(self._position, wait_s=left)
-            if any(
-                not isinstance(recorded.event, MetricsRecorded | CheckpointSaved | CheckpointsDeleted)
-                for recorded in news
-            ):
+            if any(not isinstance(recorded.event, _OF_A_RUN) for recorded in news):
                 return
 
 

@@ -8,6 +8,7 @@ from events.facts import CancelRequested, Event, JobResumed, JobSucceeded, Pause
 from events.job import FineTuningJob
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
+from trainers.dispatcher import Dispatcher
 from trainers.plan import COMPILED
 from trainers.settings import Settings
 
@@ -166,6 +167,48 @@ async def test_a_job_whose_runner_dies_too_often_fails_and_the_fault_is_not_the_
     assert job.error is not None
     assert (job.error.code, job.error.fault, job.error.retryable) == ("runner_died", "infrastructure", True)
     assert "killed by the test" in read_details(job)
+
+
+@in_world
+async def test_runners_that_die_while_their_job_waits_to_resume_are_counted_like_any_other(world: World) -> None:
+    job_id = await world.running(max_restarts=3)
+    await world.tell(job_id, RunInterrupted(attempt=1, reason="a worker died"))
+    world.cluster.free(job_id)
+    while not (job := await world.job(job_id)).over and len(world.cluster.started) < 9:
+        assert not job.admitted
+        world.cluster.runners[job_id] = "ended"
+        await world.pass_(times=2)
+    assert job.error is not None
+    assert (job.error.code, len(world.cluster.started)) == ("runner_died", 3)
+    assert "restarted 3 times" in job.error.message
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["running", "waiting to resume"])
+def test_the_loss_of_a_runner_is_counted_at_once_and_only_once_whatever_becomes_of_the_dispatcher(
+    waiting: bool,
+) -> None:
+    """Ray goes on showing the runner for a while, and a runner that lives on without its supervisor is not to share
+    its tenure with the next one."""
+
+    @in_world
+    async def scenario(world: World) -> None:
+        job_id = await world.running(max_restarts=2)
+        if waiting:
+            await world.tell(job_id, RunInterrupted(attempt=1, reason="a worker died"))
+        world.cluster.runners[job_id] = "ended"
+        world.cluster.remembered = {job_id}
+        world.cluster.free(job_id)
+        for _ in range(3):
+            await Dispatcher(world.log, world.cluster, Settings(storage=world.storage)).reconcile()  # type: ignore[arg-type]
+            job = await world.job(job_id)
+            assert (job.status, job.interruptions) == ("queued", 1 + waiting)
+        assert world.cluster.started == [job_id]
+        world.cluster.remembered = set()
+        await world.pass_(times=2)
+        assert world.cluster.started == [job_id, job_id]
+        assert (await world.job(job_id)).interruptions == 1 + waiting
+
+    scenario()
 
 
 @in_world

@@ -30,6 +30,7 @@ class InMemoryCluster:
     held: dict[str, float] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)  # jobs on a node that is about to go
     broken: set[str] = field(default_factory=set)
+    remembered: set[str] = field(default_factory=set)  # jobs whose ended runner can't be forgotten yet
 
     def capacity(self) -> Capacity:
         free = self.cpus - sum(self.held.values())
@@ -43,12 +44,14 @@ class InMemoryCluster:
     def runner(self, job_id: str) -> Runner:
         if job_id in self.broken:
             raise RuntimeError("500 Internal Server Error")
-        return Runner(self.runners.get(job_id, "absent"), "killed by the test")
+        return Runner(self.runners.get(job_id, "absent"), "killed by the test", self.started.count(job_id))
 
     def stop_runner(self, job_id: str) -> None:
         self.stopping.append(job_id)
 
     def forget_runner(self, job_id: str) -> bool:
+        if job_id in self.remembered:
+            return False
         del self.runners[job_id]
         return True
 
