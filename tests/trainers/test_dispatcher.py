@@ -243,6 +243,71 @@ async def test_after_a_restart_of_the_whole_cluster_a_running_job_is_queued_and_
 
 
 @in_world
+async def test_a_running_job_keeps_its_place_before_a_younger_one_when_everything_is_started_again(
+    world: World,
+) -> None:
+    older = await world.running(workers=2)
+    younger = [await world.submit(workers=2) for _ in range(5)]
+    await world.pass_()
+    for job_id in younger[:3]:
+        await world.tell(job_id, VALIDATED)
+    world.cluster.runners.clear()
+    world.cluster.free(older)
+    started = len(world.cluster.started)
+    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    for _ in range(4):
+        await after.reconcile()
+    assert world.cluster.started[started:] == [*younger[:3], older]
+    assert (await world.job(older)).admitted
+    assert [(await world.job(job_id)).admitted for job_id in younger[:3]] == [False] * 3
+    assert after.whys()[younger[0]] == "needs 2 CPUs, 0 free"
+    world.cluster.place(older, 2)
+    await after.reconcile()
+    assert [(await world.job(job_id)).admitted for job_id in younger[:3]] == [True, False, False]
+
+
+@in_world
+async def test_what_a_job_held_is_kept_for_it_while_its_runner_is_replaced(world: World) -> None:
+    older = await world.running(workers=2)
+    younger = await world.submit(workers=2)
+    await world.pass_()
+    await world.tell(younger, VALIDATED)
+    world.cluster.runners[older] = "ended"
+    world.cluster.remembered = {older}
+    world.cluster.free(older)
+    await world.pass_(times=3)
+    assert not (await world.job(younger)).admitted
+    assert world.dispatcher.whys()[younger] == "needs 2 CPUs, 0 free; 1 job ahead"
+    world.cluster.remembered = set()
+    await world.pass_(times=3)
+    assert [(await world.job(job_id)).admitted for job_id in (older, younger)] == [True, False]
+
+
+@in_world
+async def test_a_job_that_can_have_no_runner_for_now_keeps_nobody_waiting(world: World) -> None:
+    older = await world.running(workers=2)
+    waiting = [await world.submit(workers=2) for _ in range(4)]
+    await world.pass_()
+    await world.tell(waiting[0], VALIDATED)
+    world.cluster.runners[older] = "ended"
+    world.cluster.free(older)
+    await world.pass_(times=2)
+    assert world.dispatcher.whys()[older] == "waits for its turn to be started again; 4 jobs ahead"
+    assert (await world.job(waiting[0])).admitted
+
+
+@in_world
+async def test_a_job_whose_runner_fails_to_start_keeps_nobody_waiting(world: World) -> None:
+    older, younger = await world.submit(workers=2), await world.submit(workers=2)
+    world.cluster.unstartable = {older}
+    await world.tell(older, VALIDATED)
+    await world.pass_()
+    await world.tell(younger, VALIDATED)
+    await world.pass_(times=2)
+    assert (await world.job(younger)).admitted
+
+
+@in_world
 async def test_a_job_for_which_ray_fails_does_not_keep_the_others_from_what_they_need(world: World) -> None:
     ill, lost = await world.running(), await world.running()
     late = await world.submit()

@@ -30,6 +30,7 @@ class InMemoryCluster:
     held: dict[str, float] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)  # jobs on a node that is about to go
     broken: set[str] = field(default_factory=set)
+    unstartable: set[str] = field(default_factory=set)
     remembered: set[str] = field(default_factory=set)  # jobs whose ended runner can't be forgotten yet
 
     def capacity(self) -> Capacity:
@@ -38,6 +39,8 @@ class InMemoryCluster:
 
     def start_runner(self, job_id: str, settings_env: dict[str, str]) -> None:
         assert self.runners.get(job_id, "absent") == "absent"
+        if job_id in self.unstartable:
+            raise RuntimeError("500 Internal Server Error")
         self.runners[job_id] = "alive"
         self.started.append(job_id)
 
