@@ -122,7 +122,9 @@ def _while_alive(job: FineTuningJob, event: Event) -> list[Event]:
             _require(job, event, job.status == "running")
             return [] if isinstance(event, CheckpointSaved) and event.uri in job.checkpoints else [event]
         case RunInterrupted():
-            return _run_interrupted(job, event)
+            # Also of a runner that only waits. A loss that is reported again comes under the same event id.
+            _check_attempt(job, event, event.attempt)
+            return [event]
         case PauseRequested():
             known = job.pause_requested if event.by == "user" else job.pausing
             return [] if known else [event]
@@ -155,17 +157,6 @@ def _run_started(job: FineTuningJob, event: RunStarted) -> list[Event]:
     if event.attempt > job.attempt + 1:
         raise Refused("out_of_order", f"job {job.job_id}: attempt {event.attempt} after {job.attempt}")
     return _require(job, event, job.status in ("queued", "running"))
-
-
-def _run_interrupted(job: FineTuningJob, event: RunInterrupted) -> list[Event]:
-    """Attempt 0 was lost before it ran: it can't be, once it runs. The second report of a lost run is no news, unless
-    the job was admitted since: then the next run was lost before it started."""
-    if event.attempt == 0:
-        if job.status == "running":
-            raise Refused("stale_attempt", f"job {job.job_id}: attempt {job.attempt} is running")
-        return [event]
-    _check_attempt(job, event, event.attempt)
-    return [event] if job.status == "running" or job.admitted else []
 
 
 def _job_paused(job: FineTuningJob, event: JobPaused) -> list[Event]:

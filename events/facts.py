@@ -209,7 +209,7 @@ class CheckpointsDeleted(Fact):
 
 
 class RunInterrupted(Fact):
-    """The run ended without an outcome; the job waits for resources again."""
+    """The run, or a runner that waited, was lost without an outcome; the job waits for resources again."""
 
     type: Literal["RunInterrupted"] = "RunInterrupted"
     attempt: int = Field(ge=0, description="0: it was lost before the training function ran.")

@@ -169,7 +169,7 @@ class FineTuningJob(BaseModel):
     progress: Progress | None = optional("Present once training has started.")
     metrics: Metrics | None = optional("Present once the first step or evaluation was recorded.")
     attempt: int = Field(default=0, description="Runs of the training function so far.")
-    interruptions: int = Field(default=0, description="Runs that ended without an outcome.")
+    interruptions: int = Field(default=0, description="Runs and waiting runners lost without an outcome.")
     max_restarts: int = Field(default=0, description="How many interruptions the job survives.")
     pause_requested: bool = Field(default=False, description="The job stops at a checkpoint until it is resumed.")
     cancel_requested: bool = Field(default=False, description="A cancelled job never succeeds.")

@@ -180,13 +180,14 @@ class EventLog:
     async def subscribe(self, after_position: int, limit: int = _PAGE, wait_s: float = 0) -> list[Recorded]:
         """Events of all jobs after `after_position`, at most a thousand a call; waits up to `wait_s` for the first.
 
-        Empty when time is up.
+        Empty when time is up. Damaged ones are left out.
         """
-        if self._jobs.position <= after_position:
-            await self._bell.heard(_ANY, wait_s)
-        if self._jobs.position <= after_position:
-            return []
-        return await self._read(lambda: self._store.read_all(after_position, min(limit, _PAGE)))
+        reached = after_position
+        while self._jobs.position > reached or await self._bell.heard(_ANY, wait_s):
+            reached = self._jobs.position
+            if page := await self._read(lambda: self._store.read_all(after_position, min(limit, _PAGE))):
+                return page
+        return []
 
     async def wait(self, job_id: str, after_version: int, wait_s: float) -> FineTuningJob:
         """The job once its version is above `after_version`, or as it is when `wait_s` have passed.

@@ -1,8 +1,9 @@
 """Who may start now, and why the others wait. A policy: it decides and touches nothing.
 
-Jobs are admitted strictly in the order they were submitted. A job that fits the free resources starts; the first one
-that doesn't is admitted too, so that its placement group, pending inside Ray, makes an autoscaler add nodes, and nobody
-behind it is: a small job never delays a big one that came first.
+Jobs are admitted strictly in the order they were submitted. A job that fits the free resources starts; the head of the
+line is admitted also where it doesn't, so that its placement group, pending inside Ray, makes an autoscaler add nodes.
+Nobody behind one that doesn't fit is admitted: a small job never delays a big one that came first. What a job will take
+whose runner is being replaced is set aside for it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,17 +50,19 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A validated job that has not started. `admitted` jobs may ask Ray for resources; `placed` ones hold them."""
+    """A validated job that has not started. `admitted` jobs may ask Ray for resources; `placed` ones hold them. One
+    that isn't `ready` has no runner at the moment: it can't be admitted, but it keeps its place in the line."""
 
     job_id: str
     resources: Resources
     admitted: bool = False
     placed: bool = False
+    ready: bool = True
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Jobs to admit now, in order, and for each job that waits, why."""
+    """Jobs to admit now, in order, and for each job that is ready and waits, why."""
 
     admit: tuple[str, ...]
     whys: dict[str, str]
@@ -119,27 +122,23 @@ def decide(waiting: Iterable[Waiting], free: Sequence[Node]) -> Decision:
     left = tuple(free)
     admit: list[str] = []
     whys: dict[str, str] = {}
-    blocked = False
+    head, blocked = True, False
     ahead = 0
     for job in waiting:
-        if job.placed:
+        if job.ready and job.placed:
             whys[job.job_id] = "its resources are reserved; its workers are starting"
             continue
-        rest = place(job.resources, left)
-        if blocked:
-            whys[job.job_id] = _why(job.resources, left, ahead)
-        elif rest is None:
-            blocked = True
-            if not job.admitted:
+        rest = None if blocked else place(job.resources, left)
+        blocked = rest is None
+        left = left if rest is None else rest
+        if job.ready:
+            if not job.admitted and (head or rest is not None):
                 admit.append(job.job_id)
-            whys[job.job_id] = _why(job.resources, left, ahead)
-        else:
-            left = rest
-            if not job.admitted:
-                admit.append(job.job_id)
-            whys[job.job_id] = "its resources are free and are being reserved"
-            continue
-        ahead += 1
+            free_for_it = "its resources are free and are being reserved"
+            whys[job.job_id] = free_for_it if rest is not None else _why(job.resources, left, ahead)
+        # Behind a job that has no placement group yet, nobody may have one pending: Ray might serve that one first.
+        head = False
+        ahead += blocked or not job.ready
     return Decision(tuple(admit), whys)
 
 

@@ -52,10 +52,12 @@ LINGER_S = 10.0
 
 @dataclass(frozen=True)
 class Runner:
-    """A Ray Job as the dispatcher sees it. `message` is Ray's own account of how it ended."""
+    """A Ray Job as the dispatcher sees it. `message` is Ray's own account of how it ended; `started_ms` (Unix time)
+    tells one that ended from the others of its job."""
 
     state: RunnerState
     message: str = ""
+    started_ms: int = 0
 
 
 class _Jobs(JobSubmissionClient):
@@ -114,7 +116,7 @@ class Cluster:
             case JobStatus.STOPPED:
                 return Runner("stopped", message)
             case _:
-                return Runner("ended", message)
+                return Runner("ended", message, info.start_time or 0)
 
     def stop_runner(self, job_id: str) -> None:
         """Ask the job's Ray Job to stop: SIGINT now, SIGKILL after Ray's grace period of 3 s. Returns at once."""

@@ -10,7 +10,6 @@ import logging
 import shutil
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -42,6 +41,7 @@ from trainers.cluster import Cluster, Runner
 from trainers.errors import AGAIN, InfrastructureError, write_details
 from trainers.plan import COMPILED
 from trainers.settings import Settings
+from trainers.sight import Sight
 from trainers.webhooks.deliverer import Webhooks
 
 T = TypeVar("T")
@@ -58,31 +58,6 @@ SETTLING_TICK_S = 0.2
 SHUTTING_DOWN = "the service is being shut down; the job goes on when it is back"
 DRAIN_LASTS_S = 600.0
 """Nothing starts for this long after `drain`: a drain that no shutdown follows ends by itself."""
-
-
-@dataclass(frozen=True)
-class Sight:
-    """One live job and what the cluster shows of it."""
-
-    job: FineTuningJob
-    runner: Runner
-    groups: tuple[tuple[str, str], ...]
-
-    @property
-    def unsettled(self) -> bool:
-        """To be cancelled or paused, or without the runner that the log says it has.
-
-        A run that is to pause ends by itself, at a checkpoint, and data that is being validated may be finished.
-        """
-        pausing = self.job.pausing and (self.runner.state != "alive" or self.job.status == "queued")
-        lost = self.runner.state in ("stopped", "ended") or (
-            self.runner.state == "absent" and self.job.status == "running"
-        )
-        return self.job.cancel_requested or pausing or lost
-
-    @property
-    def placed(self) -> bool:
-        return any(state == "CREATED" for _, state in self.groups)
 
 
 class Dispatcher:
@@ -160,9 +135,9 @@ class Dispatcher:
         rest = [sight for sight in sights if not sight.unsettled]
         await self._pause(rest)
         await asyncio.gather(*(self._free_groups(sight) for sight in rest if not sight.job.admitted))
-        whys = {sight.job.job_id: why for sight in sights if (why := _doing(sight)) is not None}
-        whys |= await self._start_runners(rest)
-        whys |= await self._admit(rest)
+        whys = {sight.job.job_id: why for sight in sights if (why := sight.doing) is not None}
+        coming = await self._start_runners(sights, whys)
+        await self._admit(sights, coming, whys)
         self._whys = whys
         self._settling = bool(unsettled) or any(sight.job.pausing and sight.job.status == "running" for sight in rest)
 
@@ -248,94 +223,96 @@ class Dispatcher:
                 await self._append(job, PauseRequested(by="node_drain"))
 
     async def _interrupted(self, job: FineTuningJob, runner: Runner) -> None:
+        """Counts the loss before another runner can be started, whose tenure begins with it. And once, however often a
+        pass comes here: each loss has an event id of its own."""
         if runner.state == "absent":
-            reason = "the cluster was restarted while it ran"
+            lost, reason = f"attempt-{job.attempt}", "the cluster was restarted while it ran"
         else:
+            lost = f"runner-{runner.started_ms}"
             reason = f"its runner ended without an outcome: {_gist(runner.message)}"
-        if job.interruptions >= job.max_restarts:
+        interruption = RunInterrupted(attempt=job.attempt, reason=reason)
+        counted = await self._append(job, interruption, event_ids=[f"{job.job_id}-{lost}-lost"])
+        if counted is None:
+            return
+        if counted.interruptions > counted.max_restarts:
             death = InfrastructureError(
                 "runner_died",
-                f"{reason}; it was restarted {job.interruptions} times, which is all --max-restarts allows",
+                f"{reason}; it was restarted {counted.max_restarts} times, which is all --max-restarts allows",
                 suggestion=AGAIN,
             )
             # All that Ray knows of the end, the last output included.
             details = await asyncio.to_thread(write_details, runner.message, self._settings.job_dir(job.job_id))
             await self._end(job, JobFailed(error=death.error, error_path=details))
-            return
-        if runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job.job_id):
-            await self._append(job, RunInterrupted(attempt=job.attempt, reason=reason))
+        elif runner.state == "ended":
+            await asyncio.to_thread(self._cluster.forget_runner, job.job_id)
 
-    async def _start_runners(self, sights: list[Sight]) -> dict[str, str]:
-        """Start what has no runner, oldest first, while few enough runners wait. Returns why the others wait."""
-        waiting = sum(s.runner.state == "alive" and s.job.status in ("validation", "queued") for s in sights)
-        whys: dict[str, str] = {}
+    async def _start_runners(self, sights: list[Sight], whys: dict[str, str]) -> set[str]:
+        """Start what has no runner, oldest first, while few enough runners wait; note in `whys` why the others wait.
+        Returns the jobs whose runner is coming: it was started, or is about to be replaced.
+        """
+        waiting = sum(sight.waiting for sight in sights)
+        coming: set[str] = set()
         behind = 0
         for sight in sights:
-            if sight.runner.state != "absent" or sight.job.paused:
+            job_id = sight.job.job_id
+            if not (sight.to_be_started or sight.returning):
                 continue
             if self._draining:
-                whys[sight.job.job_id] = SHUTTING_DOWN
-                continue
-            if waiting < self._settings.max_waiting_runners:
-                waiting += 1
-                self._without_runner.discard(sight.job.job_id)
-                start = asyncio.to_thread(self._cluster.start_runner, sight.job.job_id, self._settings.as_env())
-                await _alone(sight.job.job_id, start)
-                whys[sight.job.job_id] = "its runner is starting"
-            else:
+                if sight.to_be_started:
+                    whys[job_id] = SHUTTING_DOWN
+            elif waiting < self._settings.max_waiting_runners:
+                waiting += 1  # the place of one that is about to be replaced is kept
+                if sight.returning or await _alone(job_id, self._start_runner(job_id)):
+                    coming.add(job_id)
+                if sight.to_be_started:
+                    whys[job_id] = "its runner is starting"
+            elif sight.to_be_started:
                 turn = "to be started again" if sight.job.validated else "to be validated"
-                whys[sight.job.job_id] = f"waits for its turn {turn}; {waiting + behind} jobs ahead"
+                whys[job_id] = f"waits for its turn {turn}; {waiting + behind} jobs ahead"
                 behind += 1
-        return whys
+        return coming
 
-    async def _admit(self, sights: list[Sight]) -> dict[str, str]:
-        """Admit whoever is next, of the jobs whose runner is there: one without would block the line for nothing."""
-        queue = [
-            Waiting(s.job.job_id, s.job.resources, admitted=s.job.admitted, placed=s.placed)
+    async def _start_runner(self, job_id: str) -> bool:
+        """True, unless it raises."""
+        self._without_runner.discard(job_id)
+        await asyncio.to_thread(self._cluster.start_runner, job_id, self._settings.as_env())
+        return True
+
+    async def _admit(self, sights: list[Sight], coming: set[str], whys: dict[str, str]) -> None:
+        """Admit whoever is next, of the jobs whose runner is there; note in `whys` why the others wait. Nobody is let
+        past one whose runner is coming; one that can have none for now would block the line for nothing."""
+        line = [
+            Waiting(s.job.job_id, s.job.resources, admitted=s.job.admitted, placed=s.placed, ready=s.waiting)
             for s in sights
-            if s.job.status == "queued"
-            and not s.job.pausing
-            and s.runner.state == "alive"
-            and s.job.resources is not None
+            if s.job.resources is not None and s.job.validated and (s.waiting or s.job.job_id in coming)
         ]
+        ready = {waiting.job_id for waiting in line if waiting.ready}
         if self._draining:
-            return {waiting.job_id: SHUTTING_DOWN for waiting in queue}
-        if not queue:
-            return {}
-        decision = admission.decide(queue, (await self.capacity()).free)
-        by_id = {s.job.job_id: s.job for s in sights}
-        for job_id in decision.admit:
-            await self._append(by_id[job_id], JobAdmitted())
-        return decision.whys
+            whys |= dict.fromkeys(ready, SHUTTING_DOWN)
+        elif ready:
+            decision = admission.decide(line, (await self.capacity()).free)
+            by_id = {s.job.job_id: s.job for s in sights}
+            for job_id in decision.admit:
+                await self._append(by_id[job_id], JobAdmitted())
+            whys |= decision.whys
 
-    async def _append(self, job: FineTuningJob, *events: Event) -> None:
+    async def _append(
+        self, job: FineTuningJob, *events: Event, event_ids: list[str] | None = None
+    ) -> FineTuningJob | None:
+        """The job as it then is. None: it moved on between this pass's look and now; the next pass looks again."""
         try:
-            await self._log.append(job.job_id, list(events), [new_event_id() for _ in events])
+            return await self._log.append(job.job_id, list(events), event_ids or [new_event_id() for _ in events])
         except Refused as refusal:
-            # The job moved on between this pass's look and now; the next pass looks again.
             logger.info("%s: %s", job.job_id, refusal)
+            return None
 
     async def _wait_for_news(self) -> None:
         """Return when something was appended that a pass could act on, or when the cluster is due for a look."""
         deadline = time.monotonic() + (SETTLING_TICK_S if self._settling else TICK_S)
         while self._position is not None and (left := deadline - time.monotonic()) > 0:
             news = await self._news(self._position, wait_s=left)
-            if any(
-                not isinstance(recorded.event, MetricsRecorded | CheckpointSaved | CheckpointsDeleted)
-                for recorded in news
-            ):
+            if any(not isinstance(recorded.event, _OF_A_RUN) for recorded in news):
                 return
-
-
-def _doing(sight: Sight) -> str | None:
-    """What is being done about a job that waits, where that is not for a decision of this dispatcher's."""
-    if sight.job.cancel_requested or sight.job.pausing:
-        return None  # the log says that
-    if sight.runner.state == "ended":
-        return "its runner ended without an outcome and is being replaced"
-    if sight.job.status == "validation" and sight.runner.state == "alive":
-        return "its model is being fetched and its data read, checked and tokenised; its log says how far that is"
-    return None
 
 
 async def _alone(job_id: str, work: Coroutine[Any, Any, T]) -> T | None:

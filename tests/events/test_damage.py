@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -68,6 +69,21 @@ def test_a_job_with_an_event_that_is_not_as_it_was_written_is_refused_and_the_ot
 
     asyncio.run(scenario())
     assert "position 5, of job b, is damaged" in caplog.text
+
+
+def test_whoever_follows_the_log_to_a_damaged_end_waits_for_what_comes_after_it(tmp_path: Path) -> None:
+    write(tmp_path / "events.db")
+    change(tmp_path / "events.db", "UPDATE events SET checksum = checksum + 1 WHERE position >= 14")
+
+    async def scenario() -> None:
+        async with opened(tmp_path / "events.db") as log:
+            began = time.monotonic()
+            assert await log.subscribe(13, wait_s=0.1) == []
+            assert time.monotonic() - began >= 0.1
+            page, _ = await asyncio.gather(log.subscribe(13, wait_s=WAIT_S), append(log, "a", CANCEL))
+            assert [recorded.position for recorded in page] == [16]
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("position", [5, 15], ids=["in the middle", "the last one"])

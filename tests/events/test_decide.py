@@ -66,6 +66,7 @@ def job_after(events: tuple[AnyEvent, ...]) -> FineTuningJob | None:
         (RUNNING, FAILED),
         (RUNNING, CANCEL),
         ((*RUNNING, interrupted(1), ADMITTED), interrupted(1)),
+        ((*RUNNING, interrupted(1)), interrupted(1)),  # the runner that waited for the next run
         ((*RUNNING, interrupted(1)), FAILED),
         (RESUMED, measured(2, step(1))),
         (CANCELLING, measured(1, step(1))),
@@ -104,7 +105,6 @@ def test_what_can_be_true_is_appended(history: tuple[AnyEvent, ...], event: Even
         (RUNNING, VALIDATED),
         ((*QUEUED, ADMITTED), ADMITTED),
         ((*RUNNING, saved(1, 40)), saved(1, 40)),
-        ((*RUNNING, interrupted(1)), interrupted(1)),
         (CANCELLING, CANCEL),
         ((*CANCELLING, CANCELLED), CANCEL),
         ((*CANCELLING, CANCELLED), CANCELLED),
@@ -145,6 +145,7 @@ def test_what_is_true_already_adds_nothing(history: tuple[AnyEvent, ...], event:
         (RUNNING, interrupted(0), "stale_attempt"),
         (RUNNING, interrupted(2), "out_of_order"),
         (RUNNING, CANCELLED, "not_cancelling"),
+        ((*RUNNING, interrupted(1)), interrupted(0), "stale_attempt"),
         ((*RUNNING, interrupted(1)), measured(1, step(1)), "stale_attempt"),
         ((*RUNNING, interrupted(1)), saved(1, 1), "stale_attempt"),
         (RESUMED, measured(1, step(1)), "stale_attempt"),

@@ -2,7 +2,7 @@
 
 import json
 from datetime import datetime, timedelta
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from events import FineTuningJob, Recorded, Refused, decide, evolve
 from events.codec import decode, encode
-from events.facts import Event, JobCancelled, JobSucceeded
+from events.facts import Event, JobCancelled, JobSucceeded, RunInterrupted
 from tests.events.any_event import events
-from tests.events.facts_of_a_job import RUNNING, START, history
+from tests.events.facts_of_a_job import RUNNING, START, history, interrupted
 
 sequences = st.lists(events, max_size=12) | st.lists(events, max_size=12).map(lambda more: [*RUNNING, *more])
 
@@ -65,6 +65,17 @@ def test_a_job_that_was_asked_to_cancel_only_ever_ends_as_cancelled(proposals: l
 def test_attempts_count_up_by_one(proposals: list[Event]) -> None:
     attempts = [0, *(job.attempt for job, _ in accepted(proposals))]
     assert all(later - earlier in (0, 1) for earlier, later in pairwise(attempts))
+
+
+@given(sequences)
+def test_every_loss_of_a_runner_is_let_in_and_counted(proposals: list[Event]) -> None:
+    """But of a job that is to have none."""
+    steps = accepted(proposals)
+    losses = accumulate(isinstance(recorded.event, RunInterrupted) for _, recorded in steps)
+    assert [job.interruptions for job, _ in steps] == list(losses)
+    for job, _ in steps:
+        if not (job.over or job.cancel_requested or job.paused):
+            assert decide(job, interrupted(job.attempt)) == [interrupted(job.attempt)]
 
 
 @given(sequences)

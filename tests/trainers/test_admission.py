@@ -55,9 +55,22 @@ def test_a_placed_job_is_not_counted_twice() -> None:
 
 
 def test_an_admitted_job_without_its_group_yet_keeps_what_it_will_take() -> None:
+    """Also in Ray, where a group that somebody else has pending might be served first."""
     decision = decide([Waiting("a", cpus(2), admitted=True), Waiting("b", cpus(2))], [Node(3, 0)])
-    assert decision.admit == ("b",)
+    assert decision.admit == ()
     assert decision.whys["b"] == "needs 2 CPUs, 1 free"
+
+
+def test_what_a_job_needs_whose_runner_is_not_there_is_set_aside_for_it() -> None:
+    lost = Waiting("lost", cpus(2), ready=False)
+    decision = decide([lost, Waiting("big", cpus(2)), Waiting("small", cpus(1))], [Node(2, 0)])
+    assert decision.admit == ()
+    assert decision.whys == {"big": "needs 2 CPUs, 0 free; 1 job ahead", "small": "needs 1 CPU, 0 free; 2 jobs ahead"}
+    assert decide([lost, Waiting("small", cpus(1))], [Node(3, 0)]).admit == ("small",)
+
+
+def test_behind_a_job_that_does_not_fit_and_has_no_runner_nobody_starts() -> None:
+    assert decide([Waiting("lost", cpus(4), ready=False), Waiting("small", cpus(1))], [Node(2, 0)]).admit == ()
 
 
 def test_free_gpus_on_different_nodes_are_not_one_node() -> None:
@@ -107,14 +120,23 @@ def test_a_worker_may_take_its_share_of_the_roomiest_node_that_could_hold_the_jo
 
 
 @given(
-    st.lists(st.integers(1, 6), max_size=8),
+    st.lists(st.tuples(st.integers(1, 6), st.booleans()), max_size=8),
     st.lists(st.integers(0, 6), min_size=1, max_size=4),
 )
-def test_whatever_the_line_admission_is_a_prefix_of_it(sizes: list[int], free: list[int]) -> None:
-    line = [Waiting(str(i), cpus(size)) for i, size in enumerate(sizes)]
+def test_whatever_the_line_admission_is_a_prefix_of_it_and_leaves_the_older_what_they_need(
+    jobs: list[tuple[int, bool]], free: list[int]
+) -> None:
+    line = [Waiting(str(i), cpus(size), ready=ready) for i, (size, ready) in enumerate(jobs)]
+    nodes: tuple[Node, ...] | None = tuple(Node(n, 0) for n in free)
     decision = decide(line, [Node(n, 0) for n in free])
-    assert list(decision.admit) == [str(i) for i in range(len(decision.admit))]
-    assert decision.whys.keys() == {job.job_id for job in line}
+    ready = [job.job_id for job in line if job.ready]
+    assert list(decision.admit) == ready[: len(decision.admit)]
+    assert list(decision.whys) == ready
+    last = int(decision.admit[-1]) if decision.admit else 0
+    for job in line[: last + 1] if last else []:  # the head alone may be too big
+        assert nodes is not None
+        nodes = place(job.resources, nodes)
+        assert nodes is not None
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

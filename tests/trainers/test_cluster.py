@@ -59,6 +59,17 @@ def test_a_job_that_ray_does_not_know_has_no_runner(dashboard: Dashboard) -> Non
     assert Cluster().runner(WITH_404).state == "absent"
 
 
+def test_two_runners_of_one_job_that_ended_alike_are_told_apart(dashboard: Dashboard) -> None:
+    dashboard.status, cluster = 200, Cluster()
+    lost = []
+    for start_time in (1_796_018_000_000, 1_796_018_060_000):
+        job = {"type": "SUBMISSION", "entrypoint": "", "status": "FAILED", "message": "m", "start_time": start_time}
+        dashboard.text = json.dumps(job)
+        lost.append(cluster.runner("ftjob-1"))
+    assert [runner.state for runner in lost] == ["ended", "ended"]
+    assert lost[0] != lost[1]
+
+
 def test_an_error_about_a_job_whose_id_happens_to_hold_404_says_nothing_about_its_runner(dashboard: Dashboard) -> None:
     """Taken for absent, a job that runs would be interrupted, and its placement group removed."""
     dashboard.status, dashboard.text = 500, f"Traceback: timed out while asking for {WITH_404}"

@@ -8,6 +8,7 @@ from events.facts import CancelRequested, Event, JobResumed, JobSucceeded, Pause
 from events.job import FineTuningJob
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
+from trainers.dispatcher import Dispatcher
 from trainers.plan import COMPILED
 from trainers.settings import Settings
 
@@ -169,6 +170,48 @@ async def test_a_job_whose_runner_dies_too_often_fails_and_the_fault_is_not_the_
 
 
 @in_world
+async def test_runners_that_die_while_their_job_waits_to_resume_are_counted_like_any_other(world: World) -> None:
+    job_id = await world.running(max_restarts=3)
+    await world.tell(job_id, RunInterrupted(attempt=1, reason="a worker died"))
+    world.cluster.free(job_id)
+    while not (job := await world.job(job_id)).over and len(world.cluster.started) < 9:
+        assert not job.admitted
+        world.cluster.runners[job_id] = "ended"
+        await world.pass_(times=2)
+    assert job.error is not None
+    assert (job.error.code, len(world.cluster.started)) == ("runner_died", 3)
+    assert "restarted 3 times" in job.error.message
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["running", "waiting to resume"])
+def test_the_loss_of_a_runner_is_counted_at_once_and_only_once_whatever_becomes_of_the_dispatcher(
+    waiting: bool,
+) -> None:
+    """Ray goes on showing the runner for a while, and a runner that lives on without its supervisor is not to share
+    its tenure with the next one."""
+
+    @in_world
+    async def scenario(world: World) -> None:
+        job_id = await world.running(max_restarts=2)
+        if waiting:
+            await world.tell(job_id, RunInterrupted(attempt=1, reason="a worker died"))
+        world.cluster.runners[job_id] = "ended"
+        world.cluster.remembered = {job_id}
+        world.cluster.free(job_id)
+        for _ in range(3):
+            await Dispatcher(world.log, world.cluster, Settings(storage=world.storage)).reconcile()  # type: ignore[arg-type]
+            job = await world.job(job_id)
+            assert (job.status, job.interruptions) == ("queued", 1 + waiting)
+        assert world.cluster.started == [job_id]
+        world.cluster.remembered = set()
+        await world.pass_(times=2)
+        assert world.cluster.started == [job_id, job_id]
+        assert (await world.job(job_id)).interruptions == 1 + waiting
+
+    scenario()
+
+
+@in_world
 async def test_a_job_can_fail_where_its_directory_cannot_be_written(world: World) -> None:
     job_id = await world.running(max_restarts=0)
     (world.storage / "jobs").write_text("in the way")
@@ -197,6 +240,71 @@ async def test_after_a_restart_of_the_whole_cluster_a_running_job_is_queued_and_
     job = await world.job(job_id)
     assert job.status == "queued"
     assert world.cluster.started == [job_id, job_id]
+
+
+@in_world
+async def test_a_running_job_keeps_its_place_before_a_younger_one_when_everything_is_started_again(
+    world: World,
+) -> None:
+    older = await world.running(workers=2)
+    younger = [await world.submit(workers=2) for _ in range(5)]
+    await world.pass_()
+    for job_id in younger[:3]:
+        await world.tell(job_id, VALIDATED)
+    world.cluster.runners.clear()
+    world.cluster.free(older)
+    started = len(world.cluster.started)
+    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    for _ in range(4):
+        await after.reconcile()
+    assert world.cluster.started[started:] == [*younger[:3], older]
+    assert (await world.job(older)).admitted
+    assert [(await world.job(job_id)).admitted for job_id in younger[:3]] == [False] * 3
+    assert after.whys()[younger[0]] == "needs 2 CPUs, 0 free"
+    world.cluster.place(older, 2)
+    await after.reconcile()
+    assert [(await world.job(job_id)).admitted for job_id in younger[:3]] == [True, False, False]
+
+
+@in_world
+async def test_what_a_job_held_is_kept_for_it_while_its_runner_is_replaced(world: World) -> None:
+    older = await world.running(workers=2)
+    younger = await world.submit(workers=2)
+    await world.pass_()
+    await world.tell(younger, VALIDATED)
+    world.cluster.runners[older] = "ended"
+    world.cluster.remembered = {older}
+    world.cluster.free(older)
+    await world.pass_(times=3)
+    assert not (await world.job(younger)).admitted
+    assert world.dispatcher.whys()[younger] == "needs 2 CPUs, 0 free; 1 job ahead"
+    world.cluster.remembered = set()
+    await world.pass_(times=3)
+    assert [(await world.job(job_id)).admitted for job_id in (older, younger)] == [True, False]
+
+
+@in_world
+async def test_a_job_that_can_have_no_runner_for_now_keeps_nobody_waiting(world: World) -> None:
+    older = await world.running(workers=2)
+    waiting = [await world.submit(workers=2) for _ in range(4)]
+    await world.pass_()
+    await world.tell(waiting[0], VALIDATED)
+    world.cluster.runners[older] = "ended"
+    world.cluster.free(older)
+    await world.pass_(times=2)
+    assert world.dispatcher.whys()[older] == "waits for its turn to be started again; 4 jobs ahead"
+    assert (await world.job(waiting[0])).admitted
+
+
+@in_world
+async def test_a_job_whose_runner_fails_to_start_keeps_nobody_waiting(world: World) -> None:
+    older, younger = await world.submit(workers=2), await world.submit(workers=2)
+    world.cluster.unstartable = {older}
+    await world.tell(older, VALIDATED)
+    await world.pass_()
+    await world.tell(younger, VALIDATED)
+    await world.pass_(times=2)
+    assert (await world.job(younger)).admitted
 
 
 @in_world

@@ -97,6 +97,20 @@ async def test_a_job_whose_node_is_drained_moves_at_a_checkpoint_and_no_interrup
     assert world.cluster.started == [job_id, job_id]
 
 
+@in_world
+async def test_only_a_pause_of_its_user_s_gives_a_running_job_s_place_to_a_younger_one(world: World) -> None:
+    older, younger = await world.running(workers=2), await world.submit(workers=2)
+    await world.pass_()
+    await world.tell(younger, VALIDATED)
+    for pause, admitted in ((PauseRequested(by="node_drain"), False), (PauseRequested(), True)):
+        await world.tell(older, pause)
+        world.cluster.runners[older] = "ended"
+        world.cluster.remembered = {older}
+        world.cluster.free(older)
+        await world.pass_(times=2)
+        assert (await world.job(younger)).admitted == admitted
+
+
 async def passing(world: World) -> None:
     while True:
         await world.pass_()

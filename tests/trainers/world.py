@@ -30,6 +30,8 @@ class InMemoryCluster:
     held: dict[str, float] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)  # jobs on a node that is about to go
     broken: set[str] = field(default_factory=set)
+    unstartable: set[str] = field(default_factory=set)
+    remembered: set[str] = field(default_factory=set)  # jobs whose ended runner can't be forgotten yet
 
     def capacity(self) -> Capacity:
         free = self.cpus - sum(self.held.values())
@@ -37,18 +39,22 @@ class InMemoryCluster:
 
     def start_runner(self, job_id: str, settings_env: dict[str, str]) -> None:
         assert self.runners.get(job_id, "absent") == "absent"
+        if job_id in self.unstartable:
+            raise RuntimeError("500 Internal Server Error")
         self.runners[job_id] = "alive"
         self.started.append(job_id)
 
     def runner(self, job_id: str) -> Runner:
         if job_id in self.broken:
             raise RuntimeError("500 Internal Server Error")
-        return Runner(self.runners.get(job_id, "absent"), "killed by the test")
+        return Runner(self.runners.get(job_id, "absent"), "killed by the test", self.started.count(job_id))
 
     def stop_runner(self, job_id: str) -> None:
         self.stopping.append(job_id)
 
     def forget_runner(self, job_id: str) -> bool:
+        if job_id in self.remembered:
+            return False
         del self.runners[job_id]
         return True
 

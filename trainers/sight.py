@@ -1,0 +1,58 @@
+"""What a pass of the dispatcher sees of one job, and what follows from that."""
+
+from dataclasses import dataclass
+
+from events.job import FineTuningJob
+from trainers.cluster import Runner
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One live job and what the cluster shows of it."""
+
+    job: FineTuningJob
+    runner: Runner
+    groups: tuple[tuple[str, str], ...]
+
+    @property
+    def unsettled(self) -> bool:
+        """To be cancelled or paused, or without the runner that the log says it has.
+
+        A run that is to pause ends by itself, at a checkpoint, and data that is being validated may be finished.
+        """
+        pausing = self.job.pausing and (self.runner.state != "alive" or self.job.status == "queued")
+        return self.job.cancel_requested or pausing or self._lost or self.runner.state == "stopped"
+
+    @property
+    def returning(self) -> bool:
+        """Its runner is gone, and it gets another as soon as that is recorded and Ray has forgotten the old one."""
+        stays = self.job.cancel_requested or self.job.pause_requested
+        return not stays and (self._lost or (self.job.pausing and self.runner.state != "alive"))
+
+    @property
+    def to_be_started(self) -> bool:
+        return self.runner.state == "absent" and not self.unsettled and not self.job.paused
+
+    @property
+    def waiting(self) -> bool:
+        """It has a runner, which makes its data ready or waits for resources."""
+        return self.runner.state == "alive" and self.job.status in ("validation", "queued") and not self.unsettled
+
+    @property
+    def placed(self) -> bool:
+        return any(state == "CREATED" for _, state in self.groups)
+
+    @property
+    def doing(self) -> str | None:
+        """What is being done about a job that waits, where that is not for a decision of the dispatcher's."""
+        if self.job.cancel_requested or self.job.pausing:
+            return None  # the log says that
+        if self.runner.state == "ended":
+            return "its runner ended without an outcome and is being replaced"
+        if self.job.status == "validation" and self.runner.state == "alive":
+            return "its model is being fetched and its data read, checked and tokenised; its log says how far that is"
+        return None
+
+    @property
+    def _lost(self) -> bool:
+        return self.runner.state == "ended" or (self.runner.state == "absent" and self.job.status == "running")
