@@ -82,8 +82,8 @@ def run(job_id: str, settings: Settings) -> int:
 
 def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: Settings) -> Event | None:
     """Do the job's work, through as many attempts as it is allowed; returns the event that ends it. None: it is to
-    pause, and stands at a checkpoint (the dispatcher records that once this process is gone), or it is another
-    runner's by now.
+    pause, and stands at a checkpoint, or it is being cancelled (the dispatcher records either once this process is
+    gone), or it is another runner's by now.
 
     The one place where any exception becomes an outcome; but for LogUnavailable, after which none could be recorded.
     """
@@ -177,7 +177,7 @@ def _make_data_ready(
 
 
 def _wait_until_admitted(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
-    """Returns once the dispatcher has admitted the job. A cancelled one is stopped by the dispatcher's SIGINT."""
+    """Returns once the dispatcher has admitted the job. Raises Superseded."""
     if not job.admitted:
         logger.info("waiting for resources: %s", describe(needed(job)))
     while not job.admitted:
@@ -243,7 +243,8 @@ def latest_checkpoint(job: FineTuningJob) -> Path | None:
 
 
 def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
-    """Send the job back to the queue; raises when it has been interrupted as often as it may."""
+    """Send the job back to the queue. Raises InfrastructureError when it has been interrupted as often as it may, or
+    Superseded."""
     job = retrying(lambda: log.job(job.job_id))
     tenure.check(job)
     if job.interruptions >= job.max_restarts:
