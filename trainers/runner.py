@@ -46,6 +46,7 @@ from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import COMPILED, Plan, plan_of
 from trainers.reporting import Paused
+from trainers.resubmit import model_dir_of
 from trainers.retrying import retrying
 from trainers.settings import Settings
 from trainers.suitability import check_suitable, longest_row
@@ -100,7 +101,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
             except Paused:
                 return None
             if interruption is None:
-                return JobSucceeded(attempt=job.attempt + 1)
+                return _success(job, log, tenure)
             job = _record_interruption(job, interruption, log, tenure)
     except Superseded as reason:
         logger.warning("this runner ends here: %s", reason)
@@ -254,6 +255,14 @@ def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, t
             suggestion=AGAIN,
         )
     return tenure.append(RunInterrupted(attempt=job.attempt, reason=reason))
+
+
+def _success(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> JobSucceeded:
+    job = retrying(lambda: log.job(job.job_id))
+    tenure.check(job)
+    model = f"; its model: {model_dir_of(job.checkpoints[-1])}" if job.checkpoints else ""
+    logger.info("job succeeded%s", model)
+    return JobSucceeded(attempt=job.attempt)
 
 
 def _failure(
