@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,13 +26,15 @@ class Api:
     """One replica: connects to the service's actors, starting what isn't there, and serves the API in front of them."""
 
     # Serve awaits it.
-    async def __init__(self, settings: Settings, answers: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, settings: Settings, deployed_at: float, answers: DeploymentHandle[Any]
+    ) -> None:
         listen_on_node_address_only()
         loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
         before_draining(lambda: loop.call_soon_threadsafe(self._closing.set))
         self._answers = chat.RemoteAnswers(answers)
         # Connecting blocks, and this runs on the replica's event loop.
-        self._service = await asyncio.to_thread(service.start, settings)
+        self._service = await asyncio.to_thread(service.start, settings, deployed_at)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the replica is connected."""
@@ -54,4 +57,4 @@ deployment = serve.deployment(
 for line in misspelled(os.environ):
     logging.getLogger("tunewright").warning(line)
 # Read where the application is built: with `serve run` that is the shell it was typed in, else the head node.
-app = deployment.bind(settings(), chat.application(settings()))
+app = deployment.bind(settings(), time.time(), chat.application(settings()))

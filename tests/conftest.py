@@ -37,6 +37,7 @@ ON_A_LIVE_CLUSTER = (
     "tests/serve_app/test_behind_ray.py",
     "tests/service/",
     "tests/trainers/test_autoscaler.py",
+    "tests/trainers/test_dispatcher_actor.py",
 )
 """Two clusters at a time are too much for two cores."""
 _START_S = 150  # it takes five seconds on an idle machine
@@ -151,10 +152,11 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stop_actors() -> None:
-    """Ends the cluster's event log and log queue, if there are any, and waits until their names are free."""
+    """Ends the cluster's dispatcher, event log and log queue, where there are any; waits until their names are free."""
     import ray
 
     from events.actors import EVENT_LOG, LOG_QUEUE, NAMESPACE
+    from trainers.dispatcher_actor import NAME as DISPATCHER
 
     def is_free(name: str) -> bool:
         try:
@@ -163,7 +165,7 @@ def stop_actors() -> None:
             return True
         return False
 
-    for name in (EVENT_LOG, LOG_QUEUE):
+    for name in (DISPATCHER, EVENT_LOG, LOG_QUEUE):  # it would start the others again
         with suppress(ValueError):
             ray.kill(ray.get_actor(name, NAMESPACE))
         eventually(lambda name=name: is_free(name), 60, lambda name=name: f"{name} does not end")

@@ -22,6 +22,7 @@ from trainers.settings import InvalidSettingsError, settings
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a program that SIGINT ended."""
+NOT_SUBMITTED = 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,14 +45,20 @@ def main(argv: list[str] | None = None) -> int:
         from trainers.drain import drain
 
         return drain(timeout_s)
-    from trainers.submit import submit_and_follow
-
     config = _arguments(arguments)
     try:
+        join_cluster()
+        from trainers.submit import submit_and_follow
+
         return submit_and_follow(config, settings())
+    except ConnectionError as error:
+        sys.stderr.write(f"tunewright: nothing was submitted: no Ray cluster can be asked: {error}\n")
+        return NOT_SUBMITTED
     except InvalidSettingsError as error:
         sys.stderr.write(f"{error}\n")
-        return 2
+        return NOT_SUBMITTED
+    except KeyboardInterrupt:  # before there was anything to cancel
+        return INTERRUPTED
 
 
 def _runner_arguments(arguments: list[str]) -> str:

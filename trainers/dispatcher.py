@@ -1,8 +1,8 @@
 """Keeps the cluster equal to the log: every live job has a runner, every job that is over has none.
 
 Level-triggered. Each pass reads the live jobs and what runs, and acts on the difference, so a pass may be lost,
-repeated or cut short anywhere, and a dispatcher started after any crash simply goes on. One per cluster: a named
-detached actor, restarted by Ray without limit. It holds nothing that matters: `whys` is a view of its last pass.
+repeated or cut short anywhere, and a dispatcher started after any crash simply goes on. One per cluster: see
+trainers.dispatcher_actor. It holds nothing that matters: `whys` is a view of its last pass.
 """
 
 import asyncio
@@ -12,10 +12,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-import ray
-from ray.actor import ActorHandle
-
-from events.actors import NAMESPACE, EventLogClient, connect
+from events.actors import EventLogClient
 from events.decide import Refused
 from events.facts import (
     CancelRequested,
@@ -42,12 +39,10 @@ from trainers.errors import AGAIN, InfrastructureError, write_details
 from trainers.plan import COMPILED
 from trainers.settings import Settings
 from trainers.sight import Sight
-from trainers.webhooks.deliverer import Webhooks
 
 T = TypeVar("T")
 logger = logging.getLogger("tunewright.dispatcher")
 
-NAME = "tunewright-dispatcher"
 TICK_S = 1.0
 BETWEEN_PASSES_S = 0.25
 """At least: what arrives in a burst is looked at together."""
@@ -332,45 +327,3 @@ def _gist(message: str) -> str:
     if not lines:
         return "no message from Ray"
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
-
-
-class DispatcherActor:
-    """The Ray face of `Dispatcher`: its passes start with the actor, also when Ray restarts it. Webhooks are sent from
-    here, too: they follow the same log, wait most of the time, and need no process of their own."""
-
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it, on the actor's loop
-        logging.basicConfig(level=logging.INFO)
-        log = connect(settings.storage).log
-        self._dispatcher = Dispatcher(log, Cluster(), settings)
-        self._webhooks = Webhooks(log, settings)
-        self._work = [asyncio.create_task(self._dispatcher.run()), asyncio.create_task(self._webhooks.run())]
-
-    async def whys(self) -> dict[str, str]:
-        return self._dispatcher.whys()
-
-    async def capacity(self) -> Capacity:
-        return await self._dispatcher.capacity()
-
-    async def drain(self, timeout_s: float) -> list[str]:
-        return await self._dispatcher.drain(timeout_s)
-
-    async def webhooks(self, method: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401  -- as the method
-        """A method of `Webhooks`."""
-        return await getattr(self._webhooks, method)(*arguments, **options)
-
-
-def start_dispatcher(settings: Settings) -> "ActorHandle[DispatcherActor]":
-    """The cluster's dispatcher; started if there is none yet."""
-    options = {
-        "name": NAME,
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "get_if_exists": True,
-        "max_restarts": -1,
-        "max_task_retries": -1,
-        "max_concurrency": 1000,
-        "num_cpus": 0,
-        "resources": {"node:__internal_head__": 0.001},  # beside the dashboard that it starts Ray Jobs through
-    }
-    actor: ActorHandle[DispatcherActor] = ray.remote(DispatcherActor).options(**options).remote(settings)  # type: ignore[assignment]
-    return actor

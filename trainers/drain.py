@@ -7,7 +7,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from events.actors import NAMESPACE
-from trainers.dispatcher import NAME
+from trainers.dispatcher_actor import NAME
 
 ANSWER_S = 15.0
 

@@ -109,9 +109,9 @@ def log_summary(
         *(plan.model, arch.family, f"{parameter_count(model.parameters()):,}", f"{trained:,}", plan.method),
     )
     _log.info(
-        "%d worker(s) on %s, %s | %d steps in %d epoch(s), %d of them warm-up | going on after step %d",
-        *(ranks.world, ranks.device_name(), dtype, total_steps, plan.n_epochs),
-        *(warmup_steps(plan, total_steps), progress.step),
+        "%d worker(s) on %s, %s | %d steps in %d epoch(s), %d of them warm-up%s",
+        *(ranks.world, ranks.device_name(), dtype, total_steps, plan.n_epochs, warmup_steps(plan, total_steps)),
+        f" | going on after step {progress.step}" if progress.step else "",
     )
     for line in _no_effect(plan, arch, ranks):
         _log.info("%s", line)

@@ -46,6 +46,7 @@ from trainers.models.architecture import inspect_model_dir
 from trainers.models.resolve import resolve_model
 from trainers.plan import COMPILED, Plan, plan_of
 from trainers.reporting import Paused
+from trainers.resubmit import model_dir_of
 from trainers.retrying import retrying
 from trainers.settings import Settings
 from trainers.suitability import check_suitable, longest_row
@@ -82,8 +83,8 @@ def run(job_id: str, settings: Settings) -> int:
 
 def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: Settings) -> Event | None:
     """Do the job's work, through as many attempts as it is allowed; returns the event that ends it. None: it is to
-    pause, and stands at a checkpoint (the dispatcher records that once this process is gone), or it is another
-    runner's by now.
+    pause, and stands at a checkpoint, or it is being cancelled (the dispatcher records either once this process is
+    gone), or it is another runner's by now.
 
     The one place where any exception becomes an outcome; but for LogUnavailable, after which none could be recorded.
     """
@@ -100,7 +101,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
             except Paused:
                 return None
             if interruption is None:
-                return JobSucceeded(attempt=job.attempt + 1)
+                return _success(job, log, tenure)
             job = _record_interruption(job, interruption, log, tenure)
     except Superseded as reason:
         logger.warning("this runner ends here: %s", reason)
@@ -177,7 +178,7 @@ def _make_data_ready(
 
 
 def _wait_until_admitted(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
-    """Returns once the dispatcher has admitted the job. A cancelled one is stopped by the dispatcher's SIGINT."""
+    """Returns once the dispatcher has admitted the job. Raises Superseded."""
     if not job.admitted:
         logger.info("waiting for resources: %s", describe(needed(job)))
     while not job.admitted:
@@ -243,7 +244,8 @@ def latest_checkpoint(job: FineTuningJob) -> Path | None:
 
 
 def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
-    """Send the job back to the queue; raises when it has been interrupted as often as it may."""
+    """Send the job back to the queue. Raises InfrastructureError when it has been interrupted as often as it may, or
+    Superseded."""
     job = retrying(lambda: log.job(job.job_id))
     tenure.check(job)
     if job.interruptions >= job.max_restarts:
@@ -253,6 +255,14 @@ def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, t
             suggestion=AGAIN,
         )
     return tenure.append(RunInterrupted(attempt=job.attempt, reason=reason))
+
+
+def _success(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> JobSucceeded:
+    job = retrying(lambda: log.job(job.job_id))
+    tenure.check(job)
+    model = f"; its model: {model_dir_of(job.checkpoints[-1])}" if job.checkpoints else ""
+    logger.info("job succeeded%s", model)
+    return JobSucceeded(attempt=job.attempt)
 
 
 def _failure(

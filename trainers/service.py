@@ -3,7 +3,7 @@
 from events.actors import connect
 from events.facts import Resources
 from trainers.admission import Capacity, for_workers, infeasible, memory_share, worker_memory
-from trainers.dispatcher import start_dispatcher
+from trainers.dispatcher_actor import DispatcherClient
 from trainers.errors import ConfigProblems, Problem
 from trainers.estimate import Asked, Estimator, Found
 from trainers.fitting import states_fit
@@ -17,15 +17,15 @@ from trainers.webhooks.client import WebhooksClient
 class Service:
     """Handles to the actors of one cluster; each survives the actor's restart."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, deployed_at: float | None = None) -> None:
         handles = connect(settings.storage)
         self.settings = settings
         self.log = handles.log
         self.logs = handles.lines
-        dispatcher = start_dispatcher(settings)
+        dispatcher = DispatcherClient(settings, deployed_at)
         self.webhooks = WebhooksClient(dispatcher)
-        self._whys = Recent[dict[str, str]](lambda: dispatcher.whys.remote(), fresh_s=0.5, stale_s=2)
-        self._capacity = Recent[Capacity](lambda: dispatcher.capacity.remote(), fresh_s=5, stale_s=15)
+        self._whys = Recent[dict[str, str]](lambda: dispatcher.call("whys"), fresh_s=0.5, stale_s=2)
+        self._capacity = Recent[Capacity](lambda: dispatcher.call("capacity"), fresh_s=5, stale_s=15)
         self._estimator = Estimator(settings)
 
     async def whys(self) -> dict[str, str]:
@@ -60,6 +60,10 @@ class Service:
         return await self._estimator.find(asked)
 
 
-def start(settings: Settings) -> Service:
-    """Connect to the service's actors on this Ray cluster, starting what isn't there."""
-    return Service(settings)
+def start(settings: Settings, deployed_at: float | None = None) -> Service:
+    """Connect to the service's actors on this Ray cluster, starting what isn't there. `deployed_at`: for a part of a
+    deploy, which brings its own dispatcher, see trainers.dispatcher_actor.
+
+    Raises StorageMismatchError, LogUnavailable or TimeoutError.
+    """
+    return Service(settings, deployed_at)

@@ -2,16 +2,15 @@
 
 import asyncio
 import json
-import logging
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import ray
-
-from events.actors import NAMESPACE
+from events.actors import StorageMismatchError
 from events.decide import Refused
 from events.facts import CancelRequested, JobSubmitted
 from events.ids import new_event_id, new_job_id
@@ -30,19 +29,15 @@ LOCAL_FILES = ("data", "validation_data")
 
 
 def submit_and_follow(path: Path, settings: Settings) -> int:
-    """Print the job's log to stdout and what concerns the job itself to stderr.
+    """Print the job's log to stdout and what concerns the job itself to stderr. This process has joined the cluster.
 
-    Returns 0 when the job succeeded, 1 when it failed, 2 when it was refused, 130 when it was cancelled.
+    Returns 0 when the job succeeded, 1 when it failed, 2 when there is no job (it was refused, or the service can't be
+    reached), 130 when it was cancelled.
     """
-    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     document = read_config(path)
     if document is None:
         return REFUSED
-    try:
-        return asyncio.run(_submit_and_follow(document, settings))
-    except (ConfigProblems, Refused, InfrastructureError) as refusal:
-        _say(f"{path}: {refusal}")
-        return REFUSED
+    return asyncio.run(_submit_and_follow(path, document, settings))
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
@@ -58,25 +53,48 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return document
 
 
-async def _submit_and_follow(document: dict[str, Any], settings: Settings) -> int:
-    service = start(settings)
+async def _submit_and_follow(path: Path, document: dict[str, Any], settings: Settings) -> int:
     job_id = new_job_id()
-    await submit(service, job_id, document, settings)
-    _say(f"{job_id} submitted")
-    _cancel_on_signals(service, job_id)
-    return _report(await follow(service, job_id))
-
-
-async def submit(service: Service, job_id: str, document: dict[str, Any], settings: Settings) -> FineTuningJob:
-    """Begin the job. Raises ConfigProblems or Refused, and then keeps no file."""
-    files = settings.storage / "data" / job_id
-    document = await asyncio.to_thread(_with_files_kept, document, files)
+    cancelled = _cancelled_by_signals(job_id)
     try:
+        service = await asyncio.to_thread(start, settings)
+        begun = await submit(service, job_id, document, settings, cancelled)
+    except (ConfigProblems, Refused, InfrastructureError, StorageMismatchError, LogUnavailable, OSError) as refusal:
+        _say(f"{path}: nothing was submitted: {refusal}")
+        return REFUSED
+    if not begun:
+        _say(f"{path}: cancelled, and nothing was submitted")
+        return CANCELLED
+    _say(f"{job_id} submitted")
+    cancelling = asyncio.create_task(_cancel_once(cancelled, service, job_id))
+    job = await follow(service, job_id)
+    cancelling.cancel()
+    return _report(job)
+
+
+async def submit(
+    service: Service, job_id: str, document: dict[str, Any], settings: Settings, cancelled: asyncio.Event
+) -> bool:
+    """Begin the job, as often as it takes to reach the log. False: `cancelled` was set before there was anything to
+    cancel.
+
+    Raises ConfigProblems, Refused, InfrastructureError, LogUnavailable or OSError. Unless the job begins, none of its
+    files is kept.
+    """
+    files = settings.storage / "data" / job_id
+    try:
+        document = await asyncio.to_thread(_with_files_kept, document, files)
         submitted = await _examined(service, job_id, document, settings)
-        return await service.log.submit(job_id, submitted, new_event_id(), settings.max_live_jobs)
-    except (ConfigProblems, Refused):
+        if not cancelled.is_set():
+            _say(f"submitting {job_id}")  # from here on it may be in the log, whatever becomes of this process
+            event_id = new_event_id()
+            await _repeated(lambda: service.log.submit(job_id, submitted, event_id, settings.max_live_jobs))
+            return True
+    except Exception:
         shutil.rmtree(files, ignore_errors=True)
         raise
+    shutil.rmtree(files, ignore_errors=True)
+    return False
 
 
 async def _examined(service: Service, job_id: str, document: dict[str, Any], settings: Settings) -> JobSubmitted:
@@ -104,29 +122,41 @@ def _with_files_kept(document: dict[str, Any], directory: Path) -> dict[str, Any
     return kept
 
 
-def _cancel_on_signals(service: Service, job_id: str) -> None:
-    loop = asyncio.get_running_loop()
-    pending: set[asyncio.Task[Any]] = set()
+def _cancelled_by_signals(job_id: str) -> asyncio.Event:
+    """Set by SIGINT and SIGTERM, which do nothing else from now on."""
+    cancelled = asyncio.Event()
 
     def on_signal() -> None:
         _say(f"cancelling {job_id}")
-        pending.add(loop.create_task(cancel(service, job_id)))  # the loop itself keeps only weak references to tasks
+        cancelled.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return cancelled
+
+
+async def _cancel_once(cancelled: asyncio.Event, service: Service, job_id: str) -> None:
+    await cancelled.wait()
+    await cancel(service, job_id)
 
 
 async def cancel(service: Service, job_id: str) -> None:
     """Ask for the job's end, as often as it takes to reach the log. A job that is over stays as it is."""
+    with suppress(Refused):
+        await _repeated(lambda: service.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"]))
+
+
+async def _repeated(append: Callable[[], Coroutine[Any, Any, FineTuningJob]]) -> FineTuningJob:
+    """The job that `append` returns, asked again for as long as the log can't be reached. It carries its event ids."""
+    told = False
     while True:
         try:
-            await service.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"])
-        except LogUnavailable:
+            return await append()
+        except LogUnavailable as error:
+            if not told:
+                _say(f"{error}; trying again until it does")
+                told = True
             await asyncio.sleep(RETRY_S)
-        except Refused:
-            return
-        else:
-            return
 
 
 async def follow(service: Service, job_id: str) -> FineTuningJob:

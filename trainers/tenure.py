@@ -29,7 +29,7 @@ LAST_WORDS_S = 1.0
 
 
 class Superseded(Exception):
-    """The job is over or goes on with another runner: whatever this one has to say counts no more."""
+    """The job is over, being cancelled, or goes on without this runner: whatever that one has to say counts no more."""
 
 
 class Tenure:
@@ -42,10 +42,18 @@ class Tenure:
         self.interruptions = interruptions
 
     def check(self, job: FineTuningJob) -> None:
-        """Raises Superseded when `job`, as the log has it now, is over or another runner's."""
-        if job.over or job.interruptions != self.interruptions:
-            state = job.status if job.over else f"after interruption {job.interruptions}, another runner's"
-            raise Superseded(f"job {self._job_id} is {state}")
+        """Raises Superseded when `job`, as the log has it now, is over, paused, being cancelled or another runner's."""
+        if job.over:
+            state: str = job.status
+        elif job.interruptions != self.interruptions:
+            state = f"after interruption {job.interruptions}, another runner's"
+        elif job.cancel_requested:
+            state = "being cancelled"
+        elif job.paused:
+            state = "paused"
+        else:
+            return
+        raise Superseded(f"job {self._job_id} is {state}")
 
     def append(self, event: Event) -> FineTuningJob:
         """Appends the event if the tenure lasts at that very moment; the tenure goes on after an interruption that it
@@ -63,10 +71,11 @@ class Tenure:
 
 
 class Watch:
-    """Ends this process, a worker of `attempt`, within seconds after it was replaced, whatever it is doing then: a step
-    may take minutes, and a collective call whose partner is gone may never return. Until `close`.
+    """Ends this process, a worker of `attempt`, within seconds after it was replaced or its job was cancelled, whatever
+    it is doing then: a step may take minutes, and a collective call whose partner is gone may never return. Until
+    `close`.
 
-    While it is not replaced, `look` is called every few seconds with the job as the log has it."""
+    Before that, `look` is called every few seconds with the job as the log has it."""
 
     def __init__(
         self,

@@ -189,7 +189,7 @@ class RayReporter:
             self._append(CheckpointsDeleted(attempt=self._assignment.attempt, uris=uris))
 
     def should_stop(self) -> bool:
-        """True once the job is to pause. (One that is cancelled ends with its runner.)"""
+        """True once the job is to pause. (A worker of one that is cancelled is ended.)"""
         return self._pausing.is_set()
 
     def look(self, job: FineTuningJob) -> None:

@@ -176,8 +176,9 @@ def steps_by_attempt(messages: list[str]) -> list[list[int]]:
     """The steps that the job's log lines tell of, for each attempt; each list begins with the step it went on after."""
     attempts: list[list[int]] = []
     for message in messages:
-        if "going on after step " in message:
-            attempts.append([int(message.rpartition(" ")[2])])
+        if " worker(s) on " in message:
+            _, resumed, step = message.partition(" | going on after step ")
+            attempts.append([int(step) if resumed else 0])
         elif message.startswith("step ") and "/" in message:
             attempts[-1].append(int(message.removeprefix("step ").partition("/")[0]))
     return attempts

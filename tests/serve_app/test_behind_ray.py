@@ -10,10 +10,12 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
+from events.actors import NAMESPACE
 from serve_app.chat.deployment import RemoteAnswers
 from tests.conftest import RayCluster
 from tests.serve_app.live_server import Parts, Serve
 from trainers.answers import Accepted, Part, Question
+from trainers.dispatcher_actor import NAME, DispatcherClient
 from trainers.settings import Settings
 from trainers.webhooks.client import WebhooksClient
 
@@ -70,17 +72,18 @@ def test_a_question_that_nobody_has_time_for_is_a_429_that_says_when_to_come_bac
 def test_a_dispatcher_that_does_not_answer_is_a_503(
     serve: Serve, ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @ray.remote(num_cpus=0)
+    @ray.remote(num_cpus=0, name=NAME, namespace=NAMESPACE)
     class Stuck:
         async def webhooks(self, _method: str, *_arguments: object) -> None:
             await asyncio.Event().wait()
 
-    dispatcher = Stuck.remote()  # type: ignore[attr-defined]  # Ray's types can't tell
+    stuck = Stuck.remote()  # type: ignore[attr-defined]  # Ray's types can't tell
 
     server = serve()
+    dispatcher = DispatcherClient(server.parts.settings)
     monkeypatch.setattr("trainers.webhooks.client.CALL_S", 0.1)
     monkeypatch.setattr(server.parts, "webhooks", WebhooksClient(dispatcher))
     answer = httpx.get(f"{server.url}/v1/webhook_endpoints", timeout=30)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "webhooks_unavailable")
     assert answer.headers["retry-after"]
-    ray.kill(dispatcher)
+    ray.kill(stuck)

@@ -409,11 +409,19 @@ def test_the_log_tells_what_is_trained_how_far_it_is_and_what_has_no_effect(
         bench.case("full", fsdp_cpu_offload=True, memory_efficient_fsdp_wrap=True, log_every_n_steps=11).run()
     lines = [record.getMessage() for record in caplog.records if record.name == "tunewright.train"]
     assert lines[0] == "tiny: llama, 106,816 parameters, 106,816 trained (full)"
-    assert "1 worker(s) on cpu, fp32 | 22 steps in 2 epoch(s)" in lines[1]
+    assert lines[1] == "1 worker(s) on cpu, fp32 | 22 steps in 2 epoch(s), 0 of them warm-up"
     assert any(line.startswith("fsdp_cpu_offload has no effect") for line in lines)
     assert any(line.startswith("memory_efficient_fsdp_wrap has no effect") for line in lines)
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split(" | ")[:2] for line in steps] == [["step 11/22", "epoch 1/2"], ["step 22/22", "epoch 2/2"]]
+
+
+def test_the_log_of_a_run_that_goes_on_says_after_which_step(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    part = bench.case("full", stop_at=3).run()
+    with caplog.at_level(logging.INFO, logger="tunewright.train"):
+        bench.case("full", resume_from=part.checkpoints[-1].path).run()
+    (line,) = [message for message in caplog.messages if " worker(s) on " in message]
+    assert line.endswith(" | going on after step 3")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

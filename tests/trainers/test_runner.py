@@ -7,20 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from events.actors import EventLogClient
 from events.config import Config
-from events.facts import DataRejected, JobFailed, JobSubmitted, Resources
+from events.facts import CancelRequested, CheckpointSaved, DataRejected, Event, JobFailed, JobSubmitted, Resources
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
 from events.memory import MemoryStore
+from tests.events.facts_of_a_job import started
 from tests.tiny_models import make_tiny_model
+from tests.trainers.job_on_a_log import JobOnALog
+from tests.trainers.world import InMemoryCluster
 from trainers.admission import Capacity, Node
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid
 from trainers.errors import UserError
 from trainers.plan import Plan, make_plan
 from trainers.retrying import retrying
-from trainers.runner import _failure, _make_data_ready, _outcome, latest_checkpoint
+from trainers.runner import _failure, _make_data_ready, _outcome, _success, latest_checkpoint
 from trainers.settings import Settings
 from trainers.tenure import Tenure
 
@@ -57,6 +61,11 @@ class Runner:
         return _make_data_ready(
             job, plan, self.model, Tenure(self.log, job.job_id, 0), self.settings, lambda: self.capacity
         )
+
+    def outcome(self, job: FineTuningJob, log: EventLog | None = None) -> Event | None:
+        settings = self.settings.model_copy(update={"model_roots": (self.model,)})
+        client: EventLogClient = log or self.log  # type: ignore[assignment]  # the same methods, without Ray between
+        return _outcome(job, client, Tenure(self.log, job.job_id, 0), settings)
 
     def data(self, job: FineTuningJob) -> Path:
         return self.settings.job_dir(job.job_id) / "data" / "train"
@@ -137,10 +146,42 @@ def test_a_runner_that_cannot_reach_the_log_ends_and_does_not_blame_the_job(
 ) -> None:
     monkeypatch.setattr("trainers.retrying.GIVE_UP_AFTER_S", 0)
     job = runner.make_ready(*runner.submit("ftjob-1"))
-    settings = runner.settings.model_copy(update={"model_roots": (runner.model,)})
     with pytest.raises(LogUnavailable):
-        _outcome(job, LogThatIsAway(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
+        runner.outcome(job, LogThatIsAway(MemoryStore()))
     assert not (runner.settings.job_dir("ftjob-1") / "error.txt").exists()
+
+
+def test_a_job_that_is_cancelled_as_its_validation_ends_is_not_said_to_have_failed(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class CancelledMeanwhile(InMemoryCluster):
+        """Asked for its capacity, which is the last thing before the data is recorded."""
+
+        def capacity(self) -> Capacity:
+            retrying(lambda: runner.log.append("ftjob-1", [CancelRequested()], [new_event_id()]))
+            return super().capacity()
+
+    monkeypatch.setattr("trainers.runner.Cluster", CancelledMeanwhile)
+    job, _ = runner.submit("ftjob-1")
+    with caplog.at_level(logging.INFO, logger="tunewright.runner"):
+        assert runner.outcome(job) is None
+    assert caplog.messages[-1] == "this runner ends here: job ftjob-1 is being cancelled"
+    assert not (runner.settings.job_dir("ftjob-1") / "error.txt").exists()
+
+
+def test_the_log_of_a_job_that_has_succeeded_ends_with_that_and_the_place_of_its_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = JobOnALog()
+    (tmp_path / "step 2" / "merged").mkdir(parents=True)
+    scene.tell(started(1))
+    for number in (1, 2):
+        uri = (tmp_path / f"step {number}").as_uri()
+        scene.tell(CheckpointSaved(attempt=1, step=number, epoch=1, uri=uri))
+    client: EventLogClient = scene.log  # type: ignore[assignment]  # the same methods, without Ray between
+    with caplog.at_level(logging.INFO, logger="tunewright.runner"):
+        assert scene.runner().append(_success(scene.job, client, scene.runner())).status == "success"
+    assert caplog.messages == [f"job succeeded; its model: {tmp_path}/step 2/merged"]
 
 
 def job_with(checkpoints: list[Path]) -> FineTuningJob:

@@ -2,17 +2,25 @@
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from events.actors import StorageMismatchError
 from events.decide import Refused
 from events.facts import Event, JobCancelled
 from events.ids import new_event_id
 from events.job import FineTuningJob
-from events.log import LogUnavailable
+from events.log import EventLog, LogUnavailable
+from tests.ports import free_ports
 from tests.serve_app.live_server import Parts
+from tests.waiting import WAIT_S
 from trainers import submit
 from trainers.errors import ConfigProblems
 from trainers.settings import Settings
@@ -23,20 +31,30 @@ JOB = "ftjob-1"
 
 
 class Failing:
-    """Calls of `inner`, the first of each method failing as those of a restarting actor do."""
+    """Calls of `inner`, the first of each method failing as those of a restarting actor do: before or, where
+    `after_work`, after it has done its work."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, *, after_work: bool = False) -> None:
         self._inner = inner
+        self._after_work = after_work
         self._failed: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         async def call(*arguments: Any) -> Any:
-            if name not in self._failed:
-                self._failed.add(name)
+            fails = name not in self._failed
+            self._failed.add(name)
+            if fails and not self._after_work:
                 raise LogUnavailable("restarting")
-            return await getattr(self._inner, name)(*arguments)
+            answer = await getattr(self._inner, name)(*arguments)
+            if fails:
+                raise LogUnavailable("no answer in time")
+            return answer
 
         return call
+
+
+async def begin(service: Any, job_id: str, settings: Settings, **changes: Any) -> bool:
+    return await submit.submit(service, job_id, CONFIG | changes, settings, asyncio.Event())
 
 
 @pytest.fixture
@@ -52,14 +70,15 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 def test_files_beside_the_config_are_kept_for_a_job_that_is_accepted_and_for_no_other(settings: Settings) -> None:
     async def scenario() -> None:
         service: Any = Parts(settings)
-        job = await submit.submit(service, JOB, dict(CONFIG), settings)
+        assert await begin(service, JOB, settings)
+        job = await service.log.job(JOB)
         kept = settings.storage / "data" / JOB / "data.jsonl"
         assert job.input_config["data"] == str(kept)
         assert kept.read_text() == ROW
         with pytest.raises(ConfigProblems):
-            await submit.submit(service, "ftjob-2", CONFIG | {"modle": 1}, settings)
+            await begin(service, "ftjob-2", settings, modle=1)
         with pytest.raises(Refused):  # one unfinished job is all that is allowed
-            await submit.submit(service, "ftjob-3", dict(CONFIG), settings)
+            await begin(service, "ftjob-3", settings)
         assert [path.name for path in (settings.storage / "data").iterdir()] == [JOB]
 
     asyncio.run(scenario())
@@ -74,7 +93,7 @@ def test_following_a_job_and_cancelling_it_outlast_a_restart_of_the_log(
         async def append(*events: Event) -> None:
             await service.log.append(JOB, list(events), [new_event_id() for _ in events])
 
-        await submit.submit(service, JOB, dict(CONFIG), settings)
+        await begin(service, JOB, settings)
         await service.logs.append(JOB, "worker", 0, [("t", "one")])
         shaky: Any = Parts.__new__(Parts)
         shaky.log, shaky.logs = Failing(service.log), Failing(service.logs)
@@ -90,6 +109,109 @@ def test_following_a_job_and_cancelling_it_outlast_a_restart_of_the_log(
 
     assert asyncio.run(scenario()).status == "cancelled"
     assert capsys.readouterr().out == "one\ntwo\n"
+
+
+@pytest.mark.parametrize("after_work", [False, True], ids=["not written", "written"])
+def test_a_submit_whose_answer_does_not_come_is_repeated_and_makes_one_job(
+    settings: Settings, after_work: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario() -> None:
+        service: Any = Parts(settings)
+        log = service.log
+        service.log = Failing(log, after_work=after_work)
+        assert await begin(service, JOB, settings)
+        jobs, _ = await log.jobs(10)
+        assert [job.job_id for job in jobs] == [JOB]
+        assert len(await log.read(JOB)) == 1
+
+    asyncio.run(scenario())
+    said = capsys.readouterr().err
+    assert said.index(f"submitting {JOB}") < said.index("trying again")
+
+
+class CommandLine:
+    """`submit_and_follow` in this process, in front of parts without a cluster."""
+
+    def __init__(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.settings = settings
+        self.parts: Any = None
+        self.log: EventLog
+        self.disturb: Callable[[CommandLine], None] = lambda _: None
+        monkeypatch.setattr(submit, "start", self._start)
+        Path("job.json").write_text(json.dumps(CONFIG))
+
+    def _start(self, settings: Settings) -> Any:
+        self.parts = Parts(settings)
+        self.log = self.parts.log
+        self.disturb(self)
+        return self.parts
+
+    def run(self) -> int:
+        return submit.submit_and_follow(Path("job.json"), self.settings)
+
+
+@pytest.fixture
+def command_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    return CommandLine(settings, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "error", [StorageMismatchError("this cluster keeps its jobs in /a, not in /b"), LogUnavailable("no answer in time")]
+)
+def test_a_service_that_cannot_be_used_is_said_in_words_and_nothing_was_submitted(
+    command_line: CommandLine, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unusable(_: CommandLine) -> None:
+        raise error
+
+    command_line.disturb = unusable
+    assert command_line.run() == submit.REFUSED
+    assert capsys.readouterr().err == f"tunewright: job.json: nothing was submitted: {error}\n"
+
+
+def test_a_signal_before_the_submit_leaves_no_job_and_no_file(
+    command_line: CommandLine, settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command_line.disturb = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    assert command_line.run() == submit.CANCELLED
+    assert "nothing was submitted" in capsys.readouterr().err
+    assert not list((settings.storage / "data").iterdir())
+
+
+def test_a_signal_during_the_submit_cancels_the_job_once_it_is_in_the_log(
+    command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class SignalledLog(Failing):
+        """The process is told to end while the answer to its submit does not come; the dispatcher then ends the job
+        that is to be cancelled."""
+
+        async def submit(self, *arguments: Any) -> FineTuningJob:
+            os.kill(os.getpid(), signal.SIGINT)
+            return await super().__getattr__("submit")(*arguments)
+
+        async def append(self, job_id: str, *arguments: Any) -> FineTuningJob:
+            await command_line.log.append(job_id, *arguments)
+            return await command_line.log.append(job_id, [JobCancelled()], [new_event_id()])
+
+    def signalled(line: CommandLine) -> None:
+        line.parts.log = SignalledLog(line.log, after_work=True)
+
+    command_line.disturb = signalled
+    assert command_line.run() == submit.CANCELLED
+    said = capsys.readouterr().err
+    assert said.index("submitting ftjob-") < said.index("cancelling ftjob-") < said.index(" was cancelled")
+
+
+def test_a_cluster_that_cannot_be_joined_is_said_in_words() -> None:
+    nowhere = {"RAY_ADDRESS": f"127.0.0.1:{free_ports(1)[0]}"}
+    command = [sys.executable, "-m", "trainers", "job.json"]
+    root = Path(__file__).parents[2]
+    ran = subprocess.run(
+        command, cwd=root, env=os.environ | nowhere, capture_output=True, text=True, check=False, timeout=WAIT_S
+    )
+    assert ran.returncode == submit.REFUSED, ran.stderr
+    assert ran.stderr.splitlines()[-1].startswith("tunewright: nothing was submitted: no Ray cluster can be asked: ")
+    assert "Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, '{"model": "\\ud800'])

@@ -11,7 +11,7 @@ from events.facts import Event, RunInterrupted
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog
-from tests.events.facts_of_a_job import ADMITTED, FAILED, measured, started, step
+from tests.events.facts_of_a_job import ADMITTED, CANCEL, FAILED, PAUSE, measured, paused, started, step
 from tests.trainers.job_on_a_log import JOB, JobOnALog
 from trainers.tenure import Superseded, Tenure
 
@@ -62,6 +62,22 @@ def test_nobody_speaks_for_a_job_that_is_over(scene: JobOnALog) -> None:
     scene.tell(FAILED)
     with pytest.raises(Superseded):
         runner.append(started(1))
+
+
+@pytest.mark.parametrize(
+    ("facts", "late"),
+    [([CANCEL], RunInterrupted(attempt=0, reason="r")), ([CANCEL], FAILED), ([PAUSE, paused(0)], started(1))],
+    ids=["cancelling, interrupted", "cancelling, failed", "paused, started"],
+)
+def test_the_runner_of_a_job_that_is_being_cancelled_or_is_paused_is_told_that_it_counts_no_more(
+    scene: JobOnALog, facts: list[Event], late: Event
+) -> None:
+    runner = scene.runner()
+    scene.tell(*facts)
+    before = scene.job
+    with pytest.raises(Superseded, match=r"is (being cancelled|paused)$"):
+        runner.append(late)
+    assert scene.job == before
 
 
 class Busy(EventLog):

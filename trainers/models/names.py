@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -92,8 +93,10 @@ def classify_model(model: str) -> ModelKind:
         return "local"
     if _HUB_ID.fullmatch(model):
         return "hub"
+    close = get_close_matches(model.lower(), ALIASES)
+    meant = f" (did you mean {' or '.join(close)}?)" if close else ""
     raise _refused(
-        f"{model!r} is no model name: give an alias ({', '.join(sorted(ALIASES))}), a Hugging Face id 'org/name' or "
+        f"{model!r} is no model name{meant}: give an alias (GET /v1/models lists all), a Hugging Face id 'org/name' or "
         "'org/name@revision', a directory path that starts with '/' or './', or an s3:// or gs:// URI of a directory."
     )
 

@@ -3,14 +3,13 @@
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from trainers.webhooks.deliverer import WebhooksUnavailable
 from trainers.webhooks.store import Delivery, Endpoint, EventType
 
 if TYPE_CHECKING:
-    from trainers.dispatcher import DispatcherActor
+    from trainers.dispatcher_actor import DispatcherClient
 
 CALL_S = 60.0
 """How long a call waits: longer than a receiver may take to answer, and the dispatcher to start again."""
@@ -18,9 +17,9 @@ CALL_S = 60.0
 
 class WebhooksClient:
     """Raises what `Webhooks` raises, WebhooksUnavailable where the dispatcher doesn't answer, and Ray's errors where it
-    is gone. A call that was under way when it died is made again by Ray, with the same arguments."""
+    is gone. A call that was under way when it died is made again, with the same arguments."""
 
-    def __init__(self, dispatcher: "ActorHandle[DispatcherActor]") -> None:
+    def __init__(self, dispatcher: "DispatcherClient") -> None:
         self._dispatcher = dispatcher
 
     async def create(
@@ -69,7 +68,7 @@ class WebhooksClient:
     async def _call(self, method: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401  -- as the method
         try:
             async with asyncio.timeout(CALL_S):
-                return await self._dispatcher.webhooks.remote(method, *arguments, **options)
+                return await self._dispatcher.call("webhooks", method, *arguments, **options)
         except RayTaskError as error:
             raise error.cause from error
         except TimeoutError as error:

@@ -100,6 +100,19 @@ def test_a_name_that_is_none_of_these_is_refused(model: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_a_name_that_is_none_of_these_is_answered_with_the_nearest_aliases_and_where_all_are_listed() -> None:
+    with pytest.raises(UserError) as caught:
+        classify_model("SmolLM-135M-Instruct")
+    message = str(caught.value)
+    meant = message.partition("did you mean ")[2].partition("?")[0].split(" or ")
+    assert meant[0] == "smollm2-135m-instruct"
+    assert len(meant) == 3
+    assert "GET /v1/models lists all" in message
+    with pytest.raises(UserError) as caught:
+        classify_model("x y z")
+    assert not any(alias in str(caught.value) for alias in ALIASES)
+
+
 def test_every_alias_stands_for_a_hub_id() -> None:
     assert all(classify_model(target) == "hub" for target in ALIASES.values())
     assert hub_model("phi-3-mini") == HubModel("microsoft/Phi-3-mini-4k-instruct", "main")

@@ -1,0 +1,100 @@
+"""Whose dispatcher a cluster has: that of the last deploy, with its settings, whoever else connects."""
+
+import asyncio
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+
+from events.actors import Handles, blocking
+from tests.waiting import WAIT_S, eventually
+from trainers.dispatcher_actor import DispatcherActor, DispatcherClient, start_dispatcher
+from trainers.errors import UserError
+from trainers.settings import Settings
+from trainers.webhooks.client import WebhooksClient
+
+FIRST, SECOND = 1_000.0, 2_000.0
+"""When two deploys were built."""
+
+
+class Deploys:
+    """Two sets of settings of one service: under the second one webhooks may be sent to this machine."""
+
+    def __init__(self, storage: Path) -> None:
+        self.old = Settings(storage=storage)
+        self.new = Settings(storage=storage, webhook_networks="127.0.0.0/8")
+
+    @staticmethod
+    def takes_webhooks_here(dispatcher: DispatcherClient) -> bool:
+        """Whether the dispatcher that is called has the new settings."""
+        try:
+            blocking(WebhooksClient(dispatcher).create("we_1", "whsec_AAAA", "n", "http://127.0.0.1:9/", []))
+        except UserError as refused:
+            return refused.error.code != "webhook_url_refused"
+        return True
+
+
+@pytest.fixture
+def deploys(handles: Handles, tmp_path: Path) -> Deploys:
+    """`handles` ends the dispatcher as well."""
+    return Deploys(tmp_path)
+
+
+def pid_of(dispatcher: DispatcherClient) -> int:
+    pid: int = blocking(dispatcher.call("__ray_call__", lambda _: os.getpid()))
+    return pid
+
+
+def test_a_deploy_brings_its_settings_to_the_dispatcher_that_is_there_and_its_restarts_keep_them(
+    deploys: Deploys,
+) -> None:
+    before = DispatcherClient(deploys.old, FIRST)
+    assert not deploys.takes_webhooks_here(before)
+    after = DispatcherClient(deploys.new, SECOND)
+    assert deploys.takes_webhooks_here(after)
+    assert deploys.takes_webhooks_here(before)  # a replica that is still draining: it finds the new one
+
+    killed = pid_of(after)
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: pid_of(after) != killed, WAIT_S, lambda: "Ray does not start it again")
+    assert deploys.takes_webhooks_here(after)
+
+
+def test_neither_an_earlier_deploy_nor_a_command_line_replaces_the_dispatcher(deploys: Deploys) -> None:
+    ours = start_dispatcher(deploys.new, SECOND)
+    assert start_dispatcher(deploys.old, FIRST) == ours
+    assert start_dispatcher(deploys.old) == ours
+    assert deploys.takes_webhooks_here(DispatcherClient(deploys.old))
+
+
+def test_replicas_of_a_deploy_that_start_together_get_one_dispatcher(deploys: Deploys) -> None:
+    start_dispatcher(deploys.old)
+    with ThreadPoolExecutor(4) as replicas:
+        started = list(replicas.map(lambda _: start_dispatcher(deploys.new, SECOND), range(4)))
+    assert len(set(started)) == 1
+    assert deploys.takes_webhooks_here(DispatcherClient(deploys.old))
+
+
+def test_a_dispatcher_of_a_version_that_knew_nothing_of_deploys_is_replaced(
+    deploys: Deploys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.delattr(DispatcherActor, "deployed_at")
+        old = start_dispatcher(deploys.old)
+    assert start_dispatcher(deploys.new, SECOND) != old
+    assert deploys.takes_webhooks_here(DispatcherClient(deploys.old))
+
+
+def test_a_dispatcher_that_was_killed_for_good_is_started_again_by_who_calls_it(deploys: Deploys) -> None:
+    client = DispatcherClient(deploys.new, SECOND)
+    assert deploys.takes_webhooks_here(client)
+    ray.kill(start_dispatcher(deploys.new))
+
+    async def calls() -> list[dict[str, str]]:
+        return await asyncio.gather(*(client.call("whys") for _ in range(3)))
+
+    assert asyncio.run(calls()) == [{}] * 3
+    assert deploys.takes_webhooks_here(client)
