@@ -14,7 +14,7 @@
     422     invalid_request_error      anything wrong with the request; `errors` lists it, up to a hundred of a kind
     429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions to models:
                                        Retry-After says when to try again. Without it: TUNEWRIGHT_FILES_QUOTA_BYTES of
-                                       files, or fifty webhook endpoints
+                                       files, fifty webhook endpoints, or ten old secrets of one
     500     server_error               a bug; the operator's log has the traceback under the request's id
     503     service_unavailable_error  the event log, the storage of files or the cluster can't be reached; nothing was
                                        recorded, or a retry with the same Idempotency-Key finds it; or the job's
@@ -144,6 +144,7 @@ _USER_ERRORS: dict[str, tuple[int, ErrorType]] = {
     "webhook_delivery_not_found": (404, "not_found_error"),
     "webhook_endpoint_disabled": (409, "conflict_error"),
     "too_many_webhook_endpoints": (429, "rate_limit_error"),
+    "too_many_webhook_secrets": (429, "rate_limit_error"),
 }
 """Those that are not a 422."""
 

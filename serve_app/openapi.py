@@ -75,8 +75,8 @@ _WHEN = {
     "for files and parts `multipart/form-data`.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
     429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already, or too many "
-    "questions to answer. Without a Retry-After: the files hold TUNEWRIGHT_FILES_QUOTA_BYTES, or there are fifty "
-    "webhook endpoints.",
+    "questions to answer. Without a Retry-After: the files hold TUNEWRIGHT_FILES_QUOTA_BYTES, there are fifty "
+    "webhook endpoints, or one has ten old secrets.",
     500: "`server_error`: a bug; the operator finds it in the log under the request's id.",
     503: "`service_unavailable_error`: the event log, the storage of files or the process of a model can't be "
     "reached; try again. `job_damaged`: the job's history can't be read as it was written; only its operator can help.",
