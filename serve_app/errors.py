@@ -12,9 +12,10 @@
     413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES, or a file than its own limit
     415     invalid_request_error      the body is not application/json, or of a file not multipart/form-data
     422     invalid_request_error      anything wrong with the request; `errors` lists it, up to a hundred of a kind
-    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions to models:
+    429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions to models or
+                                       estimates:
                                        Retry-After says when to try again. Without it: TUNEWRIGHT_FILES_QUOTA_BYTES of
-                                       files, or fifty webhook endpoints
+                                       files, fifty webhook endpoints, or ten old secrets of one
     500     server_error               a bug; the operator's log has the traceback under the request's id
     503     service_unavailable_error  the event log, the storage of files or the cluster can't be reached; nothing was
                                        recorded, or a retry with the same Idempotency-Key finds it; or the job's
@@ -144,8 +145,11 @@ _USER_ERRORS: dict[str, tuple[int, ErrorType]] = {
     "webhook_delivery_not_found": (404, "not_found_error"),
     "webhook_endpoint_disabled": (409, "conflict_error"),
     "too_many_webhook_endpoints": (429, "rate_limit_error"),
+    "too_many_webhook_secrets": (429, "rate_limit_error"),
 }
 """Those that are not a 422."""
+_INFRASTRUCTURE_ERRORS: dict[str, tuple[int, ErrorType]] = {"too_many_estimates": (429, "rate_limit_error")}
+"""Those that are not a 503."""
 
 
 def _webhooks_unavailable(_: WebhooksUnavailable) -> Answer:
@@ -164,7 +168,8 @@ def _user_error(exc: UserError) -> Answer:
 
 def _infrastructure_error(exc: InfrastructureError) -> Answer:
     headers = {"Retry-After": str(RETRY_AFTER_S)}
-    return Answer(503, "service_unavailable_error", exc.error.code, exc.error.message, exc.error.param, headers=headers)
+    status, kind = _INFRASTRUCTURE_ERRORS.get(exc.error.code, (503, "service_unavailable_error"))
+    return Answer(status, kind, exc.error.code, exc.error.message, exc.error.param, headers=headers)
 
 
 def _http(exc: HTTPException) -> Answer:

@@ -54,6 +54,34 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     "PauseRequest": {"job_id": "ftjob-01..."},
     "ResumeRequest": {"job_id": "ftjob-01..."},
     "ResubmitRequest": {"job_id": "ftjob-01...", "checkpoint": 40, "config": {"fine_tuning_options": {"lr": 1e-5}}},
+    # Of a file, its name.
+    "OpenAIFileForm": {"purpose": "fine-tune", "file": "examples/tickets/train.jsonl"},
+    "OpenAIPartForm": {"data": "examples/tickets/train.jsonl"},
+    "OpenAIUploadRequest": {
+        "bytes": 89907,
+        "filename": "train.jsonl",
+        "mime_type": "application/jsonl",
+        "purpose": "fine-tune",
+    },
+    "OpenAIUploadCompletion": {"part_ids": ["part_01..."]},
+    "OpenAIJobRequest": {
+        "model": "smollm2-135m-instruct",
+        "training_file": "examples/tickets/train.jsonl",
+        "suffix": "tickets",
+    },
+    "OpenAIChatRequest": {
+        "model": "smollm2-135m-instruct",
+        "messages": [{"role": "user", "content": "Name three colours."}],
+        "max_completion_tokens": 32,
+    },
+    "OpenAIWebhookRequest": {
+        "name": "my service",
+        "url": "https://example.com/hooks",
+        "event_types": ["fine_tuning.job.succeeded"],
+    },
+    "OpenAIWebhookUpdate": {"url": "https://example.com/new"},
+    "OpenAIWebhookRotation": {"keep_old_secret_active_for_24_hours": True},
+    "OpenAIWebhookTest": {"event_type": "fine_tuning.job.succeeded"},
     "TrainingDataItem": {
         "dialog": [
             {"role": "system", "content": "Answer with a ticket."},
@@ -66,6 +94,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 _REF = "#/components/schemas/{model}"
 _WHEN = {
     400: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
+    403: "`invalid_request_error`: a browser sent it for a page of another site.",
     404: "`not_found_error`: there is no such job, file, upload, model, checkpoint or webhook endpoint.",
     409: "`conflict_error`: the job is over, or being cancelled; the file is in use; the upload is over; the job has "
     "no model yet; the endpoint is disabled.",
@@ -75,8 +104,8 @@ _WHEN = {
     "for files and parts `multipart/form-data`.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
     429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already, or too many "
-    "questions to answer. Without a Retry-After: the files hold TUNEWRIGHT_FILES_QUOTA_BYTES, or there are fifty "
-    "webhook endpoints.",
+    "questions or estimates to answer. Without a Retry-After: the files hold TUNEWRIGHT_FILES_QUOTA_BYTES, there are "
+    "fifty webhook endpoints, or one has ten old secrets.",
     500: "`server_error`: a bug; the operator finds it in the log under the request's id.",
     503: "`service_unavailable_error`: the event log, the storage of files or the process of a model can't be "
     "reached; try again. `job_damaged`: the job's history can't be read as it was written; only its operator can help.",
@@ -147,4 +176,17 @@ def describe(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     for name, example in _EXAMPLES.items():
         public[name]["examples"] = [example]
     document["components"] = {"schemas": public}
+    _correct_statuses(document["paths"])
     return document
+
+
+def _correct_statuses(paths: dict[str, dict[str, Any]]) -> None:
+    """FastAPI adds a 422 to all that takes parameters, and /v1 answers 400; no route knows what the door refuses."""
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            responses = operation["responses"]
+            if path.startswith("/v1/"):
+                responses.pop("422", None)
+            if method != "get":
+                responses["403"] = _errors((403,))[403]
+            operation["responses"] = dict(sorted(responses.items()))

@@ -20,7 +20,7 @@ _TEMPLATES = Environment(
 
 
 class Row(NamedTuple):
-    """A parameter or a property, for a table. `place`: `query` or `header` for a parameter, "" for a property."""
+    """A parameter or a property, for a table. `place`: of a parameter `path`, `query` or `header`; "": a property."""
 
     name: str
     type: str
@@ -41,7 +41,8 @@ class Response(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """`curl`: its arguments, ready to be pasted. `body`: name of the schema that it takes, "" for none."""
+    """`curl`: its arguments, ready to be pasted; in capitals, what the reader has to put in. `body`: name of the schema
+    that it takes, "" for none."""
 
     method: str
     path: str
@@ -99,26 +100,43 @@ def _operations(document: dict[str, Any], base_url: str) -> Iterator[Operation]:
                 _row(p["name"], p["schema"] | _described(p), p.get("required", False), p["in"])
                 for p in operation.get("parameters", [])
             ]
-            responses = list(_responses(operation["responses"]))
-            body = _body(operation.get("requestBody", {}))
-            example = _example(document["components"]["schemas"][body]) if body else ""
             yield Operation(
                 method=method.upper(),
                 path=path,
                 description=operation.get("description", ""),
-                curl=_curl(base_url + path, parameters, example, responses),
+                curl=_curl(method.upper(), base_url + path, operation, document["components"]["schemas"]),
                 parameters=parameters,
-                body=body,
-                responses=responses,
+                body=_body(operation.get("requestBody", {})),
+                responses=list(_responses(operation["responses"])),
             )
 
 
-def _curl(url: str, parameters: list[Row], example: str, responses: list[Response]) -> str:
-    query = "&".join(f"{row.name}=..." for row in parameters if row.required)
-    url = f"'{url}?{query}'" if query else url
-    unbuffered = "-N " if any("ndjson" in response.media_type for response in responses) else ""
-    data = f" -H 'Content-Type: application/json' -d {shlex.quote(example)}" if example else ""
-    return f"{unbuffered}{url}{data}"
+def _curl(method: str, url: str, operation: dict[str, Any], schemas: dict[str, Any]) -> str:
+    names = [(p["name"], p["in"]) for p in operation.get("parameters", []) if p.get("required")]
+    for name, place in names:
+        if place == "path":
+            url = url.replace(f"{{{name}}}", name.upper())
+    query = "&".join(f"{name}={name.upper()}" for name, place in names if place == "query")
+    body = _body_sent(operation.get("requestBody", {}), schemas)
+    words = [shlex.quote(f"{url}?{query}" if query else url), *body]
+    if method != ("POST" if body else "GET"):  # what curl would send
+        words = ["-X", method, *words]
+    if any("ndjson" in media_type for media_type in operation["responses"]["200"]["content"]):
+        words = ["-N", *words]
+    return " ".join(words)
+
+
+def _body_sent(body: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
+    """The example of the body's schema, as curl's arguments."""
+    for media_type in body.get("content", {}):
+        schema = schemas[_body(body)]
+        (example,) = schema["examples"]
+        if media_type == "multipart/form-data":
+            fields = schema["properties"]
+            files = {name: "@" if fields[name].get("format") == "binary" else "" for name in example}
+            return [word for name in example for word in ("-F", shlex.quote(f"{name}={files[name]}{example[name]}"))]
+        return ["-H", shlex.quote(f"Content-Type: {media_type}"), "-d", shlex.quote(json.dumps(example))]
+    return []
 
 
 def _responses(responses: dict[str, dict[str, Any]]) -> Iterator[Response]:

@@ -98,7 +98,7 @@ async def submit(request: Request, backend: TheBackend, idempotency_key: Idempot
     f"{JOBS}/estimate",
     summary="Estimate what a job would take",
     openapi_extra=json_body(Config),
-    responses=documented(Estimate, "What the job would take.", 404, 413, 415, 422),
+    responses=documented(Estimate, "What the job would take.", 404, 413, 415, 422, 429),
 )
 async def estimate(request: Request, backend: TheBackend) -> Response:
     """Say what a job of this configuration would take. Nothing runs, and nothing is recorded.

@@ -179,7 +179,10 @@ def _alias(name: str, settings: Settings) -> OpenAIModel:
 def _fetched(repo: str, settings: Settings) -> int | None:
     """When the model of a hub was fetched; None: it wasn't."""
     home = settings.model_cache / "hub" / repo.replace("/", "--")
-    return int(home.stat().st_mtime) if home.is_dir() else None
+    try:
+        return int(home.stat().st_mtime)
+    except OSError:  # it isn't there; or the path is too long, or leads where the service may not look
+        return None
 
 
 def _base_model(name: str, settings: Settings) -> OpenAIModel:

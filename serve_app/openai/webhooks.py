@@ -120,10 +120,13 @@ async def delete(backend: TheBackend, endpoint_id: EndpointId) -> Response:
     f"{ENDPOINT}/rotate_secret",
     summary="Rotate an endpoint's secret",
     openapi_extra=json_body(OpenAIWebhookRotation),
-    responses=documented(OpenAIWebhookEndpointWithSecret, "The endpoint, with its new secret.", 400, 404, 413, 415),
+    responses=documented(
+        OpenAIWebhookEndpointWithSecret, "The endpoint, with its new secret.", 400, 404, 413, 415, 429
+    ),
 )
 async def rotate_secret(request: Request, backend: TheBackend, endpoint_id: EndpointId) -> Response:
-    """Give the endpoint a new secret, which is shown this once."""
+    """Give the endpoint a new secret, which is shown this once. Each secret that was kept is signed with for its own 24
+    hours, ten of them at most, so it does no harm to try again; to rotate without keeping ends them all."""
     asked = await received(OpenAIWebhookRotation, request, backend)
     secret, keep_old = new_secret(), bool(asked.keep_old_secret_active_for_24_hours)
     return _with_secret(await backend.webhooks.rotate(endpoint_id, secret, keep_old=keep_old), secret)

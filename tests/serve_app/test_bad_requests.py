@@ -264,6 +264,8 @@ def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config
         ({"fine_tuning_options": {"extras": {"dtipe": "bf16"}}}, "fine_tuning_options.extras.dtipe", "dtype"),
         ({"model": "https://user:secret@host/model"}, "model", "credentials"),
         ({"model": "s3://[broken"}, "model", "URI"),
+        ({"model": "org/my--model"}, "model", "'--'"),
+        ({"model": "org/" + "b" * 97}, "model", "1 to 96"),
         ({"model": "/" + "x" * 1000}, "model", ""),
         ({"model": "~nobody-of-that-name/model"}, "model", ""),
         ({"data": "/" + "x" * 1000}, "data", ""),

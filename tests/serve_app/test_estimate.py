@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from events.config import Config
-from events.facts import DataReport, DataValidated, Event, MetricsRecorded, StepMetrics
+from events.facts import DataReport, DataValidated, Event, MetricsRecorded, Resources, StepMetrics
 from tests.events.facts_of_a_job import ADMITTED, REPORT, started
 from tests.serve_app.live_server import Parts, Serve, Server
 from tests.tiny_models import make_tiny_model
@@ -19,8 +19,9 @@ from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.dialog import parse_row
 from trainers.data.prepare import prepare
+from trainers.estimate import AT_A_TIME, WAITING, Asked, Estimator, Found
 from trainers.load import build_schedule
-from trainers.plan import make_plan
+from trainers.plan import Plan, make_plan
 
 MAX_SEQ_LEN = 64
 WORDS = "the children read a story about the sea "
@@ -224,6 +225,25 @@ def past(tokens_per_second: float, device: str = "cpu", steps: int = 5) -> list[
     measured = [StepMetrics(step=number, epoch=1, time=end.isoformat(), loss=1.0) for number, end in enumerate(ends, 1)]
     run = started(1, device=device, total_steps=steps, n_epochs=1)
     return [DataValidated(data=report), ADMITTED, run, MetricsRecorded(attempt=1, steps=measured)]
+
+
+class _Busy(Parts):
+    """Where as many estimates are under way, and wait, as may."""
+
+    async def estimate(self, plan: Plan, resources: Resources) -> Found:
+        estimator = Estimator(self.settings)
+        estimator._here = AT_A_TIME + WAITING
+        return await estimator.find(Asked(plan=plan, device="cpu"))
+
+
+def test_an_estimate_that_is_one_too_many_is_told_when_to_try_again(serve: Serve) -> None:
+    server = serve(_Busy)
+    answer = httpx.post(f"{server.url}/fine_tuning/jobs/estimate", json=server.config())
+    assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert answer.json()["error"]["code"] == "too_many_estimates"
+    assert "Retry-After" in answer.headers
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    assert "429" in document["paths"]["/fine_tuning/jobs/estimate"]["post"]["responses"]
 
 
 def test_the_time_is_measured_on_jobs_like_it_once_there_are_some(

@@ -94,6 +94,13 @@ def test_every_operation_parameter_and_field_is_described(served: dict[str, Any]
     assert set(undescribed) <= {"Config.fine_tuning_options"}
 
 
+def test_the_statuses_of_an_operation_are_those_it_may_answer_with(served: dict[str, Any]) -> None:
+    for path, methods in served["paths"].items():
+        for method, operation in methods.items():
+            assert ("403" in operation["responses"]) == (method != "get"), path  # what a page of another site gets
+            assert not (path.startswith("/v1/") and "422" in operation["responses"]), path  # it is a 400 there
+
+
 def test_every_field_of_a_request_says_its_default_or_is_required(served: dict[str, Any]) -> None:
     for name in ("FineTuningOptions", "FullFineTuneOptions", "LoraFineTuneOptions", "DiskLogger", "WandBLogger"):
         schema = served["components"]["schemas"][name]

@@ -54,7 +54,7 @@ def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True
     The commit goes to `log`. When the hub can't be reached, the commit that the revision meant last time is used if
     it is cached, and `log` says so. An architecture that can't be trained is refused before its weights are fetched.
 
-    Raises UserError `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
+    Raises UserError `invalid_value`, `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
     InfrastructureError `hub_unreachable`.
     """
     home = cache_dir / "hub" / model.repo.replace("/", "--")
@@ -132,6 +132,7 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -141,6 +142,9 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
         yield
     except JobProblem:
         raise
+    except HFValidationError as error:
+        message = f"{model.repo} can be no model's name on a hub: {_reason(error)}"
+        raise UserError("invalid_value", message, param="model", suggestion="check the name") from error
     except GatedRepoError as error:
         raise UserError(
             "model_access_denied",

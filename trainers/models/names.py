@@ -68,7 +68,15 @@ ALIASES = {
     "phi-4": "microsoft/phi-4",
 }
 _HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII
+    r"(?![^@]*(?:--|\.\.))"  # in a name, but not in a revision
+    r"(?P<repo>\w(?:[\w.-]{0,94}\w)?/\w(?:[\w.-]{0,94}\w)?)(?<!\.git)"
+    r"(?:@(?P<revision>[A-Za-z0-9][\w./-]{0,119}))?",
+    re.ASCII,
+)
+"""A repository's name as huggingface_hub takes it; a revision that, with `--` for its slashes, can name a file."""
+_HUB_RULE = (
+    "each of the two has 1 to 96 letters, digits, '-', '_' or '.', and neither begins nor ends with '-' or '.'; "
+    "'--', '..' and '.git' at the end are not allowed; a revision has up to 120 characters"
 )
 
 
@@ -93,6 +101,11 @@ def classify_model(model: str) -> ModelKind:
         return "local"
     if _HUB_ID.fullmatch(model):
         return "hub"
+    if "/" in model:
+        raise _refused(
+            f"{model!r} is no Hugging Face id, 'org/name' or 'org/name@revision': {_HUB_RULE}. A directory is "
+            "given as a path that starts with '/' or './'."
+        )
     close = get_close_matches(model.lower(), ALIASES)
     meant = f" (did you mean {' or '.join(close)}?)" if close else ""
     raise _refused(
@@ -105,7 +118,7 @@ def hub_model(model: str) -> HubModel:
     """The repository that a hub id or an alias stands for."""
     match = _HUB_ID.fullmatch(ALIASES.get(model.lower(), model))
     if match is None:
-        raise _refused(f"{model!r} is no Hugging Face id.")
+        raise _refused(f"{model!r} is no Hugging Face id: {_HUB_RULE}.")
     return HubModel(match["repo"], match["revision"] or "main")
 
 

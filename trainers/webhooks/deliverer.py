@@ -52,7 +52,8 @@ TOLD: dict[type, EventType] = {
     JobCancelled: "fine_tuning.job.cancelled",
 }
 OLD_SECRET_S = 24 * 3600.0
-"""How long a secret that was rotated is still signed with, for who wants that."""
+"""How long a secret that was rotated is still signed with, for who wants that. So a rotation that is repeated, because
+its answer was lost, ends no secret that a receiver has."""
 GONE = 410
 _PAGE = 1000
 _LOG_WAIT_S = 30.0

@@ -7,11 +7,9 @@ transaction that adds what was found there.
 
 import base64
 import json
-import os
 import secrets
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,47 +17,13 @@ from typing import Any, Literal, NamedTuple
 from ulid import ULID
 
 from trainers.errors import UserError
+from trainers.webhooks.schema import connect
 
 EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
 DeliveryStatus = Literal["pending", "delivered", "failed"]
 MOST_ENDPOINTS = 50
-_LOCK_WAIT_S = 20.0  # the process before this one may need a moment to die
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS endpoints (
-    number           INTEGER PRIMARY KEY AUTOINCREMENT,
-    id               TEXT NOT NULL UNIQUE,
-    name             TEXT NOT NULL,
-    url              TEXT NOT NULL,
-    event_types      TEXT NOT NULL,
-    created_at       REAL NOT NULL,
-    updated_at       REAL NOT NULL,
-    enabled          INTEGER NOT NULL DEFAULT 1,
-    secret           TEXT NOT NULL,
-    old_secret       TEXT,
-    old_secret_until REAL
-) STRICT;
-CREATE TABLE IF NOT EXISTS deliveries (
-    number           INTEGER PRIMARY KEY AUTOINCREMENT,
-    endpoint_id      TEXT NOT NULL REFERENCES endpoints (id) ON DELETE CASCADE,
-    event_id         TEXT NOT NULL,
-    event_type       TEXT NOT NULL,
-    job_id           TEXT NOT NULL,
-    created_at       REAL NOT NULL,
-    status           TEXT NOT NULL DEFAULT 'pending',
-    attempts         INTEGER NOT NULL DEFAULT 0,
-    last_attempt_at  REAL,
-    next_attempt_at  REAL,
-    last_status_code INTEGER,
-    last_error       TEXT,
-    UNIQUE (endpoint_id, event_id)
-) STRICT;
-CREATE INDEX IF NOT EXISTS due ON deliveries (endpoint_id, next_attempt_at) WHERE status = 'pending';
-CREATE TABLE IF NOT EXISTS cursor (
-    id       INTEGER PRIMARY KEY CHECK (id = 1),
-    position INTEGER NOT NULL,
-    event_id TEXT NOT NULL
-) STRICT;
-"""
+MOST_OLD_SECRETS = 10
+"""Of an endpoint, at one time. Each is one more signature in the header of what is sent."""
 
 
 class Cursor(NamedTuple):
@@ -130,7 +94,7 @@ class Attempt:
     attempts: int
     """This one included."""
     secrets: tuple[str, ...] = field(repr=False)
-    """What it is to be signed with: one secret, or two while an old one is still good."""
+    """What it is to be signed with: the secret, and the old ones that are still good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,22 +113,7 @@ class WebhookStore:
     """Everything blocks, and raises sqlite3.Error where the file can't be read or written."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-        path.chmod(0o600)  # SQLite gives the write-ahead log the same mode
-        self._db = sqlite3.connect(path, timeout=_LOCK_WAIT_S, check_same_thread=False)  # not always the same thread
-        self._db.row_factory = sqlite3.Row
-        try:
-            # As the event log: no shared memory, so that a network file system will do. What a failed sync may have
-            # left in the write-ahead log is written anew and synced before it is read.
-            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON",
-                           "wal_checkpoint(TRUNCATE)"):  # fmt: skip
-                self._db.execute(f"PRAGMA {pragma}")
-            self._db.executescript(_SCHEMA)
-        except BaseException:
-            self._db.close()
-            raise
+        self._db = connect(path)
 
     def close(self) -> None:
         self._db.close()
@@ -238,20 +187,37 @@ class WebhookStore:
         return self.endpoint(endpoint_id)
 
     def rotate(self, endpoint_id: str, secret: str, now: float, old_secret_until: float | None) -> Endpoint:
-        """A new secret, unless it is that one already; what is sent until then is signed with the old one as well."""
+        """A new secret, unless it is that one already; what is sent until then is signed with the old one as well, and
+        with each that was old before, until its own time. None: with the new one only, from now on.
+
+        Raises UserError `too_many_webhook_secrets`.
+        """
         old = self._endpoint_row(endpoint_id)["secret"]
-        if old != secret:
-            kept = None if old_secret_until is None else old
-            with self._db:
-                self._db.execute(
-                    "UPDATE endpoints SET secret = ?, old_secret = ?, old_secret_until = ?, updated_at = ? "
-                    "WHERE id = ?",
-                    (secret, kept, old_secret_until, now, endpoint_id),
-                )
+        if old == secret:
+            return self.endpoint(endpoint_id)
+        with self._db:
+            self._db.execute(
+                "DELETE FROM old_secrets WHERE endpoint_id = ? AND (until <= ? OR ?)",
+                (endpoint_id, now, old_secret_until is None),
+            )
+            if old_secret_until is not None:
+                (count,) = self._one("SELECT count(*) FROM old_secrets WHERE endpoint_id = ?", endpoint_id)
+                if count >= MOST_OLD_SECRETS:
+                    raise UserError(
+                        "too_many_webhook_secrets",
+                        f"the endpoint has {count} old secrets that are still signed with: wait until one is too old, "
+                        "or rotate without keep_old_secret_active_for_24_hours, which ends them all",
+                    )
+                self._db.execute("INSERT INTO old_secrets VALUES (?, ?, ?)", (endpoint_id, old, old_secret_until))
+            self._db.execute("UPDATE endpoints SET secret = ?, updated_at = ? WHERE id = ?", (secret, now, endpoint_id))
         return self.endpoint(endpoint_id)
 
     def secrets(self, endpoint_id: str, now: float) -> tuple[str, ...]:
-        return _secrets(self._endpoint_row(endpoint_id), now)
+        """What is signed with: the endpoint's secret, then the old ones that are still good, the latest first."""
+        rows = self._db.execute(
+            "SELECT secret FROM old_secrets WHERE endpoint_id = ? AND until > ? ORDER BY until DESC", (endpoint_id, now)
+        )
+        return (self._endpoint_row(endpoint_id)["secret"], *(row["secret"] for row in rows))
 
     def delete(self, endpoint_id: str) -> None:
         """And all that was to be sent to it."""
@@ -341,7 +307,8 @@ class WebhookStore:
             "UPDATE deliveries SET attempts = ?, last_attempt_at = ?, next_attempt_at = ? WHERE number = ?",
             (attempts, now, now + hold_s(attempts), delivery["number"]),
         )
-        return Attempt(endpoint["id"], endpoint["url"], _notice(delivery), attempts, _secrets(endpoint, now))
+        secrets = self.secrets(endpoint["id"], now)
+        return Attempt(endpoint["id"], endpoint["url"], _notice(delivery), attempts, secrets)
 
     def settle(self, attempt: Attempt, outcome: Outcome) -> None:
         """What became of it. Nothing, if the endpoint was deleted meanwhile."""
@@ -405,12 +372,6 @@ def new_endpoint_id() -> str:
 
 def new_secret() -> str:
     return f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
-
-
-def _secrets(row: sqlite3.Row, now: float) -> tuple[str, ...]:
-    if row["old_secret"] is not None and now < row["old_secret_until"]:
-        return row["secret"], row["old_secret"]
-    return (row["secret"],)
 
 
 def _endpoint(row: sqlite3.Row) -> Endpoint:

@@ -47,6 +47,13 @@ def test_a_model_of_a_hub_is_there_once_it_was_fetched(server: Server, client: o
     assert client.models.retrieve("org/name").owned_by == "org"
 
 
+def test_a_hub_id_of_any_length_is_a_404(server: Server, client: openai.OpenAI) -> None:
+    (server.parts.settings.model_cache / "hub").mkdir(parents=True, exist_ok=True)
+    for name in (f"org/{'b' * 300}", f"org/name@{'b' * 300}", f"{'b' * 96}/{'b' * 96}"):
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(name)
+
+
 @pytest.mark.parametrize("name", ["gpt-4o", "/etc", "ft:x:y:z:01ARZ3NDEKTSV4RRFFQ69G5FAV"])
 def test_what_is_no_model_is_a_404(client: openai.OpenAI, name: str) -> None:
     with pytest.raises(openai.NotFoundError) as refused:

@@ -109,6 +109,16 @@ def test_the_secret_is_shown_once(client: openai.OpenAI, http: httpx.Client, end
     assert hint == f"whsec_...{rotated.signing_secret[-4:]}"
 
 
+def test_a_rotation_that_is_sent_again_leaves_the_receiver_the_secret_it_has(
+    client: openai.OpenAI, http: httpx.Client, endpoint: Any, receiver: Receiver, cancelled: Callable[[], str]
+) -> None:
+    for _ in range(2):
+        client.webhooks.rotate_secret(endpoint.id, keep_old_secret_active_for_24_hours=True)
+    cancelled()
+    delivered(http, endpoint.id, 1)
+    verified(receiver.got[0], endpoint.signing_secret)
+
+
 def test_a_create_that_is_sent_again_with_its_idempotency_key_makes_one_endpoint(
     client: openai.OpenAI, receiver: Receiver
 ) -> None:

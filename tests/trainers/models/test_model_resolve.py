@@ -17,6 +17,7 @@ from trainers.errors import InfrastructureError, JobProblem, UserError
 from trainers.models import resolve, smollm2
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.cache import make_once
+from trainers.models.hub import download
 from trainers.models.names import ALIASES, HubModel, hub_model
 from trainers.models.resolve import classify_model, resolve_model
 from trainers.settings import Settings
@@ -61,6 +62,7 @@ def failure(model: str, settings: Settings) -> JobProblem:
         ("meta-llama/Llama-3.2-1B", "hub"),
         ("Qwen/Qwen2.5-0.5B@refs/pr/3", "hub"),
         ("org/name@0123456789abcdef0123456789abcdef01234567", "hub"),
+        ("org/name@a--branch..git", "hub"),
     ],
 )
 def test_a_model_name_says_what_it_is(model: str, kind: str) -> None:
@@ -79,6 +81,7 @@ BAD_NAMES = [
     "org/na me",
     "org/name\n",
     "órg/m",
+    "org/name@" + 60 * "a/" + "b",
 ]
 BAD_URIS = [
     "http://host/m",
@@ -277,6 +280,15 @@ def test_a_revision_cannot_lead_out_of_the_cache_while_the_hub_is_down(
     hub.broken = True
     for revision in ("refs", f"refs/{'../' * len(home.parts)}{outside}", "refs/../../../../../outside"):
         assert failure(f"acme/tiny@{revision}", settings).error.code in ("hub_unreachable", "invalid_value")
+
+
+def test_a_name_that_huggingface_hub_refuses_is_no_fault_of_the_hub(settings: Settings, hub: SmallHub) -> None:
+    """Whatever a later release of it refuses."""
+    with pytest.raises(UserError) as caught:
+        download(HubModel("org/my--model"), settings.model_cache, lambda _: None)
+    assert (caught.value.error.code, caught.value.error.param) == ("invalid_value", "model")
+    assert "Cannot have -- or .." in str(caught.value)
+    assert hub.requests == []
 
 
 def test_an_unreachable_hubs_password_is_not_shown(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

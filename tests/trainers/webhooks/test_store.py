@@ -1,5 +1,7 @@
 """What the store of endpoints and deliveries keeps, and for how long."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from tests.trainers.webhooks.support import TYPES
 from trainers.errors import UserError
 from trainers.webhooks.deliverer import Pace, Webhooks
-from trainers.webhooks.store import MOST_ENDPOINTS, Cursor, Notice, WebhookStore
+from trainers.webhooks.store import MOST_ENDPOINTS, MOST_OLD_SECRETS, Cursor, Notice, WebhookStore
 
 
 def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path: Path) -> None:
@@ -49,6 +51,56 @@ def test_an_old_secret_is_good_for_a_day(tmp_path: Path) -> None:
     assert store.secrets(created.id, 299.0) == ("whsec_2", "whsec_1")
     assert store.secrets(created.id, 300.0) == ("whsec_2",)
     store.close()
+
+
+def test_a_rotation_that_is_repeated_keeps_the_secret_that_the_receiver_has(tmp_path: Path) -> None:
+    """The answer to the first one was lost, so nobody knows what it made."""
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.rotate(created.id, "whsec_2", 200.0, 300.0)
+    store.rotate(created.id, "whsec_3", 210.0, 310.0)
+    assert store.secrets(created.id, 299.0) == ("whsec_3", "whsec_2", "whsec_1")
+    assert store.secrets(created.id, 300.0) == ("whsec_3", "whsec_2")
+    assert store.secrets(created.id, 310.0) == ("whsec_3",)
+    store.close()
+
+
+def test_a_rotation_that_keeps_nothing_ends_every_old_secret(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.rotate(created.id, "whsec_2", 200.0, 300.0)
+    store.rotate(created.id, "whsec_3", 210.0, None)
+    assert store.secrets(created.id, 211.0) == ("whsec_3",)
+    store.close()
+
+
+def test_there_is_a_bound_on_old_secrets_which_those_that_are_over_do_not_count_for(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_0", "", "http://8.8.8.8/", TYPES, 100.0)
+    for number in range(1, MOST_OLD_SECRETS + 1):
+        store.rotate(created.id, f"whsec_{number}", 200.0, 300.0)
+    before = store.secrets(created.id, 299.0)
+    with pytest.raises(UserError, match="10 old secrets"):
+        store.rotate(created.id, "whsec_more", 299.0, 399.0)
+    assert store.secrets(created.id, 299.0) == before
+    store.rotate(created.id, "whsec_more", 300.0, 400.0)
+    assert store.secrets(created.id, 300.0) == ("whsec_more", before[0])
+    store.close()
+
+
+def test_a_file_that_knows_one_old_secret_is_read_with_it(tmp_path: Path) -> None:
+    """Of the first version."""
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_2", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.close()
+    with closing(sqlite3.connect(tmp_path / "webhooks.db", isolation_level=None)) as earlier:
+        earlier.execute("DROP TABLE old_secrets")
+        earlier.execute("UPDATE endpoints SET old_secret = 'whsec_1', old_secret_until = 300.0")
+    for _ in range(2):
+        store = WebhookStore(tmp_path / "webhooks.db")
+        assert store.secrets(created.id, 299.0) == ("whsec_2", "whsec_1")
+        assert store.secrets(created.id, 300.0) == ("whsec_2",)
+        store.close()
 
 
 def test_there_is_a_bound_on_endpoints(tmp_path: Path) -> None:
