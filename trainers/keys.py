@@ -155,7 +155,7 @@ KEYS: tuple[Key, ...] = (
         "max_seq_len",
         nullable(integer(2, 2**20)),
         "null",
-        "Rows are cut after this many tokens. null: what the model can take.",
+        "Rows are cut after this many tokens. null: 4096, or what the model can take if that is less.",
         ("tokenizer.max_seq_len",),
     ),
     Key("clip_grad_norm", nullable(number(0, above=True)), "null", "Largest norm of the gradient. null: not clipped."),
