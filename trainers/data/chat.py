@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -36,11 +36,13 @@ _RESERVED = re.compile("[\ufdd0-\ufdd3]")
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A dialog as text. `trained`: its trained characters. `control`: its control tokens (start, end, token id); None
-    where the tokenizer finds them by itself, because no text of the user looks like one."""
+    where the tokenizer finds them by itself, because no text of the user looks like one. `partly_shown`: the template
+    shows only a part of a message to train on."""
 
     text: str
     trained: list[Span]
     control: list[tuple[int, int, int]] | None = None
+    partly_shown: bool = False
 
 
 class ChatTokenizer:
@@ -111,11 +113,11 @@ class ChatTokenizer:
     def locate(self, dialog: Dialog) -> Rendered:
         """The first, per-row half of `encode`. Raises RowError for a dialog this model can't be trained on."""
         if not self._looks_like_control(dialog):
-            text, spans = self._spans.render(dialog)
-            return Rendered(text, spans)
+            text, spans, partly_shown = self._spans.render(dialog)
+            return Rendered(text, spans, partly_shown=partly_shown)
         messages, tools = _map_text((dialog.messages, dialog.tools), self._escape)
-        text, spans = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
-        return self._unescape(text, spans)
+        text, spans, partly_shown = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
+        return replace(self._unescape(text, spans), partly_shown=partly_shown)
 
     def encode_rendered(self, batch: Sequence[Rendered]) -> list[Encoded]:
         """The second half: tokens and masks. Long texts one by one, to have one of them in memory."""

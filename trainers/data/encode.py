@@ -26,7 +26,8 @@ class Chunk:
     `tokens` and `mask` are bytes as in the files of `trainers.data.dataset`; `lengths` their tokens by row. A line
     gives one row, or two behind one another, chosen and rejected. `valid`, `truncated` and `invalid` count lines;
     `histogram` counts them by the next power of two of their (longer) row before truncation. `errors` are the first of
-    the `invalid`, `truncated_lines` the first of the `truncated`.
+    the `invalid`, `truncated_lines` the first of the `truncated`. `partly_shown` counts lines with a message to train
+    on of which the chat template shows only a part.
     """
 
     tokens: bytes = b""
@@ -35,6 +36,7 @@ class Chunk:
     valid: int = 0
     trained: int = 0
     truncated: int = 0
+    partly_shown: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
     invalid: int = 0
     errors: list[LineError] = field(default_factory=list)
@@ -60,6 +62,7 @@ def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Lin
             continue
         if chunk.truncated > cut and len(chunk.truncated_lines) < ERRORS_KEPT:
             chunk.truncated_lines.append(line)
+        chunk.partly_shown += not isinstance(rows, RowError) and any(row.partly_shown for row in rows)
         for ids, mask in kept:
             tokens.append(ids)
             masks.append(mask)

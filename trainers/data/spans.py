@@ -56,8 +56,9 @@ class SpanFinder:
         self._turn_end = re.compile(rf"\s*(?:{control.pattern})")
         self._skeletons: dict[object, _Skeleton | None] = {}
 
-    def render(self, dialog: Dialog) -> tuple[str, list[Span]]:
-        """The text of `dialog` and its trained characters, in the order of the messages.
+    def render(self, dialog: Dialog) -> tuple[str, list[Span], bool]:
+        """The text of `dialog`, its trained characters, in the order of the messages, and whether the template shows
+        only a part of a kept message.
 
         Raises RowError where the template refuses the dialog, leaves out a message, tools or tool calls, or rewrites a
         kept message beyond recognition.
@@ -66,7 +67,7 @@ class SpanFinder:
         skeleton = self._skeleton_of(dialog)
         fields = (skeleton and self._align(text, skeleton, dialog.messages)) or {}
         frames = skeleton.frames if skeleton else self._frames(dialog)
-        spans = []
+        spans, partly = [], False
         for i, (message, keep) in enumerate(zip(dialog.messages, dialog.keep_loss, strict=True)):
             frame = frames[message["role"]]
             if "tool_calls" in message:
@@ -76,7 +77,8 @@ class SpanFinder:
                 start, end = fields.get(i) or self._find_content(text, dialog, i)
             if keep:
                 spans.append(_framed(text, start, end, frame))
-        return text, spans
+                partly = partly or not _shows(text[start:end], message["content"])
+        return text, spans, partly
 
     def turn_end(self, dialog: Dialog, role: str) -> str:
         """The text that ends a turn of `role` in `dialog`; "" where there is none."""
@@ -133,12 +135,16 @@ class SpanFinder:
 
     def _lead(self, before: Sequence[Turn], dialog: Dialog, head: str) -> str:
         """The blanks that an assistant writes first: those in `head` behind the prompt for generation."""
-        try:
-            prompt = self._template.render(before, dialog.tools, add_generation_prompt=True)
-        except RowError:
-            return ""
-        lead = head[len(prompt) :] if head.startswith(prompt) else ""
+        prompt = self._prompt(before, dialog)
+        lead = head[len(prompt) :] if prompt is not None and head.startswith(prompt) else ""
         return lead if lead.isspace() else ""
+
+    def _prompt(self, before: Sequence[Turn], dialog: Dialog) -> str | None:
+        """What an answer to `before` starts from; None where the template refuses that."""
+        try:
+            return self._template.render(before, dialog.tools, add_generation_prompt=True)
+        except RowError:
+            return None
 
     def _align(self, text: str, skeleton: _Skeleton, messages: Sequence[Turn]) -> dict[int, Span] | None:
         """Where each content lies in `text`; None: `text` isn't the skeleton with the contents filled in."""
@@ -181,13 +187,18 @@ class SpanFinder:
             found = text.find(content, max(0, end - len(content)), start + len(content))
             if found >= 0:
                 return found, found + len(content)
-        squeezed = "".join(message["content"].split())
-        if start == end or "".join(text[start:end].split()) not in squeezed:
+        squeezed = _squeezed(message["content"])
+        if start == end or _squeezed(text[start:end]) not in squeezed:
             raise _rewritten(i, message)
-        # The template kept a part, or changed blanks; what it puts around a mark may begin as this part does.
+        # The template kept a part, or changed blanks; what it puts around a mark may begin as this part does, and what
+        # stands before the words may end as the dropped part does (`<|Assistant|>` as `</think>`): not further back
+        # than the prompt reaches, nor into a control token.
+        prompt = self._prompt(dialog.messages[:i], dialog) or ""
+        first = max(0, start - _LEAD, _common_prefix(text[:start], prompt))
+        first = max(first, *(match.end() for match in self._control.finditer(text, first, start)), first)
         whole = start
-        for begin in range(start - 1, max(0, start - _LEAD), -1):
-            if "".join(text[begin:end].split()) not in squeezed:
+        for begin in range(start - 1, first - 1, -1):
+            if _squeezed(text[begin:end]) not in squeezed:
                 break
             whole = whole if text[begin].isspace() else begin
         return whole, end
@@ -238,6 +249,16 @@ def _variants(content: str) -> Iterator[str]:
     yield content.rstrip()
     yield content.lstrip()
     yield json.dumps(content, ensure_ascii=False)[1:-1]
+
+
+def _shows(written: str, content: str) -> bool:
+    """Whether `written` holds all of `content`, however a template changes its blanks."""
+    return any(variant in written for variant in _variants(content)) or _squeezed(content) in _squeezed(written)
+
+
+def _squeezed(text: str) -> str:
+    """`text` without its blanks."""
+    return "".join(text.split())
 
 
 def _check_calls(written: str, message: Turn) -> None:
