@@ -1,9 +1,10 @@
 """Which characters of a rendered dialog are trained on.
 
 The trained text of a kept message is what its speaker wrote (content and tool calls) and the token that ends the turn;
-never the header before it, never the line break after it. (A blank that stands between an assistant's header and its
-words belongs to the words: the model has to write it.) Templates don't say where that is, so it is found by experiment:
-render the dialog again with the contents replaced by marks, and compare.
+never the header before it, never the line break after it. (What stands between the prompt for generation and an
+assistant's words belongs to the words, as the model has to write it: a blank, or the empty thought of Qwen 3.)
+Templates don't say where that is, so it is found by experiment: render the dialog again with the contents replaced by
+marks, and compare.
 
 One such skeleton serves all dialogs with the same sequence of roles. Where a dialog doesn't fit its skeleton, because
 the template looks into the contents (drops earlier reasoning, say), a kept message is exchanged for a mark by itself
@@ -30,7 +31,8 @@ _LEAD = 64  # characters
 
 
 class _Frame(NamedTuple):
-    """What of the template's own text is trained with a message: blanks before it, and what ends its turn."""
+    """What of the template's own text is trained with a message: what its speaker has to write before it, and what ends
+    its turn."""
 
     lead: str = ""
     end: str = ""
@@ -117,6 +119,8 @@ class SpanFinder:
         frames = {}
         for role in {message["role"] for message in dialog.messages}:
             places = [i for i, message in enumerate(dialog.messages) if message["role"] == role]
+            if role == "assistant":
+                places.reverse()  # a template may write something before the last answer only, and behind a question
             frames[role] = next(self._frames_at(dialog, places[:_MAX_TRIES]), _Frame())
         return frames
 
@@ -134,10 +138,13 @@ class SpanFinder:
             yield _Frame(lead, match.group() if match else "")
 
     def _lead(self, before: Sequence[Turn], dialog: Dialog, head: str) -> str:
-        """The blanks that an assistant writes first: those in `head` behind the prompt for generation."""
+        """What an assistant writes first: the rest of `head`, behind the prompt for generation."""
         prompt = self._prompt(before, dialog)
         lead = head[len(prompt) :] if prompt is not None and head.startswith(prompt) else ""
-        return lead if lead.isspace() else ""
+        if not lead or lead.isspace():
+            return lead
+        # Where the template has no such prompt, the header stands there as well.
+        return "" if prompt == self._template.render(before, dialog.tools) else lead
 
     def _prompt(self, before: Sequence[Turn], dialog: Dialog) -> str | None:
         """What an answer to `before` starts from; None where the template refuses that."""

@@ -176,6 +176,9 @@ R1_DISTILL = (
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
 
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+"""What the two templates around this put before a last answer that has no reasoning."""
+
 # After the last question of the user (a tool's result is none) reasoning is shown, and an empty one is put before a
 # last answer that has none. Before it, reasoning is dropped. Calls and results are those of Qwen 2.5.
 QWEN3 = """\
