@@ -219,9 +219,11 @@ class SpanFinder:
                 other = self._template.render(_exchanged(dialog.messages, i, following), dialog.tools)
             except RowError:
                 continue
-            start = _common_prefix(text, other)
+            at = other.find(mark)
+            lead = frame.lead if other.endswith(frame.lead, 0, at) else ""  # what the message itself begins with may begin as that does
+            start = min(_common_prefix(text, other), at - len(lead))
             end = text.find(frame.end, start)
-            if frame.end and end >= 0 and other[start:].lstrip().startswith(mark):
+            if frame.end and end >= 0 and at >= 0 and other[start:at].removeprefix(lead).strip() == "":
                 return start, end
         raise _rewritten(i, message)
 

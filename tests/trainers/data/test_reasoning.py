@@ -61,6 +61,12 @@ def test_an_empty_thought_before_a_call_is_trained(tmp_path: Path) -> None:
     assert run.startswith(templates.EMPTY_THOUGHT + "<tool_call>")
 
 
+def test_reasoning_before_a_call_is_trained_where_that_ends_the_dialog(tmp_path: Path) -> None:
+    row = dialog(user("a"), assistant("<think>\nhm\n</think>\n\nSo.", tool_calls=[call("f", {})]))
+    (run,) = trained(make_tokenizer(tmp_path, templates.QWEN3), row)
+    assert run.startswith("<think>\nhm\n</think>\n\nSo.\n<tool_call>")
+
+
 def test_of_a_template_without_a_prompt_for_generation_no_header_is_trained(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ '### ' + m['role'] + ':\\n' + m['content'] + eos_token }}{% endfor %}"
     row = dialog(user("a"), assistant("yes"))
