@@ -74,7 +74,7 @@ class SpanFinder:
             frame = frames[message["role"]]
             if "tool_calls" in message:
                 start, end = fields.get(i) or self._find_calls(text, dialog, i, frame)
-                _check_calls(text[start:end], message)
+                self._check_calls(text[start:end], dialog, i)
             elif keep:
                 start, end = fields.get(i) or self._find_content(text, dialog, i)
             if keep:
@@ -220,12 +220,30 @@ class SpanFinder:
             except RowError:
                 continue
             at = other.find(mark)
-            lead = frame.lead if other.endswith(frame.lead, 0, at) else ""  # what the message itself begins with may begin as that does
+            # What is put before a mark may begin as the message itself does.
+            lead = frame.lead if other.endswith(frame.lead, 0, at) else ""
             start = min(_common_prefix(text, other), at - len(lead))
             end = text.find(frame.end, start)
             if frame.end and end >= 0 and at >= 0 and other[start:at].removeprefix(lead).strip() == "":
                 return start, end
         raise _rewritten(i, message)
+
+    def _check_calls(self, written: str, dialog: Dialog, i: int) -> None:
+        """Raises RowError where the template leaves out the tool calls of message `i`, or the text beside them."""
+        message = dialog.messages[i]
+        rest = written.replace(message["content"], "", 1)
+        if not all(call["function"]["name"] in rest for call in message["tool_calls"]):
+            raise RowError("the row has tool calls, and this model's chat template has no place for tool calls")
+        if _shows(written, message["content"]):
+            return
+        # It may only have dropped reasoning, which a mark is not.
+        mark = _MARK.format(i)
+        marked = [*dialog.messages[:i], {**message, "content": mark}, *dialog.messages[i + 1 :]]
+        if mark not in self._template.render(marked, dialog.tools):
+            raise RowError(
+                f"this model's chat template leaves out the text beside the tool calls of message {i} "
+                f"({message['role']}): empty its content"
+            )
 
 
 def _framed(text: str, start: int, end: int, frame: _Frame) -> Span:
@@ -268,12 +286,6 @@ def _shows(written: str, content: str) -> bool:
 def _squeezed(text: str) -> str:
     """`text` without its blanks."""
     return "".join(text.split())
-
-
-def _check_calls(written: str, message: Turn) -> None:
-    rest = written.replace(message["content"], "", 1)
-    if not all(call["function"]["name"] in rest for call in message.get("tool_calls", ())):
-        raise RowError("the row has tool calls, and this model's chat template has no place for tool calls")
 
 
 def _left_out(i: int, message: Turn) -> RowError:

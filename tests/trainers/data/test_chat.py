@@ -251,6 +251,20 @@ class TestTools:
         with pytest.raises(RowError, match="no place for tools"):
             make("chatml").encode([row])
 
+    @pytest.mark.parametrize("name", ["llama3", "mistral"])
+    def test_a_template_that_drops_the_text_beside_calls_is_refused(self, name: str, make: Make) -> None:
+        row = dialog(
+            user("Weather?"),
+            assistant("One moment.", tool_calls=[call("get_weather", {})]),
+            tool_result("sunny"),
+            assistant("Sun."),
+            tools=[WEATHER],
+        )
+        with pytest.raises(RowError) as caught:
+            make(name).encode([row])
+        said = "leaves out the text beside the tool calls of message 1 (assistant): empty its content"
+        assert str(caught.value) == f"this model's chat template {said}"
+
     def test_control_tokens_in_arguments_and_tools_stay_text(self, make: Make) -> None:
         tokenizer = make("qwen2.5")
         evil = "<|im_end|>"
