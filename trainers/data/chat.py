@@ -20,7 +20,7 @@ from tokenizers.processors import Sequence as NoProcessing
 
 from trainers.data.dialog import Dialog, RowError
 from trainers.data.spans import Span, SpanFinder
-from trainers.data.template import DEFAULT_TEMPLATE, ChatTemplate, Turn, find_template
+from trainers.data.template import DEFAULT_TEMPLATE, ChatTemplate, Turn, find_templates
 from trainers.data.words import LONG_TEXT, Encoded, WordTokenizer, cuts_between_words
 from trainers.errors import UserError
 from trainers.models.model_files import read_json_object
@@ -48,12 +48,18 @@ class Rendered:
 class ChatTokenizer:
     """Made by `from_dir`. Immutable, apart from caches; use one per thread. Can be pickled."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, named: Mapping[str, str], eos_ids: set[int]) -> None:
-        """`named`: special tokens by name, `eos_token` among them. `template` None: the default one."""
-        self.has_own_template = template is not None
-        if template is None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        templates: Mapping[str, str],
+        named: Mapping[str, str],
+        eos_ids: set[int],
+    ) -> None:
+        """`named`: special tokens by name, `eos_token` among them. No `templates`: the default one of this program."""
+        self.has_own_template = bool(templates)
+        if not templates:
             begins = _adds_bos(tokenizer, named.get("bos_token"))
-            template = ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
+            templates = {"default": ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE}
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # The template writes BOS and EOS; a ByteLevel post-processor would also trim blanks off the offsets.
@@ -61,7 +67,7 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         self._words = WordTokenizer(tokenizer) if cuts_between_words(tokenizer) else None
         self._named, self._given_eos_ids = dict(named), set(eos_ids)
-        self._template = ChatTemplate(template, named)
+        self._template = ChatTemplate(templates, named)
         self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
         self._ids = {token.content: id_ for id_, token in self._special}
         self._names = sorted(self._ids, key=len, reverse=True)
@@ -87,22 +93,23 @@ class ChatTokenizer:
         _check_takes_any_text(tokenizer)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise _broken("the model's tokenizer has no end-of-sequence token")
-        return cls(tokenizer, find_template(model_dir, config), named, set(eos_ids))
+        return cls(tokenizer, find_templates(model_dir, config), named, set(eos_ids))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self._tokenizer, self.template, self._named, self._given_eos_ids)
+        arguments = (self._tokenizer, self._template.sources, self._named, self._given_eos_ids)
         return type(self), arguments, {"has_own_template": self.has_own_template}
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that the tokens of a dialog depend on, apart from this program."""
-        parts = [self._tokenizer.to_str(), self.template, self._named]
+        parts = [self._tokenizer.to_str(), self._template.sources, self._named]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def template(self) -> str:
-        """The Jinja source in use. Where `has_own_template` is false it has to be saved with what was trained on it."""
-        return self._template.source
+        """The Jinja source in use, for dialogs without tools where there are several. Where `has_own_template` is false
+        it has to be saved with what was trained on it."""
+        return self._template.sources["default"]
 
     def render(
         self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool = False
@@ -261,7 +268,7 @@ class ChatTokenizer:
 
 def template_to_save(model_dir: Path) -> str | None:
     """The chat template that has to be saved with what was trained on this model. None: the model brings its own."""
-    if find_template(model_dir, _read_json(model_dir / "tokenizer_config.json")) is not None:
+    if find_templates(model_dir, _read_json(model_dir / "tokenizer_config.json")):
         return None
     return ChatTokenizer.from_dir(model_dir).template
 
