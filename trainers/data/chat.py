@@ -54,8 +54,11 @@ class ChatTokenizer:
         templates: Mapping[str, str],
         named: Mapping[str, str],
         eos_ids: set[int],
+        vocab_size: int | None = None,
     ) -> None:
         """`named`: special tokens by name, `eos_token` among them. No `templates`: the default one of this program."""
+        self.vocab_size = vocab_size
+        """Rows of the model's embedding; None where the directory has no config.json."""
         self.has_own_template = bool(templates)
         if not templates:
             begins = _adds_bos(tokenizer, named.get("bos_token"))
@@ -85,6 +88,7 @@ class ChatTokenizer:
         """Reads tokenizer.json and the configs beside it. Raises UserError (param `model`) for what is missing."""
         tokenizer = _read_tokenizer(model_dir / "tokenizer.json")
         config = _read_json(model_dir / "tokenizer_config.json")
+        vocab_size = _read_json(model_dir / "config.json").get("vocab_size")
         eos_ids = [*_eos_ids(model_dir / "generation_config.json"), *_eos_ids(model_dir / "config.json")]
         named = _named_tokens(model_dir, config)
         if "eos_token" not in named and eos_ids:
@@ -93,16 +97,18 @@ class ChatTokenizer:
         _check_takes_any_text(tokenizer)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise _broken("the model's tokenizer has no end-of-sequence token")
-        return cls(tokenizer, find_templates(model_dir, config), named, set(eos_ids))
+        templates = find_templates(model_dir, config)
+        return cls(tokenizer, templates, named, set(eos_ids), vocab_size if isinstance(vocab_size, int) else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self._tokenizer, self._template.sources, self._named, self._given_eos_ids)
+        arguments = (self._tokenizer, self._template.sources, self._named, self._given_eos_ids, self.vocab_size)
         return type(self), arguments, {"has_own_template": self.has_own_template}
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that the tokens of a dialog depend on, apart from this program."""
-        parts = [self._tokenizer.to_str(), self._template.sources, self._named]
+        """A hash of all that the tokens of a dialog, and which of them the model has, depend on, apart from this
+        program."""
+        parts = [self._tokenizer.to_str(), self._template.sources, self._named, self.vocab_size]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -154,6 +160,16 @@ class ChatTokenizer:
         rendered = self._unescape(self.render(escaped, tools, add_generation_prompt=True), [])
         ids: list[int] = self._encode_hard(rendered)[0].tolist()
         return ids
+
+    def check_embedded(self, ids: NDArray[np.int32]) -> None:
+        """Raises RowError where the model's embedding has no row for one of `ids`: its tokenizer gained tokens and the
+        model didn't."""
+        if self.vocab_size is not None and (beyond := ids[ids >= self.vocab_size]).size:
+            first = int(beyond[0])
+            raise RowError(
+                f"the token {self._tokenizer.id_to_token(first)!r} ({first}) has no row in the embedding of "
+                f"{self.vocab_size}: resize the model's embeddings"
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without control tokens."""
