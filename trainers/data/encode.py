@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from events.facts import LineError
 from trainers.data.chat import ChatTokenizer, Rendered
 from trainers.data.dataset import MASK_TYPE, TOKEN_TYPE
-from trainers.data.dialog import RowError, parse_pair, parse_row
+from trainers.data.dialog import RowError
+from trainers.data.rows import parse_pair, parse_row
 from trainers.data.words import Encoded
 
 ERRORS_KEPT = 20

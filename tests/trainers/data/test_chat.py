@@ -25,7 +25,8 @@ from tests.trainers.data.support import (
     user,
 )
 from trainers.data.chat import ChatTokenizer
-from trainers.data.dialog import RowError, parse_row
+from trainers.data.dialog import RowError
+from trainers.data.rows import parse_row
 from trainers.errors import UserError
 
 Make = Callable[..., ChatTokenizer]

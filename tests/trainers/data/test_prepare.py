@@ -19,9 +19,9 @@ from trainers.data import prepare as prepare_module
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
-from trainers.data.dialog import parse_row
 from trainers.data.encode import Chunk, Line, encode_lines
 from trainers.data.prepare import DataInvalid, prepare, prepared
+from trainers.data.rows import parse_row
 from trainers.data.source import content_digest
 from trainers.errors import UserError
 
