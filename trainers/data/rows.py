@@ -23,6 +23,8 @@ from trainers.data.dialog import (
     short,
 )
 
+_OF_SAMPLING = ("parallel_tool_calls",)
+"""Keys of OpenAI's rows that only say how answers are sampled."""
 _PREFERENCE_KEYS = ("chosen", "rejected", "preferred_output", "non_preferred_output")
 
 
@@ -37,6 +39,10 @@ def parse_row(raw: bytes) -> Dialog:
     field = "dialog"
     if "messages" in row:
         field, row = "messages", _from_openai(row)
+    elif "dialog" not in row:
+        for key, hint in _OTHER_FORMATS.items():
+            if key in row:
+                raise RowError(f"the row has '{key}' and no messages: {hint}")
     try:
         item = TrainingDataItem.model_validate(row)
     except ValidationError as error:
@@ -71,9 +77,7 @@ def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]
         if "messages" not in given:
             raise RowError("input.messages is missing")
         row = {key: value for key, value in row.items() if key != "input"} | {
-            f"input.{key}": value
-            for key, value in given.items()
-            if key != "parallel_tool_calls"  # says how answers are to be sampled
+            f"input.{key}": value for key, value in given.items() if key not in _OF_SAMPLING
         }
     elif "messages" in row:
         names["dialog"] = "messages"
@@ -85,6 +89,15 @@ def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]
         if ours != theirs and ours in row:
             raise RowError(f"the row has both '{theirs}' and '{ours}': use one of the two formats")
     ours_of = {theirs: ours for ours, theirs in names.items()}
+    for theirs in (names["dialog"], names["chosen"], names["rejected"]):
+        messages = row.get(theirs)
+        if isinstance(messages, dict):
+            row[theirs] = _as_row_message(messages, theirs)
+        elif isinstance(messages, list):
+            row[theirs] = [
+                _as_row_message(message, f"{theirs}[{i}]") if isinstance(message, dict) else message
+                for i, message in enumerate(messages)
+            ]
     return {ours_of.get(key, key): value for key, value in row.items()}, names
 
 
@@ -148,8 +161,36 @@ def _read_object(raw: bytes) -> dict[str, Any]:
     return row
 
 
+_OTHER_FORMATS = {
+    "conversations": "write ShareGPT's rows as messages, with 'role' for 'from' (user for human, assistant for gpt) "
+    "and 'content' for 'value'",
+    "instruction": "write Alpaca's rows as messages, with instruction and input as the user's, output as the "
+    "assistant's",
+    "prompt": "write the prompt as the user's message, the completion as the assistant's",
+}
+_OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
+"""Keys that OpenAI's client writes with every answer, null or empty where it has nothing to say there."""
+
+
+def _as_row_message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message of OpenAI's API as rows have it; what both have is checked later."""
+    ours = {key: value for key, value in message.items() if key not in _OF_ANSWERS or value not in (None, [], {}, "")}
+    if "function_call" in ours:
+        raise RowError(f"{where} has a function_call, which OpenAI has replaced: write it as one of tool_calls")
+    if ours.get("role") == "function":
+        raise RowError(
+            f"{where} has the role 'function', which OpenAI has replaced: write 'tool', and tool_calls before"
+        )
+    return ours | {"role": "system"} if ours.get("role") == "developer" else ours
+
+
 def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `messages` with weights as one of `dialog` with keep_loss. All but the weights is checked later."""
+    """A row of `messages` with weights as one of `dialog` with keep_loss. What both have is checked later."""
+    if replaced := row.keys() & {"functions", "function_call"}:
+        raise RowError(
+            f"the row has '{min(replaced)}', which OpenAI has replaced: write the functions as tools, each "
+            '{"type": "function", "function": {...}}'
+        )
     clash = row.keys() & {"dialog", "keep_loss"}
     if clash:
         raise RowError(f"the row has both 'messages' and '{min(clash)}': use one of the two formats")
@@ -168,10 +209,11 @@ def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
             if weight not in (0, 1):
                 raise RowError(f"messages[{i}].weight must be 0 or 1, not {short(weight)}")
         keep.append(is_assistant and weight != 0)
-        dialog.append({key: value for key, value in message.items() if key != "weight"})
+        plain = {key: value for key, value in message.items() if key != "weight"}
+        dialog.append(_as_row_message(plain, f"messages[{i}]"))
     if any(keep) != any(message.get("role") == "assistant" for message in dialog):
         raise RowError("nothing to train on: the weight of every assistant message is 0")
-    rest = {key: value for key, value in row.items() if key != "messages"}
+    rest = {key: value for key, value in row.items() if key not in ("messages", *_OF_SAMPLING)}
     return rest | {"dialog": dialog, "keep_loss": keep if any(keep) else None}
 
 
