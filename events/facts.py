@@ -64,6 +64,11 @@ class DataReport(_Value):
     tokens: int = Field(description="Tokens after truncation.")
     trained_tokens: int = Field(description="Tokens that carry loss, after truncation.")
     truncated_rows: int
+    partly_shown_rows: int = Field(
+        default=0,
+        description="Rows with a message to train on of which the model's chat template shows only a part (it may drop "
+        "reasoning): the rest isn't trained.",
+    )
     max_seq_len: int = Field(description="Longest row allowed, in tokens.")
     length_histogram: dict[str, int] = Field(
         description="Rows by tokenised length before truncation; the key is the upper bound of a power-of-two bucket."

@@ -162,6 +162,13 @@ def _make_data_ready(
             f"{report.max_seq_len:,}",
             f"{report.invalid_rows:,}",
         )
+        if report.partly_shown_rows:
+            logger.warning(
+                "%s: of %s rows the model's chat template shows a message to train on only in part (it may drop "
+                "reasoning): the rest isn't trained",
+                uri,
+                f"{report.partly_shown_rows:,}",
+            )
         return report
 
     data = ready(plan.data, "train")

@@ -54,7 +54,10 @@ errors = st.builds(
 )
 reports = st.builds(
     DataReport,
-    **dict.fromkeys(("rows", "invalid_rows", "tokens", "trained_tokens", "truncated_rows", "max_seq_len"), counts),
+    **dict.fromkeys(
+        ("rows", "invalid_rows", "tokens", "trained_tokens", "truncated_rows", "partly_shown_rows", "max_seq_len"),
+        counts,
+    ),
     uri=text,
     length_histogram=st.dictionaries(text, counts, max_size=2),
     errors=st.lists(st.builds(LineError, line=st.integers(1), message=any_character), max_size=2),

@@ -17,8 +17,8 @@ from trainers.batches import Progress
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
-from trainers.data.dialog import parse_row
 from trainers.data.prepare import prepare
+from trainers.data.rows import parse_row
 from trainers.estimate import AT_A_TIME, WAITING, Asked, Estimator, Found
 from trainers.load import build_schedule
 from trainers.plan import Plan, make_plan

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from events.config import Config
-from trainers.data.dialog import parse_row
+from trainers.data.rows import parse_row
 
 CONTRACT = yaml.safe_load((Path(__file__).parent / "fine_tuning_api.yaml").read_text())
 # What 3.0 and 3.1, or a narrower type, say differently, is compared by meaning; these are prose.

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from events.config import Config
 from tests.small_hub import small_hub
@@ -128,6 +129,16 @@ def test_what_a_worker_has_memory_for_is_not_computed_again(settings: Settings) 
     )
     assert kept.memory.activations > again.memory.activations
     assert kept.flops_per_token == again.flops_per_token * 6 / 8
+
+
+def test_rows_with_tokens_that_the_model_has_no_embedding_of_are_refused(settings: Settings) -> None:
+    file = settings.model_roots[0] / "tiny" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_tokens(["the sea"])
+    tokenizer.save(str(file))
+    problems = answer(Asked(plan=plan(settings), device="cpu"), settings).problems
+    assert problems
+    assert all("the token 'the sea' (" in message or message.startswith("and ") for _, message, _ in problems)
 
 
 def test_the_text_of_tokens_joins_to_the_text_of_all(settings: Settings) -> None:

@@ -16,6 +16,8 @@ from events.log import EventLog, LogUnavailable
 from events.memory import MemoryStore
 from tests.events.facts_of_a_job import started
 from tests.tiny_models import make_tiny_model
+from tests.trainers.data import templates
+from tests.trainers.data.support import line
 from tests.trainers.job_on_a_log import JobOnALog
 from tests.trainers.world import InMemoryCluster
 from trainers.admission import Capacity, Node
@@ -84,6 +86,17 @@ def test_the_report_and_the_log_say_how_many_rows_were_truncated(
     assert job.data is not None
     assert (job.data.rows, job.data.truncated_rows) == (2, 1)
     assert "1 rows truncated to 64 tokens" in caplog.text
+
+
+def test_the_report_and_the_log_say_of_how_many_rows_an_answer_is_trained_in_part(
+    runner: Runner, caplog: pytest.LogCaptureFixture
+) -> None:
+    (runner.model / "chat_template.jinja").write_text(templates.R1_DISTILL)
+    runner.file.write_text("".join(line("a", f"{answer}\n") + "\n" for answer in ("b", "<think>c</think>d", "d")))
+    job = runner.make_ready(*runner.submit("ftjob-1"))
+    assert job.data is not None
+    assert (job.data.rows, job.data.partly_shown_rows) == (3, 1)
+    assert "of 1 rows the model's chat template shows a message to train on only in part" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["gone", "other"])

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ from tokenizers.processors import Sequence as NoProcessing
 
 from trainers.data.dialog import Dialog, RowError
 from trainers.data.spans import Span, SpanFinder
-from trainers.data.template import DEFAULT_TEMPLATE, ChatTemplate, Turn, find_template
+from trainers.data.template import DEFAULT_TEMPLATE, ChatTemplate, Turn, find_templates
 from trainers.data.words import LONG_TEXT, Encoded, WordTokenizer, cuts_between_words
 from trainers.errors import UserError
 from trainers.models.model_files import read_json_object
@@ -36,22 +36,33 @@ _RESERVED = re.compile("[\ufdd0-\ufdd3]")
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A dialog as text. `trained`: its trained characters. `control`: its control tokens (start, end, token id); None
-    where the tokenizer finds them by itself, because no text of the user looks like one."""
+    where the tokenizer finds them by itself, because no text of the user looks like one. `partly_shown`: the template
+    shows only a part of a message to train on."""
 
     text: str
     trained: list[Span]
     control: list[tuple[int, int, int]] | None = None
+    partly_shown: bool = False
 
 
 class ChatTokenizer:
     """Made by `from_dir`. Immutable, apart from caches; use one per thread. Can be pickled."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, named: Mapping[str, str], eos_ids: set[int]) -> None:
-        """`named`: special tokens by name, `eos_token` among them. `template` None: the default one."""
-        self.has_own_template = template is not None
-        if template is None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        templates: Mapping[str, str],
+        named: Mapping[str, str],
+        eos_ids: set[int],
+        vocab_size: int | None = None,
+    ) -> None:
+        """`named`: special tokens by name, `eos_token` among them. No `templates`: the default one of this program."""
+        self.vocab_size = vocab_size
+        """Rows of the model's embedding; None where the directory has no config.json."""
+        self.has_own_template = bool(templates)
+        if not templates:
             begins = _adds_bos(tokenizer, named.get("bos_token"))
-            template = ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
+            templates = {"default": ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE}
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # The template writes BOS and EOS; a ByteLevel post-processor would also trim blanks off the offsets.
@@ -59,7 +70,7 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         self._words = WordTokenizer(tokenizer) if cuts_between_words(tokenizer) else None
         self._named, self._given_eos_ids = dict(named), set(eos_ids)
-        self._template = ChatTemplate(template, named)
+        self._template = ChatTemplate(templates, named)
         self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
         self._ids = {token.content: id_ for id_, token in self._special}
         self._names = sorted(self._ids, key=len, reverse=True)
@@ -77,6 +88,7 @@ class ChatTokenizer:
         """Reads tokenizer.json and the configs beside it. Raises UserError (param `model`) for what is missing."""
         tokenizer = _read_tokenizer(model_dir / "tokenizer.json")
         config = _read_json(model_dir / "tokenizer_config.json")
+        vocab_size = _read_json(model_dir / "config.json").get("vocab_size")
         eos_ids = [*_eos_ids(model_dir / "generation_config.json"), *_eos_ids(model_dir / "config.json")]
         named = _named_tokens(model_dir, config)
         if "eos_token" not in named and eos_ids:
@@ -85,22 +97,25 @@ class ChatTokenizer:
         _check_takes_any_text(tokenizer)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise _broken("the model's tokenizer has no end-of-sequence token")
-        return cls(tokenizer, find_template(model_dir, config), named, set(eos_ids))
+        templates = find_templates(model_dir, config)
+        return cls(tokenizer, templates, named, set(eos_ids), vocab_size if isinstance(vocab_size, int) else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self._tokenizer, self.template, self._named, self._given_eos_ids)
+        arguments = (self._tokenizer, self._template.sources, self._named, self._given_eos_ids, self.vocab_size)
         return type(self), arguments, {"has_own_template": self.has_own_template}
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that the tokens of a dialog depend on, apart from this program."""
-        parts = [self._tokenizer.to_str(), self.template, self._named]
+        """A hash of all that the tokens of a dialog, and which of them the model has, depend on, apart from this
+        program."""
+        parts = [self._tokenizer.to_str(), self._template.sources, self._named, self.vocab_size]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def template(self) -> str:
-        """The Jinja source in use. Where `has_own_template` is false it has to be saved with what was trained on it."""
-        return self._template.source
+        """The Jinja source in use, for dialogs without tools where there are several. Where `has_own_template` is false
+        it has to be saved with what was trained on it."""
+        return self._template.sources["default"]
 
     def render(
         self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool = False
@@ -111,11 +126,11 @@ class ChatTokenizer:
     def locate(self, dialog: Dialog) -> Rendered:
         """The first, per-row half of `encode`. Raises RowError for a dialog this model can't be trained on."""
         if not self._looks_like_control(dialog):
-            text, spans = self._spans.render(dialog)
-            return Rendered(text, spans)
+            text, spans, partly_shown = self._spans.render(dialog)
+            return Rendered(text, spans, partly_shown=partly_shown)
         messages, tools = _map_text((dialog.messages, dialog.tools), self._escape)
-        text, spans = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
-        return self._unescape(text, spans)
+        text, spans, partly_shown = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
+        return replace(self._unescape(text, spans), partly_shown=partly_shown)
 
     def encode_rendered(self, batch: Sequence[Rendered]) -> list[Encoded]:
         """The second half: tokens and masks. Long texts one by one, to have one of them in memory."""
@@ -145,6 +160,16 @@ class ChatTokenizer:
         rendered = self._unescape(self.render(escaped, tools, add_generation_prompt=True), [])
         ids: list[int] = self._encode_hard(rendered)[0].tolist()
         return ids
+
+    def check_embedded(self, ids: NDArray[np.int32]) -> None:
+        """Raises RowError where the model's embedding has no row for one of `ids`: its tokenizer gained tokens and the
+        model didn't."""
+        if self.vocab_size is not None and (beyond := ids[ids >= self.vocab_size]).size:
+            first = int(beyond[0])
+            raise RowError(
+                f"the token {self._tokenizer.id_to_token(first)!r} ({first}) has no row in the embedding of "
+                f"{self.vocab_size}: resize the model's embeddings"
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without control tokens."""
@@ -259,7 +284,7 @@ class ChatTokenizer:
 
 def template_to_save(model_dir: Path) -> str | None:
     """The chat template that has to be saved with what was trained on this model. None: the model brings its own."""
-    if find_template(model_dir, _read_json(model_dir / "tokenizer_config.json")) is not None:
+    if find_templates(model_dir, _read_json(model_dir / "tokenizer_config.json")):
         return None
     return ChatTokenizer.from_dir(model_dir).template
 

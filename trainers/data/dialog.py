@@ -1,19 +1,18 @@
 """One row of training data: its wire format, and the dialog it means.
 
-`TrainingDataItem` is the row as the API documents it. `parse_row` reads one line of a data file in that format, or in
-OpenAI's (`{"messages": [... "weight": 0 or 1]}`), into a `Dialog`: messages as chat templates take them, and which of
-them are trained on. `PreferenceDataItem` is the row of a job that trains on preferences; `parse_pair` reads one into
-two dialogs. A row that can't be trained on is a `RowError` that says why in one sentence.
+`TrainingDataItem` is the row as the API documents it, and `PreferenceDataItem` that of a job that trains on
+preferences. A `Dialog` is what a row means: messages as chat templates take them, and which of them are trained on.
+`trainers.data.rows` reads one from the other.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import ErrorDetails, PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError, from_json
 
 MAX_ROW_BYTES = 1 << 20
 """Longest line that is read as a row, in bytes: about a quarter of a million tokens. The tokenizers library takes some
@@ -86,13 +85,13 @@ def _check_content(value: object) -> object:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
             raise PydanticCustomError(
-                "bad_part", "holds a part of type {kind}, and only text can be trained on", {"kind": _short(kind)}
+                "bad_part", "holds a part of type {kind}, and only text can be trained on", {"kind": short(kind)}
             )
         if not isinstance(part.get("text"), str):
             raise PydanticCustomError("bad_part", "holds a text part whose text is not a string")
         if unknown := sorted(part.keys() - {"type", "text"}):
             raise PydanticCustomError(
-                "bad_part", "holds a text part with the unknown key {key}", {"key": _short(unknown[0])}
+                "bad_part", "holds a text part with the unknown key {key}", {"key": short(unknown[0])}
             )
     return value
 
@@ -233,24 +232,6 @@ class Pair(NamedTuple):
     rejected: Dialog
 
 
-def parse_row(raw: bytes) -> Dialog:
-    """Reads one line. Raises RowError for anything that can't be trained on."""
-    row = _read_object(raw)
-    if preferences := [key for key in _PREFERENCE_KEYS if key in row]:
-        raise RowError(
-            f"the row has '{preferences[0]}': it is one of preferences, which only DPO trains on (set extras.loss to "
-            "torchtune.rlhf.loss.DPOLoss)"
-        )
-    field = "dialog"
-    if "messages" in row:
-        field, row = "messages", _from_openai(row)
-    try:
-        item = TrainingDataItem.model_validate(row)
-    except ValidationError as error:
-        raise RowError(_sentence(error.errors(include_url=False)[0], {"dialog": field})) from None
-    return _normalised(item.dialog, item.mask, item.tools, lambda i: f"{field}[{i}]")
-
-
 def check_order(messages: Sequence[Message]) -> None:
     """Raises RowError where messages follow one another as no dialog does."""
     try:
@@ -265,147 +246,14 @@ def for_template(messages: Sequence[Message], where: str) -> tuple[dict[str, Any
     return tuple(_for_template(message, f"{where}[{i}]") for i, message in enumerate(messages))
 
 
-_PREFERENCE_KEYS = ("chosen", "rejected", "preferred_output", "non_preferred_output")
-
-
-def parse_pair(raw: bytes) -> Pair:
-    """Reads one line of preferences: as `PreferenceDataItem` has it (`messages` is another name of `dialog`), or as
-    OpenAI has it: `{"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}`. Raises RowError for
-    anything that can't be trained on."""
-    row, names = _with_our_names(_read_object(raw))
-    try:
-        item = PreferenceDataItem.model_validate(row)
-    except ValidationError as error:
-        raise RowError(_sentence(error.errors(include_url=False)[0], names)) from None
-    _check_pair(item, names)
-    return Pair(*(_side(item, side, names) for side in ("chosen", "rejected")))
-
-
-def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The row with the keys of PreferenceDataItem, and what the row itself calls each of them."""
-    if "keep_loss" in row:
-        raise RowError("keep_loss has no place in a row of preferences: what the two dialogs don't share is trained on")
-    names = {name: name for name in PreferenceDataItem.model_fields}
-    if row.keys() & {"input", "preferred_output", "non_preferred_output"}:
-        names |= {"chosen": "preferred_output", "rejected": "non_preferred_output"}
-        names |= {"dialog": "input.messages", "tools": "input.tools"}
-        given = row.get("input")
-        if not isinstance(given, dict):
-            raise RowError("input must be an object with messages" if "input" in row else "input is missing")
-        if "messages" not in given:
-            raise RowError("input.messages is missing")
-        row = {key: value for key, value in row.items() if key != "input"} | {
-            f"input.{key}": value
-            for key, value in given.items()
-            if key != "parallel_tool_calls"  # says how answers are to be sampled
-        }
-    elif "messages" in row:
-        names["dialog"] = "messages"
-    if not row.keys() & {names["chosen"], names["rejected"]}:
-        raise RowError(
-            "the row has no 'chosen' and 'rejected', which DPO trains on: for rows of one dialog leave extras.loss out"
-        )
-    for ours, theirs in names.items():
-        if ours != theirs and ours in row:
-            raise RowError(f"the row has both '{theirs}' and '{ours}': use one of the two formats")
-    ours_of = {theirs: ours for ours, theirs in names.items()}
-    return {ours_of.get(key, key): value for key, value in row.items()}, names
-
-
-def _check_pair(item: PreferenceDataItem, names: Mapping[str, str]) -> None:
-    chosen, rejected = names["chosen"], names["rejected"]
-    for name, messages in ((chosen, item.chosen), (rejected, item.rejected)):
-        if not messages:
-            raise RowError(f"{name} is empty")
-        if item.dialog is not None and messages[0].role != "assistant":
-            raise RowError(
-                f"{name} must begin with an assistant message: what it answers stands in {names['dialog']} already"
-            )
-    if item.dialog is not None and not item.dialog:
-        raise RowError(f"{names['dialog']} is empty")
-    if item.chosen == item.rejected:
-        raise RowError(f"{chosen} and {rejected} are the same: there is nothing to prefer")
-    if not item.shared:
-        raise RowError(f"{chosen} and {rejected} don't begin with the same message: they must answer the same prompt")
-    for name, messages in zip((chosen, rejected), item.dialogs, strict=True):
-        rest = messages[item.shared :]
-        if not rest or rest[0].role != "assistant":
-            what = f"is {_article(rest[0].role)} message" if rest else "is missing"
-            raise RowError(
-                f"{chosen} and {rejected} must part with an assistant message: the first message of {name} that they "
-                f"don't share {what}"
-            )
-        try:
-            _check_order(messages)
-        except PydanticCustomError as error:
-            raise RowError(f"in the whole dialog of {name}, {error.message()}") from None
-
-
-def _side(item: PreferenceDataItem, side: Literal["chosen", "rejected"], names: Mapping[str, str]) -> Dialog:
-    messages = item.dialogs[0 if side == "chosen" else 1]
-    before, shared = len(item.dialog or ()), item.shared
-    keep = tuple(i >= shared and message.role == "assistant" for i, message in enumerate(messages))
-
-    def where(i: int) -> str:
-        return f"{names['dialog']}[{i}]" if i < before else f"{names[side]}[{i - before}]"
-
-    return _normalised(messages, keep, item.tools, where)
-
-
-def _article(role: str) -> str:
-    return f"an {role}" if role == "ipython" else f"a {role}"
-
-
-def _normalised(
+def normalised(
     messages: Sequence[Message], keep: tuple[bool, ...], tools: Sequence[Tool] | None, where: Callable[[int], str]
 ) -> Dialog:
+    """The dialog that a row means; `where` names a message as the row does. Raises RowError as `for_template`."""
     turns = tuple(_for_template(message, where(i)) for i, message in enumerate(messages))
     return Dialog(
         turns, keep, tuple(tool.model_dump(exclude_unset=True) | {"type": "function"} for tool in tools or ())
     )
-
-
-def _read_object(raw: bytes) -> dict[str, Any]:
-    if len(raw) > MAX_ROW_BYTES:
-        raise RowError(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB")
-    try:
-        row = from_json(raw, allow_inf_nan=False, cache_strings="keys")
-    except ValueError as error:
-        try:
-            raw.decode()
-        except UnicodeDecodeError:
-            raise RowError("the line is not UTF-8 text") from None
-        raise RowError(f"the line is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise RowError(f"the line is not a JSON object but {_json_type(row)}")
-    return row
-
-
-def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `messages` with weights as one of `dialog` with keep_loss. All but the weights is checked later."""
-    clash = row.keys() & {"dialog", "keep_loss"}
-    if clash:
-        raise RowError(f"the row has both 'messages' and '{min(clash)}': use one of the two formats")
-    messages = row["messages"]
-    if not isinstance(messages, list):
-        raise RowError(f"messages must be a list, not {_json_type(messages)}")
-    dialog, keep = [], []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise RowError(f"messages[{i}] must be an object, not {_json_type(message)}")
-        is_assistant = message.get("role") == "assistant"
-        weight = message.get("weight")
-        if weight is not None:
-            if not is_assistant:
-                raise RowError(f"messages[{i}] has a weight, which only an assistant message may have")
-            if weight not in (0, 1):
-                raise RowError(f"messages[{i}].weight must be 0 or 1, not {_short(weight)}")
-        keep.append(is_assistant and weight != 0)
-        dialog.append({key: value for key, value in message.items() if key != "weight"})
-    if any(keep) != any(message.get("role") == "assistant" for message in dialog):
-        raise RowError("nothing to train on: the weight of every assistant message is 0")
-    rest = {key: value for key, value in row.items() if key != "messages"}
-    return rest | {"dialog": dialog, "keep_loss": keep if any(keep) else None}
 
 
 def _for_template(message: Message, where: str) -> dict[str, Any]:
@@ -428,57 +276,18 @@ def _call_for_template(call: ToolCall, where: str) -> dict[str, Any]:
         except ValueError as error:
             raise RowError(f"the arguments of a tool call of {where} are not JSON: {error}") from None
     if not isinstance(arguments, dict):
-        raise RowError(f"the arguments of a tool call of {where} are not a JSON object but {_json_type(arguments)}")
+        raise RowError(f"the arguments of a tool call of {where} are not a JSON object but {json_type(arguments)}")
     turn = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
     return turn if call.id is None else {"id": call.id} | turn
 
 
-_EXPECTED = {
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "dict_type": "an object",
-    "list_type": "a list",
-    "string_type": "a string",
-    "bool_type": "true or false",
-}
-
-
-def _sentence(error: ErrorDetails, names: Mapping[str, str]) -> str:
-    """pydantic's first complaint in our words; `names` is what the row calls our fields."""
-    path = _path(error["loc"], names)
-    kind = error["type"]
-    if kind == "extra_forbidden":
-        parent, key = _path(error["loc"][:-1], names), _short(error["loc"][-1])
-        return f"unknown key {key} in {parent}" if parent else f"unknown key {key}"
-    if kind == "missing":
-        return f"{path} is missing"
-    if kind == "literal_error":
-        return f"{path} must be {error['ctx']['expected']}, not {_short(error['input'])}"
-    if kind.startswith("bad_"):
-        return f"{path} {error['msg']}" if path else error["msg"]
-    if expected := _EXPECTED.get(kind):
-        return f"{path} must be {expected}"
-    return f"{path}: {error['msg'][:1].lower()}{error['msg'][1:]}"
-
-
-def _path(loc: tuple[int | str, ...], names: Mapping[str, str]) -> str:
-    """`('dialog', 2, 'role')` -> `dialog[2].role`."""
-    path = ""
-    for i, step in enumerate(loc):
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif i == 0:
-            path = names.get(step, step)
-        else:
-            path += f".{step}"
-    return path
-
-
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A bad value as an error may repeat it."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """What JSON calls the kind of `value`."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
     return names.get(type(value), "an object")

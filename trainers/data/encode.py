@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from events.facts import LineError
 from trainers.data.chat import ChatTokenizer, Rendered
 from trainers.data.dataset import MASK_TYPE, TOKEN_TYPE
-from trainers.data.dialog import RowError, parse_pair, parse_row
+from trainers.data.dialog import RowError
+from trainers.data.rows import parse_pair, parse_row
 from trainers.data.words import Encoded
 
 ERRORS_KEPT = 20
@@ -26,7 +27,8 @@ class Chunk:
     `tokens` and `mask` are bytes as in the files of `trainers.data.dataset`; `lengths` their tokens by row. A line
     gives one row, or two behind one another, chosen and rejected. `valid`, `truncated` and `invalid` count lines;
     `histogram` counts them by the next power of two of their (longer) row before truncation. `errors` are the first of
-    the `invalid`, `truncated_lines` the first of the `truncated`.
+    the `invalid`, `truncated_lines` the first of the `truncated`. `partly_shown` counts lines with a message to train
+    on of which the chat template shows only a part.
     """
 
     tokens: bytes = b""
@@ -35,6 +37,7 @@ class Chunk:
     valid: int = 0
     trained: int = 0
     truncated: int = 0
+    partly_shown: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
     invalid: int = 0
     errors: list[LineError] = field(default_factory=list)
@@ -46,13 +49,21 @@ def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Lin
     `max_seq_len` tokens loses its end."""
     chunk = Chunk()
     read = [_read(raw, tokenizer, pairs) for _, raw in lines]
-    encoded = iter(tokenizer.encode_rendered([row for rows in read if not isinstance(rows, RowError) for row in rows]))
+    encoded = tokenizer.encode_rendered([row for rows in read if not isinstance(rows, RowError) for row in rows])
+    all_embedded = _all_embedded(encoded, tokenizer)
+    following = iter(encoded)
     tokens: list[NDArray[np.int32]] = []
     masks: list[NDArray[np.bool_]] = []
     for (line, _), rows in zip(lines, read, strict=True):
         cut = chunk.truncated
         try:
-            kept = _admitted(rows if isinstance(rows, RowError) else [next(encoded) for _ in rows], max_seq_len, chunk)
+            if isinstance(rows, RowError):
+                raise rows
+            of_line = [next(following) for _ in rows]
+            if not all_embedded:
+                for ids, _ in of_line:
+                    tokenizer.check_embedded(ids[:max_seq_len])
+            kept = _admitted(of_line, max_seq_len, chunk)
         except RowError as error:
             chunk.invalid += 1
             if len(chunk.errors) < ERRORS_KEPT:
@@ -60,6 +71,7 @@ def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Lin
             continue
         if chunk.truncated > cut and len(chunk.truncated_lines) < ERRORS_KEPT:
             chunk.truncated_lines.append(line)
+        chunk.partly_shown += any(row.partly_shown for row in rows)
         for ids, mask in kept:
             tokens.append(ids)
             masks.append(mask)
@@ -77,10 +89,17 @@ def _read(raw: bytes, tokenizer: ChatTokenizer, pairs: bool) -> list[Rendered] |
         return error
 
 
-def _admitted(rows: list[Encoded] | RowError, max_seq_len: int, chunk: Chunk) -> list[Encoded]:
+def _all_embedded(encoded: Sequence[Encoded], tokenizer: ChatTokenizer) -> bool:
+    """Asked of all rows at once: hardly any model's tokenizer has tokens that its embedding hasn't."""
+    try:
+        tokenizer.check_embedded(np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in encoded)]))
+    except RowError:
+        return False
+    return True
+
+
+def _admitted(rows: list[Encoded], max_seq_len: int, chunk: Chunk) -> list[Encoded]:
     """A line's rows as they will be trained on, counted in `chunk`. Raises RowError where one of them can't be."""
-    if isinstance(rows, RowError):
-        raise rows
     for (_, mask), side in zip(rows, ("chosen", "rejected"), strict=False):
         mask[:1] = False  # nothing predicts the first token
         if not mask[:max_seq_len].any():

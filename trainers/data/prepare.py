@@ -213,6 +213,7 @@ class Tally:
     tokens: int = 0
     trained: int = 0
     truncated: int = 0
+    partly_shown: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
     errors: list[LineError] = field(default_factory=list)
 
@@ -222,6 +223,7 @@ class Tally:
         self.tokens += sum(chunk.lengths)
         self.trained += chunk.trained
         self.truncated += chunk.truncated
+        self.partly_shown += chunk.partly_shown
         self.histogram.update(chunk.histogram)
         self.errors += chunk.errors[: ERRORS_KEPT - len(self.errors)]
 
@@ -233,6 +235,7 @@ class Tally:
             tokens=self.tokens,
             trained_tokens=self.trained,
             truncated_rows=self.truncated,
+            partly_shown_rows=self.partly_shown,
             max_seq_len=max_seq_len,
             length_histogram={str(bound): self.histogram[bound] for bound in sorted(self.histogram)},
             errors=self.errors,

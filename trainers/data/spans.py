@@ -1,9 +1,10 @@
 """Which characters of a rendered dialog are trained on.
 
 The trained text of a kept message is what its speaker wrote (content and tool calls) and the token that ends the turn;
-never the header before it, never the line break after it. (A blank that stands between an assistant's header and its
-words belongs to the words: the model has to write it.) Templates don't say where that is, so it is found by experiment:
-render the dialog again with the contents replaced by marks, and compare.
+never the header before it, never the line break after it. (What stands between the prompt for generation and an
+assistant's words belongs to the words, as the model has to write it: a blank, or the empty thought of Qwen 3.)
+Templates don't say where that is, so it is found by experiment: render the dialog again with the contents replaced by
+marks, and compare.
 
 One such skeleton serves all dialogs with the same sequence of roles. Where a dialog doesn't fit its skeleton, because
 the template looks into the contents (drops earlier reasoning, say), a kept message is exchanged for a mark by itself
@@ -30,7 +31,8 @@ _LEAD = 64  # characters
 
 
 class _Frame(NamedTuple):
-    """What of the template's own text is trained with a message: blanks before it, and what ends its turn."""
+    """What of the template's own text is trained with a message: what its speaker has to write before it, and what ends
+    its turn."""
 
     lead: str = ""
     end: str = ""
@@ -56,8 +58,9 @@ class SpanFinder:
         self._turn_end = re.compile(rf"\s*(?:{control.pattern})")
         self._skeletons: dict[object, _Skeleton | None] = {}
 
-    def render(self, dialog: Dialog) -> tuple[str, list[Span]]:
-        """The text of `dialog` and its trained characters, in the order of the messages.
+    def render(self, dialog: Dialog) -> tuple[str, list[Span], bool]:
+        """The text of `dialog`, its trained characters, in the order of the messages, and whether the template shows
+        only a part of a kept message.
 
         Raises RowError where the template refuses the dialog, leaves out a message, tools or tool calls, or rewrites a
         kept message beyond recognition.
@@ -66,17 +69,18 @@ class SpanFinder:
         skeleton = self._skeleton_of(dialog)
         fields = (skeleton and self._align(text, skeleton, dialog.messages)) or {}
         frames = skeleton.frames if skeleton else self._frames(dialog)
-        spans = []
+        spans, partly = [], False
         for i, (message, keep) in enumerate(zip(dialog.messages, dialog.keep_loss, strict=True)):
             frame = frames[message["role"]]
             if "tool_calls" in message:
                 start, end = fields.get(i) or self._find_calls(text, dialog, i, frame)
-                _check_calls(text[start:end], message)
+                self._check_calls(text[start:end], dialog, i)
             elif keep:
                 start, end = fields.get(i) or self._find_content(text, dialog, i)
             if keep:
                 spans.append(_framed(text, start, end, frame))
-        return text, spans
+                partly = partly or not _shows(text[start:end], message["content"])
+        return text, spans, partly
 
     def turn_end(self, dialog: Dialog, role: str) -> str:
         """The text that ends a turn of `role` in `dialog`; "" where there is none."""
@@ -115,6 +119,8 @@ class SpanFinder:
         frames = {}
         for role in {message["role"] for message in dialog.messages}:
             places = [i for i, message in enumerate(dialog.messages) if message["role"] == role]
+            if role == "assistant":
+                places.reverse()  # a template may write something before the last answer only, and behind a question
             frames[role] = next(self._frames_at(dialog, places[:_MAX_TRIES]), _Frame())
         return frames
 
@@ -132,13 +138,20 @@ class SpanFinder:
             yield _Frame(lead, match.group() if match else "")
 
     def _lead(self, before: Sequence[Turn], dialog: Dialog, head: str) -> str:
-        """The blanks that an assistant writes first: those in `head` behind the prompt for generation."""
+        """What an assistant writes first: the rest of `head`, behind the prompt for generation."""
+        prompt = self._prompt(before, dialog)
+        lead = head[len(prompt) :] if prompt is not None and head.startswith(prompt) else ""
+        if not lead or lead.isspace():
+            return lead
+        # Where the template has no such prompt, the header stands there as well.
+        return "" if prompt == self._template.render(before, dialog.tools) else lead
+
+    def _prompt(self, before: Sequence[Turn], dialog: Dialog) -> str | None:
+        """What an answer to `before` starts from; None where the template refuses that."""
         try:
-            prompt = self._template.render(before, dialog.tools, add_generation_prompt=True)
+            return self._template.render(before, dialog.tools, add_generation_prompt=True)
         except RowError:
-            return ""
-        lead = head[len(prompt) :] if head.startswith(prompt) else ""
-        return lead if lead.isspace() else ""
+            return None
 
     def _align(self, text: str, skeleton: _Skeleton, messages: Sequence[Turn]) -> dict[int, Span] | None:
         """Where each content lies in `text`; None: `text` isn't the skeleton with the contents filled in."""
@@ -181,13 +194,18 @@ class SpanFinder:
             found = text.find(content, max(0, end - len(content)), start + len(content))
             if found >= 0:
                 return found, found + len(content)
-        squeezed = "".join(message["content"].split())
-        if start == end or "".join(text[start:end].split()) not in squeezed:
+        squeezed = _squeezed(message["content"])
+        if start == end or _squeezed(text[start:end]) not in squeezed:
             raise _rewritten(i, message)
-        # The template kept a part, or changed blanks; what it puts around a mark may begin as this part does.
+        # The template kept a part, or changed blanks; what it puts around a mark may begin as this part does, and what
+        # stands before the words may end as the dropped part does (`<|Assistant|>` as `</think>`): not further back
+        # than the prompt reaches, nor into a control token.
+        prompt = self._prompt(dialog.messages[:i], dialog) or ""
+        first = max(0, start - _LEAD, _common_prefix(text[:start], prompt))
+        first = max(first, *(match.end() for match in self._control.finditer(text, first, start)), first)
         whole = start
-        for begin in range(start - 1, max(0, start - _LEAD), -1):
-            if "".join(text[begin:end].split()) not in squeezed:
+        for begin in range(start - 1, first - 1, -1):
+            if _squeezed(text[begin:end]) not in squeezed:
                 break
             whole = whole if text[begin].isspace() else begin
         return whole, end
@@ -201,11 +219,31 @@ class SpanFinder:
                 other = self._template.render(_exchanged(dialog.messages, i, following), dialog.tools)
             except RowError:
                 continue
-            start = _common_prefix(text, other)
+            at = other.find(mark)
+            # What is put before a mark may begin as the message itself does.
+            lead = frame.lead if other.endswith(frame.lead, 0, at) else ""
+            start = min(_common_prefix(text, other), at - len(lead))
             end = text.find(frame.end, start)
-            if frame.end and end >= 0 and other[start:].lstrip().startswith(mark):
+            if frame.end and end >= 0 and at >= 0 and other[start:at].removeprefix(lead).strip() == "":
                 return start, end
         raise _rewritten(i, message)
+
+    def _check_calls(self, written: str, dialog: Dialog, i: int) -> None:
+        """Raises RowError where the template leaves out the tool calls of message `i`, or the text beside them."""
+        message = dialog.messages[i]
+        rest = written.replace(message["content"], "", 1)
+        if not all(call["function"]["name"] in rest for call in message["tool_calls"]):
+            raise RowError("the row has tool calls, and this model's chat template has no place for tool calls")
+        if _shows(written, message["content"]):
+            return
+        # It may only have dropped reasoning, which a mark is not.
+        mark = _MARK.format(i)
+        marked = [*dialog.messages[:i], {**message, "content": mark}, *dialog.messages[i + 1 :]]
+        if mark not in self._template.render(marked, dialog.tools):
+            raise RowError(
+                f"this model's chat template leaves out the text beside the tool calls of message {i} "
+                f"({message['role']}): empty its content"
+            )
 
 
 def _framed(text: str, start: int, end: int, frame: _Frame) -> Span:
@@ -240,10 +278,14 @@ def _variants(content: str) -> Iterator[str]:
     yield json.dumps(content, ensure_ascii=False)[1:-1]
 
 
-def _check_calls(written: str, message: Turn) -> None:
-    rest = written.replace(message["content"], "", 1)
-    if not all(call["function"]["name"] in rest for call in message.get("tool_calls", ())):
-        raise RowError("the row has tool calls, and this model's chat template has no place for tool calls")
+def _shows(written: str, content: str) -> bool:
+    """Whether `written` holds all of `content`, however a template changes its blanks."""
+    return any(variant in written for variant in _variants(content)) or _squeezed(content) in _squeezed(written)
+
+
+def _squeezed(text: str) -> str:
+    """`text` without its blanks."""
+    return "".join(text.split())
 
 
 def _left_out(i: int, message: Turn) -> RowError:

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -80,28 +80,21 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A compiled chat template. `source` is its Jinja text; `variables` are the special tokens it may print."""
+    """A model's chat templates, compiled. `sources` are their Jinja texts by name, `default` among them; one named
+    `tool_use` renders the dialogs that have tools. `variables` are the special tokens they may print."""
 
-    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
-        """Raises UserError when the source is no valid Jinja."""
-        self.source = source
-        try:
-            self._template = _environment().from_string(source, globals=dict(variables))
-        except Exception as error:  # noqa: BLE001  -- also what Python says of the code that Jinja makes: nested too deep
-            reason = f"{error}"[:_MESSAGE_LENGTH]
-            raise UserError(
-                "model_unsupported", f"the model's chat template is not valid Jinja: {reason}", "model"
-            ) from None
-        # Every rendering makes a dict of the globals, and Jinja keeps them in chained ones, which takes it longer than
-        # all the rest.
-        self._template.globals = dict(self._template.globals)
+    def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any]) -> None:
+        """Raises UserError when one of these two is no valid Jinja."""
+        self.sources = dict(sources)
+        self._default = _compiled(sources["default"], variables)
+        self._with_tools = _compiled(sources["tool_use"], variables) if "tool_use" in sources else self._default
 
     def render(
         self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool = False
     ) -> str:
         """The dialog as text. Raises RowError with the template's own words where it refuses the dialog."""
         try:
-            return self._template.render(
+            return (self._with_tools if tools else self._default).render(
                 messages=list(messages),
                 tools=list(tools) or None,
                 documents=None,
@@ -112,20 +105,53 @@ class ChatTemplate:
             raise RowError(f"the model's chat template refuses the dialog: {reason[:_MESSAGE_LENGTH]}") from None
 
 
-def find_template(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The Jinja source that `model_dir` brings: chat_template.jinja, else chat_template of tokenizer_config.json.
+def _compiled(source: str, variables: Mapping[str, Any]) -> Template:
+    try:
+        template = _environment().from_string(source, globals=dict(variables))
+    except Exception as error:  # noqa: BLE001  -- also what Python says of the code that Jinja makes: nested too deep
+        reason = f"{error}"[:_MESSAGE_LENGTH]
+        raise UserError(
+            "model_unsupported", f"the model's chat template is not valid Jinja: {reason}", "model"
+        ) from None
+    # Every rendering makes a dict of the globals, and Jinja keeps them in chained ones, which takes it longer than all
+    # the rest.
+    template.globals = dict(template.globals)
+    return template
 
-    That key may hold a list of named templates; then it is the one named `default`. None: the model has none.
-    Raises UserError when the file is not UTF-8.
+
+def find_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """The Jinja sources that `model_dir` brings, by name: `default` is chat_template.jinja, others are the files of
+    additional_chat_templates; without such files it is what tokenizer_config.json has as chat_template, which may be
+    several by name. Empty: the model has none.
+
+    Raises UserError when a file is not UTF-8, or when there are some and none is `default`.
     """
-    file = model_dir / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError("model_incomplete", f"the model's {file.name} is not UTF-8 text", "model") from None
+    files = {file.stem: file for file in sorted((model_dir / "additional_chat_templates").glob("*.jinja"))}
+    if (model_dir / "chat_template.jinja").is_file():
+        files["default"] = model_dir / "chat_template.jinja"
     entry = tokenizer_config.get("chat_template")
-    if isinstance(entry, list):
-        named = {one.get("name"): one.get("template") for one in entry if isinstance(one, dict)}
-        entry = named.get("default")
-    return entry if isinstance(entry, str) else None
+    if files:
+        sources = {name: _read(file) for name, file in files.items()}
+    elif isinstance(entry, str):
+        sources = {"default": entry}
+    else:
+        if isinstance(entry, list):
+            entry = {one.get("name"): one.get("template") for one in entry if isinstance(one, dict)}
+        named = entry.items() if isinstance(entry, dict) else ()
+        sources = {f"{name}": source for name, source in named if isinstance(source, str)}
+    if sources and "default" not in sources:
+        names = ", ".join(sorted(sources))
+        raise UserError(
+            "model_unsupported",
+            f"the model has chat templates by name ({names}), and none of them is 'default'"[:_MESSAGE_LENGTH],
+            "model",
+            suggestion="give the one to use that name, in tokenizer_config.json or as chat_template.jinja",
+        )
+    return sources
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError("model_incomplete", f"the model's {file.name} is not UTF-8 text", "model") from None

@@ -9,7 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from trainers.data.chat import ChatTokenizer
-from trainers.data.dialog import Dialog, parse_row
+from trainers.data.dialog import Dialog
+from trainers.data.rows import parse_row
 
 CONTROL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>"),

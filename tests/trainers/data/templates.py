@@ -168,6 +168,17 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# Drops the reasoning of every answer, the last one's too, while the prompt begins one. Its headers end as `</think>`
+# does, and are no control tokens of its tokenizer.
+R1_DISTILL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}"
+    "{% else %}{{ '<|Assistant|>' + m['content'].split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+"""What the two templates around this put before a last answer that has no reasoning."""
+
 # After the last question of the user (a tool's result is none) reasoning is shown, and an empty one is put before a
 # last answer that has none. Before it, reasoning is dropped. Calls and results are those of Qwen 2.5.
 QWEN3 = """\

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from tests.trainers.data.support import assistant, call, system, tool_result, user
-from trainers.data.dialog import MAX_ROW_BYTES, Dialog, Pair, RowError, TrainingDataItem, parse_pair, parse_row
+from trainers.data.dialog import MAX_ROW_BYTES, Dialog, Pair, RowError, TrainingDataItem
+from trainers.data.rows import parse_pair, parse_row
 
 ASK, ANSWER = user("How many?"), assistant("Seven.")
 CALL = assistant(None, tool_calls=[call("count", {"what": "birds"}, id="c1")])

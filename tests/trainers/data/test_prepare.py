@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from events.facts import DataReport
 from tests.tiny_models import make_tiny_model
@@ -18,9 +19,9 @@ from trainers.data import prepare as prepare_module
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
-from trainers.data.dialog import parse_row
 from trainers.data.encode import Chunk, Line, encode_lines
 from trainers.data.prepare import DataInvalid, prepare, prepared
+from trainers.data.rows import parse_row
 from trainers.data.source import content_digest
 from trainers.errors import UserError
 
@@ -35,8 +36,14 @@ def run(tmp_path: Path, tokenizer: ChatTokenizer) -> Prepare:
         file = tmp_path / "data.jsonl"
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         cache = DataCache(tmp_path / "cache", 1 << 30)
-        defaults = {"max_seq_len": 4096, "out_dir": tmp_path / "out", "cache": cache, "progress": lambda _: None}
-        return prepare(file.as_uri(), tokenizer, **(defaults | arguments))
+        defaults = {
+            "tokenizer": tokenizer,
+            "max_seq_len": 4096,
+            "out_dir": tmp_path / "out",
+            "cache": cache,
+            "progress": lambda _: None,
+        }
+        return prepare(file.as_uri(), **(defaults | arguments))
 
     return prepare_lines
 
@@ -72,6 +79,36 @@ def test_rows_in_error_keep_their_line_numbers_and_order(run: Prepare) -> None:
         "3 of 605 rows are invalid; the first is line 3: the line is not JSON: expected ident at line 1 column 2. "
         "Mend the lines that the report lists, or allow some with extras.max_invalid_fraction."
     )
+
+
+def with_new_tokens(directory: Path) -> ChatTokenizer:
+    """Of a model whose tokenizer gained two tokens that its embedding has no rows for."""
+    make_tiny_model(directory)
+    file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_tokens(["<early>", "<late>"])
+    tokenizer.save(str(file))
+    return ChatTokenizer.from_dir(directory)
+
+
+def test_a_token_that_the_embedding_has_no_row_for_makes_a_bad_row(run: Prepare, tmp_path: Path) -> None:
+    tokenizer = with_new_tokens(tmp_path / "grown")
+    late = tokenizer._tokenizer.token_to_id("<late>")
+    lines = [line("a"), line("<late>", "b"), line("a", "c")]
+    report = run(lines, tokenizer=tokenizer, max_invalid_fraction=0.5)
+    assert (report.rows, report.invalid_rows) == (2, 1)
+    (error,) = report.errors
+    assert error.line == 2
+    assert error.message == (
+        f"the token '<late>' ({late}) has no row in the embedding of {tokenizer.vocab_size}: resize the model's "
+        "embeddings"
+    )
+    assert TokenisedDataset(tmp_path / "out")[1][0].max() < tokenizer.vocab_size
+
+
+def test_a_token_without_a_row_does_no_harm_where_truncation_takes_it(run: Prepare, tmp_path: Path) -> None:
+    report = run([line("a", f"{PIECE * 20}<late>")], tokenizer=with_new_tokens(tmp_path / "grown"), max_seq_len=40)
+    assert (report.rows, report.truncated_rows) == (1, 1)
 
 
 def test_the_first_twenty_errors_are_kept_and_all_are_counted(run: Prepare) -> None:

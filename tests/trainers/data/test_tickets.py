@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainers.data.dialog import parse_row
+from trainers.data.rows import parse_row
 
 TICKETS = Path(__file__).parents[3] / "examples" / "tickets"
 FILES = ("train.jsonl", "valid.jsonl", "heldout.jsonl")

@@ -1,0 +1,78 @@
+"""Answers with reasoning: templates drop it, write it otherwise, or put an empty one before the words."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.data import templates
+from tests.trainers.data.support import assistant, call, dialog, make_tokenizer, trained, user
+
+REASONED = "<think>\nlong\n</think>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [templates.R1_DISTILL, templates.R1_DISTILL.replace("<|Assistant|>", "<|end_header_id|>").split("{% if add")[0]],
+    ids=["with a prompt", "without one, but with control tokens"],
+)
+def test_a_header_that_ends_as_the_dropped_reasoning_does_is_not_trained(tmp_path: Path, template: str) -> None:
+    tokenizer = make_tokenizer(tmp_path, template, "pieces", "</s>")
+    row = dialog(user("a"), assistant(f"{REASONED}yes"), user("b"), assistant(f"{REASONED}\n\nno"))
+    assert trained(tokenizer, row) == ["yes</s>", "\n\nno</s>"]
+
+
+def test_of_an_answer_whose_reasoning_is_dropped_it_is_known_that_only_a_part_is_shown(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, templates.R1_DISTILL, "pieces", "</s>")
+    shown = [
+        tokenizer.locate(
+            dialog(user("a"), assistant(text), user("b"), assistant("no"), keep_loss=[False, keep, False, True])
+        )
+        for text, keep in (
+            (f"{REASONED}yes", True),
+            (f"{REASONED}<s>", True),
+            (f"{REASONED}yes", False),
+            (" yes\n", True),
+        )
+    ]
+    assert [rendered.partly_shown for rendered in shown] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("template", [templates.THINKING, templates.QWEN3], ids=["thinking", "qwen3"])
+class TestAnEmptyThought:
+    def test_it_is_trained_where_the_model_has_to_write_it(self, tmp_path: Path, template: str) -> None:
+        tokenizer = make_tokenizer(tmp_path, template)
+        row = dialog(user("a"), assistant("yes"), user("b"), assistant("no"))
+        assert trained(tokenizer, row) == ["yes<|im_end|>", f"{templates.EMPTY_THOUGHT}no<|im_end|>"]
+
+    def test_it_is_not_trained_where_the_prompt_has_it(self, tmp_path: Path, template: str) -> None:
+        prompted = template + f"{{% if add_generation_prompt %}}{{{{ '{templates.EMPTY_THOUGHT}' }}}}{{% endif %}}"
+        row = dialog(user("a"), assistant("yes"))
+        assert trained(make_tokenizer(tmp_path, prompted), row) == ["yes<|im_end|>"]
+
+    def test_of_a_dialog_that_an_assistant_begins_it_is_trained_too(self, tmp_path: Path, template: str) -> None:
+        row = dialog(assistant("Hello"), user("a"), assistant("yes"))
+        runs = trained(make_tokenizer(tmp_path, template), row)
+        assert runs == ["Hello<|im_end|>", f"{templates.EMPTY_THOUGHT}yes<|im_end|>"]
+
+
+def test_an_empty_thought_before_a_call_is_trained(tmp_path: Path) -> None:
+    row = dialog(user("a"), assistant(None, tool_calls=[call("f", {})]))
+    (run,) = trained(make_tokenizer(tmp_path, templates.QWEN3), row)
+    assert run.startswith(templates.EMPTY_THOUGHT + "<tool_call>")
+
+
+def test_reasoning_before_a_call_is_trained_where_that_ends_the_dialog(tmp_path: Path) -> None:
+    row = dialog(user("a"), assistant("<think>\nhm\n</think>\n\nSo.", tool_calls=[call("f", {})]))
+    (run,) = trained(make_tokenizer(tmp_path, templates.QWEN3), row)
+    assert run.startswith("<think>\nhm\n</think>\n\nSo.\n<tool_call>")
+
+
+def test_of_a_template_without_a_prompt_for_generation_no_header_is_trained(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ '### ' + m['role'] + ':\\n' + m['content'] + eos_token }}{% endfor %}"
+    row = dialog(user("a"), assistant("yes"))
+    assert trained(make_tokenizer(tmp_path, template), row) == ["yes<|im_end|>"]
+
+
+def test_reasoning_whose_blanks_the_template_changes_is_shown_whole(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, templates.QWEN3)
+    assert not tokenizer.locate(dialog(user("a"), assistant("<think>hm</think>yes"))).partly_shown
