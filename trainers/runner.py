@@ -162,6 +162,9 @@ def _make_data_ready(
             f"{report.max_seq_len:,}",
             f"{report.invalid_rows:,}",
         )
+        if report.truncated_rows and plan.max_seq_len is None and report.max_seq_len < architecture.max_seq_len:
+            most = f"{architecture.max_seq_len:,}"
+            logger.warning("%s: rows lose their ends; extras.max_seq_len keeps up to %s tokens of each", uri, most)
         if report.partly_shown_rows:
             logger.warning(
                 "%s: of %s rows the model's chat template shows a message to train on only in part (it may drop "

@@ -46,12 +46,12 @@ class Runner:
         dialogs = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in words]
         self.file.write_text("".join(json.dumps({"dialog": dialog}) + "\n" for dialog in dialogs))
 
-    def submit(self, job_id: str) -> tuple[FineTuningJob, Plan]:
+    def submit(self, job_id: str, max_seq_len: int | None = 64) -> tuple[FineTuningJob, Plan]:
         config = Config.model_validate(
             {
                 "model": str(self.model),
                 "data": str(self.file),
-                "fine_tuning_options": {"extras": {"max_seq_len": 64}},
+                "fine_tuning_options": {"extras": {"max_seq_len": max_seq_len}},
             }
         )
         event = JobSubmitted(
@@ -86,6 +86,15 @@ def test_the_report_and_the_log_say_how_many_rows_were_truncated(
     assert job.data is not None
     assert (job.data.rows, job.data.truncated_rows) == (2, 1)
     assert "1 rows truncated to 64 tokens" in caplog.text
+    assert "extras.max_seq_len" not in caplog.text
+
+
+def test_the_log_says_what_keeps_more_of_rows_that_the_model_could_take(
+    runner: Runner, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.suitability.MAX_SEQ_LEN", 40)
+    runner.make_ready(*runner.submit("ftjob-1", max_seq_len=None))
+    assert "extras.max_seq_len keeps up to 512 tokens of each" in caplog.text
 
 
 def test_the_report_and_the_log_say_of_how_many_rows_an_answer_is_trained_in_part(
