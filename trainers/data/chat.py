@@ -46,7 +46,9 @@ class Rendered:
 class ChatTokenizer:
     """Made by `from_dir`. Immutable, apart from caches; use one per thread. Can be pickled."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, named: Mapping[str, str], eos_ids: set[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: str | None, named: Mapping[str, str], eos_ids: Sequence[int]
+    ) -> None:
         """`named`: special tokens by name, `eos_token` among them. `template` None: the default one."""
         self.has_own_template = template is not None
         if template is None:
@@ -58,7 +60,7 @@ class ChatTokenizer:
         tokenizer.post_processor = NoProcessing([])
         self._tokenizer = tokenizer
         self._words = WordTokenizer(tokenizer) if cuts_between_words(tokenizer) else None
-        self._named, self._given_eos_ids = dict(named), set(eos_ids)
+        self._named, self._given_eos_ids = dict(named), tuple(eos_ids)
         self._template = ChatTemplate(template, named)
         self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
         self._ids = {token.content: id_ for id_, token in self._special}
@@ -67,8 +69,8 @@ class ChatTokenizer:
         self._user_control = re.compile(f"{self._control.pattern}|{_RESERVED.pattern}")
         self._spans = SpanFinder(self._template, self._control)
         eos = self._ids[named["eos_token"]]
-        self.eos_ids: frozenset[int] = frozenset({eos} | eos_ids | self._assistant_end())
-        """Ids that end generation: EOS, what the generation config names, what ends an assistant's turn."""
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, eos, *self._assistant_end()]))
+        """Ids that end generation: what the model's configs name, EOS, what ends an assistant's turn. Each once."""
         self.pad_id: int = self._ids.get(named.get("pad_token", ""), eos)
         """Id to pad with: the pad token, or EOS where there is none."""
 
@@ -85,7 +87,7 @@ class ChatTokenizer:
         _check_takes_any_text(tokenizer)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise _broken("the model's tokenizer has no end-of-sequence token")
-        return cls(tokenizer, find_template(model_dir, config), named, set(eos_ids))
+        return cls(tokenizer, find_template(model_dir, config), named, eos_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._tokenizer, self.template, self._named, self._given_eos_ids)
@@ -166,10 +168,10 @@ class ChatTokenizer:
             begin, done = done, end
         return found
 
-    def _assistant_end(self) -> set[int]:
+    def _assistant_end(self) -> list[int]:
         turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
         end = self._spans.turn_end(Dialog(turns, (False, True)), "assistant").strip()
-        return {self._ids[end]} if end else set()
+        return [self._ids[end]] if end else []
 
     def _looks_like_control(self, dialog: Dialog) -> bool:
         # Role and content are all that most messages have.
@@ -255,13 +257,6 @@ class ChatTokenizer:
         if not ids:
             return np.empty(0, np.int32), np.empty(0, np.bool_)
         return np.concatenate(ids), np.concatenate(masks)
-
-
-def template_to_save(model_dir: Path) -> str | None:
-    """The chat template that has to be saved with what was trained on this model. None: the model brings its own."""
-    if find_template(model_dir, _read_json(model_dir / "tokenizer_config.json")) is not None:
-        return None
-    return ChatTokenizer.from_dir(model_dir).template
 
 
 def _mask_one(encoding: Encoding, trained: Sequence[Span]) -> Encoded:

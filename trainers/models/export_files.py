@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FILE_MODE = 0o644
+GENERATION_CONFIG = "generation_config.json"
 _COMPANION_FILES = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
