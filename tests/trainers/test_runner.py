@@ -143,6 +143,34 @@ def test_a_runner_that_cannot_reach_the_log_ends_and_does_not_blame_the_job(
     assert not (runner.settings.job_dir("ftjob-1") / "error.txt").exists()
 
 
+def test_a_job_whose_model_changed_while_it_waited_fails_instead_of_training_on_another(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.retrying.GIVE_UP_AFTER_S", 0)
+    job = runner.make_ready(*runner.submit("ftjob-1"))
+    settings = runner.settings.model_copy(update={"model_roots": (runner.model,)})
+    with pytest.raises(LogUnavailable):
+        _outcome(job, LogThatIsAway(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
+    make_tiny_model(runner.model, seed=1)
+    outcome = _outcome(job, LogThatIsAway(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
+    assert isinstance(outcome, JobFailed)
+    assert (outcome.error.code, outcome.error.fault, outcome.error.param) == ("model_changed", "user", "model")
+
+
+def test_a_model_that_changes_after_its_job_was_admitted_is_noticed_too(runner: Runner) -> None:
+    job = runner.make_ready(*runner.submit("ftjob-1"))
+    settings = runner.settings.model_copy(update={"model_roots": (runner.model,)})
+
+    class Admitting(EventLog):
+        async def wait(self, job_id: str, after_version: int, wait_s: float) -> FineTuningJob:
+            make_tiny_model(runner.model, seed=1)
+            return job.model_copy(update={"admitted": True})
+
+    outcome = _outcome(job, Admitting(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
+    assert isinstance(outcome, JobFailed)
+    assert outcome.error.code == "model_changed"
+
+
 def job_with(checkpoints: list[Path]) -> FineTuningJob:
     uris = [path.as_uri() for path in checkpoints]
     return FineTuningJob(

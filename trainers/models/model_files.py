@@ -37,8 +37,10 @@ class TensorEntry(NamedTuple):
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    """Where it begins in the file, in bytes."""
     size: int
-    """Bytes that it takes in the file."""
+    """Bytes that it takes there."""
 
 
 def incomplete(message: str) -> UserError:
@@ -136,7 +138,7 @@ def _header(file: Path) -> dict[str, TensorEntry]:
             header = json.loads(stream.read(_allowed(length)))
         header.pop("__metadata__", None)
         end = 8 + length + _bytes_of_tensors(entry["data_offsets"] for entry in header.values())
-        entries = {name: _entry(file, **fields) for name, fields in header.items()}
+        entries = {name: _entry(file, 8 + length, **fields) for name, fields in header.items()}
         size = file.stat().st_size
     except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise incomplete(f"{file} is not a readable safetensors file: {error}.") from None
@@ -162,9 +164,9 @@ def _bytes_of_tensors(offsets: Iterable[tuple[int, int]]) -> int:
     return position
 
 
-def _entry(file: Path, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorEntry:
+def _entry(file: Path, base: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorEntry:
     start, end = data_offsets
-    return TensorEntry(file, str(dtype), tuple(shape), end - start)
+    return TensorEntry(file, str(dtype), tuple(shape), base + start, end - start)
 
 
 def _named_files(model_dir: Path, named: object) -> list[Path]:
