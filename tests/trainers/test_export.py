@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from tests.tiny_models import make_tiny_model
+from tests.trainers.recipe_support import Case, make_plan_for, random_rows, write_rows
+from trainers.data.chat import ChatTokenizer
 from trainers.export import export_model
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.weights import load_weights
@@ -63,3 +65,43 @@ def test_an_end_that_the_model_has_no_row_for_is_left_out(tmp_path: Path) -> Non
     model = base_model(tmp_path / "base")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 100_000]}))
     assert exported(model, tmp_path / "out") == {"eos_token_id": [0, 2]}
+
+
+def trained_adapter(model: Path, out: Path, name: str) -> Path:
+    """The adapter of a short training of `model`, whose name in the plan is `name`."""
+    data = write_rows(out / "train", random_rows(2))
+    case = Case(make_plan_for("lora", model=name, n_epochs=1), model, data, out / "run")
+    return case.run().checkpoints[-1].path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "revision"),
+    [
+        ("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", None),
+        ("SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", None),
+        ("acme/base", "acme/base", None),
+        (f"acme/base@{'0123456789' * 4}", "acme/base", "0123456789" * 4),
+        ("/models/base", "/models/base", None),
+        ("s3://bucket/base", "s3://bucket/base", None),
+    ],
+)
+def test_an_adapter_names_its_base_as_others_load_it(
+    tmp_path: Path, model: str, base: str, revision: str | None
+) -> None:
+    adapter = trained_adapter(make_tiny_model(tmp_path / "base"), tmp_path, model)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (base, revision)
+
+
+@pytest.mark.parametrize("template", ["own", "default"])
+def test_an_adapter_comes_with_the_tokenizer_and_the_template_it_was_trained_with(
+    tmp_path: Path, template: str
+) -> None:
+    model = make_tiny_model(tmp_path / "base")
+    if template == "default":
+        config = model / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": None}))
+    adapter = trained_adapter(model, tmp_path, str(model))
+    saved, trained_with = ChatTokenizer.from_dir(adapter), ChatTokenizer.from_dir(model)
+    assert saved.has_own_template
+    assert saved.fingerprint == trained_with.fingerprint
