@@ -43,7 +43,7 @@ from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, writ
 from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
 from trainers.job_output import JobOutput
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.resolve import resolve_model
+from trainers.models.pinned import check_unchanged, pinned_model
 from trainers.plan import COMPILED, Plan, plan_of
 from trainers.reporting import Paused
 from trainers.resubmit import model_dir_of
@@ -55,6 +55,8 @@ from trainers.tenure import Superseded, Tenure
 logger = logging.getLogger("tunewright.runner")
 
 WAIT_S = 30.0
+PINNED = "model.json"
+"""Beside the tokenised rows in a job's directory: the model that they are for."""
 
 
 def run(job_id: str, settings: Settings) -> int:
@@ -91,11 +93,13 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     job_dir = settings.job_dir(job.job_id)
     try:
         plan = plan_of(job)
-        model_dir = resolve_model(plan.model, settings, logger.info)
+        model = pinned_model(plan.model, job_dir / "data" / PINNED, settings, logger.info)
+        plan, model_dir = plan.model_copy(update={"model": model.name}), model.directory
         capacity = Cluster().capacity
         job = _make_data_ready(job, plan, model_dir, tenure, settings, capacity)
         while True:
             job = _wait_until_admitted(job, log, tenure)
+            check_unchanged(model)  # it may have waited for hours, or trained
             try:
                 interruption = _attempt(job, plan, model_dir, settings, capacity())
             except Paused:

@@ -206,6 +206,34 @@ def test_the_log_of_a_job_that_has_succeeded_ends_with_that_and_the_place_of_its
     assert caplog.messages == [f"job succeeded; its model: {tmp_path}/step 2/merged"]
 
 
+def test_a_job_whose_model_changed_while_it_waited_fails_instead_of_training_on_another(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.retrying.GIVE_UP_AFTER_S", 0)
+    job = runner.make_ready(*runner.submit("ftjob-1"))
+    settings = runner.settings.model_copy(update={"model_roots": (runner.model,)})
+    with pytest.raises(LogUnavailable):
+        _outcome(job, LogThatIsAway(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
+    make_tiny_model(runner.model, seed=1)
+    outcome = _outcome(job, LogThatIsAway(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
+    assert isinstance(outcome, JobFailed)
+    assert (outcome.error.code, outcome.error.fault, outcome.error.param) == ("model_changed", "user", "model")
+
+
+def test_a_model_that_changes_after_its_job_was_admitted_is_noticed_too(runner: Runner) -> None:
+    job = runner.make_ready(*runner.submit("ftjob-1"))
+    settings = runner.settings.model_copy(update={"model_roots": (runner.model,)})
+
+    class Admitting(EventLog):
+        async def wait(self, job_id: str, after_version: int, wait_s: float) -> FineTuningJob:
+            make_tiny_model(runner.model, seed=1)
+            return job.model_copy(update={"admitted": True})
+
+    outcome = _outcome(job, Admitting(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
+    assert isinstance(outcome, JobFailed)
+    assert outcome.error.code == "model_changed"
+
+
 def job_with(checkpoints: list[Path]) -> FineTuningJob:
     uris = [path.as_uri() for path in checkpoints]
     return FineTuningJob(

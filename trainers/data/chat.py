@@ -53,7 +53,7 @@ class ChatTokenizer:
         tokenizer: Tokenizer,
         templates: Mapping[str, str],
         named: Mapping[str, str],
-        eos_ids: set[int],
+        eos_ids: Sequence[int],
         vocab_size: int | None = None,
     ) -> None:
         """`named`: special tokens by name, `eos_token` among them. No `templates`: the default one of this program."""
@@ -69,7 +69,7 @@ class ChatTokenizer:
         tokenizer.post_processor = NoProcessing([])
         self._tokenizer = tokenizer
         self._words = WordTokenizer(tokenizer) if cuts_between_words(tokenizer) else None
-        self._named, self._given_eos_ids = dict(named), set(eos_ids)
+        self._named, self._given_eos_ids = dict(named), tuple(eos_ids)
         self._template = ChatTemplate(templates, named)
         self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
         self._ids = {token.content: id_ for id_, token in self._special}
@@ -78,8 +78,8 @@ class ChatTokenizer:
         self._user_control = re.compile(f"{self._control.pattern}|{_RESERVED.pattern}")
         self._spans = SpanFinder(self._template, self._control)
         eos = self._ids[named["eos_token"]]
-        self.eos_ids: frozenset[int] = frozenset({eos} | eos_ids | self._assistant_end())
-        """Ids that end generation: EOS, what the generation config names, what ends an assistant's turn."""
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, eos, *self._assistant_end()]))
+        """Ids that end generation: what the model's configs name, EOS, what ends an assistant's turn. Each once."""
         self.pad_id: int = self._ids.get(named.get("pad_token", ""), eos)
         """Id to pad with: the pad token, or EOS where there is none."""
 
@@ -98,7 +98,7 @@ class ChatTokenizer:
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise _broken("the model's tokenizer has no end-of-sequence token")
         templates = find_templates(model_dir, config)
-        return cls(tokenizer, templates, named, set(eos_ids), vocab_size if isinstance(vocab_size, int) else None)
+        return cls(tokenizer, templates, named, eos_ids, vocab_size if isinstance(vocab_size, int) else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._tokenizer, self._template.sources, self._named, self._given_eos_ids, self.vocab_size)
@@ -191,10 +191,10 @@ class ChatTokenizer:
             begin, done = done, end
         return found
 
-    def _assistant_end(self) -> set[int]:
+    def _assistant_end(self) -> list[int]:
         turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
         end = self._spans.turn_end(Dialog(turns, (False, True)), "assistant").strip()
-        return {self._ids[end]} if end else set()
+        return [self._ids[end]] if end else []
 
     def _looks_like_control(self, dialog: Dialog) -> bool:
         # Role and content are all that most messages have.
@@ -280,13 +280,6 @@ class ChatTokenizer:
         if not ids:
             return np.empty(0, np.int32), np.empty(0, np.bool_)
         return np.concatenate(ids), np.concatenate(masks)
-
-
-def template_to_save(model_dir: Path) -> str | None:
-    """The chat template that has to be saved with what was trained on this model. None: the model brings its own."""
-    if find_templates(model_dir, _read_json(model_dir / "tokenizer_config.json")):
-        return None
-    return ChatTokenizer.from_dir(model_dir).template
 
 
 def _mask_one(encoding: Encoding, trained: Sequence[Span]) -> Encoded:

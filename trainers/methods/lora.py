@@ -14,7 +14,9 @@ from trainers.methods.method import Method
 from trainers.models.adapters import load_peft_adapter, merge_lora, save_peft_adapter
 from trainers.models.architecture import Architecture
 from trainers.models.decoder import MakeLinear, plain_linear
+from trainers.models.export_files import copy_tokenizer
 from trainers.models.layout import adapts
+from trainers.models.names import base_name
 from trainers.models.weights import load_weights
 from trainers.plan import LoraSpec, Plan
 
@@ -73,11 +75,13 @@ class Lora(Method):
         return base | initial_adapter(decoder, self.plan.seed, dtype)
 
     def save(self, directory: Path, trained: Mapping[str, Tensor], arch: Architecture, model_dir: Path) -> None:
-        save_peft_adapter(trained, arch, self.spec, self.plan.model, directory / "adapter")
+        base, revision = base_name(self.plan.model)
+        save_peft_adapter(trained, arch, self.spec, base, directory / "adapter", revision)
         stored = load_weights(model_dir, arch)
         merged = merge_lora(self.base(stored), trained, self.spec)
         of_stored_type = {name: value.to(stored[name].dtype) for name, value in merged.items()}
         export_model(of_stored_type, arch, model_dir, directory / "merged")
+        copy_tokenizer(directory / "merged", directory / "adapter")
 
     def base(self, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The frozen parameters that the adapter was trained on; `stored` are those of the model's files."""

@@ -23,9 +23,15 @@ _PREFIX = "base_model.model."
 
 
 def save_peft_adapter(
-    adapter_state: Mapping[str, Tensor], arch: Architecture, lora: LoraSpec, base_model: str, out_dir: Path
+    adapter_state: Mapping[str, Tensor],
+    arch: Architecture,
+    lora: LoraSpec,
+    base_model: str,
+    out_dir: Path,
+    revision: str | None = None,
 ) -> None:
     """Writes an adapter that `peft.PeftModel.from_pretrained` and vLLM load. Values are stored as they are.
+    `base_model` is a path, or a repository of a hub; of that, `revision` is what was trained on (None: its newest).
 
     Where a family fuses projections (Phi-3's qkv_proj), PEFT wants one adapter for the fused layer: the A's are
     stacked and the B's set on the diagonal of one block matrix, which computes the same. Its rank is then a multiple
@@ -47,7 +53,8 @@ def save_peft_adapter(
                 tensors[_magnitude_name(linear)] = torch.cat(magnitudes)
     write_safetensors(tensors, out_dir / ADAPTER_FILE)
     dora = any(name.endswith(MAGNITUDE) for name in adapter_state)
-    write_json(_peft_config(lora, base_model, multiples) | {"use_dora": dora}, out_dir / ADAPTER_CONFIG)
+    config = {"base_model_name_or_path": base_model, "revision": revision, **_peft_config(lora, multiples)}
+    write_json(config | {"use_dora": dora}, out_dir / ADAPTER_CONFIG)
 
 
 def load_peft_adapter(adapter_dir: Path, arch: Architecture, lora: LoraSpec) -> dict[str, Tensor]:
@@ -146,12 +153,11 @@ def _blocks(linear: Linear, adapted: list[Part], rank: int) -> Iterator[tuple[Pa
         row += part.rows
 
 
-def _peft_config(lora: LoraSpec, base_model: str, multiples: Mapping[str, int]) -> dict[str, Any]:
+def _peft_config(lora: LoraSpec, multiples: Mapping[str, int]) -> dict[str, Any]:
     fused = {name: multiple for name, multiple in multiples.items() if multiple > 1}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FILE_MODE = 0o644
-_COMPANION_FILES = (
-    "generation_config.json",
+GENERATION_CONFIG = "generation_config.json"
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -21,20 +21,29 @@ _COMPANION_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "LICENSE*",
-    "NOTICE*",
 )
+_OTHER_FILES = (GENERATION_CONFIG, "LICENSE*", "NOTICE*")
 
 
 def copy_companions(source_dir: Path, out_dir: Path) -> None:
     """Copies what belongs to a model besides weights and config.json: tokenizer, chat templates, licence."""
-    for pattern in _COMPANION_FILES:
+    copy_tokenizer(source_dir, out_dir)
+    _copy(_OTHER_FILES, source_dir, out_dir)
+
+
+def copy_tokenizer(source_dir: Path, out_dir: Path) -> None:
+    """Copies the tokenizer and the chat templates of a model."""
+    _copy(_TOKENIZER_FILES, source_dir, out_dir)
+    if (source_dir / "additional_chat_templates").is_dir():
+        shutil.copytree(source_dir / "additional_chat_templates", out_dir / "additional_chat_templates")
+
+
+def _copy(patterns: Iterable[str], source_dir: Path, out_dir: Path) -> None:
+    for pattern in patterns:
         for file in source_dir.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, out_dir / file.name)
                 (out_dir / file.name).chmod(FILE_MODE)
-    if (source_dir / "additional_chat_templates").is_dir():
-        shutil.copytree(source_dir / "additional_chat_templates", out_dir / "additional_chat_templates")
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -78,6 +78,11 @@ def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True
     return path
 
 
+def commit_of(directory: Path) -> str | None:
+    """The commit that `download` has put there; None for a directory of something else."""
+    return directory.name if _COMMIT.fullmatch(directory.name) else None
+
+
 def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
     """The commit of the revision, and its wanted files with their sizes in bytes."""
     from huggingface_hub import HfApi

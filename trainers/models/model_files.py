@@ -20,12 +20,15 @@ if TYPE_CHECKING:  # `architecture` imports this module
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_KEY = "transformers_weights"
+"""The key of config.json that names the weights, or their index, where they have another name than these."""
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes of an element, by the dtypes that can be trained on."""
 # The API reads both, and parsing JSON lets nobody else run meanwhile. The largest models that can be built here have
 # some thousand tensors, at about a hundred bytes each; the limit of the safetensors library itself is 100 MB.
 _MAX_HEADER_BYTES = 8_000_000
 _MAX_JSON_BYTES = 16_000_000
+_INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class TensorEntry(NamedTuple):
@@ -34,8 +37,10 @@ class TensorEntry(NamedTuple):
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    """Where it begins in the file, in bytes."""
     size: int
-    """Bytes that it takes in the file."""
+    """Bytes that it takes there."""
 
 
 def incomplete(message: str) -> UserError:
@@ -61,15 +66,20 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files that hold the model, in a fixed order.
+    """The safetensors files that hold the model, in a fixed order. Of a directory that holds several models, the one
+    that transformers loads: what config.json names as `transformers_weights`, else the single file, else the shards.
 
     Raises UserError `model_incomplete`, naming what is missing: all of it, a shard of the index, or only its
     safetensors form.
     """
-    if (model_dir / INDEX_FILE).is_file():
-        return _indexed_files(model_dir)
+    if (model_dir / "config.json").is_file():
+        named = read_json_object(model_dir / "config.json").get(WEIGHTS_KEY)
+        if named is not None:
+            return _named_files(model_dir, named)
     if (model_dir / SINGLE_FILE).is_file():
         return [model_dir / SINGLE_FILE]
+    if (model_dir / INDEX_FILE).is_file():
+        return _indexed_files(model_dir / INDEX_FILE)
     if (model_dir / "adapter_config.json").is_file():
         raise incomplete(f"{model_dir} holds an adapter, not a model: merge it into its base model first.")
     if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
@@ -128,7 +138,7 @@ def _header(file: Path) -> dict[str, TensorEntry]:
             header = json.loads(stream.read(_allowed(length)))
         header.pop("__metadata__", None)
         end = 8 + length + _bytes_of_tensors(entry["data_offsets"] for entry in header.values())
-        entries = {name: _entry(file, **fields) for name, fields in header.items()}
+        entries = {name: _entry(file, 8 + length, **fields) for name, fields in header.items()}
         size = file.stat().st_size
     except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise incomplete(f"{file} is not a readable safetensors file: {error}.") from None
@@ -154,23 +164,33 @@ def _bytes_of_tensors(offsets: Iterable[tuple[int, int]]) -> int:
     return position
 
 
-def _entry(file: Path, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorEntry:
+def _entry(file: Path, base: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorEntry:
     start, end = data_offsets
-    return TensorEntry(file, str(dtype), tuple(shape), end - start)
+    return TensorEntry(file, str(dtype), tuple(shape), base + start, end - start)
 
 
-def _indexed_files(model_dir: Path) -> list[Path]:
-    weight_map = read_json_object(model_dir / INDEX_FILE).get("weight_map")
+def _named_files(model_dir: Path, named: object) -> list[Path]:
+    if not isinstance(named, str) or Path(named).name != named or not named.endswith((".safetensors", _INDEX_SUFFIX)):
+        raise incomplete(f"{model_dir}: {WEIGHTS_KEY} of config.json names no safetensors beside it: {named!r}.")
+    file = model_dir / named
+    if not file.is_file():
+        raise incomplete(f"{model_dir} has no {named}, which {WEIGHTS_KEY} of config.json names.")
+    return _indexed_files(file) if named.endswith(_INDEX_SUFFIX) else [file]
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
-        raise incomplete(f"{model_dir / INDEX_FILE} has no weight_map.")
+        raise incomplete(f"{index} has no weight_map.")
     names = sorted({str(name) for name in weight_map.values()})
     outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if outside:
-        raise incomplete(f"{model_dir / INDEX_FILE} names files that are no safetensors beside it: {_some(outside)}.")
-    missing = [name for name in names if not (model_dir / name).is_file()]
+        raise incomplete(f"{index} names files that are no safetensors beside it: {_some(outside)}.")
+    files = [index.with_name(name) for name in names]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise incomplete(f"{model_dir} lacks the weight files {_some(missing)} that {INDEX_FILE} names.")
-    return [model_dir / name for name in names]
+        raise incomplete(f"{index.parent} lacks the weight files {_some(missing)} that {index.name} names.")
+    return files
 
 
 def _unsupported(message: str) -> UserError:

@@ -116,10 +116,21 @@ def classify_model(model: str) -> ModelKind:
 
 def hub_model(model: str) -> HubModel:
     """The repository that a hub id or an alias stands for."""
-    match = _HUB_ID.fullmatch(ALIASES.get(model.lower(), model))
+    match = _hub_id(model)
     if match is None:
         raise _refused(f"{model!r} is no Hugging Face id: {_HUB_RULE}.")
     return HubModel(match["repo"], match["revision"] or "main")
+
+
+def base_name(model: str) -> tuple[str, str | None]:
+    """What other libraries load `model` by: the repository and the revision (None: its newest commit) that a hub id or
+    an alias stands for; any other name as it is."""
+    match = _hub_id(model)
+    return (model, None) if match is None else (match["repo"], match["revision"])
+
+
+def _hub_id(model: str) -> re.Match[str] | None:
+    return _HUB_ID.fullmatch(ALIASES.get(model.lower(), model))
 
 
 def local_directory(model: str, roots: Iterable[Path]) -> Path:

@@ -8,7 +8,7 @@ from trainers.models.cache import make_once
 from trainers.models.names import classify_model, hub_model, local_directory
 from trainers.settings import Settings
 
-__all__ = ["classify_model", "resolve_model"]
+__all__ = ["classify_model", "lasting_name", "resolve_model"]
 
 
 def resolve_model(model: str, settings: Settings, log: Callable[[str], None], *, weights: bool = True) -> Path:
@@ -31,6 +31,17 @@ def resolve_model(model: str, settings: Settings, log: Callable[[str], None], *,
     if kind == "alias":
         log(f"{model} stands for {target.repo}")
     return hub.download(target, settings.model_cache, log, weights=weights)
+
+
+def lasting_name(model: str, directory: Path) -> str:
+    """A name for what `model` was resolved to, `directory`, that can't come to mean another one: the path of a local
+    model, a hub's with its commit. Where there is none, `model`."""
+    kind = classify_model(model)
+    if kind == "local":
+        return str(directory)
+    if kind != "remote" and (commit := hub.commit_of(directory)):
+        return f"{hub_model(model).repo}@{commit}"
+    return model
 
 
 def _embedded(gguf_file: Path, cache_dir: Path, log: Callable[[str], None]) -> Path:

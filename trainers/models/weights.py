@@ -12,7 +12,7 @@ from torch import Tensor
 from trainers.models.architecture import Architecture
 from trainers.models.export_files import copy_companions, write_json, write_safetensors
 from trainers.models.layout import CheckpointTensor, checkpoint_tensors
-from trainers.models.model_files import INDEX_FILE, SINGLE_FILE, incomplete, weight_files
+from trainers.models.model_files import INDEX_FILE, SINGLE_FILE, WEIGHTS_KEY, incomplete, weight_files
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -113,7 +113,8 @@ def _shards(
 
 def _exported_config(arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:
     """The model's own config.json with the dtype of the weights, under the key that transformers 4 and 5 both read."""
-    config = {key: value for key, value in arch.json.items() if key not in ("dtype", "_name_or_path", "auto_map")}
+    dropped = ("dtype", "_name_or_path", "auto_map", WEIGHTS_KEY)
+    config = {key: value for key, value in arch.json.items() if key not in dropped}
     return config | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 

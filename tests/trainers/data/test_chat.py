@@ -368,7 +368,7 @@ class TestReadingAModelDirectory:
 
     def test_ids_that_end_generation_come_from_every_config(self, make: Make, tmp_path: Path) -> None:
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
-        assert make("chatml").eos_ids == {0, 2, 5}
+        assert make("chatml").eos_ids == (0, 5, 2)
 
     def test_padding_falls_back_to_eos(self, make: Make) -> None:
         assert make("chatml", pad_token=None).pad_id == 2

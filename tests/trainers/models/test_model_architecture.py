@@ -443,7 +443,7 @@ def test_weights_with_tensors_that_would_be_ignored_are_refused(tmp_path: Path) 
 
 
 def test_an_index_that_names_a_missing_shard_is_incomplete(tmp_path: Path) -> None:
-    make_tiny_model(tmp_path)
+    (make_tiny_model(tmp_path) / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00002-of-00002.safetensors" in str(broken(tmp_path))
@@ -451,7 +451,7 @@ def test_an_index_that_names_a_missing_shard_is_incomplete(tmp_path: Path) -> No
 
 def test_an_index_cannot_lead_out_of_the_directory(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "other")
-    make_tiny_model(tmp_path / "model")
+    (make_tiny_model(tmp_path / "model") / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../other/model.safetensors"}}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "no safetensors beside it" in str(broken(tmp_path / "model"))

@@ -51,6 +51,68 @@ def test_a_large_model_is_saved_in_shards_with_an_index(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
+def several_models(folder: Path) -> dict[str, torch.Tensor]:
+    """A directory that holds one model as a single file, one in shards and a third under a name of its own; the final
+    norm of each."""
+    seeds = {"single": 0, "shards": 1, "named": 2}
+    norms = {}
+    for name, seed in seeds.items():
+        source = make_tiny_model(folder.with_name(name), seed=seed)
+        arch = inspect_model_dir(source)
+        weights = load_weights(source, arch)
+        norms[name] = weights["norm.scale"].clone()
+        # As save_pretrained() leaves it when a smaller model is saved where a larger one was, or the other way round.
+        save_hf_model(weights, arch, source, folder, max_shard_bytes=150_000 if name == "shards" else 10**9)
+        if name == "named":
+            (folder / "model.safetensors").rename(folder / "named.safetensors")
+        elif name == "single":
+            (folder / "model.safetensors").rename(folder / "kept")
+    (folder / "kept").rename(folder / "model.safetensors")
+    return norms
+
+
+def test_of_a_directory_with_several_models_the_one_that_transformers_loads_is_trained(tmp_path: Path) -> None:
+    norms = several_models(tmp_path / "model")
+
+    def loaded() -> torch.Tensor:
+        return load_weights(tmp_path / "model", inspect_model_dir(tmp_path / "model"))["norm.scale"]
+
+    assert torch.equal(loaded(), norms["single"])
+    config = tmp_path / "model" / "config.json"
+    plain = json.loads(config.read_text())
+    config.write_text(json.dumps(plain | {"transformers_weights": "named.safetensors"}))
+    assert torch.equal(loaded(), norms["named"])
+    config.write_text(json.dumps(plain | {"transformers_weights": "model.safetensors.index.json"}))
+    assert torch.equal(loaded(), norms["shards"])
+    config.write_text(json.dumps(plain))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert torch.equal(loaded(), norms["shards"])
+
+
+def test_an_index_without_its_shards_is_no_fault_beside_the_single_file(tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path)
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    inspect_model_dir(source)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "pytorch_model.bin", "gone.safetensors", 7])
+def test_weights_that_a_config_names_must_be_safetensors_beside_it(tmp_path: Path, name: object) -> None:
+    make_tiny_model(tmp_path / "other")
+    source = make_tiny_model(tmp_path / "model", transformers_weights=name)
+    with pytest.raises(UserError, match="transformers_weights") as caught:
+        inspect_model_dir(source)
+    assert caught.value.error.code == "model_incomplete"
+
+
+def test_an_export_of_weights_with_a_name_of_their_own_has_the_usual_one(tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "in", transformers_weights="tuned.safetensors")
+    (source / "model.safetensors").rename(source / "tuned.safetensors")
+    arch = inspect_model_dir(source)
+    save_hf_model(load_weights(source, arch), arch, source, tmp_path / "out")
+    inspect_model_dir(tmp_path / "out")
+
+
 def test_an_export_says_its_dtype_and_keeps_the_rest_of_the_config(tmp_path: Path) -> None:
     source = make_tiny_model(tmp_path / "in", my_own_key=[1, 2])
     arch = inspect_model_dir(source)
