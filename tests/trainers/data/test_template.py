@@ -8,7 +8,7 @@ import pytest
 
 from tests.trainers.data import templates
 from tests.trainers.data.support import assistant, call, dialog, make_tokenizer, tool_result, trained, user
-from trainers.data.chat import ChatTokenizer, template_to_save
+from trainers.data.chat import ChatTokenizer
 from trainers.errors import UserError
 
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -54,7 +54,6 @@ class TestNamedTemplates:
         tokenizer = make(tmp_path, {"default": templates.CHATML})
         assert tokenizer.has_own_template
         assert tokenizer.template == templates.CHATML
-        assert template_to_save(tmp_path) is None
 
     def test_without_a_default_one_they_are_refused_by_their_names(
         self, make: Callable[..., ChatTokenizer], tmp_path: Path
