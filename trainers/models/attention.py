@@ -241,11 +241,12 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return compiled
 
 
-def _flex_attention(*arguments: Any, **options: Any) -> Tensor:  # noqa: ANN401
-    if torch.compiler.is_compiling():  # it becomes part of what is being compiled
-        return cast(Tensor, flex_attention(*arguments, **options))
+def _flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention, compiled; or as it is, where it becomes part of what is being compiled."""
+    if torch.compiler.is_compiling():
+        return cast(Callable[..., Tensor], flex_attention)
     allow_variants()
-    return _compiled_flex_attention()(*arguments, **options)
+    return _compiled_flex_attention()
 
 
 def flex_attend(
@@ -253,7 +254,7 @@ def flex_attend(
 ) -> Tensor:
     """The same by FlexAttention, which has no dropout. `flex` stands in for the compiled one."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    output: Tensor = (flex or _flex_attention)(
+    output: Tensor = (flex or _flex_attention())(
         q,
         k,
         v,
