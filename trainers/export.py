@@ -17,7 +17,7 @@ def export_model(weights: Mapping[str, Tensor], arch: Architecture, model_dir: P
     """Writes everything inference needs: `weights`, and the rest from `model_dir`; where that has no chat template, the
     one that was trained with. The generation config names every token that an answer may end with."""
     save_hf_model(weights, arch, model_dir, out_dir)
-    tokenizer = ChatTokenizer.from_dir(model_dir)
+    tokenizer = ChatTokenizer.from_dir(model_dir, whole=False)
     write_json(_generation_config(tokenizer, arch, model_dir), out_dir / GENERATION_CONFIG)
     if not tokenizer.has_own_template:
         write_text(tokenizer.template, out_dir / "chat_template.jinja")

@@ -38,6 +38,18 @@ def test_an_exported_base_model_ends_its_answer_where_it_was_trained_to(tmp_path
     assert (tmp_path / "out" / "generation_config.json").stat().st_mode & 0o777 == 0o644
 
 
+def test_the_ends_are_found_without_the_vocabulary_where_the_control_tokens_are_listed(tmp_path: Path) -> None:
+    model = base_model(tmp_path / "base")
+    known = ChatTokenizer.from_dir(model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    texts = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    listed = {str(id_): {"content": text, "special": True} for id_, text in enumerate(texts)}
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": listed}))
+    (model / "tokenizer.json").unlink()
+    light = ChatTokenizer.from_dir(model, whole=False)
+    assert (light.eos_ids, light.template) == (known.eos_ids, known.template) == ((0, 2), known.template)
+
+
 def test_exporting_again_adds_nothing(tmp_path: Path) -> None:
     first = exported(base_model(tmp_path / "base"), tmp_path / "out")
     assert exported(tmp_path / "out", tmp_path / "again") == first
@@ -104,4 +116,5 @@ def test_an_adapter_comes_with_the_tokenizer_and_the_template_it_was_trained_wit
     adapter = trained_adapter(model, tmp_path, str(model))
     saved, trained_with = ChatTokenizer.from_dir(adapter), ChatTokenizer.from_dir(model)
     assert saved.has_own_template
-    assert saved.fingerprint == trained_with.fingerprint
+    assert (adapter / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert (saved.template, saved.eos_ids) == (trained_with.template, trained_with.eos_ids)

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import Sequence as NoProcessing
 
 from trainers.data.dialog import Dialog, RowError
@@ -84,20 +85,27 @@ class ChatTokenizer:
         """Id to pad with: the pad token, or EOS where there is none."""
 
     @classmethod
-    def from_dir(cls, model_dir: Path) -> Self:
-        """Reads tokenizer.json and the configs beside it. Raises UserError (param `model`) for what is missing."""
-        tokenizer = _read_tokenizer(model_dir / "tokenizer.json")
+    def from_dir(cls, model_dir: Path, *, whole: bool = True) -> Self:
+        """Reads tokenizer.json and the configs beside it. Raises UserError (param `model`) for what is missing.
+
+        Not `whole`: for its template and `eos_ids` only. It then does without tokenizer.json where it can, which takes
+        40 MB for a vocabulary of fifty thousand words.
+        """
         config = _read_json(model_dir / "tokenizer_config.json")
+        templates = find_templates(model_dir, config)
+        named = _named_tokens(model_dir, config)
+        tokenizer = None if whole or not templates else _control_tokens(config, named)
+        whole = tokenizer is None
+        tokenizer = tokenizer or _read_tokenizer(model_dir / "tokenizer.json")
         vocab_size = _read_json(model_dir / "config.json").get("vocab_size")
         eos_ids = [*_eos_ids(model_dir / "generation_config.json"), *_eos_ids(model_dir / "config.json")]
-        named = _named_tokens(model_dir, config)
         if "eos_token" not in named and eos_ids:
             named["eos_token"] = tokenizer.id_to_token(eos_ids[0]) or ""
         _declare_special(tokenizer, [*named.values(), *_extra_tokens(config)])
-        _check_takes_any_text(tokenizer)
+        if whole:
+            _check_takes_any_text(tokenizer)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise _broken("the model's tokenizer has no end-of-sequence token")
-        templates = find_templates(model_dir, config)
         return cls(tokenizer, templates, named, eos_ids, vocab_size if isinstance(vocab_size, int) else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -362,6 +370,18 @@ def _text_of(token: object) -> str | None:
     """A token as configs spell it: a string, or an object with its content."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
+
+
+def _control_tokens(config: Mapping[str, Any], named: Mapping[str, str]) -> Tokenizer | None:
+    """A tokenizer of nothing but the control tokens that a tokenizer_config.json lists; None where EOS isn't one."""
+    decoder = config.get("added_tokens_decoder")
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    ids = {entry["content"]: int(id_) for id_, entry in entries if isinstance(entry, dict) and entry.get("special")}
+    if named.get("eos_token") not in ids:
+        return None
+    tokenizer = Tokenizer(WordLevel(ids, unk_token=named["eos_token"]))
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ids])
+    return tokenizer
 
 
 def _named_tokens(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:
