@@ -74,11 +74,16 @@ def test_the_tag_or_else_the_fields_tell_full_from_lora(custom: dict[str, Any], 
 
 @pytest.mark.parametrize(
     "custom",
-    [{}, {"finetuning_type": None}, {"finetuning_type": "qlora"}, {"finetuning_type": 1}, {"x": 1}, "full", []],
+    [{}, {"finetuning_type": None}, {"finetuning_type": "qlora"}, {"finetuning_type": 1}, "full", []],
 )
 def test_where_nothing_tells_full_from_lora_it_is_an_error_that_says_so(custom: Any) -> None:
     with pytest.raises(ValidationError, match="set finetuning_type to 'full' or 'lora'"):
         Config.model_validate(options(custom))
+
+
+def test_a_field_that_neither_has_is_refused_by_its_name() -> None:
+    with pytest.raises(ValidationError, match=r"custom_training_options\.LoraFineTuneOptions\.x\n"):
+        Config.model_validate(options({"x": 1}))
 
 
 def test_the_fields_tell_the_loggers_apart() -> None:
