@@ -12,6 +12,7 @@ from tests.tiny_models import FAMILIES, make_tiny_model
 from trainers.errors import UserError
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder
+from trainers.models.model_files import weight_files
 from trainers.models.weights import load_weights, save_hf_model
 
 
@@ -93,7 +94,7 @@ def test_an_index_without_its_shards_is_no_fault_beside_the_single_file(tmp_path
     source = make_tiny_model(tmp_path)
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    inspect_model_dir(source)
+    assert weight_files(source) == [source / "model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "pytorch_model.bin", "gone.safetensors", 7])
@@ -110,7 +111,7 @@ def test_an_export_of_weights_with_a_name_of_their_own_has_the_usual_one(tmp_pat
     (source / "model.safetensors").rename(source / "tuned.safetensors")
     arch = inspect_model_dir(source)
     save_hf_model(load_weights(source, arch), arch, source, tmp_path / "out")
-    inspect_model_dir(tmp_path / "out")
+    assert weight_files(tmp_path / "out") == [tmp_path / "out" / "model.safetensors"]
 
 
 def test_an_export_says_its_dtype_and_keeps_the_rest_of_the_config(tmp_path: Path) -> None:
