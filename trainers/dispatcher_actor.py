@@ -114,7 +114,7 @@ def start_dispatcher(settings: Settings, deployed_at: float | None = None) -> "A
             return actor
         logger.warning("the dispatcher of an earlier deploy, by %.1f s, is replaced", deployed_at - of)
         ray.kill(actor)
-        while _is_named(actor):
+        while _is_named(actor) and time.monotonic() < deadline:
             time.sleep(_PAUSE_S)
 
 
