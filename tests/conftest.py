@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import hypothesis
+import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
@@ -92,32 +93,40 @@ def a_ray_cluster() -> Iterator[RayCluster]:
     """One node with four logical CPUs, on free loopback ports, in a directory of its own. This process is connected."""
     import ray
 
-    directory = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))  # Ray's socket paths must be short
-    gcs, dashboard, *agents = free_ports(6)
+    gcs, dashboard = free_ports(2)
     cluster = RayCluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", _environment(f"127.0.0.1:{gcs}"))
-    # Not ray.init(): its agents take fixed ports, which two clusters on one machine can't both have.
-    command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
-        *(f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
-        *(f"--dashboard-agent-listen-port={agents[0]}", f"--dashboard-agent-grpc-port={agents[1]}"),
-        *(f"--runtime-env-agent-port={agents[2]}", f"--temp-dir={directory}", "--num-cpus=4", "--num-gpus=0"),
-        *(f"--ray-client-server-port={agents[3]}", "--min-worker-port=0", "--max-worker-port=0"),
-        *("--object-store-memory=200000000", "--disable-usage-stats"),
-    ]
+    options = (f"--dashboard-port={dashboard}", "--num-cpus=4", "--num-gpus=0", "--object-store-memory=200000000")
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        output = stack.enter_context((directory / "start.log").open("w"))
-        head = subprocess.Popen(
-            command, env=cluster.env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        stack.callback(_stop, head)
-        _await_start(head, directory / "start.log")
+        stack.enter_context(ray_head(gcs, options, cluster.env))
         previous = {name: os.environ.get(name) for name in cluster.env}
         os.environ.update(cluster.env)
         stack.callback(_restore, previous)
         ray.init(cluster.address, namespace="tunewright", log_to_driver=False)
         stack.callback(ray.shutdown)
         yield cluster
+
+
+@contextmanager
+def ray_head(gcs: int, options: Sequence[str], env: Mapping[str, str]) -> Iterator[None]:
+    """A cluster's head, up on loopback: started with these options, its control plane on port `gcs`."""
+    directory = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))  # Ray's socket paths must be short
+    agents = free_ports(4)
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
+        # Not ray.init(): its agents take fixed ports, which two clusters on one machine can't both have.
+        *(f"--port={gcs}", f"--ray-client-server-port={agents[0]}", f"--runtime-env-agent-port={agents[1]}"),
+        *(f"--dashboard-agent-listen-port={agents[2]}", f"--dashboard-agent-grpc-port={agents[3]}"),
+        *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-host=127.0.0.1", "--include-dashboard=true"),
+        *(f"--temp-dir={directory}", "--disable-usage-stats", *options),
+    ]
+    marked = {**env, "RAY_TMPDIR": str(directory)}
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        output = stack.enter_context((directory / "start.log").open("w"))
+        head = subprocess.Popen(command, env=marked, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        stack.callback(_stop, head, directory)
+        _await_start(head, directory / "start.log")
+        yield
 
 
 @pytest.fixture
@@ -194,13 +203,16 @@ def _await_start(head: "subprocess.Popen[bytes]", log: Path) -> None:
     eventually(started, _START_S, complaint)
 
 
-def _stop(head: "subprocess.Popen[bytes]") -> None:
-    """`ray start --block` stops its own processes on SIGTERM; what is left of its session is killed."""
+def _stop(head: "subprocess.Popen[bytes]", directory: Path) -> None:
+    """`ray start --block` stops its own processes on SIGTERM; what is left of its cluster is killed."""
     head.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         head.wait(20)
-    with suppress(ProcessLookupError):
-        os.killpg(head.pid, signal.SIGKILL)
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
+            if process.environ().get("RAY_TMPDIR") == str(directory):
+                process.kill()
+    head.wait()
 
 
 def _restore(environment: dict[str, str | None]) -> None:

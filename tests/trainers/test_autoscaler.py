@@ -3,19 +3,17 @@ for GPUs all the same, and get them."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
+from tests.conftest import ray_head
 from tests.ports import free_ports
 from trainers.admission import Node, NodeGroup
 from trainers.autoscaler import Autoscaler, node_groups
@@ -74,11 +72,11 @@ def config(**provider: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def head(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The address of a cluster whose autoscaler starts more nodes on this machine, and the environment to reach it."""
-    port, dashboard = free_ports(2)
+    gcs, dashboard = free_ports(2)
     file = tmp_path / "cluster.yaml"
-    file.write_text(json.dumps(config(gcs_address=f"127.0.0.1:{port}", head_node_id=FAKE_HEAD_NODE_ID)))
+    file.write_text(json.dumps(config(gcs_address=f"127.0.0.1:{gcs}", head_node_id=FAKE_HEAD_NODE_ID)))
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "disabled",
@@ -87,18 +85,9 @@ def head(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_TMPDIR": str(tmp_path_factory.mktemp("r")),
     }
-    ray = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--autoscaling-config={file}"]
-    ray += [f"--port={port}", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1", "--num-cpus=1"]
-    log = (tmp_path / "ray.log").open("wb")
-    with log, subprocess.Popen(ray, env=env, stdout=log, stderr=log, start_new_session=True) as process:
-        yield f"127.0.0.1:{port}", env
-        for other in psutil.process_iter():
-            with suppress(psutil.NoSuchProcess, ProcessLookupError, psutil.AccessDenied):
-                if other.environ().get("RAY_TMPDIR") == env["RAY_TMPDIR"]:
-                    other.send_signal(signal.SIGKILL)
-        process.wait()
+    with ray_head(gcs, (f"--dashboard-port={dashboard}", f"--autoscaling-config={file}", "--num-cpus=1"), env):
+        yield f"127.0.0.1:{gcs}", env
 
 
 def test_a_cluster_that_begins_without_a_gpu_has_those_of_its_autoscaler(head: tuple[str, dict[str, str]]) -> None:

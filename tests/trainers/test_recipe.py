@@ -418,6 +418,7 @@ def test_the_log_tells_what_is_trained_how_far_it_is_and_what_has_no_effect(
 
 def test_the_log_of_a_run_that_goes_on_says_after_which_step(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     part = bench.case("full", stop_at=3).run()
+    caplog.clear()  # importing torchtune may have set the level of all loggers to INFO
     with caplog.at_level(logging.INFO, logger="tunewright.train"):
         bench.case("full", resume_from=part.checkpoints[-1].path).run()
     (line,) = [message for message in caplog.messages if " worker(s) on " in message]
