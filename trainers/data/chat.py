@@ -163,11 +163,13 @@ class ChatTokenizer:
         return self.encode_rendered([self.locate(dialog) for dialog in dialogs])
 
     def encode_prompt(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Token ids that an assistant's answer to `messages` starts from."""
+        """Token ids that an assistant's answer to `messages` starts from. Raises RowError where the template refuses
+        them, and as `check_embedded`."""
         escaped, tools = _map_text((tuple(messages), tuple(tools)), self._escape)
         rendered = self._unescape(self.render(escaped, tools, add_generation_prompt=True), [])
-        ids: list[int] = self._encode_hard(rendered)[0].tolist()
-        return ids
+        ids = self._encode_hard(rendered)[0]
+        self.check_embedded(ids)
+        return list(ids.tolist())
 
     def check_embedded(self, ids: NDArray[np.int32]) -> None:
         """Raises RowError where the model's embedding has no row for one of `ids`: its tokenizer gained tokens and the

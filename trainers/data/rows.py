@@ -167,6 +167,7 @@ _OTHER_FORMATS = {
     "instruction": "write Alpaca's rows as messages, with instruction and input as the user's, output as the "
     "assistant's",
     "prompt": "write the prompt as the user's message, the completion as the assistant's",
+    "text": "plain text is not trained on; write it as messages, what is to be learned as the assistant's",
 }
 _OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 """Keys that OpenAI's client writes with every answer, null or empty where it has nothing to say there."""

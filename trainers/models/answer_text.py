@@ -13,8 +13,8 @@ _UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
 def encode_question(question: Question, tokenizer: ChatTokenizer, context: int) -> list[int]:
     """The tokens that the answer starts from: the template that the model was trained with.
 
-    Raises UserError (param `messages`) where the template refuses them, or the model's `context`, in tokens, has no
-    room for them and the answer.
+    Raises UserError (param `messages`) where the template refuses them, the model's embedding has no row for a token,
+    or its `context`, in tokens, has no room for them and the answer.
     """
     try:
         prompt = tokenizer.encode_prompt(question.messages)

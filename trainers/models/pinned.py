@@ -20,6 +20,7 @@ _READ_WHOLE = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 _SAMPLE_BYTES = 4096
 
@@ -77,8 +78,8 @@ def fingerprints(directory: Path) -> dict[str, str]:
     Raises UserError `model_incomplete`.
     """
     try:
-        whole = {name: (directory / name).read_bytes() for name in _READ_WHOLE if (directory / name).is_file()}
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in whole.items()}
+        whole = [file for pattern in _READ_WHOLE for file in sorted(directory.glob(pattern))]
+        digests = {f"{file.relative_to(directory)}": hashlib.sha256(file.read_bytes()).hexdigest() for file in whole}
         return digests | {file.name: _of_weights(file) for file in weight_files(directory)}
     except OSError as error:
         raise incomplete(f"{directory} can't be read: {error}.") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from tests.tiny_models import make_tiny_model
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dialog import Dialog
 from trainers.data.rows import parse_row
@@ -99,6 +100,15 @@ def make_tokenizer(
     if template is not None:
         settings["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return ChatTokenizer.from_dir(directory)
+
+
+def with_new_tokens(directory: Path) -> ChatTokenizer:
+    """Of a model whose tokenizer gained two tokens that its embedding has no rows for."""
+    make_tiny_model(directory)
+    tokenizer = plain_tokenizer(directory)
+    tokenizer.add_tokens(["<early>", "<late>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
     return ChatTokenizer.from_dir(directory)
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from events.facts import DataReport
 from tests.tiny_models import make_tiny_model
-from tests.trainers.data.support import PIECE, line
+from tests.trainers.data.support import PIECE, line, with_new_tokens
 from trainers.data import dataset as dataset_module
 from trainers.data import prepare as prepare_module
 from trainers.data.cache import DataCache
@@ -79,16 +78,6 @@ def test_rows_in_error_keep_their_line_numbers_and_order(run: Prepare) -> None:
         "3 of 605 rows are invalid; the first is line 3: the line is not JSON: expected ident at line 1 column 2. "
         "Mend the lines that the report lists, or allow some with extras.max_invalid_fraction."
     )
-
-
-def with_new_tokens(directory: Path) -> ChatTokenizer:
-    """Of a model whose tokenizer gained two tokens that its embedding has no rows for."""
-    make_tiny_model(directory)
-    file = directory / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.add_tokens(["<early>", "<late>"])
-    tokenizer.save(str(file))
-    return ChatTokenizer.from_dir(directory)
 
 
 def test_a_token_that_the_embedding_has_no_row_for_makes_a_bad_row(run: Prepare, tmp_path: Path) -> None:

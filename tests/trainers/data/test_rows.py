@@ -83,6 +83,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "the row has 'prompt' and no messages: write the prompt as the user's message, the completion as the "
         "assistant's",
     ),
+    "plain text": (
+        {"text": "x"},
+        "the row has 'text' and no messages: plain text is not trained on; write it as messages, what is to be learned "
+        "as the assistant's",
+    ),
 }
 
 

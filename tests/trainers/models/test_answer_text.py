@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from tests.tiny_models import FAMILIES, make_tiny_model
+from tests.trainers.data.support import user, with_new_tokens
+from trainers.answers import Question
 from trainers.data.chat import ChatTokenizer
-from trainers.models.answer_text import AnswerText
+from trainers.errors import UserError
+from trainers.models.answer_text import AnswerText, encode_question
 
 
 def tokenizer_of(path: Path, family: str) -> ChatTokenizer:
@@ -54,3 +57,12 @@ def test_a_token_costs_the_same_however_long_the_answer_is(tmp_path: Path, monke
     for token in tokens:
         text.add(token)
     assert max(decoded) < 20 < len(tokens)
+
+
+def test_a_question_with_a_token_that_the_embedding_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    tokenizer = with_new_tokens(tmp_path)
+    with pytest.raises(UserError) as caught:
+        encode_question(Question("mine", (user("a <late> b"),)), tokenizer, 64)
+    assert (caught.value.error.code, caught.value.error.param) == ("invalid_messages", "messages")
+    assert "has no row in the embedding" in caught.value.error.message
+    assert encode_question(Question("mine", (user("a b"),)), tokenizer, 64)

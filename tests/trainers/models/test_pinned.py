@@ -115,7 +115,9 @@ def test_another_config_or_chat_template_is_noticed_by_name(tmp_path: Path, loca
     config = json.loads((local / "config.json").read_text())
     (local / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
     (local / "chat_template.jinja").write_text("{{ messages }}")
-    assert "chat_template.jinja, config.json of" in job.fails()
+    (local / "additional_chat_templates").mkdir()
+    (local / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    assert "additional_chat_templates/tool_use.jinja, chat_template.jinja, config.json of" in job.fails()
 
 
 def test_a_local_model_that_is_gone_fails_the_job_and_says_what_to_do(tmp_path: Path, local: Path) -> None:
