@@ -72,7 +72,7 @@ def test_the_file_of_variables_is_whole_and_takes_the_secrets_that_are_there_whe
     cluster: dict[str, Any], tmp_path: Path
 ) -> None:
     """The block is run, in a home of its own."""
-    (block,) = (command for command in cluster["setup_commands"] if "cluster.env" in command)
+    (block,) = (command for command in cluster["setup_commands"] if "> ~/cluster.env" in command)
     (tmp_path / "tunewright").symlink_to(ROOT)
     secrets = tmp_path / "secrets.env"
     block = block.replace("/mnt/tunewright/secrets.env", str(secrets))
@@ -90,6 +90,27 @@ def test_the_file_of_variables_is_whole_and_takes_the_secrets_that_are_there_whe
         secrets.write_text(f"HF_TOKEN={token}\n")
         assert set(run(start)) == {"RAY_AUTH_MODE=token", haproxy, f"HF_TOKEN={token}"}
     assert "hf_" not in (tmp_path / "cluster.env").read_text()
+
+
+def test_a_shell_on_a_node_has_what_ray_was_started_with(cluster: dict[str, Any], tmp_path: Path) -> None:
+    """Also one that isn't interactive, whose .bashrc may end in its first line."""
+    bashrc = tmp_path / ".bashrc"
+    bashrc.write_text("return\n")
+    lines = [command for command in cluster["setup_commands"] if "~/.bashrc" in command]
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+
+    def run(command: str) -> str:
+        bash = ["/bin/bash", "-euc", command]
+        return subprocess.run(bash, env=environment, capture_output=True, text=True, check=True).stdout
+
+    for _ in range(2):  # as each `ray up` does
+        for line in lines:
+            run(line)
+    assert len(bashrc.read_text().splitlines()) == 3
+    assert run(". ~/.bashrc; echo ${RAY_AUTH_MODE-unset}") == "unset\n"
+    (tmp_path / "cluster.env").write_text("RAY_AUTH_MODE=token\n")
+    assert run(". ~/.bashrc; env").count("RAY_AUTH_MODE=token") == 1
+    assert f"{tmp_path}/venv/bin:" in run(". ~/.bashrc; echo $PATH")
 
 
 def test_storage_is_the_shared_mount(cluster: dict[str, Any]) -> None:

@@ -20,8 +20,9 @@ activations  What autograd keeps of each layer for the backward pass, by positio
              - linear layers that are trained, or beside which an adapter is, keep their input, once for those that
                share it (q, k and v; gate and up); adapters their low-rank product, DoRA the output it scales;
              - rotations keep sine and cosine of queries and of keys, 4 tables of half a head in float32;
-             - attention keeps q, k, v, its output, and a normaliser for each head; with a soft-cap or dropout its
-               scores instead, a matrix of the segment's positions for each head, and keys and values for every head.
+             - attention keeps q, k, v, its output, and a normaliser for each head; with dropout, and on a CPU with a
+               soft-cap, its scores instead, a matrix of the segment's positions for each head, and keys and values for
+               every head. (So do GPUs for which FlexAttention can't be compiled: not counted.)
                On a CPU, where segments are short (`SHORT_SEGMENT`), it keeps q, k and v in float32 only, and sine and
                cosine once;
              - the gated unit keeps the gate, the value it is multiplied with, and but on a CPU the gate after its
@@ -43,9 +44,10 @@ checkpoint   For adapters, beside training: a copy of adapters and moments, the 
              QLoRA what its 4-bit numbers stand for, and the adapted matrices merged, one of them in float32. Where
              there is only the last one, half of that (`REUSED`) finds room in what training has left. Full fine-tuning
              waits for its checkpoint and writes what is there; sharded, rank 0 gathers all weights and moments for it.
-overhead     Buffers of the libraries (`BUFFERS`), the tokenizer that is read to write a model's configs (`TOKENIZER`
-             for each word of the vocabulary), and what the allocator can't use. With one that gives back all that is
-             freed (glibc's, told to map each tensor by itself) the sum of all the above is what is measured, to 2 %.
+             (A tokenizer whose config doesn't list its control tokens is read for it, 800 bytes for each word of the
+             vocabulary. That isn't counted.)
+overhead     Buffers of the libraries (`BUFFERS`), and what the allocator can't use. With one that gives back all that
+             is freed (glibc's, told to map each tensor by itself) the sum of all the above is what is measured, to 2 %.
              As it is, memory that is freed in pieces of one size and asked for in another stays resident: a measured
              share `FRAGMENTED` of activations, which is smaller where gradients find room in what they leave;
              with activation checkpointing a share of what the layers have in hand one after the other, between whose
@@ -81,7 +83,6 @@ MODULE_CHUNKS = 8
 FITS = 0.5
 """A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
 BUFFERS = 20 << 20  # bytes
-TOKENIZER = 800  # bytes; measured on SmolLM2's 49,152 words
 FRAGMENTED = {"full": 0.43, "adapters": 0.68, "nf4": 1.12, "checkpointing": 0.20}
 REUSED = 0.5
 TOGETHER = 2**22
@@ -173,7 +174,7 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
         # NF4 weights are turned into numbers for each product, through index tensors of eight bytes an element.
         kind = "full" if plan.lora is None else "nf4" if plan.method == "qlora" else "adapters"
         lost = FRAGMENTED[kind] * moments["backward"]["activations"]
-    parts["overhead"] = BUFFERS + TOKENIZER * arch.vocab_size + lost
+    parts["overhead"] = BUFFERS + lost
     whole = {name: round(part) for name, part in parts.items()}
     return Memory(peak_bytes=sum(whole.values()), moment=moment, **whole)
 
@@ -362,7 +363,8 @@ class Size:
         _, _, queries, keys = self._widths
         short = self._device == "cpu" and load.segment < SHORT_SEGMENT
         b = 4 if short else self.width
-        if arch.attention_softcap is not None or arch.attention_dropout:
+        capped = arch.attention_softcap is not None and self._device == "cpu"  # FlexAttention has soft-caps as well
+        if capped or arch.attention_dropout:
             return 8 * arch.head_dim + 3 * queries * b + load.segment * (arch.num_heads * (4 + b) + 1)
         if short:
             return 4 * arch.head_dim + 4 * (queries + 2 * keys)

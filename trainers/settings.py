@@ -84,8 +84,8 @@ class Settings(BaseSettings):
     chat_gpus: float | None = Field(
         default=None,
         ge=0,
-        description="GPUs it reserves; 0: it computes on the CPU. Unset: 1 where the cluster has any when the service "
-        "is deployed, or TUNEWRIGHT_USE_GPU says so.",
+        description="GPUs it reserves; 0: it computes on the CPU. Unset: 1 where the cluster has, or can scale up to, "
+        "any when the service is deployed, or TUNEWRIGHT_USE_GPU says so.",
     )
     chat_engine: Literal["auto", "torchtune", "vllm"] = Field(
         default="auto",
