@@ -126,12 +126,14 @@ class Dispatcher:
         self._looks += 1
         self._at_work = [s.job.job_id for s in sights if s.job.status == "running" and s.runner.state == "alive"]
         unsettled = [sight for sight in sights if sight.unsettled]
-        await asyncio.gather(*(_alone(sight.job.job_id, self._settle(sight)) for sight in unsettled))
+        settled = await asyncio.gather(*(_alone(sight.job.job_id, self._settle(sight)) for sight in unsettled))
+        failing = {sight.job.job_id for sight, done in zip(unsettled, settled, strict=True) if not done}
         rest = [sight for sight in sights if not sight.unsettled]
         await self._pause(rest)
-        await asyncio.gather(*(self._free_groups(sight) for sight in rest if not sight.job.admitted))
+        stale = [sight for sight in rest if not sight.job.admitted]
+        await asyncio.gather(*(_alone(sight.job.job_id, self._free_groups(sight)) for sight in stale))
         whys = {sight.job.job_id: why for sight in sights if (why := sight.doing) is not None}
-        coming = await self._start_runners(sights, whys)
+        coming = await self._start_runners(sights, failing, whys)
         await self._admit(sights, coming, whys)
         self._whys = whys
         self._settling = bool(unsettled) or any(sight.job.pausing and sight.job.status == "running" for sight in rest)
@@ -171,18 +173,29 @@ class Dispatcher:
                 self._without_runner.add(job.job_id)
         return Sight(job, runner, tuple(groups.get(job.job_id, ())))
 
-    async def _settle(self, sight: Sight) -> None:
-        """A job that is to be cancelled, or whose runner is gone, though the log calls it live."""
+    async def _settle(self, sight: Sight) -> bool:
+        """A job that is to be cancelled, or whose runner is gone, though the log calls it live. True: a next pass sees
+        what came of it. False: the log does not serve it any more."""
         job_id = sight.job.job_id
         if sight.runner.state == "alive":
             await asyncio.to_thread(self._cluster.stop_runner, job_id)
-            return
+            return True
         await self._free_groups(sight)
         if sight.groups:
-            return  # the next pass sees whether they are gone
-        job = await self._log.job(job_id)  # the runner may have appended its outcome just before it ended
-        if job.finished_at is not None:
-            return
+            return True  # the next pass sees whether they are gone
+        try:
+            job = await self._log.job(job_id)  # the runner may have appended its outcome just before it ended
+        except Refused as refusal:  # damage that was found in it after it was taken for live
+            logger.warning("%s is left alone from now on: %s", job_id, refusal)
+            self._live.pop(job_id, None)
+            return False
+        if job.finished_at is None:
+            await self._record(job, sight)
+        return True
+
+    async def _record(self, job: FineTuningJob, sight: Sight) -> None:
+        """That nothing of the job runs any more, and what follows from it."""
+        job_id = job.job_id
         if job.cancel_requested:
             await self._end(job, JobCancelled())
         elif job.pausing:
@@ -241,23 +254,24 @@ class Dispatcher:
         elif runner.state == "ended":
             await asyncio.to_thread(self._cluster.forget_runner, job.job_id)
 
-    async def _start_runners(self, sights: list[Sight], whys: dict[str, str]) -> set[str]:
+    async def _start_runners(self, sights: list[Sight], failing: set[str], whys: dict[str, str]) -> set[str]:
         """Start what has no runner, oldest first, while few enough runners wait; note in `whys` why the others wait.
-        Returns the jobs whose runner is coming: it was started, or is about to be replaced.
+        Returns the jobs whose runner is coming: it was started, or is about to be replaced. For one that is `failing`
+        to be settled, or to start, no place is kept: it could keep all the others waiting for ever.
         """
         waiting = sum(sight.waiting for sight in sights)
         coming: set[str] = set()
         behind = 0
         for sight in sights:
             job_id = sight.job.job_id
-            if not (sight.to_be_started or sight.returning):
+            if not (sight.to_be_started or sight.returning) or job_id in failing:
                 continue
             if self._draining:
                 if sight.to_be_started:
                     whys[job_id] = SHUTTING_DOWN
             elif waiting < self._settings.max_waiting_runners:
-                waiting += 1  # the place of one that is about to be replaced is kept
                 if sight.returning or await _alone(job_id, self._start_runner(job_id)):
+                    waiting += 1  # the place of one that is about to be replaced is kept
                     coming.add(job_id)
                 if sight.to_be_started:
                     whys[job_id] = "its runner is starting"

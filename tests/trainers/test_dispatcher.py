@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from events import Refused
 from events.facts import CancelRequested, Event, JobResumed, JobSucceeded, PauseRequested, RunInterrupted
 from events.job import FineTuningJob
+from events.store import Damage
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
 from trainers.dispatcher import Dispatcher
@@ -324,6 +326,54 @@ async def test_a_job_for_which_ray_fails_does_not_keep_the_others_from_what_they
     world.cluster.free(ill)
     await world.pass_()
     assert (await world.job(ill)).status == "queued"
+
+
+@in_world
+async def test_a_job_whose_history_turns_out_to_be_damaged_keeps_nothing_from_the_others(world: World) -> None:
+    damaged = [await world.validated(workers=2) for _ in range(4)]
+    for position, job_id in enumerate(damaged):
+        world.log._store.damage[position] = Damage(position, (job_id,), "a flipped bit")
+        world.cluster.runners[job_id] = "ended"  # it could not go on, either
+    younger = await world.submit(workers=2)
+    await world.pass_(times=2)
+    await world.tell(younger, VALIDATED)
+    await world.pass_()
+    assert (await world.job(younger)).admitted
+    for job_id in damaged:
+        with pytest.raises(Refused, match="a flipped bit"):
+            await world.job(job_id)
+    assert not world.dispatcher.whys().keys() & set(damaged)
+
+
+@in_world
+async def test_a_job_whose_dead_runner_can_not_be_dealt_with_keeps_no_runner_from_the_others(world: World) -> None:
+    stuck = [await world.validated(workers=2) for _ in range(4)]
+    for job_id in stuck:
+        world.cluster.runners[job_id] = "ended"
+    world.cluster.unforgettable = set(stuck)
+    younger = await world.submit(workers=2)
+    await world.pass_()
+    await world.tell(younger, VALIDATED)
+    await world.pass_()
+    assert (await world.job(younger)).admitted
+
+
+@in_world
+async def test_jobs_whose_runners_fail_to_start_keep_no_runner_from_the_others(world: World) -> None:
+    world.cluster.unstartable = {await world.submit() for _ in range(4)}
+    younger = await world.submit()
+    await world.pass_()
+    assert world.cluster.started == [younger]
+
+
+@in_world
+async def test_a_group_that_can_not_be_freed_keeps_no_runner_from_the_others(world: World) -> None:
+    job_id = await world.running()
+    await world.tell(job_id, RunInterrupted(attempt=1, reason="a worker died"))
+    world.cluster.unremovable = {f"group-of-{job_id}"}
+    other = await world.submit()
+    await world.pass_()
+    assert world.cluster.started == [job_id, other]
 
 
 @in_world

@@ -32,6 +32,8 @@ class InMemoryCluster:
     broken: set[str] = field(default_factory=set)
     unstartable: set[str] = field(default_factory=set)
     remembered: set[str] = field(default_factory=set)  # jobs whose ended runner can't be forgotten yet
+    unforgettable: set[str] = field(default_factory=set)  # and those for which Ray fails to
+    unremovable: set[str] = field(default_factory=set)  # groups for which Ray fails
 
     def capacity(self) -> Capacity:
         free = self.cpus - sum(self.held.values())
@@ -53,6 +55,8 @@ class InMemoryCluster:
         self.stopping.append(job_id)
 
     def forget_runner(self, job_id: str) -> bool:
+        if job_id in self.unforgettable:
+            raise RuntimeError("500 Internal Server Error")
         if job_id in self.remembered:
             return False
         del self.runners[job_id]
@@ -62,6 +66,8 @@ class InMemoryCluster:
         return self.groups
 
     def remove_placement_group(self, group_id: str) -> None:
+        if group_id in self.unremovable:
+            raise RuntimeError("the control store does not answer")
         self.groups = {name: [g for g in groups if g[0] != group_id] for name, groups in self.groups.items()}
 
     def on_draining_nodes(self) -> frozenset[str]:
