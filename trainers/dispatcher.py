@@ -68,7 +68,7 @@ class Dispatcher:
         self._settling = False
         self._draining_until = float("-inf")
         self._looks = 0
-        self._at_work: list[str] = []  # jobs that trained, at the last look
+        self._at_work: list[str] = []  # jobs that trained or could begin to, at the last look
         # Jobs that are known to have no runner: only this dispatcher starts one, so Ray need not be asked again. With
         # a thousand jobs in line, that is a thousand requests less in each pass.
         self._without_runner: set[str] = set()
@@ -81,7 +81,8 @@ class Dispatcher:
         return await asyncio.to_thread(self._cluster.capacity)
 
     async def drain(self, timeout_s: float) -> list[str]:
-        """Before a shutdown: running jobs stop at a checkpoint, and nothing starts for `DRAIN_LASTS_S`.
+        """Before a shutdown: running jobs stop at a checkpoint, admitted ones go back in line, and nothing starts for
+        `DRAIN_LASTS_S`.
 
         Returns when no job runs any more, or when `timeout_s` have passed: the jobs that still run then. A later
         dispatcher takes all of them up again.
@@ -124,7 +125,7 @@ class Dispatcher:
         looks = await asyncio.gather(*(_alone(job.job_id, self._look(job, groups)) for job in live))
         sights = [sight for sight in looks if sight is not None]
         self._looks += 1
-        self._at_work = [s.job.job_id for s in sights if s.job.status == "running" and s.runner.state == "alive"]
+        self._at_work = [sight.job.job_id for sight in sights if sight.at_work]
         unsettled = [sight for sight in sights if sight.unsettled]
         settled = await asyncio.gather(*(_alone(sight.job.job_id, self._settle(sight)) for sight in unsettled))
         failing = {sight.job.job_id for sight, done in zip(unsettled, settled, strict=True) if not done}
@@ -204,6 +205,9 @@ class Dispatcher:
         elif sight.runner.state == "stopped":
             # `ray job stop`, or the dashboard's stop button: somebody wanted it to end.
             await self._end(job, CancelRequested(), JobCancelled())
+        elif sight.runner.state == "absent" and job.status == "queued":
+            # The cluster went down before the job's turn had come to anything: it is back in line.
+            await self._append(job, PauseRequested(by="shutdown"), JobPaused(attempt=job.attempt))
         else:
             await self._interrupted(job, sight.runner)
 
@@ -219,15 +223,19 @@ class Dispatcher:
             await asyncio.to_thread(self._cluster.remove_placement_group, group_id)
 
     async def _pause(self, sights: list[Sight]) -> None:
-        """What runs where it can't stay stops at a checkpoint, to go on elsewhere or later."""
-        running = [sight.job for sight in sights if sight.job.status == "running" and not sight.job.pausing]
+        """What runs where it can't stay stops at a checkpoint, to go on elsewhere or later. What is admitted would run
+        as soon as Ray has room for it."""
+        admitted = [sight.job for sight in sights if sight.job.admitted and not sight.job.pausing]
+        if self._draining:
+            for job in admitted:
+                await self._append(job, PauseRequested(by="shutdown"))
+            return
+        running = [job for job in admitted if job.status == "running"]
         if not running:
             return
         moving = await asyncio.to_thread(self._cluster.on_draining_nodes)
         for job in running:
-            if self._draining:
-                await self._append(job, PauseRequested(by="shutdown"))
-            elif job.job_id in moving:
+            if job.job_id in moving:
                 await self._append(job, PauseRequested(by="node_drain"))
 
     async def _interrupted(self, job: FineTuningJob, runner: Runner) -> None:

@@ -39,6 +39,13 @@ class Sight:
         return self.runner.state == "alive" and self.job.status in ("validation", "queued") and not self.unsettled
 
     @property
+    def at_work(self) -> bool:
+        """It trains, or may begin to at any moment: what it asked Ray for is granted without another word of ours, and
+        until its runner is gone."""
+        asked = self.job.admitted or (self.job.pausing and self.job.status == "queued")
+        return self.runner.state == "alive" and asked
+
+    @property
     def placed(self) -> bool:
         return any(state == "CREATED" for _, state in self.groups)
 
@@ -55,4 +62,6 @@ class Sight:
 
     @property
     def _lost(self) -> bool:
-        return self.runner.state == "ended" or (self.runner.state == "absent" and self.job.status == "running")
+        """An admission goes with the runner it was given to: the next one would train without asking, whoever is first
+        in line by then."""
+        return self.runner.state == "ended" or (self.runner.state == "absent" and self.job.admitted)
