@@ -263,21 +263,23 @@ class Dispatcher:
             await asyncio.to_thread(self._cluster.forget_runner, job.job_id)
 
     async def _start_runners(self, sights: list[Sight], failing: set[str], whys: dict[str, str]) -> set[str]:
-        """Start what has no runner, oldest first, while few enough runners wait; note in `whys` why the others wait.
-        Returns the jobs whose runner is coming: it was started, or is about to be replaced. For one that is `failing`
-        to be settled, or to start, no place is kept: it could keep all the others waiting for ever.
+        """Start what has no runner, oldest first, where few enough runners of older jobs wait, and not twice as many
+        in all; note in `whys` why the others wait. Returns the jobs whose runner is coming: it was started, or is about
+        to be replaced. For one that is `failing` to be settled, or to start, no place is kept: it could keep all the
+        others waiting for ever.
         """
-        waiting = sum(sight.waiting for sight in sights)
+        most, there = self._settings.max_waiting_runners, sum(sight.waiting for sight in sights)
         coming: set[str] = set()
-        behind = 0
+        waiting = behind = 0
         for sight in sights:
             job_id = sight.job.job_id
+            waiting += sight.waiting
             if not (sight.to_be_started or sight.returning) or job_id in failing:
                 continue
             if self._draining:
                 if sight.to_be_started:
                     whys[job_id] = SHUTTING_DOWN
-            elif waiting < self._settings.max_waiting_runners:
+            elif waiting < most and there + len(coming) < 2 * most:
                 if sight.returning or await _alone(job_id, self._start_runner(job_id)):
                     waiting += 1  # the place of one that is about to be replaced is kept
                     coming.add(job_id)

@@ -72,12 +72,13 @@ async def test_a_job_says_what_is_being_done_about_it_in_every_state_before_it_r
 
 @in_world
 async def test_a_job_that_was_validated_before_waits_to_be_started_again(world: World) -> None:
-    job_id = await world.validated()
-    await world.tell(job_id, PauseRequested())
+    older = [await world.submit() for _ in range(4)]
+    job_id = await world.submit()
+    world.cluster.runners = dict.fromkeys([*older[1:], job_id], "alive")
+    await world.tell(job_id, VALIDATED, PauseRequested())
     world.cluster.runners[job_id] = "ended"
     await world.pass_()
     await world.tell(job_id, JobResumed())
-    world.cluster.runners = dict.fromkeys([await world.submit() for _ in range(4)], "alive")
     await world.pass_()
     assert world.dispatcher.whys()[job_id] == "waits for its turn to be started again; 4 jobs ahead"
 
@@ -286,16 +287,44 @@ async def test_what_a_job_held_is_kept_for_it_while_its_runner_is_replaced(world
 
 
 @in_world
-async def test_a_job_that_can_have_no_runner_for_now_keeps_nobody_waiting(world: World) -> None:
+async def test_what_a_job_held_is_kept_for_it_though_as_many_younger_runners_wait_as_may(world: World) -> None:
     older = await world.running(workers=2)
     waiting = [await world.submit(workers=2) for _ in range(4)]
     await world.pass_()
     await world.tell(waiting[0], VALIDATED)
     world.cluster.runners[older] = "ended"
     world.cluster.free(older)
+    await world.pass_(times=3)
+    assert world.cluster.started == [older, *waiting, older]
+    assert [(await world.job(job_id)).admitted for job_id in (older, waiting[0])] == [True, False]
+
+
+@in_world
+async def test_older_jobs_that_come_back_one_by_one_at_most_double_the_runners_that_wait(world: World) -> None:
+    older = [await world.submit() for _ in range(9)]
+    for job_id in older:
+        await world.tell(job_id, PauseRequested())
+    await world.pass_()
+    [await world.submit() for _ in range(4)]
+    for job_id in reversed(older):
+        await world.pass_()
+        await world.tell(job_id, JobResumed())
     await world.pass_(times=2)
-    assert world.dispatcher.whys()[older] == "waits for its turn to be started again; 4 jobs ahead"
-    assert (await world.job(waiting[0])).admitted
+    assert world.cluster.started[4:] == older[:-5:-1]
+
+
+@in_world
+async def test_a_job_that_can_have_no_runner_for_now_keeps_nobody_waiting(world: World) -> None:
+    being_validated = [await world.submit(workers=2) for _ in range(4)]
+    await world.pass_()
+    late, later = await world.submit(workers=2), await world.submit(workers=2)
+    for job_id in (late, later):
+        await world.tell(job_id, VALIDATED)  # before the service was started again
+    world.cluster.runners[later] = "alive"
+    await world.pass_()
+    assert world.dispatcher.whys()[late] == "waits for its turn to be started again; 4 jobs ahead"
+    assert world.cluster.started == being_validated
+    assert (await world.job(later)).admitted
 
 
 @in_world
