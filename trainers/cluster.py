@@ -28,7 +28,8 @@ ANSWER_S = 60.0
 _NOT_FOUND = "Request failed with status code 404:"
 """How Ray's client begins its only kind of error."""
 
-RunnerState = Literal["absent", "alive", "stopped", "ended"]
+RunnerState = Literal["absent", "alive", "stopped", "ended", "unknown"]
+"""`unknown`: Ray did not say. `Cluster.runner` raises then."""
 
 # What a run needs of Ray Train and of Ray Jobs, whatever the cluster was started with. They reach the runner
 # and the workers through the Ray Job's runtime_env.

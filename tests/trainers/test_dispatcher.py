@@ -10,7 +10,7 @@ from events.job import FineTuningJob
 from events.store import Damage
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
-from trainers.dispatcher import Dispatcher
+from trainers.dispatcher import PATIENCE, Dispatcher
 from trainers.plan import COMPILED
 from trainers.settings import Settings
 
@@ -328,14 +328,38 @@ async def test_a_job_that_can_have_no_runner_for_now_keeps_nobody_waiting(world:
 
 
 @in_world
-async def test_a_job_whose_runner_fails_to_start_keeps_nobody_waiting(world: World) -> None:
+async def test_a_job_whose_runner_fails_to_start_keeps_nobody_waiting_for_ever(world: World) -> None:
     older, younger = await world.submit(workers=2), await world.submit(workers=2)
     world.cluster.unstartable = {older}
     await world.tell(older, VALIDATED)
     await world.pass_()
     await world.tell(younger, VALIDATED)
-    await world.pass_(times=2)
+    await world.pass_(times=PATIENCE)
     assert (await world.job(younger)).admitted
+
+
+@pytest.mark.parametrize("fails", ["to say how its runner is", "to forget its runner", "to start its runner"])
+def test_a_job_for_which_ray_fails_keeps_its_place_for_some_passes_and_then_keeps_nobody_waiting(fails: str) -> None:
+    @in_world
+    async def scenario(world: World) -> None:
+        running = await world.running()
+        older, younger = await world.validated(workers=2), await world.validated(workers=2)
+        await world.pass_()
+        assert world.dispatcher.whys()[younger] == "needs 2 CPUs, 1 free; 1 job ahead"
+        if fails == "to say how its runner is":
+            failing = world.cluster.broken
+        else:
+            world.cluster.runners[older] = "ended"
+            failing = world.cluster.unforgettable if fails == "to forget its runner" else world.cluster.unstartable
+        failing.add(older)
+        await world.pass_(times=PATIENCE)
+        assert not (await world.job(younger)).admitted
+        assert world.dispatcher.whys()[younger] == "needs 2 CPUs, 1 free; 1 job ahead"
+        await world.pass_(times=2)
+        assert (await world.job(younger)).admitted
+        assert (await world.job(running)).status == "running"
+
+    scenario()
 
 
 @in_world
@@ -381,7 +405,7 @@ async def test_a_job_whose_dead_runner_can_not_be_dealt_with_keeps_no_runner_fro
         world.cluster.runners[job_id] = "ended"
     world.cluster.unforgettable = set(stuck)
     younger = await world.submit(workers=2)
-    await world.pass_()
+    await world.pass_(times=PATIENCE + 1)
     await world.tell(younger, VALIDATED)
     await world.pass_()
     assert (await world.job(younger)).admitted
@@ -391,8 +415,21 @@ async def test_a_job_whose_dead_runner_can_not_be_dealt_with_keeps_no_runner_fro
 async def test_jobs_whose_runners_fail_to_start_keep_no_runner_from_the_others(world: World) -> None:
     world.cluster.unstartable = {await world.submit() for _ in range(4)}
     younger = await world.submit()
-    await world.pass_()
+    await world.pass_(times=PATIENCE + 1)
     assert world.cluster.started == [younger]
+
+
+@in_world
+async def test_where_ray_starts_no_runner_at_all_only_so_many_jobs_are_tried_in_each_pass(world: World) -> None:
+    ids = [await world.submit() for _ in range(30)]
+    world.cluster.unstartable = set(ids)
+    for _ in range(4 * PATIENCE):
+        world.cluster.tried.clear()
+        await world.pass_()
+        assert len(world.cluster.tried) <= 8
+    world.cluster.unstartable = set()
+    await world.pass_()
+    assert world.cluster.started == ids[:4]
 
 
 @in_world

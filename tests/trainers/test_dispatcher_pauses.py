@@ -215,3 +215,13 @@ async def test_a_job_that_was_killed_before_it_reached_its_checkpoint_goes_on_al
         await after.reconcile()
     job = await world.job(job_id)
     assert (job.status, job.admitted, job.interruptions) == ("queued", True, 0)
+
+
+@in_world
+async def test_a_drain_waits_for_a_job_of_which_ray_does_not_say_how_its_runner_is(world: World) -> None:
+    job_id = await world.running()
+    world.cluster.broken = {job_id}
+    passes = asyncio.create_task(passing(world))
+    assert await world.dispatcher.drain(timeout_s=0.5) == [job_id]
+    passes.cancel()
+    assert (await world.job(job_id)).pausing

@@ -26,6 +26,7 @@ class InMemoryCluster:
     runners: dict[str, RunnerState] = field(default_factory=dict)
     groups: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
+    tried: list[str] = field(default_factory=list)  # to start, with success or without
     stopping: list[str] = field(default_factory=list)
     held: dict[str, float] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)  # jobs on a node that is about to go
@@ -41,6 +42,7 @@ class InMemoryCluster:
 
     def start_runner(self, job_id: str, settings_env: dict[str, str]) -> None:
         assert self.runners.get(job_id, "absent") == "absent"
+        self.tried.append(job_id)
         if job_id in self.unstartable:
             raise RuntimeError("500 Internal Server Error")
         self.runners[job_id] = "alive"
