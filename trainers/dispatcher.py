@@ -209,7 +209,7 @@ class Dispatcher:
         elif sight.runner.state == "stopped":
             # `ray job stop`, or the dashboard's stop button: somebody wanted it to end.
             await self._end(job, CancelRequested(), JobCancelled())
-        elif sight.runner.state == "absent" and job.status == "queued":
+        elif sight.runner.state == "absent" and job.admitted and job.status == "queued":
             # The cluster went down before the job's turn had come to anything: it is back in line.
             await self._append(job, PauseRequested(by="shutdown"), JobPaused(attempt=job.attempt))
         else:
@@ -250,8 +250,10 @@ class Dispatcher:
         else:
             lost = f"runner-{runner.started_ms}"
             reason = f"its runner ended without an outcome: {_gist(runner.message)}"
-        interruption = RunInterrupted(attempt=job.attempt, reason=reason)
-        counted = await self._append(job, interruption, event_ids=[f"{job.job_id}-{lost}-lost"])
+        counted: FineTuningJob | None = job
+        if job.interruptions <= job.max_restarts:  # or a dispatcher came no further than to count the last one
+            interruption = RunInterrupted(attempt=job.attempt, reason=reason)
+            counted = await self._append(job, interruption, event_ids=[f"{job.job_id}-{lost}-lost"])
         if counted is None:
             return
         if counted.interruptions > counted.max_restarts:

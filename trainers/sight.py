@@ -76,6 +76,7 @@ class Sight:
 
     @property
     def _lost(self) -> bool:
-        """An admission goes with the runner it was given to: the next one would train without asking, whoever is first
-        in line by then."""
-        return self.runner.state == "ended" or (self.runner.state == "absent" and self.job.admitted)
+        """Gone, with more to record than that. An admission goes with the runner it was given to: the next one would
+        train without asking, whoever is first in line by then. And one loss too many is to be the end of the job."""
+        recorded = not self.job.admitted and (self.job.interruptions <= self.job.max_restarts or self.job.paused)
+        return self.runner.state == "ended" or (self.runner.state == "absent" and not recorded)

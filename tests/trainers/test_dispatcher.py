@@ -10,6 +10,7 @@ from events.job import FineTuningJob
 from events.store import Damage
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
+from trainers.cluster import RunnerState
 from trainers.dispatcher import PATIENCE, Dispatcher
 from trainers.plan import COMPILED
 from trainers.settings import Settings
@@ -212,6 +213,42 @@ def test_the_loss_of_a_runner_is_counted_at_once_and_only_once_whatever_becomes_
         assert (await world.job(job_id)).interruptions == 1 + waiting
 
     scenario()
+
+
+@pytest.mark.parametrize("then", ["ended", "absent"])
+def test_a_job_lost_too_often_does_not_run_once_more_though_everything_went_down_before_it_could_fail(
+    then: RunnerState,
+) -> None:
+    @in_world
+    async def scenario(world: World) -> None:
+        job_id = await world.running(max_restarts=0)
+        lost = [RunInterrupted(attempt=1, reason="the cluster was restarted while it ran")]
+        ids = [f"{job_id}-runner-1-lost" if then == "ended" else f"{job_id}-attempt-1-lost"]
+        await world.log.append(job_id, lost, ids)
+        world.cluster.runners = {job_id: then} if then != "absent" else {}
+        world.cluster.free(job_id)
+        await world.pass_(times=2)
+        job = await world.job(job_id)
+        assert (job.status, job.interruptions) == ("failed", 1)
+        assert world.cluster.started == [job_id]
+
+    scenario()
+
+
+@in_world
+async def test_a_paused_job_that_was_lost_too_often_stays_paused(world: World) -> None:
+    job_id = await world.running(max_restarts=0)
+    await world.tell(job_id, RunInterrupted(attempt=1, reason="lost"), PauseRequested())
+    world.cluster.runners.clear()
+    world.cluster.free(job_id)
+    await world.pass_(times=2)
+    job = await world.job(job_id)
+    assert job.paused
+    await world.pass_()
+    assert await world.job(job_id) == job
+    await world.tell(job_id, JobResumed())
+    await world.pass_()
+    assert (await world.job(job_id)).status == "failed"
 
 
 @in_world

@@ -51,7 +51,9 @@ class InMemoryCluster:
     def runner(self, job_id: str) -> Runner:
         if job_id in self.broken:
             raise RuntimeError("500 Internal Server Error")
-        return Runner(self.runners.get(job_id, "absent"), "killed by the test", self.started.count(job_id))
+        if job_id not in self.runners:
+            return Runner("absent")
+        return Runner(self.runners[job_id], "killed by the test", self.started.count(job_id))
 
     def stop_runner(self, job_id: str) -> None:
         self.stopping.append(job_id)
