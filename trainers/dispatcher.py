@@ -263,7 +263,8 @@ class Dispatcher:
                 suggestion=AGAIN,
             )
             # All that Ray knows of the end, the last output included.
-            details = await asyncio.to_thread(write_details, runner.message, self._settings.job_dir(job.job_id))
+            told = runner.message or reason
+            details = await asyncio.to_thread(write_details, told, self._settings.job_dir(job.job_id))
             await self._end(job, JobFailed(error=death.error, error_path=details))
         elif runner.state == "ended":
             await asyncio.to_thread(self._cluster.forget_runner, job.job_id)

@@ -215,6 +215,17 @@ def test_the_loss_of_a_runner_is_counted_at_once_and_only_once_whatever_becomes_
     scenario()
 
 
+@in_world
+async def test_what_is_known_of_the_end_is_in_the_error_file_also_where_ray_has_no_word_on_it(world: World) -> None:
+    job_id = await world.running(max_restarts=0)
+    world.cluster.runners.clear()
+    world.cluster.free(job_id)
+    await world.pass_()
+    job = await world.job(job_id)
+    assert job.status == "failed"
+    assert read_details(job) == "the cluster was restarted while it ran\n"
+
+
 @pytest.mark.parametrize("then", ["ended", "absent"])
 def test_a_job_lost_too_often_does_not_run_once_more_though_everything_went_down_before_it_could_fail(
     then: RunnerState,
