@@ -28,7 +28,8 @@ ANSWER_S = 60.0
 _NOT_FOUND = "Request failed with status code 404:"
 """How Ray's client begins its only kind of error."""
 
-RunnerState = Literal["absent", "alive", "stopped", "ended"]
+RunnerState = Literal["absent", "alive", "stopped", "ended", "unknown"]
+"""`unknown`: Ray did not say. `Cluster.runner` raises then."""
 
 # What a run needs of Ray Train and of Ray Jobs, whatever the cluster was started with. They reach the runner
 # and the workers through the Ray Job's runtime_env.
@@ -71,7 +72,7 @@ class Cluster:
     """The Ray cluster this process is connected to."""
 
     def __init__(self) -> None:
-        self._lingering: dict[str, float] = {}  # when the supervisor of an ended Ray Job was first seen, by job
+        self._to_forget: dict[str, float] = {}  # since when, by job
 
     @cached_property
     def _autoscaler(self) -> Autoscaler:
@@ -127,20 +128,20 @@ class Cluster:
 
         Ray's job manager looks at the supervisor actor of an ended job once more, a second or two after the actor has
         gone: a new Ray Job of the same id would fail on that actor's name, or be declared dead with it. An actor that
-        Ray does not remove is removed here.
+        Ray does not remove is removed here. The time is taken here, too: Ray's, of the end of a job, is by the wall
+        clock, which may be set back.
         """
+        waited_s = time.monotonic() - self._to_forget.setdefault(job_id, time.monotonic())
         name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=job_id)
         with contextlib.suppress(ValueError):  # no such actor any more
             supervisor = ray.get_actor(name, SUPERVISOR_ACTOR_RAY_NAMESPACE)
-            since = self._lingering.setdefault(job_id, time.monotonic())
-            if time.monotonic() - since > LINGER_S:
+            if waited_s > LINGER_S:
                 ray.kill(supervisor)
             return False
-        self._lingering.pop(job_id, None)
-        ended_ms = self._jobs.get_job_info(job_id).end_time
-        if ended_ms is not None and time.time() - ended_ms / 1000 < WATCHED_S:
+        if waited_s < WATCHED_S:
             return False
         self._jobs.delete_job(job_id)
+        del self._to_forget[job_id]
         return True
 
     def placement_groups(self) -> dict[str, list[tuple[str, str]]]:

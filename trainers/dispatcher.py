@@ -50,6 +50,9 @@ _OF_A_RUN = MetricsRecorded | CheckpointSaved | CheckpointsDeleted
 """Events that no pass has to act on."""
 SETTLING_TICK_S = 0.2
 """Between passes while a runner is being stopped: a cancelled job should not read `running` longer than it does."""
+PATIENCE = 10
+"""So many passes in a row may fail to act on a job before it loses its place in the line: a hiccup of Ray's is not to
+change the order, and nobody is to wait for ever for a job for which Ray always fails."""
 SHUTTING_DOWN = "the service is being shut down; the job goes on when it is back"
 DRAIN_LASTS_S = 600.0
 """Nothing starts for this long after `drain`: a drain that no shutdown follows ends by itself."""
@@ -68,7 +71,9 @@ class Dispatcher:
         self._settling = False
         self._draining_until = float("-inf")
         self._looks = 0
-        self._at_work: list[str] = []  # jobs that trained, at the last look
+        self._at_work: list[str] = []  # jobs that trained or could begin to, at the last look
+        self._failed: set[str] = set()  # jobs that this pass could not act on
+        self._failures: dict[str, int] = {}  # passes in a row that could not, up to the last one
         # Jobs that are known to have no runner: only this dispatcher starts one, so Ray need not be asked again. With
         # a thousand jobs in line, that is a thousand requests less in each pass.
         self._without_runner: set[str] = set()
@@ -81,7 +86,8 @@ class Dispatcher:
         return await asyncio.to_thread(self._cluster.capacity)
 
     async def drain(self, timeout_s: float) -> list[str]:
-        """Before a shutdown: running jobs stop at a checkpoint, and nothing starts for `DRAIN_LASTS_S`.
+        """Before a shutdown: running jobs stop at a checkpoint, admitted ones go back in line, and nothing starts for
+        `DRAIN_LASTS_S`.
 
         Returns when no job runs any more, or when `timeout_s` have passed: the jobs that still run then. A later
         dispatcher takes all of them up again.
@@ -120,20 +126,22 @@ class Dispatcher:
         """One pass."""
         live = await self._live_jobs()
         self._without_runner &= {job.job_id for job in live}
+        self._failed = set()
         groups = await asyncio.to_thread(self._cluster.placement_groups) if live else {}
-        looks = await asyncio.gather(*(_alone(job.job_id, self._look(job, groups)) for job in live))
-        sights = [sight for sight in looks if sight is not None]
+        sights = await asyncio.gather(*(self._look(job, groups) for job in live))
         self._looks += 1
-        self._at_work = [s.job.job_id for s in sights if s.job.status == "running" and s.runner.state == "alive"]
+        self._at_work = [sight.job.job_id for sight in sights if sight.at_work]
         unsettled = [sight for sight in sights if sight.unsettled]
-        await asyncio.gather(*(_alone(sight.job.job_id, self._settle(sight)) for sight in unsettled))
+        await asyncio.gather(*(self._alone(sight.job.job_id, self._settle(sight)) for sight in unsettled))
         rest = [sight for sight in sights if not sight.unsettled]
         await self._pause(rest)
-        await asyncio.gather(*(self._free_groups(sight) for sight in rest if not sight.job.admitted))
+        stale = [sight for sight in rest if not sight.job.admitted]
+        await asyncio.gather(*(self._alone(sight.job.job_id, self._free_groups(sight)) for sight in stale))
         whys = {sight.job.job_id: why for sight in sights if (why := sight.doing) is not None}
         coming = await self._start_runners(sights, whys)
         await self._admit(sights, coming, whys)
         self._whys = whys
+        self._failures = {job_id: self._failures.get(job_id, 0) + 1 for job_id in self._failed}
         self._settling = bool(unsettled) or any(sight.job.pausing and sight.job.status == "running" for sight in rest)
 
     async def _live_jobs(self) -> list[FineTuningJob]:
@@ -166,7 +174,8 @@ class Dispatcher:
     async def _look(self, job: FineTuningJob, groups: dict[str, list[tuple[str, str]]]) -> Sight:
         runner = Runner("absent")
         if job.job_id not in self._without_runner:
-            runner = await asyncio.to_thread(self._cluster.runner, job.job_id)
+            asked = await self._alone(job.job_id, asyncio.to_thread(self._cluster.runner, job.job_id))
+            runner = asked or Runner("unknown")
             if runner.state == "absent":
                 self._without_runner.add(job.job_id)
         return Sight(job, runner, tuple(groups.get(job.job_id, ())))
@@ -180,9 +189,18 @@ class Dispatcher:
         await self._free_groups(sight)
         if sight.groups:
             return  # the next pass sees whether they are gone
-        job = await self._log.job(job_id)  # the runner may have appended its outcome just before it ended
-        if job.finished_at is not None:
+        try:
+            job = await self._log.job(job_id)  # the runner may have appended its outcome just before it ended
+        except Refused as refusal:  # damage that was found in it after it was taken for live
+            logger.warning("%s is left alone from now on: %s", job_id, refusal)
+            self._live.pop(job_id, None)
             return
+        if job.finished_at is None:
+            await self._record(job, sight)
+
+    async def _record(self, job: FineTuningJob, sight: Sight) -> None:
+        """That nothing of the job runs any more, and what follows from it."""
+        job_id = job.job_id
         if job.cancel_requested:
             await self._end(job, JobCancelled())
         elif job.pausing:
@@ -191,6 +209,9 @@ class Dispatcher:
         elif sight.runner.state == "stopped":
             # `ray job stop`, or the dashboard's stop button: somebody wanted it to end.
             await self._end(job, CancelRequested(), JobCancelled())
+        elif sight.runner.state == "absent" and job.admitted and job.status == "queued":
+            # The cluster went down before the job's turn had come to anything: it is back in line.
+            await self._append(job, PauseRequested(by="shutdown"), JobPaused(attempt=job.attempt))
         else:
             await self._interrupted(job, sight.runner)
 
@@ -206,15 +227,19 @@ class Dispatcher:
             await asyncio.to_thread(self._cluster.remove_placement_group, group_id)
 
     async def _pause(self, sights: list[Sight]) -> None:
-        """What runs where it can't stay stops at a checkpoint, to go on elsewhere or later."""
-        running = [sight.job for sight in sights if sight.job.status == "running" and not sight.job.pausing]
+        """What runs where it can't stay stops at a checkpoint, to go on elsewhere or later. What is admitted would run
+        as soon as Ray has room for it."""
+        admitted = [sight.job for sight in sights if sight.job.admitted and not sight.job.pausing]
+        if self._draining:
+            for job in admitted:
+                await self._append(job, PauseRequested(by="shutdown"))
+            return
+        running = [job for job in admitted if job.status == "running"]
         if not running:
             return
         moving = await asyncio.to_thread(self._cluster.on_draining_nodes)
         for job in running:
-            if self._draining:
-                await self._append(job, PauseRequested(by="shutdown"))
-            elif job.job_id in moving:
+            if job.job_id in moving:
                 await self._append(job, PauseRequested(by="node_drain"))
 
     async def _interrupted(self, job: FineTuningJob, runner: Runner) -> None:
@@ -225,8 +250,10 @@ class Dispatcher:
         else:
             lost = f"runner-{runner.started_ms}"
             reason = f"its runner ended without an outcome: {_gist(runner.message)}"
-        interruption = RunInterrupted(attempt=job.attempt, reason=reason)
-        counted = await self._append(job, interruption, event_ids=[f"{job.job_id}-{lost}-lost"])
+        counted: FineTuningJob | None = job
+        if job.interruptions <= job.max_restarts:  # or a dispatcher came no further than to count the last one
+            interruption = RunInterrupted(attempt=job.attempt, reason=reason)
+            counted = await self._append(job, interruption, event_ids=[f"{job.job_id}-{lost}-lost"])
         if counted is None:
             return
         if counted.interruptions > counted.max_restarts:
@@ -236,28 +263,34 @@ class Dispatcher:
                 suggestion=AGAIN,
             )
             # All that Ray knows of the end, the last output included.
-            details = await asyncio.to_thread(write_details, runner.message, self._settings.job_dir(job.job_id))
+            told = runner.message or reason
+            details = await asyncio.to_thread(write_details, told, self._settings.job_dir(job.job_id))
             await self._end(job, JobFailed(error=death.error, error_path=details))
         elif runner.state == "ended":
             await asyncio.to_thread(self._cluster.forget_runner, job.job_id)
 
     async def _start_runners(self, sights: list[Sight], whys: dict[str, str]) -> set[str]:
-        """Start what has no runner, oldest first, while few enough runners wait; note in `whys` why the others wait.
-        Returns the jobs whose runner is coming: it was started, or is about to be replaced.
+        """Start what has no runner, oldest first, where few enough runners of older jobs wait, and not twice as many
+        in all; note in `whys` why the others wait. Returns the jobs whose runner is coming: it was started, is about to
+        be replaced, or is there for all that Ray says. For a while also where that failed: see PATIENCE.
         """
-        waiting = sum(sight.waiting for sight in sights)
+        most, in_all = self._settings.max_waiting_runners, sum(sight.waiting for sight in sights)
         coming: set[str] = set()
-        behind = 0
+        waiting = behind = 0
         for sight in sights:
             job_id = sight.job.job_id
-            if not (sight.to_be_started or sight.returning):
+            waiting += sight.waiting
+            if not (sight.to_be_started or sight.returning or sight.unseen):
                 continue
             if self._draining:
                 if sight.to_be_started:
                     whys[job_id] = SHUTTING_DOWN
-            elif waiting < self._settings.max_waiting_runners:
-                waiting += 1  # the place of one that is about to be replaced is kept
-                if sight.returning or await _alone(job_id, self._start_runner(job_id)):
+            elif waiting < most and in_all < 2 * most:
+                in_all += 1  # a failure, too: where Ray fails for all, not every job in line is to be tried
+                if sight.to_be_started:
+                    await self._alone(job_id, self._start_runner(job_id))
+                if job_id not in self._failed or self._failures.get(job_id, 0) < PATIENCE:
+                    waiting += 1
                     coming.add(job_id)
                 if sight.to_be_started:
                     whys[job_id] = "its runner is starting"
@@ -267,15 +300,13 @@ class Dispatcher:
                 behind += 1
         return coming
 
-    async def _start_runner(self, job_id: str) -> bool:
-        """True, unless it raises."""
+    async def _start_runner(self, job_id: str) -> None:
         self._without_runner.discard(job_id)
         await asyncio.to_thread(self._cluster.start_runner, job_id, self._settings.as_env())
-        return True
 
     async def _admit(self, sights: list[Sight], coming: set[str], whys: dict[str, str]) -> None:
         """Admit whoever is next, of the jobs whose runner is there; note in `whys` why the others wait. Nobody is let
-        past one whose runner is coming; one that can have none for now would block the line for nothing."""
+        past one whose runner is `coming`; one that can have none for now would block the line for nothing."""
         line = [
             Waiting(s.job.job_id, s.job.resources, admitted=s.job.admitted, placed=s.placed, ready=s.waiting)
             for s in sights
@@ -301,6 +332,18 @@ class Dispatcher:
             logger.info("%s: %s", job.job_id, refusal)
             return None
 
+    async def _alone(self, job_id: str, work: Coroutine[Any, Any, T]) -> T | None:
+        """A job for which Ray fails must not keep a pass from all the others: None then, and the next pass tries
+        again."""
+        try:
+            return await work
+        except (LogUnavailable, asyncio.CancelledError):
+            raise
+        except Exception:
+            logger.exception("%s: this pass could not act on it", job_id)
+            self._failed.add(job_id)
+            return None
+
     async def _wait_for_news(self) -> None:
         """Return when something was appended that a pass could act on, or when the cluster is due for a look."""
         deadline = time.monotonic() + (SETTLING_TICK_S if self._settling else TICK_S)
@@ -308,17 +351,6 @@ class Dispatcher:
             news = await self._news(self._position, wait_s=left)
             if any(not isinstance(recorded.event, _OF_A_RUN) for recorded in news):
                 return
-
-
-async def _alone(job_id: str, work: Coroutine[Any, Any, T]) -> T | None:
-    """A job for which Ray fails must not keep a pass from all the others: None then, and the next pass tries again."""
-    try:
-        return await work
-    except (LogUnavailable, asyncio.CancelledError):
-        raise
-    except Exception:
-        logger.exception("%s: this pass could not act on it", job_id)
-        return None
 
 
 def _gist(message: str) -> str:

@@ -20,14 +20,21 @@ class Sight:
 
         A run that is to pause ends by itself, at a checkpoint, and data that is being validated may be finished.
         """
+        if self.runner.state == "unknown":
+            return False
         pausing = self.job.pausing and (self.runner.state != "alive" or self.job.status == "queued")
         return self.job.cancel_requested or pausing or self._lost or self.runner.state == "stopped"
 
     @property
     def returning(self) -> bool:
         """Its runner is gone, and it gets another as soon as that is recorded and Ray has forgotten the old one."""
-        stays = self.job.cancel_requested or self.job.pause_requested
-        return not stays and (self._lost or (self.job.pausing and self.runner.state != "alive"))
+        gone = self._lost or (self.job.pausing and self.runner.state != "alive")
+        return self.unsettled and not self._leaving and gone
+
+    @property
+    def unseen(self) -> bool:
+        """Ray doesn't say how its runner is: it may well stand in line."""
+        return self.runner.state == "unknown" and not self._leaving and not self.placed
 
     @property
     def to_be_started(self) -> bool:
@@ -37,6 +44,13 @@ class Sight:
     def waiting(self) -> bool:
         """It has a runner, which makes its data ready or waits for resources."""
         return self.runner.state == "alive" and self.job.status in ("validation", "queued") and not self.unsettled
+
+    @property
+    def at_work(self) -> bool:
+        """It trains, or may begin to at any moment: what it asked Ray for is granted without another word of ours, and
+        until its runner is gone."""
+        asked = self.job.admitted or (self.job.pausing and self.job.status == "queued")
+        return self.runner.state in ("alive", "unknown") and asked
 
     @property
     def placed(self) -> bool:
@@ -49,10 +63,20 @@ class Sight:
             return None  # the log says that
         if self.runner.state == "ended":
             return "its runner ended without an outcome and is being replaced"
+        if self.runner.state == "unknown" and self.job.status != "running":
+            return "Ray does not say how its runner is, and is asked again"
         if self.job.status == "validation" and self.runner.state == "alive":
             return "its model is being fetched and its data read, checked and tokenised; its log says how far that is"
         return None
 
     @property
+    def _leaving(self) -> bool:
+        """It gives up its place in the line."""
+        return self.job.cancel_requested or self.job.pause_requested
+
+    @property
     def _lost(self) -> bool:
-        return self.runner.state == "ended" or (self.runner.state == "absent" and self.job.status == "running")
+        """Gone, with more to record than that. An admission goes with the runner it was given to: the next one would
+        train without asking, whoever is first in line by then. And one loss too many is to be the end of the job."""
+        recorded = not self.job.admitted and (self.job.interruptions <= self.job.max_restarts or self.job.paused)
+        return self.runner.state == "ended" or (self.runner.state == "absent" and not recorded)

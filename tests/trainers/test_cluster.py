@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -9,6 +10,7 @@ import pytest
 import ray
 import requests
 
+from tests.waiting import eventually
 from trainers.cluster import Cluster
 
 WITH_404 = "ftjob-01KAV4046H8M4QJ5B1W2E7TXCN"
@@ -22,6 +24,7 @@ class Dashboard(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.status, self.text = 404, ""
+        self.deleted: list[str] = []
         self.hanging = threading.Event()
         self.over = threading.Event()
 
@@ -38,6 +41,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200 if known else self.server.status)
         self.end_headers()
         self.wfile.write(text.encode())
+
+    def do_DELETE(self) -> None:
+        self.server.deleted.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"deleted": true}')
 
     def log_message(self, *_: object) -> None:
         pass
@@ -75,6 +84,24 @@ def test_an_error_about_a_job_whose_id_happens_to_hold_404_says_nothing_about_it
     dashboard.status, dashboard.text = 500, f"Traceback: timed out while asking for {WITH_404}"
     with pytest.raises(RuntimeError, match="status code 500"):
         Cluster().runner(WITH_404)
+
+
+def test_a_clock_that_was_set_back_an_hour_does_not_keep_a_job_from_its_next_runner(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise ValueError("no such actor")
+
+    monkeypatch.setattr("trainers.cluster.ray.get_actor", gone)
+    monkeypatch.setattr("trainers.cluster.WATCHED_S", 0.2)
+    dashboard.status, cluster, began = 200, Cluster(), time.monotonic()
+    job = {"type": "SUBMISSION", "entrypoint": "", "status": "FAILED", "end_time": int(time.time() + 3600) * 1000}
+    dashboard.text = json.dumps(job)
+    assert not cluster.forget_runner("ftjob-1")
+    assert eventually(lambda: cluster.forget_runner("ftjob-1"), 10.0, lambda: "it is not forgotten")
+    assert time.monotonic() - began >= 0.2  # Ray has looked at it once more
+    assert dashboard.deleted == ["/api/jobs/ftjob-1"]
+    assert not cluster.forget_runner("ftjob-1")  # its next runner, should that end
 
 
 def test_a_dashboard_that_hangs_does_not_hang_who_asks(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:

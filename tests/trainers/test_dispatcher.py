@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from events import Refused
 from events.facts import CancelRequested, Event, JobResumed, JobSucceeded, PauseRequested, RunInterrupted
 from events.job import FineTuningJob
+from events.store import Damage
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
-from trainers.dispatcher import Dispatcher
+from trainers.cluster import RunnerState
+from trainers.dispatcher import PATIENCE, Dispatcher
 from trainers.plan import COMPILED
 from trainers.settings import Settings
 
@@ -70,12 +73,13 @@ async def test_a_job_says_what_is_being_done_about_it_in_every_state_before_it_r
 
 @in_world
 async def test_a_job_that_was_validated_before_waits_to_be_started_again(world: World) -> None:
-    job_id = await world.validated()
-    await world.tell(job_id, PauseRequested())
+    older = [await world.submit() for _ in range(4)]
+    job_id = await world.submit()
+    world.cluster.runners = dict.fromkeys([*older[1:], job_id], "alive")
+    await world.tell(job_id, VALIDATED, PauseRequested())
     world.cluster.runners[job_id] = "ended"
     await world.pass_()
     await world.tell(job_id, JobResumed())
-    world.cluster.runners = dict.fromkeys([await world.submit() for _ in range(4)], "alive")
     await world.pass_()
     assert world.dispatcher.whys()[job_id] == "waits for its turn to be started again; 4 jobs ahead"
 
@@ -212,6 +216,53 @@ def test_the_loss_of_a_runner_is_counted_at_once_and_only_once_whatever_becomes_
 
 
 @in_world
+async def test_what_is_known_of_the_end_is_in_the_error_file_also_where_ray_has_no_word_on_it(world: World) -> None:
+    job_id = await world.running(max_restarts=0)
+    world.cluster.runners.clear()
+    world.cluster.free(job_id)
+    await world.pass_()
+    job = await world.job(job_id)
+    assert job.status == "failed"
+    assert read_details(job) == "the cluster was restarted while it ran\n"
+
+
+@pytest.mark.parametrize("then", ["ended", "absent"])
+def test_a_job_lost_too_often_does_not_run_once_more_though_everything_went_down_before_it_could_fail(
+    then: RunnerState,
+) -> None:
+    @in_world
+    async def scenario(world: World) -> None:
+        job_id = await world.running(max_restarts=0)
+        lost = [RunInterrupted(attempt=1, reason="the cluster was restarted while it ran")]
+        ids = [f"{job_id}-runner-1-lost" if then == "ended" else f"{job_id}-attempt-1-lost"]
+        await world.log.append(job_id, lost, ids)
+        world.cluster.runners = {job_id: then} if then != "absent" else {}
+        world.cluster.free(job_id)
+        await world.pass_(times=2)
+        job = await world.job(job_id)
+        assert (job.status, job.interruptions) == ("failed", 1)
+        assert world.cluster.started == [job_id]
+
+    scenario()
+
+
+@in_world
+async def test_a_paused_job_that_was_lost_too_often_stays_paused(world: World) -> None:
+    job_id = await world.running(max_restarts=0)
+    await world.tell(job_id, RunInterrupted(attempt=1, reason="lost"), PauseRequested())
+    world.cluster.runners.clear()
+    world.cluster.free(job_id)
+    await world.pass_(times=2)
+    job = await world.job(job_id)
+    assert job.paused
+    await world.pass_()
+    assert await world.job(job_id) == job
+    await world.tell(job_id, JobResumed())
+    await world.pass_()
+    assert (await world.job(job_id)).status == "failed"
+
+
+@in_world
 async def test_a_job_can_fail_where_its_directory_cannot_be_written(world: World) -> None:
     job_id = await world.running(max_restarts=0)
     (world.storage / "jobs").write_text("in the way")
@@ -284,27 +335,79 @@ async def test_what_a_job_held_is_kept_for_it_while_its_runner_is_replaced(world
 
 
 @in_world
-async def test_a_job_that_can_have_no_runner_for_now_keeps_nobody_waiting(world: World) -> None:
+async def test_what_a_job_held_is_kept_for_it_though_as_many_younger_runners_wait_as_may(world: World) -> None:
     older = await world.running(workers=2)
     waiting = [await world.submit(workers=2) for _ in range(4)]
     await world.pass_()
     await world.tell(waiting[0], VALIDATED)
     world.cluster.runners[older] = "ended"
     world.cluster.free(older)
-    await world.pass_(times=2)
-    assert world.dispatcher.whys()[older] == "waits for its turn to be started again; 4 jobs ahead"
-    assert (await world.job(waiting[0])).admitted
+    await world.pass_(times=3)
+    assert world.cluster.started == [older, *waiting, older]
+    assert [(await world.job(job_id)).admitted for job_id in (older, waiting[0])] == [True, False]
 
 
 @in_world
-async def test_a_job_whose_runner_fails_to_start_keeps_nobody_waiting(world: World) -> None:
+async def test_older_jobs_that_come_back_one_by_one_at_most_double_the_runners_that_wait(world: World) -> None:
+    older = [await world.submit() for _ in range(9)]
+    for job_id in older:
+        await world.tell(job_id, PauseRequested())
+    await world.pass_()
+    [await world.submit() for _ in range(4)]
+    for job_id in reversed(older):
+        await world.pass_()
+        await world.tell(job_id, JobResumed())
+    await world.pass_(times=2)
+    assert world.cluster.started[4:] == older[:-5:-1]
+
+
+@in_world
+async def test_a_job_that_can_have_no_runner_for_now_keeps_nobody_waiting(world: World) -> None:
+    being_validated = [await world.submit(workers=2) for _ in range(4)]
+    await world.pass_()
+    late, later = await world.submit(workers=2), await world.submit(workers=2)
+    for job_id in (late, later):
+        await world.tell(job_id, VALIDATED)  # before the service was started again
+    world.cluster.runners[later] = "alive"
+    await world.pass_()
+    assert world.dispatcher.whys()[late] == "waits for its turn to be started again; 4 jobs ahead"
+    assert world.cluster.started == being_validated
+    assert (await world.job(later)).admitted
+
+
+@in_world
+async def test_a_job_whose_runner_fails_to_start_keeps_nobody_waiting_for_ever(world: World) -> None:
     older, younger = await world.submit(workers=2), await world.submit(workers=2)
     world.cluster.unstartable = {older}
     await world.tell(older, VALIDATED)
     await world.pass_()
     await world.tell(younger, VALIDATED)
-    await world.pass_(times=2)
+    await world.pass_(times=PATIENCE)
     assert (await world.job(younger)).admitted
+
+
+@pytest.mark.parametrize("fails", ["to say how its runner is", "to forget its runner", "to start its runner"])
+def test_a_job_for_which_ray_fails_keeps_its_place_for_some_passes_and_then_keeps_nobody_waiting(fails: str) -> None:
+    @in_world
+    async def scenario(world: World) -> None:
+        running = await world.running()
+        older, younger = await world.validated(workers=2), await world.validated(workers=2)
+        await world.pass_()
+        assert world.dispatcher.whys()[younger] == "needs 2 CPUs, 1 free; 1 job ahead"
+        if fails == "to say how its runner is":
+            failing = world.cluster.broken
+        else:
+            world.cluster.runners[older] = "ended"
+            failing = world.cluster.unforgettable if fails == "to forget its runner" else world.cluster.unstartable
+        failing.add(older)
+        await world.pass_(times=PATIENCE)
+        assert not (await world.job(younger)).admitted
+        assert world.dispatcher.whys()[younger] == "needs 2 CPUs, 1 free; 1 job ahead"
+        await world.pass_(times=2)
+        assert (await world.job(younger)).admitted
+        assert (await world.job(running)).status == "running"
+
+    scenario()
 
 
 @in_world
@@ -324,6 +427,67 @@ async def test_a_job_for_which_ray_fails_does_not_keep_the_others_from_what_they
     world.cluster.free(ill)
     await world.pass_()
     assert (await world.job(ill)).status == "queued"
+
+
+@in_world
+async def test_a_job_whose_history_turns_out_to_be_damaged_keeps_nothing_from_the_others(world: World) -> None:
+    damaged = [await world.validated(workers=2) for _ in range(4)]
+    for position, job_id in enumerate(damaged):
+        world.log._store.damage[position] = Damage(position, (job_id,), "a flipped bit")
+        world.cluster.runners[job_id] = "ended"  # it could not go on, either
+    younger = await world.submit(workers=2)
+    await world.pass_(times=2)
+    await world.tell(younger, VALIDATED)
+    await world.pass_()
+    assert (await world.job(younger)).admitted
+    for job_id in damaged:
+        with pytest.raises(Refused, match="a flipped bit"):
+            await world.job(job_id)
+    assert not world.dispatcher.whys().keys() & set(damaged)
+
+
+@in_world
+async def test_a_job_whose_dead_runner_can_not_be_dealt_with_keeps_no_runner_from_the_others(world: World) -> None:
+    stuck = [await world.validated(workers=2) for _ in range(4)]
+    for job_id in stuck:
+        world.cluster.runners[job_id] = "ended"
+    world.cluster.unforgettable = set(stuck)
+    younger = await world.submit(workers=2)
+    await world.pass_(times=PATIENCE + 1)
+    await world.tell(younger, VALIDATED)
+    await world.pass_()
+    assert (await world.job(younger)).admitted
+
+
+@in_world
+async def test_jobs_whose_runners_fail_to_start_keep_no_runner_from_the_others(world: World) -> None:
+    world.cluster.unstartable = {await world.submit() for _ in range(4)}
+    younger = await world.submit()
+    await world.pass_(times=PATIENCE + 1)
+    assert world.cluster.started == [younger]
+
+
+@in_world
+async def test_where_ray_starts_no_runner_at_all_only_so_many_jobs_are_tried_in_each_pass(world: World) -> None:
+    ids = [await world.submit() for _ in range(30)]
+    world.cluster.unstartable = set(ids)
+    for _ in range(4 * PATIENCE):
+        world.cluster.tried.clear()
+        await world.pass_()
+        assert len(world.cluster.tried) <= 8
+    world.cluster.unstartable = set()
+    await world.pass_()
+    assert world.cluster.started == ids[:4]
+
+
+@in_world
+async def test_a_group_that_can_not_be_freed_keeps_no_runner_from_the_others(world: World) -> None:
+    job_id = await world.running()
+    await world.tell(job_id, RunInterrupted(attempt=1, reason="a worker died"))
+    world.cluster.unremovable = {f"group-of-{job_id}"}
+    other = await world.submit()
+    await world.pass_()
+    assert world.cluster.started == [job_id, other]
 
 
 @in_world

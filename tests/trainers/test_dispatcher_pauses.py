@@ -3,7 +3,7 @@
 import asyncio
 
 from events.facts import CancelRequested, JobResumed, PauseRequested
-from tests.events.facts_of_a_job import VALIDATED
+from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import World, in_world
 from trainers.dispatcher import Dispatcher
 from trainers.settings import Settings
@@ -144,6 +144,58 @@ async def test_a_drain_lets_running_jobs_reach_a_checkpoint_and_starts_none(worl
 
 
 @in_world
+async def test_a_drain_starts_no_job_that_waits_inside_ray_for_what_a_running_one_frees(world: World) -> None:
+    running, admitted = await world.running(workers=2), await world.validated(workers=2)
+    await world.pass_()
+    assert (await world.job(admitted)).admitted
+    world.cluster.groups[admitted] = [("pending", "PENDING")]
+    passes = asyncio.create_task(passing(world))
+    drain = asyncio.create_task(world.dispatcher.drain(timeout_s=60))
+    asked = await world.job(admitted)
+    while not asked.pausing:
+        asked = await world.log.wait(admitted, asked.version, 60)
+    world.cluster.runners[running] = "ended"
+    world.cluster.free(running)
+    # As long as its runner is there, Ray may give its workers their place.
+    assert await world.dispatcher.drain(timeout_s=0.5) == [admitted]
+    assert admitted in world.cluster.stopping
+    world.cluster.runners[admitted] = "stopped"
+    assert await drain == []
+    while (job := await world.job(admitted)).pausing:
+        await world.log.wait(admitted, job.version, 60)
+    passes.cancel()
+    assert world.cluster.groups[admitted] == []
+    assert (job.status, job.admitted, job.interruptions) == ("queued", False, 0)
+
+    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    for _ in range(3):
+        await after.reconcile()
+    assert [(await world.job(job_id)).admitted for job_id in (running, admitted)] == [True, False]
+
+
+@in_world
+async def test_a_job_that_was_admitted_asks_again_after_a_restart_of_the_cluster(world: World) -> None:
+    older, younger = await world.running(workers=2), await world.submit(workers=2)
+    await world.pass_()
+    await world.tell(younger, VALIDATED)
+    await world.pass_()
+    assert (await world.job(younger)).admitted
+    world.cluster.runners.clear()
+    world.cluster.free(older)
+    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    for _ in range(3):
+        await after.reconcile()
+        assert not (await world.job(younger)).admitted
+    assert (await world.job(older)).admitted
+    assert world.cluster.started == [older, younger, older, younger]
+    world.cluster.place(older, 2)
+    await world.tell(older, started(2))
+    await after.reconcile()
+    job = await world.job(younger)
+    assert (job.admitted, job.interruptions) == (True, 0)
+
+
+@in_world
 async def test_a_drain_names_the_jobs_that_did_not_stop_in_time(world: World) -> None:
     job_id = await world.running()
     passes = asyncio.create_task(passing(world))
@@ -163,3 +215,13 @@ async def test_a_job_that_was_killed_before_it_reached_its_checkpoint_goes_on_al
         await after.reconcile()
     job = await world.job(job_id)
     assert (job.status, job.admitted, job.interruptions) == ("queued", True, 0)
+
+
+@in_world
+async def test_a_drain_waits_for_a_job_of_which_ray_does_not_say_how_its_runner_is(world: World) -> None:
+    job_id = await world.running()
+    world.cluster.broken = {job_id}
+    passes = asyncio.create_task(passing(world))
+    assert await world.dispatcher.drain(timeout_s=0.5) == [job_id]
+    passes.cancel()
+    assert (await world.job(job_id)).pausing

@@ -26,12 +26,15 @@ class InMemoryCluster:
     runners: dict[str, RunnerState] = field(default_factory=dict)
     groups: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
+    tried: list[str] = field(default_factory=list)  # to start, with success or without
     stopping: list[str] = field(default_factory=list)
     held: dict[str, float] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)  # jobs on a node that is about to go
     broken: set[str] = field(default_factory=set)
     unstartable: set[str] = field(default_factory=set)
     remembered: set[str] = field(default_factory=set)  # jobs whose ended runner can't be forgotten yet
+    unforgettable: set[str] = field(default_factory=set)  # and those for which Ray fails to
+    unremovable: set[str] = field(default_factory=set)  # groups for which Ray fails
 
     def capacity(self) -> Capacity:
         free = self.cpus - sum(self.held.values())
@@ -39,6 +42,7 @@ class InMemoryCluster:
 
     def start_runner(self, job_id: str, settings_env: dict[str, str]) -> None:
         assert self.runners.get(job_id, "absent") == "absent"
+        self.tried.append(job_id)
         if job_id in self.unstartable:
             raise RuntimeError("500 Internal Server Error")
         self.runners[job_id] = "alive"
@@ -47,12 +51,16 @@ class InMemoryCluster:
     def runner(self, job_id: str) -> Runner:
         if job_id in self.broken:
             raise RuntimeError("500 Internal Server Error")
-        return Runner(self.runners.get(job_id, "absent"), "killed by the test", self.started.count(job_id))
+        if job_id not in self.runners:
+            return Runner("absent")
+        return Runner(self.runners[job_id], "killed by the test", self.started.count(job_id))
 
     def stop_runner(self, job_id: str) -> None:
         self.stopping.append(job_id)
 
     def forget_runner(self, job_id: str) -> bool:
+        if job_id in self.unforgettable:
+            raise RuntimeError("500 Internal Server Error")
         if job_id in self.remembered:
             return False
         del self.runners[job_id]
@@ -62,6 +70,8 @@ class InMemoryCluster:
         return self.groups
 
     def remove_placement_group(self, group_id: str) -> None:
+        if group_id in self.unremovable:
+            raise RuntimeError("the control store does not answer")
         self.groups = {name: [g for g in groups if g[0] != group_id] for name, groups in self.groups.items()}
 
     def on_draining_nodes(self) -> frozenset[str]:
