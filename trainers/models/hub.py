@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The one folder of a model directory whose files are wanted."""
 WANTED_FILES = (
     "config.json",
     "generation_config.json",
@@ -33,7 +35,7 @@ WANTED_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
-    "additional_chat_templates/*",
+    f"{CHAT_TEMPLATES}/*",
     "LICENSE*",
     "NOTICE*",
     "model*.safetensors",

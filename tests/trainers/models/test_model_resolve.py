@@ -319,6 +319,11 @@ def bucket(tmp_path: Path) -> Iterator[Path]:
         def __init__(self, **_: Any) -> None:
             super().__init__(path=str(root), fs=LocalFileSystem())
 
+        def ls(self, path: str, detail: bool = True, **more: Any) -> Any:
+            """With what a store's web page leaves where a folder was made with it."""
+            found = super().ls(path, detail=detail, **more)
+            return [{"name": f"{path}/", "type": "file", "size": 0}, *found] if detail else found
+
         @classmethod
         def _strip_protocol(cls, path: str) -> str:
             return path.removeprefix("s3://").rstrip("/")
@@ -341,6 +346,20 @@ def test_a_model_on_a_store_is_copied_once_and_again_when_it_changes(
     assert len(log) == 1
     make_tiny_model(bucket / "model", num_hidden_layers=1)
     assert inspect_model_dir(resolve_model("s3://bucket/model", settings, log.append)).num_layers == 1
+
+
+def test_a_model_on_a_store_comes_with_all_its_chat_templates(bucket: Path, settings: Settings) -> None:
+    templates = make_tiny_model(bucket / "model") / "additional_chat_templates"
+    for name in ("tool_use.jinja", "drafts/rag.jinja", "../checkpoints/config.json"):
+        (templates / name).parent.mkdir(exist_ok=True)
+        (templates / name).write_text("{{ tools }}")
+    path = resolve_model("s3://bucket/model", settings, lambda _: None)
+    copied = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and "template" in str(file)}
+    assert copied == {"additional_chat_templates/tool_use.jinja"}
+    assert not (path / "checkpoints").exists()
+    (templates / "tool_use.jinja").write_text("{{ messages }}{{ tools }}")
+    newer = resolve_model("s3://bucket/model", settings, lambda _: None)
+    assert (newer / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}{{ tools }}"
 
 
 def test_what_a_store_does_not_have_is_named(bucket: Path, settings: Settings) -> None:
