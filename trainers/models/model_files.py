@@ -24,13 +24,13 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_KEY = "transformers_weights"
 """The key of config.json that names the weights, or their index, where they have another name than these."""
+INDEX_SUFFIX = ".safetensors.index.json"
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes of an element, by the dtypes that can be trained on."""
 # The API reads both, and parsing JSON lets nobody else run meanwhile. The largest models that can be built here have
 # some thousand tensors, at about a hundred bytes each; the limit of the safetensors library itself is 100 MB.
 _MAX_HEADER_BYTES = 8_000_000
 _MAX_JSON_BYTES = 16_000_000
-_INDEX_SUFFIX = ".safetensors.index.json"
 _FAULTS_OF_A_PATH = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -93,6 +93,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def named_weights(config: Mapping[str, Any], origin: object) -> str | None:
+    """What the config.json of the model at `origin` names as its weights, or as their index: a safetensors file beside
+    it, which may not be there. None where it names nothing. Raises UserError `model_incomplete`."""
+    named = config.get(WEIGHTS_KEY)
+    if named is None:
+        return None
+    if not isinstance(named, str) or Path(named).name != named or not named.endswith((".safetensors", INDEX_SUFFIX)):
+        raise incomplete(f"{origin}: {WEIGHTS_KEY} of config.json names no safetensors beside it: {named!r}.")
+    return named
+
+
 def weight_files(model_dir: Path) -> list[Path]:
     """The safetensors files that hold the model, in a fixed order. Of a directory that holds several models, the one
     that transformers loads: what config.json names as `transformers_weights`, else the single file, else the shards.
@@ -106,7 +117,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 def _weight_files(model_dir: Path) -> list[Path]:
     if (model_dir / "config.json").is_file():
-        named = read_json_object(model_dir / "config.json").get(WEIGHTS_KEY)
+        named = named_weights(read_json_object(model_dir / "config.json"), model_dir)
         if named is not None:
             return _named_files(model_dir, named)
     if (model_dir / SINGLE_FILE).is_file():
@@ -203,16 +214,23 @@ def _entry(file: Path, base: int, dtype: str, shape: list[int], data_offsets: tu
     return TensorEntry(file, str(dtype), tuple(shape), base + start, end - start)
 
 
-def _named_files(model_dir: Path, named: object) -> list[Path]:
-    if not isinstance(named, str) or Path(named).name != named or not named.endswith((".safetensors", _INDEX_SUFFIX)):
-        raise incomplete(f"{model_dir}: {WEIGHTS_KEY} of config.json names no safetensors beside it: {named!r}.")
+def _named_files(model_dir: Path, named: str) -> list[Path]:
     file = model_dir / named
     if not file.is_file():
         raise incomplete(f"{model_dir} has no {named}, which {WEIGHTS_KEY} of config.json names.")
-    return _indexed_files(file) if named.endswith(_INDEX_SUFFIX) else [file]
+    return _indexed_files(file) if named.endswith(INDEX_SUFFIX) else [file]
 
 
 def _indexed_files(index: Path) -> list[Path]:
+    files = [index.with_name(name) for name in indexed_names(index)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise incomplete(f"{index.parent} lacks the weight files {_some(missing)} that {index.name} names.")
+    return files
+
+
+def indexed_names(index: Path) -> list[str]:
+    """The safetensors files that an index names, which may not be there. Raises UserError `model_incomplete`."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise incomplete(f"{index} has no weight_map.")
@@ -220,11 +238,7 @@ def _indexed_files(index: Path) -> list[Path]:
     outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if outside:
         raise incomplete(f"{index} names files that are no safetensors beside it: {_some(outside)}.")
-    files = [index.with_name(name) for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise incomplete(f"{index.parent} lacks the weight files {_some(missing)} that {index.name} names.")
-    return files
+    return names
 
 
 def _unsupported(message: str) -> UserError:
