@@ -43,7 +43,7 @@ from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, writ
 from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
 from trainers.job_output import JobOutput
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.pinned import check_unchanged, pinned_model
+from trainers.models.pinned import PinnedModel, pinned_model
 from trainers.plan import COMPILED, Plan, plan_of
 from trainers.reporting import Paused
 from trainers.resubmit import model_dir_of
@@ -93,15 +93,15 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     job_dir = settings.job_dir(job.job_id)
     try:
         plan = plan_of(job)
-        model = pinned_model(plan.model, job_dir / "data" / PINNED, settings, logger.info)
-        plan, model_dir = plan.model_copy(update={"model": model.name}), model.directory
+        job, model = _its_model(job, plan, log, tenure, settings)
+        plan = plan.model_copy(update={"model": model.name})
         capacity = Cluster().capacity
-        job = _make_data_ready(job, plan, model_dir, tenure, settings, capacity)
+        job = _make_data_ready(job, plan, model.directory, tenure, settings, capacity)
         while True:
             job = _wait_until_admitted(job, log, tenure)
-            check_unchanged(model)  # it may have waited for hours, or trained
+            job, model = _its_model(job, plan, log, tenure, settings)  # it may have waited for hours, or trained
             try:
-                interruption = _attempt(job, plan, model_dir, settings, capacity())
+                interruption = _attempt(job, plan, model.directory, settings, capacity())
             except Paused:
                 return None
             if interruption is None:
@@ -121,6 +121,22 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
             "internal_error", f"{type(error).__name__}: {error}", suggestion=REPORT, retryable=False
         )
         return _failure(job, job_dir, cause.error, traceback.format_exc())
+
+
+def _its_model(
+    job: FineTuningJob, plan: Plan, log: EventLogClient, tenure: Tenure, settings: Settings
+) -> tuple[FineTuningJob, PinnedModel]:
+    """The model that the job is on, and the job: of one whose data is ready it is an interruption when the model's disk
+    or hub doesn't answer, and it stands in line again. Raises as `pinned_model`, or Superseded."""
+    while True:
+        try:
+            return job, pinned_model(plan.model, settings.job_dir(job.job_id) / "data" / PINNED, settings, logger.info)
+        except InfrastructureError as problem:
+            if job.data is None:  # it has done nothing yet that is worth a wait
+                raise
+            reason = problem.error.message.removesuffix(".")
+        logger.warning("the model can't be reached: %s", reason)
+        job = _wait_until_admitted(_record_interruption(job, reason, log, tenure), log, tenure)
 
 
 def _make_data_ready(

@@ -48,7 +48,7 @@ class Answered(NamedTuple):
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = Settings(storage=tmp_path_factory.mktemp("storage"), data_roots=(ROOT,))
     # The model of the examples, as if it had been fetched; the real one takes long to load on a busy machine.
-    make_tiny_model(settings.model_cache / f"{smollm2.MODEL_NAME}-{smollm2.package_version()}")
+    make_tiny_model(settings.model_cache / smollm2.conversion_name())
     server = Server(Connected(settings))
     yield server
     server.stop()

@@ -24,6 +24,12 @@ def base_model(path: Path, **config: Any) -> Path:
     return model
 
 
+def list_control_tokens(model: Path, listed: dict[str, Any]) -> Path:
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": listed}))
+    return model
+
+
 def exported(model: Path, out: Path) -> dict[str, Any]:
     """The generation config that an export of `model` comes with."""
     arch = inspect_model_dir(model)
@@ -41,13 +47,36 @@ def test_an_exported_base_model_ends_its_answer_where_it_was_trained_to(tmp_path
 def test_the_ends_are_found_without_the_vocabulary_where_the_control_tokens_are_listed(tmp_path: Path) -> None:
     model = base_model(tmp_path / "base")
     known = ChatTokenizer.from_dir(model)
-    config = json.loads((model / "tokenizer_config.json").read_text())
     texts = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    listed = {str(id_): {"content": text, "special": True} for id_, text in enumerate(texts)}
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": listed}))
+    list_control_tokens(model, {str(id_): {"content": text, "special": True} for id_, text in enumerate(texts)})
     (model / "tokenizer.json").unlink()
     light = ChatTokenizer.from_dir(model, whole=False)
     assert (light.eos_ids, light.template) == (known.eos_ids, known.template) == ((0, 2), known.template)
+
+
+def test_the_end_of_a_turn_that_only_the_vocabulary_has_is_found_there(tmp_path: Path) -> None:
+    model = list_control_tokens(base_model(tmp_path / "base"), {"0": {"content": "<|endoftext|>", "special": True}})
+    assert exported(model, tmp_path / "out")["eos_token_id"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"2": {"special": True}},
+        {"2": {"content": None, "special": True}},
+        {"2": {"content": ["<|im_end|>"], "special": True}},
+        {"two": {"content": "<|im_end|>", "special": True}},
+        {"-2": {"content": "<|im_end|>", "special": True}},
+        {f"{1 << 40}": {"content": "<|im_end|>", "special": True}},
+    ],
+)
+def test_a_broken_list_of_control_tokens_is_left_alone_as_when_the_data_was_tokenised(
+    tmp_path: Path, broken: dict[str, Any]
+) -> None:
+    listed = {"0": {"content": "<|endoftext|>", "special": True}} | broken
+    model = list_control_tokens(base_model(tmp_path / "base"), listed)
+    assert ChatTokenizer.from_dir(model).eos_ids == (0, 2)
+    assert exported(model, tmp_path / "out")["eos_token_id"] == [0, 2]
 
 
 def test_exporting_again_adds_nothing(tmp_path: Path) -> None:

@@ -2,19 +2,32 @@
 
 import json
 import logging
+import shutil
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from events.actors import EventLogClient
 from events.config import Config
-from events.facts import CancelRequested, CheckpointSaved, DataRejected, Event, JobFailed, JobSubmitted, Resources
+from events.facts import (
+    CancelRequested,
+    CheckpointSaved,
+    DataRejected,
+    Event,
+    JobAdmitted,
+    JobFailed,
+    JobSubmitted,
+    Resources,
+)
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
 from events.memory import MemoryStore
 from tests.events.facts_of_a_job import started
+from tests.small_hub import SmallHub, small_hub
 from tests.tiny_models import make_tiny_model
 from tests.trainers.data import templates
 from tests.trainers.data.support import line
@@ -24,9 +37,12 @@ from trainers.admission import Capacity, Node
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid
 from trainers.errors import UserError
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.pinned import PinnedModel
 from trainers.plan import Plan, make_plan
+from trainers.reporting import Paused
 from trainers.retrying import retrying
-from trainers.runner import _failure, _make_data_ready, _outcome, _success, latest_checkpoint
+from trainers.runner import PINNED, _failure, _make_data_ready, _outcome, _success, latest_checkpoint
 from trainers.settings import Settings
 from trainers.tenure import Tenure
 
@@ -46,10 +62,10 @@ class Runner:
         dialogs = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in words]
         self.file.write_text("".join(json.dumps({"dialog": dialog}) + "\n" for dialog in dialogs))
 
-    def submit(self, job_id: str, max_seq_len: int | None = 64) -> tuple[FineTuningJob, Plan]:
+    def submit(self, job_id: str, max_seq_len: int | None = 64, model: str | None = None) -> tuple[FineTuningJob, Plan]:
         config = Config.model_validate(
             {
-                "model": str(self.model),
+                "model": model or str(self.model),
                 "data": str(self.file),
                 "fine_tuning_options": {"extras": {"max_seq_len": max_seq_len}},
             }
@@ -232,6 +248,87 @@ def test_a_model_that_changes_after_its_job_was_admitted_is_noticed_too(runner: 
     outcome = _outcome(job, Admitting(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
     assert isinstance(outcome, JobFailed)
     assert outcome.error.code == "model_changed"
+
+
+class LogToAdmit(EventLog):
+    """Of a job that is admitted whenever it waits, `times` in all; then it is away. `before` each something happens."""
+
+    def __init__(self, log: EventLog, times: int, before: Callable[[], None]) -> None:
+        super().__init__(MemoryStore())
+        self._log, self._times, self._before = log, times, before
+
+    async def job(self, job_id: str) -> FineTuningJob:
+        return await self._log.job(job_id)
+
+    async def wait(self, job_id: str, after_version: int, wait_s: float) -> FineTuningJob:
+        if self._times == 0:
+            raise LogUnavailable("no answer in time")
+        self._times -= 1
+        self._before()
+        return await self._log.append(job_id, [JobAdmitted()], [new_event_id()])
+
+
+def on_the_hub(runner: Runner) -> tuple[FineTuningJob, Path]:
+    """A job on a commit of the hub, its data ready, and the directory that the commit lies in."""
+    job, _ = runner.submit("ftjob-1", model="acme/tiny")
+    with pytest.raises(LogUnavailable):
+        runner.outcome(job, LogToAdmit(runner.log, 0, lambda: None))
+    pinned = PinnedModel.model_validate_json((runner.data(job).parent / PINNED).read_bytes())
+    return retrying(lambda: runner.log.job("ftjob-1")), pinned.directory
+
+
+@pytest.fixture
+def hub(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
+    monkeypatch.setattr("trainers.runner.Cluster", InMemoryCluster)
+    monkeypatch.setattr("trainers.retrying.GIVE_UP_AFTER_S", 0)
+    with small_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.add("acme/tiny", runner.model)
+        yield hub
+
+
+def test_a_job_whose_model_was_cleared_from_the_cache_while_it_waited_fetches_it_and_trains(
+    runner: Runner, hub: SmallHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings, capacity: Capacity) -> None:
+        trained.append((plan.model, inspect_model_dir(model_dir).family))
+        raise Paused
+
+    monkeypatch.setattr("trainers.runner._attempt", attempt)  # it needs Ray
+    job, directory = on_the_hub(runner)
+    assert runner.outcome(job, LogToAdmit(runner.log, 1, partial(shutil.rmtree, directory))) is None
+    assert trained == [(f"acme/tiny@{directory.name}", "llama")]
+
+
+def test_a_model_that_can_t_be_read_just_now_sends_its_job_back_to_the_queue(runner: Runner, hub: SmallHub) -> None:
+    job, directory = on_the_hub(runner)
+    weights = directory / "model.safetensors"
+
+    def fail_to_read() -> None:
+        weights.unlink()
+        weights.symlink_to("/proc/self/mem")
+
+    with pytest.raises(LogUnavailable):
+        runner.outcome(job, LogToAdmit(runner.log, 1, fail_to_read))
+    job = retrying(lambda: runner.log.job("ftjob-1"))
+    assert (job.status, job.admitted, job.interruptions) == ("queued", False, 1)
+    assert job.why is not None
+    assert job.why.startswith(f"interrupted: {weights} can't be read: Input/output error")
+
+
+def test_a_hub_that_is_down_sends_a_job_back_to_the_queue_as_often_as_it_may_be_interrupted(
+    runner: Runner, hub: SmallHub
+) -> None:
+    job, directory = on_the_hub(runner)
+    shutil.rmtree(directory)
+    hub.broken = True
+    outcome = runner.outcome(job, LogToAdmit(runner.log, 5, lambda: None))
+    assert isinstance(outcome, JobFailed)
+    assert (outcome.error.code, outcome.error.fault) == ("interrupted_too_often", "infrastructure")
+    assert "acme/tiny could not be fetched" in outcome.error.message
+    assert retrying(lambda: runner.log.job("ftjob-1")).interruptions == 1
 
 
 def job_with(checkpoints: list[Path]) -> FineTuningJob:

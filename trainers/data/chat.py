@@ -89,7 +89,7 @@ class ChatTokenizer:
         """Reads tokenizer.json and the configs beside it. Raises UserError (param `model`) for what is missing.
 
         Not `whole`: for its template and `eos_ids` only. It then does without tokenizer.json where it can, which takes
-        40 MB for a vocabulary of fifty thousand words.
+        40 MB for a vocabulary of fifty thousand words: where the configs list the token that ends an assistant's turn.
         """
         config = _read_json(model_dir / "tokenizer_config.json")
         templates = find_templates(model_dir, config)
@@ -106,7 +106,8 @@ class ChatTokenizer:
             _check_takes_any_text(tokenizer)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise _broken("the model's tokenizer has no end-of-sequence token")
-        return cls(tokenizer, templates, named, eos_ids, vocab_size if isinstance(vocab_size, int) else None)
+        found = cls(tokenizer, templates, named, eos_ids, vocab_size if isinstance(vocab_size, int) else None)
+        return found if whole or found._assistant_end() else cls.from_dir(model_dir)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._tokenizer, self._template.sources, self._named, self._given_eos_ids, self.vocab_size)
@@ -375,13 +376,17 @@ def _text_of(token: object) -> str | None:
 
 
 def _control_tokens(config: Mapping[str, Any], named: Mapping[str, str]) -> Tokenizer | None:
-    """A tokenizer of nothing but the control tokens that a tokenizer_config.json lists; None where EOS isn't one."""
+    """A tokenizer of nothing but the control tokens that a tokenizer_config.json lists; None where EOS isn't one, or
+    the list is broken."""
     decoder = config.get("added_tokens_decoder")
     entries = decoder.items() if isinstance(decoder, dict) else ()
-    ids = {entry["content"]: int(id_) for id_, entry in entries if isinstance(entry, dict) and entry.get("special")}
-    if named.get("eos_token") not in ids:
+    try:
+        ids = {entry["content"]: int(id_) for id_, entry in entries if isinstance(entry, dict) and entry.get("special")}
+        if named.get("eos_token") not in ids:
+            return None
+        tokenizer = Tokenizer(WordLevel(ids, unk_token=named["eos_token"]))
+    except (KeyError, TypeError, ValueError):  # no content, or none that is a string; no id
         return None
-    tokenizer = Tokenizer(WordLevel(ids, unk_token=named["eos_token"]))
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ids])
     return tokenizer
 

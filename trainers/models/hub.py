@@ -9,42 +9,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainers.errors import InfrastructureError, JobProblem, UserError, without_secrets
-from trainers.models.architecture import read_architecture
 from trainers.models.cache import make_once
-from trainers.models.model_files import SINGLE_FILE, incomplete, read_json_object
+from trainers.models.model_files import incomplete
 from trainers.models.names import HubModel
+from trainers.models.wanted_files import choose_files
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 Log = Callable[[str], None]
 
-WANTED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "LICENSE*",
-    "NOTICE*",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def wanted(name: str) -> bool:
-    """Whether a file of a model directory, named by its path in it, is one that training or the export needs."""
-    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in WANTED_FILES)
 
 
 def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
@@ -70,10 +49,10 @@ def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True
         return cached
     log(f"model {model.repo}: {model.revision} is commit {commit}")
     path = home / commit
-    if not weights and not path.is_dir():
+    weights = weights or path.is_dir()
+    if not weights:
         path = home / f"{commit}-without-weights"
-        files = {name: size for name, size in files.items() if not name.endswith(".safetensors")}
-    path = make_once(path, lambda partial: _fetch(model.repo, commit, files, partial, log), log)
+    path = make_once(path, lambda partial: _fetch(model.repo, commit, files, partial, log, weights=weights), log)
     _remember(remembered, commit)
     return path
 
@@ -84,27 +63,20 @@ def commit_of(directory: Path) -> str | None:
 
 
 def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
-    """The commit of the revision, and its wanted files with their sizes in bytes."""
+    """The commit of the revision, and its files with their sizes in bytes."""
     from huggingface_hub import HfApi
 
     with _hub_errors(model):
         info = HfApi(endpoint=_endpoint()).model_info(model.repo, revision=model.revision, files_metadata=True)
-    names = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    files = {name: size for name, size in names.items() if wanted(name)}
-    if not any(name.endswith(".safetensors") for name in files):
-        pickled = " (only pickle files, which are never opened here)" if any(n.endswith(".bin") for n in names) else ""
-        raise incomplete(
-            f"{model.repo} at {info.sha} has no weights named {SINGLE_FILE} or model-*.safetensors{pickled}."
-        )
-    return str(info.sha), files
+    return str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 
-def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Log) -> None:
-    _get(repo, commit, ["config.json"], partial)
-    read_architecture(read_json_object(partial / "config.json"))
+def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Log, *, weights: bool) -> None:
+    names = choose_files(files, partial, lambda name: _get(repo, commit, [name], partial), f"{repo} at {commit}")
+    names = [name for name in names if weights or not name.endswith(".safetensors")]
     started = time.monotonic()
-    log(f"downloading {len(files)} files of {repo}, {sum(files.values()) / 1e9:.2f} GB")
-    _get(repo, commit, list(files), partial)
+    log(f"downloading {len(names)} files of {repo}, {sum(files[name] for name in names) / 1e9:.2f} GB")
+    _get(repo, commit, names, partial)
     shutil.rmtree(partial / ".cache", ignore_errors=True)  # huggingface_hub's notes on how far it got
     log(f"downloaded {repo} in {time.monotonic() - started:.0f} s")
 

@@ -5,14 +5,16 @@ Only safetensors are ever opened: a `.bin` checkpoint is a pickle, and loading o
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainers.errors import UserError
+from trainers.errors import InfrastructureError, UserError
 from trainers.models.layout import checkpoint_tensors
 
 if TYPE_CHECKING:  # `architecture` imports this module
@@ -22,13 +24,22 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_KEY = "transformers_weights"
 """The key of config.json that names the weights, or their index, where they have another name than these."""
+INDEX_SUFFIX = ".safetensors.index.json"
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes of an element, by the dtypes that can be trained on."""
 # The API reads both, and parsing JSON lets nobody else run meanwhile. The largest models that can be built here have
 # some thousand tensors, at about a hundred bytes each; the limit of the safetensors library itself is 100 MB.
 _MAX_HEADER_BYTES = 8_000_000
 _MAX_JSON_BYTES = 16_000_000
-_INDEX_SUFFIX = ".safetensors.index.json"
+_FAULTS_OF_A_PATH = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
 
 
 class TensorEntry(NamedTuple):
@@ -48,14 +59,31 @@ def incomplete(message: str) -> UserError:
     return UserError("model_incomplete", message, param="model")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model directory. Raises UserError `model_incomplete`."""
+@contextmanager
+def storage_of(path: Path) -> Iterator[None]:
+    """Makes an InfrastructureError `model_unreachable` of an OSError that says nothing about `path`, but that the disk
+    it is on doesn't work just now. What is wrong with the path itself is raised as it is."""
     try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
-            raise incomplete(f"{path} is not a regular file.")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise incomplete(f"{path} is too large: {path.stat().st_size} bytes.")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        yield
+    except OSError as error:
+        if error.errno in _FAULTS_OF_A_PATH:
+            raise
+        raise InfrastructureError(
+            "model_unreachable",
+            f"{path} can't be read: {error.strerror or error}",
+            suggestion="have the disk that the model is on checked",
+        ) from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model directory. Raises UserError `model_incomplete`, or as `storage_of`."""
+    try:
+        with storage_of(path):
+            if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+                raise incomplete(f"{path} is not a regular file.")
+            if path.stat().st_size > _MAX_JSON_BYTES:
+                raise incomplete(f"{path} is too large: {path.stat().st_size} bytes.")
+            value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise incomplete(f"the model directory {path.parent} has no {path.name}.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -65,15 +93,31 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def named_weights(config: Mapping[str, Any], origin: object) -> str | None:
+    """What the config.json of the model at `origin` names as its weights, or as their index: a safetensors file beside
+    it, which may not be there. None where it names nothing. Raises UserError `model_incomplete`."""
+    named = config.get(WEIGHTS_KEY)
+    if named is None:
+        return None
+    if not isinstance(named, str) or Path(named).name != named or not named.endswith((".safetensors", INDEX_SUFFIX)):
+        raise incomplete(f"{origin}: {WEIGHTS_KEY} of config.json names no safetensors beside it: {named!r}.")
+    return named
+
+
 def weight_files(model_dir: Path) -> list[Path]:
     """The safetensors files that hold the model, in a fixed order. Of a directory that holds several models, the one
     that transformers loads: what config.json names as `transformers_weights`, else the single file, else the shards.
 
     Raises UserError `model_incomplete`, naming what is missing: all of it, a shard of the index, or only its
-    safetensors form.
+    safetensors form. InfrastructureError as `storage_of`.
     """
+    with storage_of(model_dir):
+        return _weight_files(model_dir)
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
     if (model_dir / "config.json").is_file():
-        named = read_json_object(model_dir / "config.json").get(WEIGHTS_KEY)
+        named = named_weights(read_json_object(model_dir / "config.json"), model_dir)
         if named is not None:
             return _named_files(model_dir, named)
     if (model_dir / SINGLE_FILE).is_file():
@@ -123,7 +167,8 @@ def is_ignored(name: str, arch: Architecture) -> bool:
 
 
 def read_headers(files: list[Path]) -> dict[str, TensorEntry]:
-    """The tensors of some safetensors files by name. Raises UserError `model_incomplete` for a broken or cut file."""
+    """The tensors of some safetensors files by name. Raises UserError `model_incomplete` for a broken or cut file,
+    or as `storage_of`."""
     entries: dict[str, TensorEntry] = {}
     for file in files:
         entries |= _header(file)
@@ -133,13 +178,13 @@ def read_headers(files: list[Path]) -> dict[str, TensorEntry]:
 def _header(file: Path) -> dict[str, TensorEntry]:
     """The format is: length of the header (8 bytes, little endian), the header (JSON), the tensors."""
     try:
-        with file.open("rb") as stream:
+        with storage_of(file), file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(_allowed(length)))
+            size = file.stat().st_size
         header.pop("__metadata__", None)
         end = 8 + length + _bytes_of_tensors(entry["data_offsets"] for entry in header.values())
         entries = {name: _entry(file, 8 + length, **fields) for name, fields in header.items()}
-        size = file.stat().st_size
     except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise incomplete(f"{file} is not a readable safetensors file: {error}.") from None
     if size != end:
@@ -169,16 +214,23 @@ def _entry(file: Path, base: int, dtype: str, shape: list[int], data_offsets: tu
     return TensorEntry(file, str(dtype), tuple(shape), base + start, end - start)
 
 
-def _named_files(model_dir: Path, named: object) -> list[Path]:
-    if not isinstance(named, str) or Path(named).name != named or not named.endswith((".safetensors", _INDEX_SUFFIX)):
-        raise incomplete(f"{model_dir}: {WEIGHTS_KEY} of config.json names no safetensors beside it: {named!r}.")
+def _named_files(model_dir: Path, named: str) -> list[Path]:
     file = model_dir / named
     if not file.is_file():
         raise incomplete(f"{model_dir} has no {named}, which {WEIGHTS_KEY} of config.json names.")
-    return _indexed_files(file) if named.endswith(_INDEX_SUFFIX) else [file]
+    return _indexed_files(file) if named.endswith(INDEX_SUFFIX) else [file]
 
 
 def _indexed_files(index: Path) -> list[Path]:
+    files = [index.with_name(name) for name in indexed_names(index)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise incomplete(f"{index.parent} lacks the weight files {_some(missing)} that {index.name} names.")
+    return files
+
+
+def indexed_names(index: Path) -> list[str]:
+    """The safetensors files that an index names, which may not be there. Raises UserError `model_incomplete`."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise incomplete(f"{index} has no weight_map.")
@@ -186,11 +238,7 @@ def _indexed_files(index: Path) -> list[Path]:
     outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if outside:
         raise incomplete(f"{index} names files that are no safetensors beside it: {_some(outside)}.")
-    files = [index.with_name(name) for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise incomplete(f"{index.parent} lacks the weight files {_some(missing)} that {index.name} names.")
-    return files
+    return names
 
 
 def _unsupported(message: str) -> UserError:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from trainers.errors import UserError
+from trainers.models.model_files import storage_of
 from trainers.models.smollm2 import MODEL_NAME as SMOLLM2
 
 ModelKind = Literal["local", "alias", "remote", "hub"]
@@ -138,7 +139,7 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
     the tokenizer's, say, are copied to every checkpoint.
 
     Raises UserError `model_not_found`, or `path_not_allowed` without telling whether something exists there, or where
-    the roots are.
+    the roots are; InfrastructureError `model_unreachable`.
     """
     allowed = [root.resolve() for root in roots]
     try:
@@ -169,7 +170,8 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
 def _links(directory: Path, levels: int = 2) -> Iterator[Path]:
     """The symbolic links in a model's directory and in those in it: no file of a model lies deeper."""
     try:
-        with os.scandir(directory) as entries:  # tells links without asking the disk for each file
+        # It tells links without asking the disk for each file.
+        with storage_of(directory), os.scandir(directory) as entries:
             for entry in entries:
                 if entry.is_symlink():
                     yield Path(entry.path)
@@ -182,7 +184,8 @@ def _links(directory: Path, levels: int = 2) -> Iterator[Path]:
 
 def _is_directory(path: Path) -> bool:
     try:
-        return path.is_dir()
+        with storage_of(path):
+            return path.is_dir()
     except OSError:  # a name too long, a parent that can't be entered
         return False
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from trainers.errors import UserError
-from trainers.models.model_files import incomplete, read_headers, weight_files
+from trainers.models.model_files import incomplete, read_headers, storage_of, weight_files
 from trainers.models.resolve import classify_model, lasting_name, resolve_model
 from trainers.settings import Settings
 
@@ -39,9 +39,11 @@ class PinnedModel(BaseModel):
 
 def pinned_model(model: str, file: Path, settings: Settings, log: Callable[[str], None]) -> PinnedModel:
     """The model that `file` of a job's directory names; where there is none yet, what `model` stands for now, which
-    the file names from then on. A copy of it that is in the cache is used without asking where it came from.
+    the file names from then on. A copy of it that is in the cache is used without asking where it came from; one that
+    isn't any more is fetched again.
 
-    Raises what `resolve_model` does, UserError `model_incomplete`, and `model_changed` where it isn't there any more.
+    Raises what `resolve_model` does, UserError `model_incomplete`, and `model_changed` where there is something else
+    now, or nothing. InfrastructureError where a disk or a network doesn't answer, which says nothing about the model.
     """
     if not file.is_file():
         directory = resolve_model(model, settings, log)
@@ -50,7 +52,9 @@ def pinned_model(model: str, file: Path, settings: Settings, log: Callable[[str]
         return found
     pinned = PinnedModel.model_validate_json(file.read_bytes())
     try:
-        if classify_model(pinned.name) == "local" or not pinned.directory.is_dir():
+        with storage_of(pinned.directory):
+            cached = pinned.directory.is_dir()
+        if classify_model(pinned.name) == "local" or not cached:
             pinned = pinned.model_copy(update={"directory": resolve_model(pinned.name, settings, log)})
     except UserError as problem:
         if problem.error.code not in ("model_not_found", "model_incomplete"):
@@ -61,7 +65,8 @@ def pinned_model(model: str, file: Path, settings: Settings, log: Callable[[str]
 
 
 def check_unchanged(pinned: PinnedModel) -> None:
-    """Raises UserError `model_changed` when the model's directory holds something else than the job began with."""
+    """Raises UserError `model_changed` when the model's directory holds something else than the job began with, or as
+    `storage_of`."""
     try:
         now = fingerprints(pinned.directory)
     except UserError as problem:
@@ -75,14 +80,19 @@ def fingerprints(directory: Path) -> dict[str, str]:
     """Of each file that training depends on, by its name: of a small one the SHA-256; of weights that of every tensor's
     name, type, place, first and last few kilobytes, so that nobody waits for gigabytes to be read.
 
-    Raises UserError `model_incomplete`.
+    Raises UserError `model_incomplete`, or as `storage_of`.
     """
     try:
-        whole = [file for pattern in _READ_WHOLE for file in sorted(directory.glob(pattern))]
-        digests = {f"{file.relative_to(directory)}": hashlib.sha256(file.read_bytes()).hexdigest() for file in whole}
-        return digests | {file.name: _of_weights(file) for file in weight_files(directory)}
+        with storage_of(directory):
+            whole = [file for pattern in _READ_WHOLE for file in sorted(directory.glob(pattern))]
+            digests = {f"{file.relative_to(directory)}": _sha256(file) for file in whole}
+            return digests | {file.name: _of_weights(file) for file in weight_files(directory)}
     except OSError as error:
         raise incomplete(f"{directory} can't be read: {error}.") from None
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _of_weights(file: Path) -> str:

@@ -5,14 +5,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
 from trainers.errors import InfrastructureError, JobProblem, UserError
-from trainers.models.architecture import read_architecture
 from trainers.models.cache import make_once
-from trainers.models.hub import wanted
-from trainers.models.model_files import incomplete, read_json_object
+from trainers.models.wanted_files import CHAT_TEMPLATES, choose_files, may_be_wanted
 
 Log = Callable[[str], None]
 _IDENTITY_KEYS = ("size", "ETag", "etag", "md5Hash", "generation", "mtime")
@@ -28,29 +27,47 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
     with _store_errors(uri):
         fs, root = fsspec.core.url_to_fs(uri)
         fs.invalidate_cache()
-        files = {Path(entry["name"]).name: entry for entry in fs.ls(root, detail=True) if entry["type"] == "file"}
-    files = {name: entry for name, entry in sorted(files.items()) if wanted(name)}
-    if "config.json" not in files:
-        raise incomplete(f"{uri} has no config.json.")
-    state = [(name, *(str(entry.get(key)) for key in _IDENTITY_KEYS)) for name, entry in files.items()]
+        files = dict(sorted(_list_files(fs, root).items()))
+    state = [
+        (name, *(str(entry.get(key)) for key in _IDENTITY_KEYS)) for name, entry in files.items() if may_be_wanted(name)
+    ]
     key = hashlib.sha256(repr((uri.rstrip("/"), state)).encode()).hexdigest()[:32]
+    path = cache_dir / "remote" / key
+    weights = weights or path.is_dir()
+    if not weights:
+        path = path.with_name(f"{key}-without-weights")
 
     def fetch(partial: Path) -> None:
-        _get(fs, uri, files["config.json"], partial)
-        read_architecture(read_json_object(partial / "config.json"))
-        log(f"copying {len(files)} files from {uri}, {sum(entry['size'] for entry in files.values()) / 1e9:.2f} GB")
-        for entry in files.values():
-            _get(fs, uri, entry, partial)
+        def get(name: str) -> None:
+            _get(fs, uri, files[name], partial / name)
 
-    path = cache_dir / "remote" / key
-    if not weights and not path.is_dir():
-        path = path.with_name(f"{key}-without-weights")
-        files = {name: entry for name, entry in files.items() if not name.endswith(".safetensors")}
+        names = choose_files(files, partial, get, uri)
+        names = [name for name in names if weights or not name.endswith(".safetensors")]
+        log(f"copying {len(names)} files from {uri}, {sum(files[name]['size'] for name in names) / 1e9:.2f} GB")
+        for name in names:
+            get(name)
+
     return make_once(path, fetch, log)
 
 
-def _get(fs: fsspec.AbstractFileSystem, uri: str, entry: dict[str, object], folder: Path) -> None:
-    target = folder / Path(str(entry["name"])).name
+def _list_files(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str, Any]]:
+    """What the store says of the files of a model directory, by their paths in it."""
+    entries = fs.ls(root, detail=True)
+    files = {Path(entry["name"]).name: entry for entry in entries if _is_file(entry)}
+    for folder in entries:
+        if folder["type"] == "directory" and Path(folder["name"]).name == CHAT_TEMPLATES:
+            inner = fs.ls(folder["name"], detail=True)
+            files |= {f"{CHAT_TEMPLATES}/{Path(entry['name']).name}": entry for entry in inner if _is_file(entry)}
+    return files
+
+
+def _is_file(entry: dict[str, Any]) -> bool:
+    """Stores list an empty object where somebody has made a folder: its name ends with a slash."""
+    return entry["type"] == "file" and not entry["name"].endswith("/")
+
+
+def _get(fs: fsspec.AbstractFileSystem, uri: str, entry: dict[str, Any], target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
     with _store_errors(uri), fs.open(entry["name"], "rb") as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 16 << 20)
 

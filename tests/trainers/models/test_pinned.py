@@ -1,6 +1,8 @@
 """A job goes on with the model it began with, or it says that it can't; never with another of the same name."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.small_hub import SmallHub, small_hub
 from tests.tiny_models import make_tiny_model
-from trainers.errors import UserError
+from trainers.errors import InfrastructureError, UserError
 from trainers.models.pinned import PinnedModel, check_unchanged, fingerprints, pinned_model
 from trainers.settings import Settings
 
@@ -78,6 +80,55 @@ def test_a_commit_that_is_gone_from_cache_and_hub_fails_the_job(tmp_path: Path, 
     shutil.rmtree(job.starts().directory)
     del hub.repos["acme/tiny"].commits[commit]
     assert commit in job.fails()
+
+
+def fail_to_read(file: Path) -> None:
+    """Reading `file` fails from now on with an input/output error, as it does where a network disk is away."""
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_disk_that_fails_says_nothing_about_the_model(tmp_path: Path, hub: SmallHub, name: str) -> None:
+    hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    job = Job(tmp_path, "acme/tiny")
+    pinned = job.starts()
+    content = (pinned.directory / name).read_bytes()
+    fail_to_read(pinned.directory / name)
+    with pytest.raises(InfrastructureError, match="Input/output error") as caught:
+        job.starts()
+    assert (caught.value.error.code, caught.value.error.retryable) == ("model_unreachable", True)
+    (pinned.directory / name).unlink()
+    (pinned.directory / name).write_bytes(content)
+    assert job.starts() == pinned
+
+
+def test_a_directory_whose_disk_is_away_is_not_taken_for_one_that_is_gone(
+    tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path, str(local))
+    pinned = job.starts()
+    stat = Path.stat
+
+    def stale(path: Path, **how: bool) -> os.stat_result:
+        if path == local:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return stat(path, **how)
+
+    with monkeypatch.context() as away:
+        away.setattr(Path, "stat", stale)
+        with pytest.raises(InfrastructureError, match="Stale file handle"):
+            job.starts()
+    assert job.starts() == pinned
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_file_that_is_a_directory_by_now_is_a_change(tmp_path: Path, local: Path, name: str) -> None:
+    job = Job(tmp_path, str(local))
+    job.starts()
+    (local / name).unlink()
+    (local / name).mkdir()
+    assert name in job.fails()
 
 
 def test_a_local_model_that_stays_is_the_same(tmp_path: Path, local: Path) -> None:
