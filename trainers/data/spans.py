@@ -68,7 +68,7 @@ class SpanFinder:
         text = self._template.render(dialog.messages, dialog.tools)
         skeleton = self._skeleton_of(dialog)
         fields = (skeleton and self._align(text, skeleton, dialog.messages)) or {}
-        frames = skeleton.frames if skeleton else self._frames(dialog)
+        frames = skeleton.frames if skeleton else self._frames(dialog.messages, dialog.tools)
         spans, partly = [], False
         for i, (message, keep) in enumerate(zip(dialog.messages, dialog.keep_loss, strict=True)):
             frame = frames[message["role"]]
@@ -84,7 +84,7 @@ class SpanFinder:
 
     def turn_end(self, dialog: Dialog, role: str) -> str:
         """The text that ends a turn of `role` in `dialog`; "" where there is none."""
-        return self._frames(dialog)[role].end
+        return self._frame(role, dialog.messages, dialog.tools).end
 
     def _skeleton_of(self, dialog: Dialog) -> _Skeleton | None:
         """None: the template refuses the marked dialog, or shows a message twice."""
@@ -113,43 +113,49 @@ class SpanFinder:
                 raise _left_out(i, message)
         if len(set(fields)) < len(fields):
             return None
-        return _Skeleton(literals, fields, self._frames(dialog))
+        # Of the marks, never of this dialog's contents: the next dialog that the skeleton serves has others.
+        return _Skeleton(literals, fields, self._frames(marked, dialog.tools))
 
-    def _frames(self, dialog: Dialog) -> dict[str, _Frame]:
-        frames = {}
-        for role in {message["role"] for message in dialog.messages}:
-            places = [i for i, message in enumerate(dialog.messages) if message["role"] == role]
-            if role == "assistant":
-                places.reverse()  # a template may write something before the last answer only, and behind a question
-            frames[role] = next(self._frames_at(dialog, places[:_MAX_TRIES]), _Frame())
-        return frames
+    def _frames(self, messages: Sequence[Turn], tools: Sequence[Turn]) -> dict[str, _Frame]:
+        return {role: self._frame(role, messages, tools) for role in {message["role"] for message in messages}}
 
-    def _frames_at(self, dialog: Dialog, places: list[int]) -> Iterator[_Frame]:
-        """The frame of a message, seen where it is the last one; for those beginnings that the template takes."""
-        for i in places:
-            message, before = dialog.messages[i], dialog.messages[:i]
+    def _frame(self, role: str, messages: Sequence[Turn], tools: Sequence[Turn]) -> _Frame:
+        """The frame of a message of `role`, seen where it is the last one; for a beginning that the template takes."""
+        places = [i for i, message in enumerate(messages) if message["role"] == role]
+        if role == "assistant":
+            places.reverse()  # a template may write something before the last answer only, and behind a question
+        end = None
+        for i in places[:_MAX_TRIES]:
+            before = messages[:i]
             try:
-                text = self._template.render([*before, _marked(message, i)], dialog.tools)
+                text = self._template.render([*before, _marked(messages[i], i)], tools)
             except RowError:
                 continue
             head, _, tail = text.rpartition(_MARK.format(i))
-            match = self._turn_end.match(tail)
-            lead = self._lead(before, dialog, head) if message["role"] == "assistant" else ""
-            yield _Frame(lead, match.group() if match else "")
+            if end is None:
+                match = self._turn_end.match(tail)
+                end = match.group() if match else ""
+            lead = self._lead(before, tools, head) if role == "assistant" else ""
+            if lead is not None:
+                return _Frame(lead, end)
+        return _Frame(end=end or "")
 
-    def _lead(self, before: Sequence[Turn], dialog: Dialog, head: str) -> str:
-        """What an assistant writes first: the rest of `head`, behind the prompt for generation."""
-        prompt = self._prompt(before, dialog)
-        lead = head[len(prompt) :] if prompt is not None and head.startswith(prompt) else ""
+    def _lead(self, before: Sequence[Turn], tools: Sequence[Turn], head: str) -> str | None:
+        """What an assistant writes first: the rest of `head`, behind the prompt for generation. None where it can't be
+        told, as the prompt is no beginning of `head`: it may show the answer before as the last one."""
+        prompt = self._prompt(before, tools)
+        if prompt is None or not head.startswith(prompt):
+            return None
+        lead = head[len(prompt) :]
         if not lead or lead.isspace():
             return lead
         # Where the template has no such prompt, the header stands there as well.
-        return "" if prompt == self._template.render(before, dialog.tools) else lead
+        return "" if prompt == self._template.render(before, tools) else lead
 
-    def _prompt(self, before: Sequence[Turn], dialog: Dialog) -> str | None:
+    def _prompt(self, before: Sequence[Turn], tools: Sequence[Turn]) -> str | None:
         """What an answer to `before` starts from; None where the template refuses that."""
         try:
-            return self._template.render(before, dialog.tools, add_generation_prompt=True)
+            return self._template.render(before, tools, add_generation_prompt=True)
         except RowError:
             return None
 
@@ -200,7 +206,7 @@ class SpanFinder:
         # The template kept a part, or changed blanks; what it puts around a mark may begin as this part does, and what
         # stands before the words may end as the dropped part does (`<|Assistant|>` as `</think>`): not further back
         # than the prompt reaches, nor into a control token.
-        prompt = self._prompt(dialog.messages[:i], dialog) or ""
+        prompt = self._prompt(dialog.messages[:i], dialog.tools) or ""
         first = max(0, start - _LEAD, _common_prefix(text[:start], prompt))
         first = max(first, *(match.end() for match in self._control.finditer(text, first, start)), first)
         whole = start

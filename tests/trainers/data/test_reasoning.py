@@ -76,3 +76,19 @@ def test_of_a_template_without_a_prompt_for_generation_no_header_is_trained(tmp_
 def test_reasoning_whose_blanks_the_template_changes_is_shown_whole(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, templates.QWEN3)
     assert not tokenizer.locate(dialog(user("a"), assistant("<think>hm</think>yes"))).partly_shown
+
+
+def test_what_is_trained_of_a_row_does_not_depend_on_the_rows_before_it(tmp_path: Path) -> None:
+    plain = dialog(user("hi"), assistant("yes"))
+    result = dialog(user("<tool_response>7</tool_response>"), assistant("Seven."))
+    for first in (plain, result):
+        tokenizer = make_tokenizer(tmp_path, templates.QWEN3)
+        trained(tokenizer, first)
+        assert trained(tokenizer, plain) == [f"{templates.EMPTY_THOUGHT}yes<|im_end|>"]
+        assert trained(tokenizer, result) == ["Seven.<|im_end|>"]
+
+
+def test_an_empty_thought_is_trained_where_the_answer_follows_another_answer(tmp_path: Path) -> None:
+    row = dialog(user("a"), assistant("one"), assistant("two"))
+    runs = trained(make_tokenizer(tmp_path, templates.QWEN3), row)
+    assert runs == ["one<|im_end|>", f"{templates.EMPTY_THOUGHT}two<|im_end|>"]
