@@ -176,6 +176,16 @@ def _make_data_ready(
                 uri,
                 f"{report.partly_shown_rows:,}",
             )
+        if report.unprompted_rows:
+            logger.warning(
+                "%s: in %s rows an answer to train on is not what the model is asked for: its prompt for generation "
+                "ends in %r, and the row doesn't go on from there. Put the reasoning that this begins into the last "
+                "answer of each row and train on that one alone (keep_loss), or start from a model whose chat template "
+                "neither begins nor drops reasoning",
+                uri,
+                f"{report.unprompted_rows:,}",
+                tokenizer.cue,
+            )
         return report
 
     data = ready(plan.data, "train")

@@ -37,13 +37,14 @@ _RESERVED = re.compile("[\ufdd0-\ufdd3]")
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A dialog as text. `trained`: its trained characters. `control`: its control tokens (start, end, token id); None
-    where the tokenizer finds them by itself, because no text of the user looks like one. `partly_shown`: the template
-    shows only a part of a message to train on."""
+    where the tokenizer finds them by itself, because no text of the user looks like one. `partly_shown` and
+    `unprompted` are those of `spans.Traced`."""
 
     text: str
     trained: list[Span]
     control: list[tuple[int, int, int]] | None = None
     partly_shown: bool = False
+    unprompted: bool = False
 
 
 class ChatTokenizer:
@@ -131,14 +132,20 @@ class ChatTokenizer:
         """The dialog as the model sees it, control tokens included. Raises RowError where the template refuses it."""
         return self._template.render(messages, tools, add_generation_prompt=add_generation_prompt)
 
+    @property
+    def cue(self) -> str:
+        """What a prompt for generation has behind a question; "" where the template adds nothing to the dialog."""
+        return self._spans.cue([{"role": "user", "content": "a"}])
+
     def locate(self, dialog: Dialog) -> Rendered:
         """The first, per-row half of `encode`. Raises RowError for a dialog this model can't be trained on."""
         if not self._looks_like_control(dialog):
-            text, spans, partly_shown = self._spans.render(dialog)
-            return Rendered(text, spans, partly_shown=partly_shown)
+            traced = self._spans.render(dialog)
+            return Rendered(traced.text, traced.trained, None, traced.partly_shown, traced.unprompted)
         messages, tools = _map_text((dialog.messages, dialog.tools), self._escape)
-        text, spans, partly_shown = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
-        return replace(self._unescape(text, spans), partly_shown=partly_shown)
+        traced = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
+        rendered = self._unescape(traced.text, traced.trained)
+        return replace(rendered, partly_shown=traced.partly_shown, unprompted=traced.unprompted)
 
     def encode_rendered(self, batch: Sequence[Rendered]) -> list[Encoded]:
         """The second half: tokens and masks. Long texts one by one, to have one of them in memory."""

@@ -30,12 +30,24 @@ _MAX_TRIES = 8
 _LEAD = 64  # characters
 
 
+class Traced(NamedTuple):
+    """A rendered dialog: its text, and its trained characters in the order of the messages. `partly_shown`: the
+    template shows only a part of a kept message. `unprompted`: a kept answer of the assistant doesn't go on from what
+    the model is prompted with (a prompt may begin the answer with `<think>`)."""
+
+    text: str
+    trained: list[Span]
+    partly_shown: bool
+    unprompted: bool
+
+
 class _Frame(NamedTuple):
     """What of the template's own text is trained with a message: what its speaker has to write before it, and what ends
-    its turn."""
+    its turn. `cue`: what a prompt for generation adds to the dialog before."""
 
     lead: str = ""
     end: str = ""
+    cue: str = ""
 
 
 class _Skeleton(NamedTuple):
@@ -58,9 +70,8 @@ class SpanFinder:
         self._turn_end = re.compile(rf"\s*(?:{control.pattern})")
         self._skeletons: dict[object, _Skeleton | None] = {}
 
-    def render(self, dialog: Dialog) -> tuple[str, list[Span], bool]:
-        """The text of `dialog`, its trained characters, in the order of the messages, and whether the template shows
-        only a part of a kept message.
+    def render(self, dialog: Dialog) -> Traced:
+        """The text of `dialog`, and what of it is trained.
 
         Raises RowError where the template refuses the dialog, leaves out a message, tools or tool calls, or rewrites a
         kept message beyond recognition.
@@ -69,7 +80,7 @@ class SpanFinder:
         skeleton = self._skeleton_of(dialog)
         fields = (skeleton and self._align(text, skeleton, dialog.messages)) or {}
         frames = skeleton.frames if skeleton else self._frames(dialog.messages, dialog.tools)
-        spans, partly = [], False
+        spans, partly, unprompted = [], False, False
         for i, (message, keep) in enumerate(zip(dialog.messages, dialog.keep_loss, strict=True)):
             frame = frames[message["role"]]
             if "tool_calls" in message:
@@ -79,12 +90,35 @@ class SpanFinder:
                 start, end = fields.get(i) or self._find_content(text, dialog, i)
             if keep:
                 spans.append(_framed(text, start, end, frame))
-                partly = partly or not _shows(text[start:end], message["content"])
-        return text, spans, partly
+                # What the prompt has of a message already is shown as well.
+                partly = partly or not (
+                    _shows(text[start:end], message["content"])
+                    or _shows(text[max(0, start - len(frame.cue)) : end], message["content"])
+                )
+                unprompted = unprompted or not self._is_prompted(text, spans[-1], dialog, i, frame)
+        return Traced(text, spans, partly, unprompted)
 
     def turn_end(self, dialog: Dialog, role: str) -> str:
         """The text that ends a turn of `role` in `dialog`; "" where there is none."""
         return self._frame(role, dialog.messages, dialog.tools).end
+
+    def cue(self, before: Sequence[Turn], tools: Sequence[Turn] = ()) -> str:
+        """What a prompt for generation adds to `before`; "" where the template has no such prompt, or refuses it."""
+        prompt = self._prompt(before, tools)
+        if prompt is None:
+            return ""
+        try:
+            shown = self._template.render(before, tools)
+        except RowError:
+            return ""
+        return prompt[_common_prefix(prompt, shown) :]
+
+    def _is_prompted(self, text: str, span: Span, dialog: Dialog, i: int, frame: _Frame) -> bool:
+        """Whether the kept message `i`, trained as `span` of `text`, is what the model writes when it is asked."""
+        if _follows(text, span[0], frame.cue):
+            return True
+        # It may be prompted otherwise than the message that the frame was seen at, behind a tool's result for example.
+        return _follows(text, span[0], self.cue(dialog.messages[:i], dialog.tools))
 
     def _skeleton_of(self, dialog: Dialog) -> _Skeleton | None:
         """None: the template refuses the marked dialog, or shows a message twice."""
@@ -124,7 +158,7 @@ class SpanFinder:
         places = [i for i, message in enumerate(messages) if message["role"] == role]
         if role == "assistant":
             places.reverse()  # a template may write something before the last answer only, and behind a question
-        end = None
+        seen: _Frame | None = None
         for i in places[:_MAX_TRIES]:
             before = messages[:i]
             try:
@@ -132,25 +166,18 @@ class SpanFinder:
             except RowError:
                 continue
             head, _, tail = text.rpartition(_MARK.format(i))
-            if end is None:
-                match = self._turn_end.match(tail)
-                end = match.group() if match else ""
-            lead = self._lead(before, tools, head) if role == "assistant" else ""
-            if lead is not None:
-                return _Frame(lead, end)
-        return _Frame(end=end or "")
-
-    def _lead(self, before: Sequence[Turn], tools: Sequence[Turn], head: str) -> str | None:
-        """What an assistant writes first: the rest of `head`, behind the prompt for generation. None where it can't be
-        told, as the prompt is no beginning of `head`: it may show the answer before as the last one."""
-        prompt = self._prompt(before, tools)
-        if prompt is None or not head.startswith(prompt):
-            return None
-        lead = head[len(prompt) :]
-        if not lead or lead.isspace():
-            return lead
-        # Where the template has no such prompt, the header stands there as well.
-        return "" if prompt == self._template.render(before, tools) else lead
+            match = self._turn_end.match(tail)
+            end = match.group() if match else ""
+            if role != "assistant":
+                return _Frame(end=end)
+            seen = seen or _Frame("", end, self.cue(before, tools))
+            # Where the prompt is no beginning of the text, it may be that it shows the answer before as the last one.
+            prompt = self._prompt(before, tools)
+            if prompt is not None and head.startswith(prompt):
+                lead = head[len(prompt) :]
+                # Where the template has no prompt for generation, the header stands there as well.
+                return seen._replace(lead=lead if seen.cue or lead.isspace() else "")
+        return seen or _Frame()
 
     def _prompt(self, before: Sequence[Turn], tools: Sequence[Turn]) -> str | None:
         """What an answer to `before` starts from; None where the template refuses that."""
@@ -256,6 +283,11 @@ def _framed(text: str, start: int, end: int, frame: _Frame) -> Span:
     if frame.lead and text.endswith(frame.lead, 0, start):
         start -= len(frame.lead)
     return start, end + len(frame.end) if text.startswith(frame.end, end) else end
+
+
+def _follows(text: str, start: int, cue: str) -> bool:
+    """Whether `cue`, blanks around it apart, stands before `start` or reaches beyond it: an answer may hold its end."""
+    return text.find(cue.strip(), max(0, start - len(cue)), start + len(cue)) >= 0
 
 
 def _exchanged(messages: Sequence[Turn], i: int, following: int) -> list[Turn]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainers.data import templates
-from tests.trainers.data.support import assistant, call, dialog, make_tokenizer, trained, user
+from tests.trainers.data.support import assistant, call, dialog, make_tokenizer, tool_result, trained, user
 
 REASONED = "<think>\nlong\n</think>"
 
@@ -92,3 +92,55 @@ def test_an_empty_thought_is_trained_where_the_answer_follows_another_answer(tmp
     row = dialog(user("a"), assistant("one"), assistant("two"))
     runs = trained(make_tokenizer(tmp_path, templates.QWEN3), row)
     assert runs == ["one<|im_end|>", f"{templates.EMPTY_THOUGHT}two<|im_end|>"]
+
+
+class TestAPromptThatBeginsAThought:
+    @pytest.mark.parametrize("template", [templates.R1_DISTILL, templates.QWQ], ids=["r1", "qwq"])
+    def test_a_row_without_reasoning_is_known_not_to_be_what_the_model_is_asked_for(
+        self, tmp_path: Path, template: str
+    ) -> None:
+        tokenizer = make_tokenizer(tmp_path, template, "pieces", "</s>")
+        asked, answered = user("a"), assistant("yes")
+        assert tokenizer.locate(dialog(asked, answered)).unprompted
+        assert not tokenizer.locate(dialog(asked, answered, keep_loss=[True, False])).unprompted
+
+    def test_an_answer_with_reasoning_is_what_the_model_is_asked_for(self, tmp_path: Path) -> None:
+        tokenizer = make_tokenizer(tmp_path, templates.QWQ)
+        assert not tokenizer.locate(dialog(user("a"), assistant(f"{REASONED}\n\nyes"))).unprompted
+
+    def test_an_empty_thought_that_the_template_ends_is_what_the_model_is_asked_for(self, tmp_path: Path) -> None:
+        tokenizer, row = make_tokenizer(tmp_path, templates.ALWAYS_THINKING), dialog(user("a"), assistant("yes"))
+        assert not tokenizer.locate(row).unprompted
+        assert trained(tokenizer, row) == ["\n</think>\n\nyes<|im_end|>"]
+
+    def test_reasoning_whose_beginning_the_prompt_has_is_shown_whole(self, tmp_path: Path) -> None:
+        tokenizer = make_tokenizer(tmp_path, templates.ALWAYS_THINKING)
+        rendered = tokenizer.locate(dialog(user("a"), assistant("<think>hm</think>yes")))
+        assert (rendered.partly_shown, rendered.unprompted) == (False, False)
+
+    def test_earlier_answers_whose_reasoning_is_dropped_are_counted(self, tmp_path: Path) -> None:
+        tokenizer = make_tokenizer(tmp_path, templates.ALWAYS_THINKING)
+        messages = [user("a"), assistant("yes"), user("b"), assistant(f"{REASONED}\n\nno")]
+        assert tokenizer.locate(dialog(*messages)).unprompted
+        assert not tokenizer.locate(dialog(*messages, keep_loss=[False, False, False, True])).unprompted
+
+
+@pytest.mark.parametrize("template", [templates.CHATML, templates.LLAMA3, templates.GEMMA, templates.MISTRAL])
+def test_where_the_prompt_is_a_mere_header_every_answer_is_what_the_model_is_asked_for(
+    tmp_path: Path, template: str
+) -> None:
+    tokenizer = make_tokenizer(tmp_path, template)
+    row = dialog(user("a"), assistant(" yes\n"), user("b"), assistant("no"), keep_loss=[True, True, False, True])
+    assert not tokenizer.locate(row).unprompted
+
+
+def test_an_answer_to_a_tools_result_needs_no_header_where_its_prompt_has_none(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] + ':' if m['role'] != 'assistant' or messages[loop.index0 - 1]['role'] != "
+        "'tool' else '' }}{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }}"
+        "{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1]['role'] != 'tool' %}assistant:{% endif %}"
+    )
+    calling = assistant(None, tool_calls=[call("f", {})])
+    row = dialog(user("a"), calling, tool_result("7"), assistant("Seven."), user("b"), assistant("no"))
+    assert not make_tokenizer(tmp_path, template).locate(row).unprompted
