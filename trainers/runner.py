@@ -137,6 +137,11 @@ def _make_data_ready(
     check_suitable(plan, architecture)
     tokenizer = ChatTokenizer.from_dir(model_dir)
     max_seq_len = longest_row(plan, architecture)
+    if not tokenizer.ends_turns:
+        logger.warning(
+            "the model's chat template ends an assistant's turn with no token of its own: no end is trained, and the "
+            "model won't learn to stop. Let the template write the tokenizer's eos_token there"
+        )
 
     def ready(uri: str, name: str) -> DataReport:
         logger.info("validating %s", uri)

@@ -32,6 +32,7 @@ _UNUSUAL = "\ua66e \U00013000 \U0010fffd"  # a letter, a hieroglyph, and what is
 _ESCAPE = "\ufdd2{}\ufdd3"
 _ESCAPES = re.compile("\ufdd2(\\d+)\ufdd3")
 _RESERVED = re.compile("[\ufdd0-\ufdd3]")
+_ANSWERED = Dialog(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), (False, True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +74,18 @@ class ChatTokenizer:
         self._words = WordTokenizer(tokenizer) if cuts_between_words(tokenizer) else None
         self._named, self._given_eos_ids = dict(named), tuple(eos_ids)
         self._template = ChatTemplate(templates, named)
+        _make_end_special(tokenizer, self._template)
         self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
         self._ids = {token.content: id_ for id_, token in self._special}
         self._names = sorted(self._ids, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, self._names)))
+        self._control = _any_of(self._names)
         self._user_control = re.compile(f"{self._control.pattern}|{_RESERVED.pattern}")
         self._spans = SpanFinder(self._template, self._control)
         eos = self._ids[named["eos_token"]]
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, eos, *self._assistant_end()]))
+        end = self._assistant_end()
+        self.ends_turns = bool(end)
+        """Whether a token ends an assistant's turn. Where none does, none is trained."""
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, eos, *end]))
         """Ids that end generation: what the model's configs name, EOS, what ends an assistant's turn. Each once."""
         self.pad_id: int = self._ids.get(named.get("pad_token", ""), eos)
         """Id to pad with: the pad token, or EOS where there is none."""
@@ -209,8 +214,7 @@ class ChatTokenizer:
         return found
 
     def _assistant_end(self) -> list[int]:
-        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-        end = self._spans.turn_end(Dialog(turns, (False, True)), "assistant").strip()
+        end = self._spans.turn_end(_ANSWERED, "assistant").strip()
         return [self._ids[end]] if end else []
 
     def _looks_like_control(self, dialog: Dialog) -> bool:
@@ -416,6 +420,21 @@ def _declare_special(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     for token in dict.fromkeys(tokens):
         if token not in special and tokenizer.token_to_id(token) is not None:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+
+
+def _make_end_special(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    """Makes a control token of the added token that ends an assistant's turn, where the tokenizer has it as a common
+    one: else it would be the row's own text that ends the turn, and the end be shown with the answer."""
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values() if token.content.strip()}
+    end = SpanFinder(template, _any_of(sorted(added, key=len, reverse=True))).turn_end(_ANSWERED, "assistant").strip()
+    token = added.get(end)
+    if token is not None and not token.special:
+        flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        tokenizer.add_special_tokens([AddedToken(end, special=True, **flags)])
+
+
+def _any_of(names: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, names)))
 
 
 def _check_takes_any_text(tokenizer: Tokenizer) -> None:

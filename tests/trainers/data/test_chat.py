@@ -157,6 +157,28 @@ def test_an_empty_answer_trains_its_end(make: Make) -> None:
     assert trained(make("chatml"), dialog(user("Hello"), assistant(""))) == ["<|im_end|>"]
 
 
+def test_an_end_that_is_no_special_token_ends_turns_all_the_same(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, templates.CHATML, eos="<|endoftext|>")
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] != "<|im_end|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    tokenizer = ChatTokenizer.from_dir(tmp_path)
+    end = plain_tokenizer(tmp_path).token_to_id("<|im_end|>")
+    assert tokenizer.ends_turns
+    assert end in tokenizer.eos_ids
+    assert trained(tokenizer, dialog(user("a"), assistant("b"))) == ["b<|im_end|>"]
+    ((ids, _),) = tokenizer.encode([dialog(user("<|im_end|>"), assistant("b"))])
+    assert ids.tolist().count(end) == 2
+
+
+def test_a_template_that_writes_no_token_behind_an_answer_ends_no_turn(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
+    tokenizer = make_tokenizer(tmp_path, template)
+    assert not tokenizer.ends_turns
+    assert trained(tokenizer, dialog(user("a"), assistant("b"))) == ["b"]
+
+
 def test_blanks_of_a_content_are_trained_where_the_template_keeps_them(make: Make) -> None:
     assert trained(make("chatml"), dialog(user(" a "), assistant("  b \n"))) == ["  b \n<|im_end|>"]
 
