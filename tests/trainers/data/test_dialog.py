@@ -62,6 +62,13 @@ def test_arguments_may_be_an_object_already() -> None:
     ]
 
 
+@pytest.mark.parametrize("arguments", [None, "", "{}", {}])
+def test_a_call_may_have_no_arguments(arguments: object) -> None:
+    calls = [{"function": {"name": "count", "arguments": arguments}}]
+    (called,) = row({"dialog": [ASK, assistant("", tool_calls=calls)]}).messages[1]["tool_calls"]
+    assert called["function"] == {"name": "count", "arguments": {}}
+
+
 def test_ipython_is_another_name_for_tool() -> None:
     assert row({"dialog": [ASK, CALL, {"role": "ipython", "content": "7"}, ANSWER]}).messages[2]["role"] == "tool"
 
