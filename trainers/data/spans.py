@@ -28,6 +28,7 @@ _MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _MAX_SKELETONS = 256
 _MAX_TRIES = 8
 _LEAD = 64  # characters
+_NO_SYSTEM = "put the system message's text into the first user message"
 
 
 class Traced(NamedTuple):
@@ -76,7 +77,7 @@ class SpanFinder:
         Raises RowError where the template refuses the dialog, leaves out a message, tools or tool calls, or rewrites a
         kept message beyond recognition.
         """
-        text = self._template.render(dialog.messages, dialog.tools)
+        text = self._render_whole(dialog)
         skeleton = self._skeleton_of(dialog)
         fields = (skeleton and self._align(text, skeleton, dialog.messages)) or {}
         frames = skeleton.frames if skeleton else self._frames(dialog.messages, dialog.tools)
@@ -101,6 +102,21 @@ class SpanFinder:
     def turn_end(self, dialog: Dialog, role: str) -> str:
         """The text that ends a turn of `role` in `dialog`; "" where there is none."""
         return self._frame(role, dialog.messages, dialog.tools).end
+
+    def _render_whole(self, dialog: Dialog) -> str:
+        try:
+            return self._template.render(dialog.messages, dialog.tools)
+        except RowError as error:
+            if dialog.messages[0]["role"] != "system" or not self._takes(dialog.messages[1:], dialog.tools):
+                raise
+            raise RowError(f"{error}: {_NO_SYSTEM}") from None
+
+    def _takes(self, messages: Sequence[Turn], tools: Sequence[Turn]) -> bool:
+        try:
+            self._template.render(messages, tools)
+        except RowError:
+            return False
+        return True
 
     def cue(self, before: Sequence[Turn], tools: Sequence[Turn] = ()) -> str:
         """What a prompt for generation adds to `before`; "" where the template has no such prompt, or refuses it."""
@@ -327,7 +343,8 @@ def _squeezed(text: str) -> str:
 
 
 def _left_out(i: int, message: Turn) -> RowError:
-    return RowError(f"this model's chat template leaves out message {i} ({message['role']})")
+    remedy = f": {_NO_SYSTEM}" if message["role"] == "system" else ""
+    return RowError(f"this model's chat template leaves out message {i} ({message['role']}){remedy}")
 
 
 def _rewritten(i: int, message: Turn) -> RowError:

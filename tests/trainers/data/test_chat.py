@@ -30,6 +30,7 @@ from trainers.data.rows import parse_row
 from trainers.errors import UserError
 
 Make = Callable[..., ChatTokenizer]
+IN_THE_FIRST = "put the system message's text into the first user message"
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 
 # name: template, kind of tokenizer, EOS, what ends an assistant's turn
@@ -349,14 +350,21 @@ class TestTemplatesThatLookIntoContents:
 
 
 class TestTemplatesThatRefuse:
+    """What is refused, and what to write instead."""
+
     def test_a_system_message_that_mistral_would_drop(self, make: Make) -> None:
         """Its template shows it in the last message only where that is the user's."""
-        with pytest.raises(RowError, match=r"leaves out message 0 \(system\)"):
+        with pytest.raises(RowError, match=rf"leaves out message 0 \(system\): {IN_THE_FIRST}"):
             make("mistral").encode([dialog(system("s"), user("a"), assistant("b"))])
 
     def test_a_system_message_for_gemma(self, make: Make) -> None:
-        with pytest.raises(RowError, match="refuses the dialog: System role not supported"):
+        with pytest.raises(RowError, match=f"refuses the dialog: System role not supported: {IN_THE_FIRST}"):
             make("gemma").encode([dialog(system("s"), user("a"), assistant("b"))])
+
+    def test_a_dialog_that_is_refused_without_its_system_message_too(self, make: Make) -> None:
+        with pytest.raises(RowError) as caught:
+            make("gemma3").encode([dialog(system("s"), user("a"), user("b"), assistant("c"))])
+        assert IN_THE_FIRST not in str(caught.value)
 
     @pytest.mark.parametrize("name", ["gemma", "gemma3", "mistral"])
     def test_roles_that_do_not_alternate(self, name: str, make: Make) -> None:
