@@ -1,7 +1,8 @@
 """A model's tokenizer and chat template: dialogs to token ids with an exact loss mask.
 
 Only what the chat template writes can become a control token. Text of a row that looks like one (`<|im_end|>`) is
-tokenised as the characters it consists of; such rows take a slower path with the same result otherwise.
+tokenised as the characters it consists of; such rows take a slower path with the same result otherwise. Where `<think>`
+is a control token, the assistant's own is one too: templates look for it there.
 """
 
 import hashlib
@@ -32,6 +33,7 @@ _UNUSUAL = "\ua66e \U00013000 \U0010fffd"  # a letter, a hieroglyph, and what is
 _ESCAPE = "\ufdd2{}\ufdd3"
 _ESCAPES = re.compile("\ufdd2(\\d+)\ufdd3")
 _RESERVED = re.compile("[\ufdd0-\ufdd3]")
+_OF_THOUGHTS = ("<think>", "</think>")
 _ANSWERED = Dialog(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), (False, True))
 
 
@@ -79,8 +81,10 @@ class ChatTokenizer:
         self._ids = {token.content: id_ for id_, token in self._special}
         self._names = sorted(self._ids, key=len, reverse=True)
         self._control = _any_of(self._names)
+        never_words = _any_of([name for name in self._names if name not in _OF_THOUGHTS])
         self._user_control = re.compile(f"{self._control.pattern}|{_RESERVED.pattern}")
-        self._spans = SpanFinder(self._template, self._control)
+        self._assistant_control = re.compile(f"{never_words.pattern}|{_RESERVED.pattern}")
+        self._spans = SpanFinder(self._template, never_words)
         eos = self._ids[named["eos_token"]]
         end = self._assistant_end()
         self.ends_turns = bool(end)
@@ -147,7 +151,7 @@ class ChatTokenizer:
         if not self._looks_like_control(dialog):
             traced = self._spans.render(dialog)
             return Rendered(traced.text, traced.trained, None, traced.partly_shown, traced.unprompted)
-        messages, tools = _map_text((dialog.messages, dialog.tools), self._escape)
+        messages, tools = self._escaped(dialog.messages, dialog.tools)
         traced = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
         rendered = self._unescape(traced.text, traced.trained)
         return replace(rendered, partly_shown=traced.partly_shown, unprompted=traced.unprompted)
@@ -177,7 +181,7 @@ class ChatTokenizer:
     def encode_prompt(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids that an assistant's answer to `messages` starts from. Raises RowError where the template refuses
         them, and as `check_embedded`."""
-        escaped, tools = _map_text((tuple(messages), tuple(tools)), self._escape)
+        escaped, tools = self._escaped(messages, tools)
         rendered = self._unescape(self.render(escaped, tools, add_generation_prompt=True), [])
         ids = self._encode_hard(rendered)[0]
         self.check_embedded(ids)
@@ -224,13 +228,23 @@ class ChatTokenizer:
         control, reserved = self._control.search, _RESERVED.search
         return any(control(text) or (not text.isascii() and reserved(text)) for text in texts)
 
-    def _escape(self, text: str) -> str:
+    def _escaped(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+        turns: list[Turn] = []
+        for message in messages:
+            of_assistant = message["role"] == "assistant"
+            content = self._escape(message["content"], self._assistant_control if of_assistant else self._user_control)
+            turns.append(_map_text({**message, "content": ""}, self._escape) | {"content": content})
+        return tuple(turns), _map_text(tuple(tools), self._escape)
+
+    def _escape(self, text: str, control: re.Pattern[str] | None = None) -> str:
+        """`text` with a stand-in for all that `control` matches; that is, what looks like a control token."""
+
         def stand_in(match: re.Match[str]) -> str:
             if match.group() not in self._ids:
                 raise RowError(f"the text holds the noncharacter U+{ord(match.group()):04X}, which is reserved")
             return _ESCAPE.format(self._ids[match.group()])
 
-        return self._user_control.sub(stand_in, text)
+        return (control or self._user_control).sub(stand_in, text)
 
     def _unescape(self, text: str, spans: list[Span]) -> Rendered:
         """Puts the user's own text back; what is a control token until then is one for good."""

@@ -63,7 +63,8 @@ class _Skeleton(NamedTuple):
 
 
 class SpanFinder:
-    """Finds trained characters. `control` matches every control token that the tokenizer knows."""
+    """Finds trained characters. `control` matches every control token that the tokenizer knows, apart from those that
+    an assistant's words may hold."""
 
     def __init__(self, template: ChatTemplate, control: re.Pattern[str]) -> None:
         self._template = template

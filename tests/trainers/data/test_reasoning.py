@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from tests.trainers.data import templates
-from tests.trainers.data.support import assistant, call, dialog, make_tokenizer, tool_result, trained, user
+from tests.trainers.data.support import (
+    assistant,
+    call,
+    dialog,
+    make_tokenizer,
+    plain_tokenizer,
+    tool_result,
+    trained,
+    user,
+)
+from trainers.data.chat import ChatTokenizer
 
 REASONED = "<think>\nlong\n</think>"
 
@@ -144,3 +154,32 @@ def test_an_answer_to_a_tools_result_needs_no_header_where_its_prompt_has_none(t
     calling = assistant(None, tool_calls=[call("f", {})])
     row = dialog(user("a"), calling, tool_result("7"), assistant("Seven."), user("b"), assistant("no"))
     assert not make_tokenizer(tmp_path, template).locate(row).unprompted
+
+
+class TestThoughtsThatAreControlTokens:
+    @pytest.fixture
+    def tokenizer(self, tmp_path: Path) -> ChatTokenizer:
+        make_tokenizer(tmp_path, templates.QWEN3)
+        plain = plain_tokenizer(tmp_path)
+        plain.add_special_tokens(["<think>", "</think>"])
+        plain.save(str(tmp_path / "tokenizer.json"))
+        return ChatTokenizer.from_dir(tmp_path)
+
+    @pytest.mark.parametrize("reasoning", [REASONED + "\n\n", "<think>long</think>"])
+    def test_an_answers_reasoning_is_trained_as_the_template_writes_it(
+        self, tokenizer: ChatTokenizer, reasoning: str
+    ) -> None:
+        row = dialog(user("a"), assistant(f"{reasoning}yes"))
+        ((ids, _),) = tokenizer.encode([row])
+        assert trained(tokenizer, row) == [f"{REASONED}\n\nyes<|im_end|>"]
+        assert not tokenizer.locate(row).partly_shown
+        assert tokenizer.texts(ids.tolist()).count("<think>") == 1
+
+    def test_earlier_reasoning_is_dropped_as_ever(self, tokenizer: ChatTokenizer) -> None:
+        row = dialog(user("a"), assistant(f"{REASONED}\n\nyes"), user("b"), assistant("no"))
+        assert trained(tokenizer, row) == ["yes<|im_end|>", f"{templates.EMPTY_THOUGHT}no<|im_end|>"]
+
+    def test_what_a_user_writes_of_thoughts_is_mere_text(self, tokenizer: ChatTokenizer) -> None:
+        ((ids, _),) = tokenizer.encode([dialog(user("<think>"), assistant("yes"))])
+        assert tokenizer.texts(ids.tolist()).count("<think>") == 1
+        assert "<think>" not in tokenizer.texts(tokenizer.encode_prompt([user("<think>")]))
