@@ -69,6 +69,11 @@ class DataReport(_Value):
         description="Rows with a message to train on of which the model's chat template shows only a part (it may drop "
         "reasoning): the rest isn't trained.",
     )
+    unprompted_rows: int = Field(
+        default=0,
+        description="Rows with an answer to train on that doesn't go on from the model's prompt for generation (which "
+        "may begin it with `<think>`).",
+    )
     max_seq_len: int = Field(description="Longest row allowed, in tokens.")
     length_histogram: dict[str, int] = Field(
         description="Rows by tokenised length before truncation; the key is the upper bound of a power-of-two bucket."

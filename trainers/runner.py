@@ -153,6 +153,11 @@ def _make_data_ready(
     check_suitable(plan, architecture)
     tokenizer = ChatTokenizer.from_dir(model_dir)
     max_seq_len = longest_row(plan, architecture)
+    if not tokenizer.ends_turns:
+        logger.warning(
+            "the model's chat template ends an assistant's turn with no token of its own: no end is trained, and the "
+            "model won't learn to stop. Let the template write the tokenizer's eos_token there"
+        )
 
     def ready(uri: str, name: str) -> DataReport:
         logger.info("validating %s", uri)
@@ -191,6 +196,16 @@ def _make_data_ready(
                 "reasoning): the rest isn't trained",
                 uri,
                 f"{report.partly_shown_rows:,}",
+            )
+        if report.unprompted_rows:
+            logger.warning(
+                "%s: in %s rows an answer to train on is not what the model is asked for: its prompt for generation "
+                "ends in %r, and the row doesn't go on from there. Put the reasoning that this begins into the last "
+                "answer of each row and train on that one alone (keep_loss), or start from a model whose chat template "
+                "neither begins nor drops reasoning",
+                uri,
+                f"{report.unprompted_rows:,}",
+                tokenizer.cue,
             )
         return report
 

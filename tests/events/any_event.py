@@ -55,7 +55,10 @@ errors = st.builds(
 reports = st.builds(
     DataReport,
     **dict.fromkeys(
-        ("rows", "invalid_rows", "tokens", "trained_tokens", "truncated_rows", "partly_shown_rows", "max_seq_len"),
+        (
+            *("rows", "invalid_rows", "tokens", "trained_tokens", "truncated_rows"),
+            *("partly_shown_rows", "unprompted_rows", "max_seq_len"),
+        ),
         counts,
     ),
     uri=text,

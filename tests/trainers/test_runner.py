@@ -124,6 +124,29 @@ def test_the_report_and_the_log_say_of_how_many_rows_an_answer_is_trained_in_par
     assert "of 1 rows the model's chat template shows a message to train on only in part" in caplog.text
 
 
+def test_the_report_and_the_log_say_how_many_rows_do_not_go_on_from_the_prompt(
+    runner: Runner, caplog: pytest.LogCaptureFixture
+) -> None:
+    (runner.model / "chat_template.jinja").write_text(templates.QWQ)
+    runner.file.write_text("".join(line("a", answer) + "\n" for answer in ("b", "<think>\nc\n</think>d")))
+    job = runner.make_ready(*runner.submit("ftjob-1"))
+    assert job.data is not None
+    assert (job.data.rows, job.data.unprompted_rows) == (2, 1)
+    assert "in 1 rows an answer to train on is not what the model is asked for" in caplog.text
+    assert r"ends in '<|im_start|>assistant\n<think>\n'" in caplog.text
+
+
+@pytest.mark.parametrize(("end", "said"), [("", True), ("eos_token", False)])
+def test_the_log_says_where_a_model_will_not_learn_to_stop(
+    runner: Runner, caplog: pytest.LogCaptureFixture, end: str, said: bool
+) -> None:
+    (runner.model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{{ END }}{% endfor %}".replace("END", end or "''")
+    )
+    runner.make_ready(*runner.submit("ftjob-1"))
+    assert ("won't learn to stop" in caplog.text) is said
+
+
 @pytest.mark.parametrize("change", ["gone", "other"])
 def test_a_resumed_job_goes_on_with_the_data_it_started_with(runner: Runner, change: str) -> None:
     job, plan = runner.submit("ftjob-1")

@@ -1,7 +1,8 @@
 """A model's tokenizer and chat template: dialogs to token ids with an exact loss mask.
 
 Only what the chat template writes can become a control token. Text of a row that looks like one (`<|im_end|>`) is
-tokenised as the characters it consists of; such rows take a slower path with the same result otherwise.
+tokenised as the characters it consists of; such rows take a slower path with the same result otherwise. Where `<think>`
+is a control token, the assistant's own is one too: templates look for it there.
 """
 
 import hashlib
@@ -32,18 +33,21 @@ _UNUSUAL = "\ua66e \U00013000 \U0010fffd"  # a letter, a hieroglyph, and what is
 _ESCAPE = "\ufdd2{}\ufdd3"
 _ESCAPES = re.compile("\ufdd2(\\d+)\ufdd3")
 _RESERVED = re.compile("[\ufdd0-\ufdd3]")
+_OF_THOUGHTS = ("<think>", "</think>")
+_ANSWERED = Dialog(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), (False, True))
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A dialog as text. `trained`: its trained characters. `control`: its control tokens (start, end, token id); None
-    where the tokenizer finds them by itself, because no text of the user looks like one. `partly_shown`: the template
-    shows only a part of a message to train on."""
+    where the tokenizer finds them by itself, because no text of the user looks like one. `partly_shown` and
+    `unprompted` are those of `spans.Traced`."""
 
     text: str
     trained: list[Span]
     control: list[tuple[int, int, int]] | None = None
     partly_shown: bool = False
+    unprompted: bool = False
 
 
 class ChatTokenizer:
@@ -72,14 +76,20 @@ class ChatTokenizer:
         self._words = WordTokenizer(tokenizer) if cuts_between_words(tokenizer) else None
         self._named, self._given_eos_ids = dict(named), tuple(eos_ids)
         self._template = ChatTemplate(templates, named)
+        _make_end_special(tokenizer, self._template)
         self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
         self._ids = {token.content: id_ for id_, token in self._special}
         self._names = sorted(self._ids, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, self._names)))
+        self._control = _any_of(self._names)
+        never_words = _any_of([name for name in self._names if name not in _OF_THOUGHTS])
         self._user_control = re.compile(f"{self._control.pattern}|{_RESERVED.pattern}")
-        self._spans = SpanFinder(self._template, self._control)
+        self._assistant_control = re.compile(f"{never_words.pattern}|{_RESERVED.pattern}")
+        self._spans = SpanFinder(self._template, never_words)
         eos = self._ids[named["eos_token"]]
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, eos, *self._assistant_end()]))
+        end = self._assistant_end()
+        self.ends_turns = bool(end)
+        """Whether a token ends an assistant's turn. Where none does, none is trained."""
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, eos, *end]))
         """Ids that end generation: what the model's configs name, EOS, what ends an assistant's turn. Each once."""
         self.pad_id: int = self._ids.get(named.get("pad_token", ""), eos)
         """Id to pad with: the pad token, or EOS where there is none."""
@@ -132,14 +142,20 @@ class ChatTokenizer:
         """The dialog as the model sees it, control tokens included. Raises RowError where the template refuses it."""
         return self._template.render(messages, tools, add_generation_prompt=add_generation_prompt)
 
+    @property
+    def cue(self) -> str:
+        """What a prompt for generation has behind a question; "" where the template adds nothing to the dialog."""
+        return self._spans.cue([{"role": "user", "content": "a"}])
+
     def locate(self, dialog: Dialog) -> Rendered:
         """The first, per-row half of `encode`. Raises RowError for a dialog this model can't be trained on."""
         if not self._looks_like_control(dialog):
-            text, spans, partly_shown = self._spans.render(dialog)
-            return Rendered(text, spans, partly_shown=partly_shown)
-        messages, tools = _map_text((dialog.messages, dialog.tools), self._escape)
-        text, spans, partly_shown = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
-        return replace(self._unescape(text, spans), partly_shown=partly_shown)
+            traced = self._spans.render(dialog)
+            return Rendered(traced.text, traced.trained, None, traced.partly_shown, traced.unprompted)
+        messages, tools = self._escaped(dialog.messages, dialog.tools)
+        traced = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
+        rendered = self._unescape(traced.text, traced.trained)
+        return replace(rendered, partly_shown=traced.partly_shown, unprompted=traced.unprompted)
 
     def encode_rendered(self, batch: Sequence[Rendered]) -> list[Encoded]:
         """The second half: tokens and masks. Long texts one by one, to have one of them in memory."""
@@ -166,7 +182,7 @@ class ChatTokenizer:
     def encode_prompt(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids that an assistant's answer to `messages` starts from. Raises RowError where the template refuses
         them, and as `check_embedded`."""
-        escaped, tools = _map_text((tuple(messages), tuple(tools)), self._escape)
+        escaped, tools = self._escaped(messages, tools)
         rendered = self._unescape(self.render(escaped, tools, add_generation_prompt=True), [])
         ids = self._encode_hard(rendered)[0]
         self.check_embedded(ids)
@@ -203,8 +219,7 @@ class ChatTokenizer:
         return found
 
     def _assistant_end(self) -> list[int]:
-        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-        end = self._spans.turn_end(Dialog(turns, (False, True)), "assistant").strip()
+        end = self._spans.turn_end(_ANSWERED, "assistant").strip()
         return [self._ids[end]] if end else []
 
     def _looks_like_control(self, dialog: Dialog) -> bool:
@@ -214,13 +229,23 @@ class ChatTokenizer:
         control, reserved = self._control.search, _RESERVED.search
         return any(control(text) or (not text.isascii() and reserved(text)) for text in texts)
 
-    def _escape(self, text: str) -> str:
+    def _escaped(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+        turns: list[Turn] = []
+        for message in messages:
+            of_assistant = message["role"] == "assistant"
+            content = self._escape(message["content"], self._assistant_control if of_assistant else self._user_control)
+            turns.append(_map_text({**message, "content": ""}, self._escape) | {"content": content})
+        return tuple(turns), _map_text(tuple(tools), self._escape)
+
+    def _escape(self, text: str, control: re.Pattern[str] | None = None) -> str:
+        """`text` with a stand-in for all that `control` matches; that is, what looks like a control token."""
+
         def stand_in(match: re.Match[str]) -> str:
             if match.group() not in self._ids:
                 raise RowError(f"the text holds the noncharacter U+{ord(match.group()):04X}, which is reserved")
             return _ESCAPE.format(self._ids[match.group()])
 
-        return self._user_control.sub(stand_in, text)
+        return (control or self._user_control).sub(stand_in, text)
 
     def _unescape(self, text: str, spans: list[Span]) -> Rendered:
         """Puts the user's own text back; what is a control token until then is one for good."""
@@ -414,6 +439,21 @@ def _declare_special(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     for token in dict.fromkeys(tokens):
         if token not in special and tokenizer.token_to_id(token) is not None:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+
+
+def _make_end_special(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    """Makes a control token of the added token that ends an assistant's turn, where the tokenizer has it as a common
+    one: else it would be the row's own text that ends the turn, and the end be shown with the answer."""
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values() if token.content.strip()}
+    end = SpanFinder(template, _any_of(sorted(added, key=len, reverse=True))).turn_end(_ANSWERED, "assistant").strip()
+    token = added.get(end)
+    if token is not None and not token.special:
+        flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        tokenizer.add_special_tokens([AddedToken(end, special=True, **flags)])
+
+
+def _any_of(names: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, names)))
 
 
 def _check_takes_any_text(tokenizer: Tokenizer) -> None:

@@ -37,6 +37,8 @@ class TextPart(_Wire):
 
 
 def _check_arguments(value: object) -> object:
+    if value is None or value == "":
+        return {}  # what servers write of a call without arguments
     if not isinstance(value, str | dict):
         raise PydanticCustomError("bad_arguments", "must be a JSON object, or one written as a string")
     return value
@@ -47,7 +49,7 @@ class FunctionCall(_Wire):
 
     name: str = Field(min_length=1)
     arguments: Annotated[str | dict[str, Any], BeforeValidator(_check_arguments)] = Field(
-        description="A JSON object, as text (as OpenAI has it) or as it is."
+        description="A JSON object, as text (as OpenAI has it) or as it is; none where it is null or empty."
     )
 
 

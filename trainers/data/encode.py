@@ -28,7 +28,8 @@ class Chunk:
     gives one row, or two behind one another, chosen and rejected. `valid`, `truncated` and `invalid` count lines;
     `histogram` counts them by the next power of two of their (longer) row before truncation. `errors` are the first of
     the `invalid`, `truncated_lines` the first of the `truncated`. `partly_shown` counts lines with a message to train
-    on of which the chat template shows only a part.
+    on of which the chat template shows only a part, `unprompted` those with an answer to train on that doesn't go on
+    from the prompt for generation.
     """
 
     tokens: bytes = b""
@@ -38,6 +39,7 @@ class Chunk:
     trained: int = 0
     truncated: int = 0
     partly_shown: int = 0
+    unprompted: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
     invalid: int = 0
     errors: list[LineError] = field(default_factory=list)
@@ -72,6 +74,7 @@ def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Lin
         if chunk.truncated > cut and len(chunk.truncated_lines) < ERRORS_KEPT:
             chunk.truncated_lines.append(line)
         chunk.partly_shown += any(row.partly_shown for row in rows)
+        chunk.unprompted += any(row.unprompted for row in rows)
         for ids, mask in kept:
             tokens.append(ids)
             masks.append(mask)

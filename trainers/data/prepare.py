@@ -214,6 +214,7 @@ class Tally:
     trained: int = 0
     truncated: int = 0
     partly_shown: int = 0
+    unprompted: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
     errors: list[LineError] = field(default_factory=list)
 
@@ -224,6 +225,7 @@ class Tally:
         self.trained += chunk.trained
         self.truncated += chunk.truncated
         self.partly_shown += chunk.partly_shown
+        self.unprompted += chunk.unprompted
         self.histogram.update(chunk.histogram)
         self.errors += chunk.errors[: ERRORS_KEPT - len(self.errors)]
 
@@ -236,6 +238,7 @@ class Tally:
             trained_tokens=self.trained,
             truncated_rows=self.truncated,
             partly_shown_rows=self.partly_shown,
+            unprompted_rows=self.unprompted,
             max_seq_len=max_seq_len,
             length_histogram={str(bound): self.histogram[bound] for bound in sorted(self.histogram)},
             errors=self.errors,

@@ -51,9 +51,9 @@ def parse_row(raw: bytes) -> Dialog:
 
 
 def parse_pair(raw: bytes) -> Pair:
-    """Reads one line of preferences: as `PreferenceDataItem` has it (`messages` is another name of `dialog`), or as
-    OpenAI has it: `{"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}`. Raises RowError for
-    anything that can't be trained on."""
+    """Reads one line of preferences: as `PreferenceDataItem` has it (`messages` and TRL's `prompt` are other names of
+    `dialog`), or as OpenAI has it: `{"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}`.
+    Raises RowError for anything that can't be trained on."""
     row, names = _with_our_names(_read_object(raw))
     try:
         item = PreferenceDataItem.model_validate(row)
@@ -68,7 +68,7 @@ def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]
     if "keep_loss" in row:
         raise RowError("keep_loss has no place in a row of preferences: what the two dialogs don't share is trained on")
     names = {name: name for name in PreferenceDataItem.model_fields}
-    if row.keys() & {"input", "preferred_output", "non_preferred_output"}:
+    if row.keys() & {"preferred_output", "non_preferred_output"}:
         names |= {"chosen": "preferred_output", "rejected": "non_preferred_output"}
         names |= {"dialog": "input.messages", "tools": "input.tools"}
         given = row.get("input")
@@ -79,12 +79,13 @@ def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]
         row = {key: value for key, value in row.items() if key != "input"} | {
             f"input.{key}": value for key, value in given.items() if key not in _OF_SAMPLING
         }
-    elif "messages" in row:
-        names["dialog"] = "messages"
+    else:
+        names["dialog"] = next((name for name in ("messages", "prompt") if name in row), "dialog")
     if not row.keys() & {names["chosen"], names["rejected"]}:
         raise RowError(
             "the row has no 'chosen' and 'rejected', which DPO trains on: for rows of one dialog leave extras.loss out"
         )
+    _refuse_texts(row, names)
     for ours, theirs in names.items():
         if ours != theirs and ours in row:
             raise RowError(f"the row has both '{theirs}' and '{ours}': use one of the two formats")
@@ -99,6 +100,39 @@ def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]
                 for i, message in enumerate(messages)
             ]
     return {ours_of.get(key, key): value for key, value in row.items()}, names
+
+
+_QUESTIONS = ("prompt", "question", "input", "instruction")
+"""What formats whose messages are mere strings call the user's."""
+
+
+def _refuse_texts(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Raises RowError for strings in the place of messages, as many public sets of preferences have them."""
+    question = next((key for key in _QUESTIONS if isinstance(row.get(key), str)), None)
+    for side in (names["chosen"], names["rejected"]):
+        text = row.get(side)
+        if not isinstance(text, str):
+            continue
+        if text.lstrip().startswith("Human:"):
+            raise RowError(
+                f"{side} is a transcript: write it as a list of messages, with the role user for Human and assistant "
+                "for Assistant"
+            )
+        before = f" and {question} as the user's message in dialog" if question else ""
+        before += ", behind the system's" if question and isinstance(row.get("system"), str) else ""
+        raise RowError(
+            f'{side} must be a message or a list of messages, not a string: write {{"role": "assistant", "content": '
+            f"...}}{before}"
+        )
+    if question:
+        chosen = row.get(names["chosen"])
+        first = chosen[0] if isinstance(chosen, list) and chosen else chosen
+        if isinstance(first, dict) and first.get("role") != "assistant":
+            raise RowError(
+                f"the row has '{question}' as a string beside whole dialogs: leave out what is not "
+                f"{names['chosen']} or {names['rejected']}"
+            )
+        raise RowError(f"the row has '{question}' as a string: write it as the user's message in dialog")
 
 
 def _check_pair(item: PreferenceDataItem, names: Mapping[str, str]) -> None:

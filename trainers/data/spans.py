@@ -28,14 +28,27 @@ _MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _MAX_SKELETONS = 256
 _MAX_TRIES = 8
 _LEAD = 64  # characters
+_NO_SYSTEM = "put the system message's text into the first user message"
+
+
+class Traced(NamedTuple):
+    """A rendered dialog: its text, and its trained characters in the order of the messages. `partly_shown`: the
+    template shows only a part of a kept message. `unprompted`: a kept answer of the assistant doesn't go on from what
+    the model is prompted with (a prompt may begin the answer with `<think>`)."""
+
+    text: str
+    trained: list[Span]
+    partly_shown: bool
+    unprompted: bool
 
 
 class _Frame(NamedTuple):
     """What of the template's own text is trained with a message: what its speaker has to write before it, and what ends
-    its turn."""
+    its turn. `cue`: what a prompt for generation adds to the dialog before."""
 
     lead: str = ""
     end: str = ""
+    cue: str = ""
 
 
 class _Skeleton(NamedTuple):
@@ -50,7 +63,8 @@ class _Skeleton(NamedTuple):
 
 
 class SpanFinder:
-    """Finds trained characters. `control` matches every control token that the tokenizer knows."""
+    """Finds trained characters. `control` matches every control token that the tokenizer knows, apart from those that
+    an assistant's words may hold."""
 
     def __init__(self, template: ChatTemplate, control: re.Pattern[str]) -> None:
         self._template = template
@@ -58,18 +72,17 @@ class SpanFinder:
         self._turn_end = re.compile(rf"\s*(?:{control.pattern})")
         self._skeletons: dict[object, _Skeleton | None] = {}
 
-    def render(self, dialog: Dialog) -> tuple[str, list[Span], bool]:
-        """The text of `dialog`, its trained characters, in the order of the messages, and whether the template shows
-        only a part of a kept message.
+    def render(self, dialog: Dialog) -> Traced:
+        """The text of `dialog`, and what of it is trained.
 
         Raises RowError where the template refuses the dialog, leaves out a message, tools or tool calls, or rewrites a
         kept message beyond recognition.
         """
-        text = self._template.render(dialog.messages, dialog.tools)
+        text = self._render_whole(dialog)
         skeleton = self._skeleton_of(dialog)
         fields = (skeleton and self._align(text, skeleton, dialog.messages)) or {}
-        frames = skeleton.frames if skeleton else self._frames(dialog)
-        spans, partly = [], False
+        frames = skeleton.frames if skeleton else self._frames(dialog.messages, dialog.tools)
+        spans, partly, unprompted = [], False, False
         for i, (message, keep) in enumerate(zip(dialog.messages, dialog.keep_loss, strict=True)):
             frame = frames[message["role"]]
             if "tool_calls" in message:
@@ -79,12 +92,50 @@ class SpanFinder:
                 start, end = fields.get(i) or self._find_content(text, dialog, i)
             if keep:
                 spans.append(_framed(text, start, end, frame))
-                partly = partly or not _shows(text[start:end], message["content"])
-        return text, spans, partly
+                # What the prompt has of a message already is shown as well.
+                partly = partly or not (
+                    _shows(text[start:end], message["content"])
+                    or _shows(text[max(0, start - len(frame.cue)) : end], message["content"])
+                )
+                unprompted = unprompted or not self._is_prompted(text, spans[-1], dialog, i, frame)
+        return Traced(text, spans, partly, unprompted)
 
     def turn_end(self, dialog: Dialog, role: str) -> str:
         """The text that ends a turn of `role` in `dialog`; "" where there is none."""
-        return self._frames(dialog)[role].end
+        return self._frame(role, dialog.messages, dialog.tools).end
+
+    def _render_whole(self, dialog: Dialog) -> str:
+        try:
+            return self._template.render(dialog.messages, dialog.tools)
+        except RowError as error:
+            if dialog.messages[0]["role"] != "system" or not self._takes(dialog.messages[1:], dialog.tools):
+                raise
+            raise RowError(f"{error}: {_NO_SYSTEM}") from None
+
+    def _takes(self, messages: Sequence[Turn], tools: Sequence[Turn]) -> bool:
+        try:
+            self._template.render(messages, tools)
+        except RowError:
+            return False
+        return True
+
+    def cue(self, before: Sequence[Turn], tools: Sequence[Turn] = ()) -> str:
+        """What a prompt for generation adds to `before`; "" where the template has no such prompt, or refuses it."""
+        prompt = self._prompt(before, tools)
+        if prompt is None:
+            return ""
+        try:
+            shown = self._template.render(before, tools)
+        except RowError:
+            return ""
+        return prompt[_common_prefix(prompt, shown) :]
+
+    def _is_prompted(self, text: str, span: Span, dialog: Dialog, i: int, frame: _Frame) -> bool:
+        """Whether the kept message `i`, trained as `span` of `text`, is what the model writes when it is asked."""
+        if _follows(text, span[0], frame.cue):
+            return True
+        # It may be prompted otherwise than the message that the frame was seen at, behind a tool's result for example.
+        return _follows(text, span[0], self.cue(dialog.messages[:i], dialog.tools))
 
     def _skeleton_of(self, dialog: Dialog) -> _Skeleton | None:
         """None: the template refuses the marked dialog, or shows a message twice."""
@@ -113,43 +164,42 @@ class SpanFinder:
                 raise _left_out(i, message)
         if len(set(fields)) < len(fields):
             return None
-        return _Skeleton(literals, fields, self._frames(dialog))
+        # Of the marks, never of this dialog's contents: the next dialog that the skeleton serves has others.
+        return _Skeleton(literals, fields, self._frames(marked, dialog.tools))
 
-    def _frames(self, dialog: Dialog) -> dict[str, _Frame]:
-        frames = {}
-        for role in {message["role"] for message in dialog.messages}:
-            places = [i for i, message in enumerate(dialog.messages) if message["role"] == role]
-            if role == "assistant":
-                places.reverse()  # a template may write something before the last answer only, and behind a question
-            frames[role] = next(self._frames_at(dialog, places[:_MAX_TRIES]), _Frame())
-        return frames
+    def _frames(self, messages: Sequence[Turn], tools: Sequence[Turn]) -> dict[str, _Frame]:
+        return {role: self._frame(role, messages, tools) for role in {message["role"] for message in messages}}
 
-    def _frames_at(self, dialog: Dialog, places: list[int]) -> Iterator[_Frame]:
-        """The frame of a message, seen where it is the last one; for those beginnings that the template takes."""
-        for i in places:
-            message, before = dialog.messages[i], dialog.messages[:i]
+    def _frame(self, role: str, messages: Sequence[Turn], tools: Sequence[Turn]) -> _Frame:
+        """The frame of a message of `role`, seen where it is the last one; for a beginning that the template takes."""
+        places = [i for i, message in enumerate(messages) if message["role"] == role]
+        if role == "assistant":
+            places.reverse()  # a template may write something before the last answer only, and behind a question
+        seen: _Frame | None = None
+        for i in places[:_MAX_TRIES]:
+            before = messages[:i]
             try:
-                text = self._template.render([*before, _marked(message, i)], dialog.tools)
+                text = self._template.render([*before, _marked(messages[i], i)], tools)
             except RowError:
                 continue
             head, _, tail = text.rpartition(_MARK.format(i))
             match = self._turn_end.match(tail)
-            lead = self._lead(before, dialog, head) if message["role"] == "assistant" else ""
-            yield _Frame(lead, match.group() if match else "")
+            end = match.group() if match else ""
+            if role != "assistant":
+                return _Frame(end=end)
+            seen = seen or _Frame("", end, self.cue(before, tools))
+            # Where the prompt is no beginning of the text, it may be that it shows the answer before as the last one.
+            prompt = self._prompt(before, tools)
+            if prompt is not None and head.startswith(prompt):
+                lead = head[len(prompt) :]
+                # Where the template has no prompt for generation, the header stands there as well.
+                return seen._replace(lead=lead if seen.cue or lead.isspace() else "")
+        return seen or _Frame()
 
-    def _lead(self, before: Sequence[Turn], dialog: Dialog, head: str) -> str:
-        """What an assistant writes first: the rest of `head`, behind the prompt for generation."""
-        prompt = self._prompt(before, dialog)
-        lead = head[len(prompt) :] if prompt is not None and head.startswith(prompt) else ""
-        if not lead or lead.isspace():
-            return lead
-        # Where the template has no such prompt, the header stands there as well.
-        return "" if prompt == self._template.render(before, dialog.tools) else lead
-
-    def _prompt(self, before: Sequence[Turn], dialog: Dialog) -> str | None:
+    def _prompt(self, before: Sequence[Turn], tools: Sequence[Turn]) -> str | None:
         """What an answer to `before` starts from; None where the template refuses that."""
         try:
-            return self._template.render(before, dialog.tools, add_generation_prompt=True)
+            return self._template.render(before, tools, add_generation_prompt=True)
         except RowError:
             return None
 
@@ -200,7 +250,7 @@ class SpanFinder:
         # The template kept a part, or changed blanks; what it puts around a mark may begin as this part does, and what
         # stands before the words may end as the dropped part does (`<|Assistant|>` as `</think>`): not further back
         # than the prompt reaches, nor into a control token.
-        prompt = self._prompt(dialog.messages[:i], dialog) or ""
+        prompt = self._prompt(dialog.messages[:i], dialog.tools) or ""
         first = max(0, start - _LEAD, _common_prefix(text[:start], prompt))
         first = max(first, *(match.end() for match in self._control.finditer(text, first, start)), first)
         whole = start
@@ -252,6 +302,11 @@ def _framed(text: str, start: int, end: int, frame: _Frame) -> Span:
     return start, end + len(frame.end) if text.startswith(frame.end, end) else end
 
 
+def _follows(text: str, start: int, cue: str) -> bool:
+    """Whether `cue`, blanks around it apart, stands before `start` or reaches beyond it: an answer may hold its end."""
+    return text.find(cue.strip(), max(0, start - len(cue)), start + len(cue)) >= 0
+
+
 def _exchanged(messages: Sequence[Turn], i: int, following: int) -> list[Turn]:
     """`messages` with a mark for message `i`, and behind it only those from `following` on."""
     return [*messages[:i], _marked(messages[i], i), *messages[following:]]
@@ -289,7 +344,8 @@ def _squeezed(text: str) -> str:
 
 
 def _left_out(i: int, message: Turn) -> RowError:
-    return RowError(f"this model's chat template leaves out message {i} ({message['role']})")
+    remedy = f": {_NO_SYSTEM}" if message["role"] == "system" else ""
+    return RowError(f"this model's chat template leaves out message {i} ({message['role']}){remedy}")
 
 
 def _rewritten(i: int, message: Turn) -> RowError:

@@ -168,6 +168,11 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# The prompt begins a thought, which is nowhere but in the last answer's words.
+QWQ = THINKING.replace("{% elif '</think>' not in content %}{{ '<think>\n\n</think>\n\n' }}", "").replace(
+    "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"
+)
+
 # Drops the reasoning of every answer, the last one's too, while the prompt begins one. Its headers end as `</think>`
 # does, and are no control tokens of its tokenizer.
 R1_DISTILL = (
@@ -177,7 +182,7 @@ R1_DISTILL = (
 )
 
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-"""What the two templates around this put before a last answer that has no reasoning."""
+"""What THINKING and QWEN3 put before a last answer that has no reasoning."""
 
 # After the last question of the user (a tool's result is none) reasoning is shown, and an empty one is put before a
 # last answer that has none. Before it, reasoning is dropped. Calls and results are those of Qwen 2.5.
@@ -237,3 +242,6 @@ QWEN3 = """\
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{% endif %}
 {%- endif %}
 """
+
+# The prompt begins a thought, which the last answer has always.
+ALWAYS_THINKING = QWEN3 + "{% if add_generation_prompt %}{{- '<think>\n' }}{% endif %}"

@@ -30,6 +30,7 @@ from trainers.data.rows import parse_row
 from trainers.errors import UserError
 
 Make = Callable[..., ChatTokenizer]
+IN_THE_FIRST = "put the system message's text into the first user message"
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 
 # name: template, kind of tokenizer, EOS, what ends an assistant's turn
@@ -120,7 +121,7 @@ class TestEveryFormat:
         tokenizer = make(name)
         row = dialog(user("  Hello\n\nyou "), assistant(" I am\tfine. 😀 "), user("so?"), assistant("ok"))
         ((ids, mask),) = tokenizer.encode([row])
-        text, spans, _ = tokenizer._spans.render(row)
+        text, spans, *_ = tokenizer._spans.render(row)
         slow_ids, slow_mask = tokenizer._encode_hard(tokenizer._unescape(text, spans))
         assert slow_ids.tolist() == ids.tolist()
         assert slow_mask.tolist() == mask.tolist()
@@ -155,6 +156,28 @@ def test_the_templates_own_system_message_is_not_trained(make: Make) -> None:
 
 def test_an_empty_answer_trains_its_end(make: Make) -> None:
     assert trained(make("chatml"), dialog(user("Hello"), assistant(""))) == ["<|im_end|>"]
+
+
+def test_an_end_that_is_no_special_token_ends_turns_all_the_same(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, templates.CHATML, eos="<|endoftext|>")
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] != "<|im_end|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    tokenizer = ChatTokenizer.from_dir(tmp_path)
+    end = plain_tokenizer(tmp_path).token_to_id("<|im_end|>")
+    assert tokenizer.ends_turns
+    assert end in tokenizer.eos_ids
+    assert trained(tokenizer, dialog(user("a"), assistant("b"))) == ["b<|im_end|>"]
+    ((ids, _),) = tokenizer.encode([dialog(user("<|im_end|>"), assistant("b"))])
+    assert ids.tolist().count(end) == 2
+
+
+def test_a_template_that_writes_no_token_behind_an_answer_ends_no_turn(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
+    tokenizer = make_tokenizer(tmp_path, template)
+    assert not tokenizer.ends_turns
+    assert trained(tokenizer, dialog(user("a"), assistant("b"))) == ["b"]
 
 
 def test_blanks_of_a_content_are_trained_where_the_template_keeps_them(make: Make) -> None:
@@ -327,14 +350,21 @@ class TestTemplatesThatLookIntoContents:
 
 
 class TestTemplatesThatRefuse:
+    """What is refused, and what to write instead."""
+
     def test_a_system_message_that_mistral_would_drop(self, make: Make) -> None:
         """Its template shows it in the last message only where that is the user's."""
-        with pytest.raises(RowError, match=r"leaves out message 0 \(system\)"):
+        with pytest.raises(RowError, match=rf"leaves out message 0 \(system\): {IN_THE_FIRST}"):
             make("mistral").encode([dialog(system("s"), user("a"), assistant("b"))])
 
     def test_a_system_message_for_gemma(self, make: Make) -> None:
-        with pytest.raises(RowError, match="refuses the dialog: System role not supported"):
+        with pytest.raises(RowError, match=f"refuses the dialog: System role not supported: {IN_THE_FIRST}"):
             make("gemma").encode([dialog(system("s"), user("a"), assistant("b"))])
+
+    def test_a_dialog_that_is_refused_without_its_system_message_too(self, make: Make) -> None:
+        with pytest.raises(RowError) as caught:
+            make("gemma3").encode([dialog(system("s"), user("a"), user("b"), assistant("c"))])
+        assert IN_THE_FIRST not in str(caught.value)
 
     @pytest.mark.parametrize("name", ["gemma", "gemma3", "mistral"])
     def test_roles_that_do_not_alternate(self, name: str, make: Make) -> None:

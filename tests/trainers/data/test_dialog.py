@@ -62,6 +62,13 @@ def test_arguments_may_be_an_object_already() -> None:
     ]
 
 
+@pytest.mark.parametrize("arguments", [None, "", "{}", {}])
+def test_a_call_may_have_no_arguments(arguments: object) -> None:
+    calls = [{"function": {"name": "count", "arguments": arguments}}]
+    (called,) = row({"dialog": [ASK, assistant("", tool_calls=calls)]}).messages[1]["tool_calls"]
+    assert called["function"] == {"name": "count", "arguments": {}}
+
+
 def test_ipython_is_another_name_for_tool() -> None:
     assert row({"dialog": [ASK, CALL, {"role": "ipython", "content": "7"}, ANSWER]}).messages[2]["role"] == "tool"
 
@@ -256,6 +263,7 @@ PREFERENCES: dict[str, Any] = {
     "whole dialogs": {"chosen": [system("Count."), ASK, ANSWER], "rejected": [system("Count."), ASK, WORSE]},
     "a dialog and answers": {"dialog": [system("Count."), ASK], "chosen": [ANSWER], "rejected": [WORSE]},
     "messages and an answer each": {"messages": [system("Count."), ASK], "chosen": ANSWER, "rejected": WORSE},
+    "trl": {"prompt": [system("Count."), ASK], "chosen": [ANSWER], "rejected": [WORSE]},
     "openai": {
         "input": {"messages": [system("Count."), ASK], "parallel_tool_calls": True},
         "preferred_output": [ANSWER],
@@ -317,7 +325,11 @@ BAD_PREFERENCES: dict[str, tuple[Any, str]] = {
         {"dialog": [ASK], "chosen": [ASK, ANSWER], "rejected": [ASK, WORSE]},
         "chosen must begin with an assistant message: what it answers stands in dialog already",
     ),
-    "a string": ({"dialog": [ASK], "chosen": "yes", "rejected": WORSE}, "chosen must be a list"),
+    "a string": (
+        {"dialog": [ASK], "chosen": ANSWER, "rejected": "no"},
+        'rejected must be a message or a list of messages, not a string: write {"role": "assistant", "content": ...}',
+    ),
+    "a number": ({"dialog": [ASK], "chosen": 3, "rejected": WORSE}, "chosen must be a list"),
     "a bad role": (
         {
             "input": {"messages": [ASK]},
@@ -340,7 +352,11 @@ BAD_PREFERENCES: dict[str, tuple[Any, str]] = {
         {"dialog": [ASK], "chosen": ANSWER, "rejected": WORSE, "keep_loss": [True, False]},
         "keep_loss has no place in a row of preferences: what the two dialogs don't share is trained on",
     ),
-    "an unknown key": ({"prompt": "x", "chosen": [ASK, ANSWER], "rejected": [ASK, WORSE]}, "unknown key 'prompt'"),
+    "an unknown key": ({"score": 1, "chosen": [ASK, ANSWER], "rejected": [ASK, WORSE]}, "unknown key 'score'"),
+    "the prompt by two names": (
+        {"prompt": [ASK], "dialog": [ASK], "chosen": ANSWER, "rejected": WORSE},
+        "the row has both 'prompt' and 'dialog': use one of the two formats",
+    ),
     "a late system message": (
         {"dialog": [ASK], "chosen": [ANSWER, system("x"), ANSWER], "rejected": WORSE},
         "in the whole dialog of chosen, the system message at 2 is not the first message",
@@ -361,7 +377,7 @@ def test_preferences_in_a_supervised_job_are_told_of_dpo(value: dict[str, Any]) 
         row(value)
 
 
-PREFERENCE_KEYS = ["dialog", "messages", "input", "chosen", "rejected", "preferred_output", "role", "content"]
+PREFERENCE_KEYS = ["dialog", "messages", "prompt", "input", "chosen", "rejected", "preferred_output", "role", "content"]
 
 
 @given(

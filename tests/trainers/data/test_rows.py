@@ -97,3 +97,39 @@ def test_what_is_refused_says_what_to_write_instead(name: str) -> None:
     with pytest.raises(RowError) as caught:
         row(value)
     assert str(caught.value) == sentence
+
+
+HUMAN = "\n\nHuman: How many?\n\nAssistant: "
+REFUSED_PREFERENCES: dict[str, tuple[dict[str, Any], str]] = {
+    "TRL's strings": (
+        {"prompt": "How many?", "chosen": "Seven.", "rejected": "Eight."},
+        'chosen must be a message or a list of messages, not a string: write {"role": "assistant", "content": ...} and '
+        "prompt as the user's message in dialog",
+    ),
+    "orca_dpo_pairs": (
+        {"system": "Count.", "question": "How many?", "chosen": "Seven.", "rejected": "Eight."},
+        'chosen must be a message or a list of messages, not a string: write {"role": "assistant", "content": ...} and '
+        "question as the user's message in dialog, behind the system's",
+    ),
+    "HH-RLHF": (
+        {"chosen": f"{HUMAN}Seven.", "rejected": f"{HUMAN}Eight."},
+        "chosen is a transcript: write it as a list of messages, with the role user for Human and assistant for "
+        "Assistant",
+    ),
+    "ultrafeedback": (
+        {"prompt": "How many?", "prompt_id": "1", "chosen": [ASK, ANSWER], "rejected": [ASK, assistant("Eight.")]},
+        "the row has 'prompt' as a string beside whole dialogs: leave out what is not chosen or rejected",
+    ),
+    "a question of text": (
+        {"input": "How many?", "chosen": ANSWER, "rejected": assistant("Eight.")},
+        "the row has 'input' as a string: write it as the user's message in dialog",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_PREFERENCES)
+def test_preferences_of_other_formats_say_what_to_write_instead(name: str) -> None:
+    value, sentence = REFUSED_PREFERENCES[name]
+    with pytest.raises(RowError) as caught:
+        parse_pair(json.dumps(value).encode())
+    assert str(caught.value) == sentence
