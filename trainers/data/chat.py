@@ -117,7 +117,7 @@ class ChatTokenizer:
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise _broken("the model's tokenizer has no end-of-sequence token")
         found = cls(tokenizer, templates, named, eos_ids, vocab_size if isinstance(vocab_size, int) else None)
-        return found if whole or found._assistant_end() else cls.from_dir(model_dir)
+        return found if whole or found.ends_turns else cls.from_dir(model_dir)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._tokenizer, self._template.sources, self._named, self._given_eos_ids, self.vocab_size)
