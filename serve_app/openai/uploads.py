@@ -28,7 +28,7 @@ from serve_app.openai.objects import (
 )
 from serve_app.openapi import documented, form_body, json_body
 from serve_app.routes import TheBackend, received
-from trainers.errors import Problem
+from trainers.errors import InfrastructureError, Problem
 from trainers.files import UPLOAD_LIFETIME_S, File, FileStore, NewObject
 from trainers.settings import Settings
 
@@ -136,9 +136,15 @@ async def _complete(store: FileStore, settings: Settings, upload_id: str, asked:
     if upload.shown.status != "completed":
         _require_pending(upload.shown)
         await room_for(store, settings, upload.shown.bytes)
-        new = await asyncio.to_thread(_joined, store, upload.shown, asked)
-        file = await keep(store, new, upload.shown.filename, upload.request.expires_after, _file_id(upload_id))
-        upload = _completed(upload, file)
+        try:
+            new = await asyncio.to_thread(_joined, store, upload.shown, asked)
+        except (RequestRefused, InfrastructureError):
+            upload = await _read(store, upload_id)
+            if upload.shown.status != "completed":  # by another replica, which has dropped the parts
+                raise
+        else:
+            file = await keep(store, new, upload.shown.filename, upload.request.expires_after, _file_id(upload_id))
+            upload = _completed(upload, file)
     await _write(store, upload)
     await asyncio.to_thread(_drop_parts, store, upload_id)
     return upload

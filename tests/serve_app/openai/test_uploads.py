@@ -186,6 +186,36 @@ def test_two_processes_that_complete_an_upload_at_once_make_one_file(client: ope
     assert len(new_content(server, before)) == 1
 
 
+@pytest.mark.parametrize("overtakes", ["before the parts are listed", "while they are read"])
+def test_completing_that_another_process_overtakes_answers_with_its_file(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch, overtakes: str
+) -> None:
+    upload = begin(client, len(ROWS))
+    part = client.uploads.parts.create(upload.id, data=ROWS)
+    objects, other = file_store(server.parts.settings.files_url).objects, FileStore(server.parts.settings.files_url)
+    file_id = upload.id.replace("upload_", "file-")
+
+    def complete() -> None:
+        new = other.new()
+        new.write(ROWS)
+        new.close()
+        other.keep(new, "f.jsonl", None, file_id)
+        other.objects.delete(f"{upload.id}.{part.id}")
+
+    def overtaken(call: Callable[..., Any]) -> Callable[..., Any]:
+        def first_the_other(*arguments: Any) -> Any:
+            if other.find(file_id) is None:
+                complete()
+            return call(*arguments)
+
+        return first_the_other
+
+    name = "sizes" if overtakes.startswith("before") else "read"
+    monkeypatch.setattr(objects, name, overtaken(getattr(objects, name)))
+    done = client.with_options(max_retries=0).uploads.complete(upload.id, part_ids=[part.id])
+    assert (done.status, done.file and done.file.id) == ("completed", file_id)
+
+
 def test_beginning_an_upload_makes_room_of_what_has_expired(serve: Serve) -> None:
     server = serve(files_quota_bytes=2000)
     store = file_store(server.parts.settings.files_url)
