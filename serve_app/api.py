@@ -41,7 +41,7 @@ def build_api(
     """
     app = FastAPI(
         openapi_url=None,  # The document is served by a route of ours, and FastAPI's pages load scripts from a CDN.
-        middleware=[Middleware(RequestContext, sends_id=sends_request_id)],
+        middleware=[Middleware(RequestContext, hosts=backend.settings.hosts, sends_id=sends_request_id)],
         lifespan=_with_threads,
         exception_handlers=dict.fromkeys(errors.TABLE, errors.handle),
     )

@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from events.actors import collect_rarely
 from serve_app.api import build_api
 from serve_app.chat import deployment as chat
-from serve_app.replica import before_draining, listen_on_node_address_only
+from serve_app.replica import before_draining, hold_up_fast_senders, listen_on_node_address_only
 from trainers import service
 from trainers.settings import Settings, misspelled, settings
 
@@ -30,6 +30,7 @@ class Api:
         self, settings: Settings, deployed_at: float, answers: DeploymentHandle[Any]
     ) -> None:
         listen_on_node_address_only()
+        hold_up_fast_senders()
         loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
         before_draining(lambda: loop.call_soon_threadsafe(self._closing.set))
         self._answers = chat.RemoteAnswers(answers)

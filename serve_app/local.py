@@ -185,6 +185,8 @@ class LocalService:
                 "TUNEWRIGHT_STORAGE": str(self.storage),
                 "TUNEWRIGHT_DATA_ROOTS": os.environ.get("TUNEWRIGHT_DATA_ROOTS", str(Path.cwd())),
                 "TUNEWRIGHT_MODEL_ROOTS": os.environ.get("TUNEWRIGHT_MODEL_ROOTS", str(Path.cwd())),
+                # A page in a browser here whose own name leads to loopback (DNS rebinding) must not pass for ours.
+                "TUNEWRIGHT_HOSTS": os.environ.get("TUNEWRIGHT_HOSTS", "localhost"),
                 # Console scripts of this environment, also when it was not activated.
                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
             }

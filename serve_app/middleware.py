@@ -2,11 +2,15 @@
 
 And a door that is shut to other websites: the service has no users and no cookies, so whoever reaches it may use it, a
 page of anywhere in an operator's browser included. Browsers say of each request which kind of page made it, in
-Sec-Fetch-Site; over plain HTTP, but to loopback, only of which origin it is. Programs say neither.
+Sec-Fetch-Site; over plain HTTP, but to loopback, only of which origin it is. Programs say neither. What a browser
+can't see is that the name of a page's own site has come to lead here (DNS rebinding). For that there are the names that
+lead here by right: TUNEWRIGHT_HOSTS.
 """
 
 import logging
 import re
+from collections.abc import Collection
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +27,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
 _READS = {"GET", "HEAD", "OPTIONS"}
 _DEFAULT_PORT = {"http": ":80", "https": ":443"}
 _FROM_ANOTHER_SITE = Answer(
@@ -31,6 +36,13 @@ _FROM_ANOTHER_SITE = Answer(
     "cross_site",
     "a page of another site may not change anything here: call the API from a program, or from a page of its own site",
 )
+_MISDIRECTED = Answer(
+    421,
+    "invalid_request_error",
+    "misdirected_request",
+    "the service doesn't go by the name that this request is for: ask for it by its IP address, as localhost, or by a "
+    "name that its operator has put into TUNEWRIGHT_HOSTS",
+)
 
 
 class RequestContext:
@@ -38,11 +50,13 @@ class RequestContext:
     traceback under it.
 
     A well-formed `x-request-id` of the client is kept, so that one id follows a request through several services.
+    `hosts`: the names that requests may be for, besides localhost and IP addresses; none: any name.
     With `sends_id` False the id is not put on the response, because the server in front does that.
     """
 
-    def __init__(self, app: ASGIApp, *, sends_id: bool = True) -> None:
+    def __init__(self, app: ASGIApp, *, hosts: Collection[str] = (), sends_id: bool = True) -> None:
         self._app = app
+        self._hosts = hosts
         self._sends_id = sends_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,6 +77,9 @@ class RequestContext:
                     headers["X-Request-ID"] = request_id
             await send(message)
 
+        if self._hosts and not _is_for(Headers(scope=scope).get("host", ""), self._hosts):
+            await _MISDIRECTED.response()(scope, receive, send_with_headers)
+            return
         if scope["method"] not in _READS and _from_another_site(Headers(scope=scope)):
             await _FROM_ANOTHER_SITE.response()(scope, receive, send_with_headers)
             return
@@ -73,6 +90,20 @@ class RequestContext:
             if started:
                 raise  # Half a response is out: cutting the connection is the only honest answer left.
             await unexpected(request_id).response()(scope, receive, send_with_headers)
+
+
+def _is_for(host: str, names: Collection[str]) -> bool:
+    """Whether a Host names localhost, one of `names` or, as no page's own name can, an IP address. Programs may send
+    none."""
+    found = _HOST.fullmatch(host.lower())
+    name = found[1].removesuffix(".") if found else host
+    if name in ("", "localhost", *names):
+        return True
+    try:
+        ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _from_another_site(headers: Headers) -> bool:

@@ -102,6 +102,7 @@ _WHEN = {
     "TUNEWRIGHT_MAX_FILE_BYTES (512 MiB), a part than 64 MiB, or an upload than TUNEWRIGHT_MAX_UPLOAD_BYTES (8 GiB).",
     415: "`invalid_request_error`: the body is of another type than the route takes: `application/json` in UTF-8, or "
     "for files and parts `multipart/form-data`.",
+    421: "`invalid_request_error`: the request is for a host that TUNEWRIGHT_HOSTS doesn't name.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
     429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already, or too many "
     "questions or estimates to answer. Without a Retry-After: the files hold TUNEWRIGHT_FILES_QUOTA_BYTES, there are "
@@ -187,6 +188,6 @@ def _correct_statuses(paths: dict[str, dict[str, Any]]) -> None:
             responses = operation["responses"]
             if path.startswith("/v1/"):
                 responses.pop("422", None)
-            if method != "get":
-                responses["403"] = _errors((403,))[403]
+            door: tuple[int, ...] = (421,) if method == "get" else (403, 421)
+            responses |= {str(status): _errors(door)[status] for status in door}
             operation["responses"] = dict(sorted(responses.items()))

@@ -1,10 +1,15 @@
 """What every replica of ours does in its constructor."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.serve._private import replica
+from ray.serve._private import direct_ingress_http_util, replica
+
+WAITING_MESSAGES = 4
+"""Pieces of a body, each as much as uvicorn holds (some hundred KiB), that wait for the application. A request without
+a body, or with a small one, leaves room among them for the news that its client has gone."""
 
 
 def listen_on_node_address_only() -> None:
@@ -33,3 +38,21 @@ def before_draining(call: Callable[[], object]) -> None:
         await drain(self)
 
     ray_s._perform_graceful_shutdown = call_and_drain
+
+
+def hold_up_fast_senders() -> None:
+    """To be called in a replica's constructor: a client that sends its body faster than the application reads it waits.
+
+    To see a client go, Serve reads each request on ahead, and queues what it reads without a limit: an upload that the
+    storage can't keep up with would lie in memory. While a body waits to be read, nobody sees its client go; with a
+    server that reads no further than it is asked to, that is so too.
+    """
+    ray_s: Any = direct_ingress_http_util.ASGIDIReceiveProxy
+    begin = ray_s.__init__
+
+    def begin_bounded(self: Any, scope: object, receive: object, loop: asyncio.AbstractEventLoop) -> None:  # noqa: ANN401
+        begin(self, scope, receive, loop)
+        if loop is asyncio.get_running_loop():  # from another one Serve can't wait for room, and would lose messages
+            self._queue = asyncio.Queue(WAITING_MESSAGES)
+
+    ray_s.__init__ = begin_bounded

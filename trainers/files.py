@@ -4,7 +4,7 @@ They lie in one flat directory, local or on anything that fsspec reaches, as two
 those are complete, `<file id>.json`, which names them. A file is there exactly if its record is. What a crash leaves
 behind are bytes that no record names; `sweep` collects them after a day, and what is left of an upload in parts soon
 after that has expired. A record never changes, so any number of
-processes may work on one directory.
+processes may work on one directory; where two complete one upload at the same time, the record of the second stays.
 """
 
 import hashlib
@@ -195,7 +195,11 @@ class FileStore:
         return NewObject(self.objects, f"bytes-{ULID()}")
 
     def keep(self, new: NewObject, filename: str, expires_after_s: int | None, file_id: str | None = None) -> File:
-        """Makes a file of bytes that are complete."""
+        """Makes a file of bytes that are complete. If there is one of this id, that one it is, and the bytes are
+        abandoned, as they are when the file can't be made."""
+        if file_id is not None and (kept := self.find(file_id)) is not None:
+            new.abandon()
+            return kept
         now = int(time.time())
         file = File(
             id=file_id or f"file-{ULID()}",
@@ -206,12 +210,26 @@ class FileStore:
             expires_at=None if expires_after_s is None else now + expires_after_s,
             content=new.name,
         )
-        self.objects.put(f"{file.id}.json", file.model_dump_json().encode())
+        try:
+            self.objects.put(f"{file.id}.json", file.model_dump_json().encode())
+        except InfrastructureError:
+            with suppress(InfrastructureError):  # where nobody can tell whether it is written, they are left to `sweep`
+                if self.find(file.id) is None:
+                    new.abandon()
+            raise
+        return file
+
+    def find(self, file_id: str) -> File | None:
+        """One that has expired too; None where there is none."""
+        content = self.objects.get(f"{file_id}.json") if is_file_id(file_id) else None
+        if content is None:
+            return None
+        file = self._records[file_id] = File.model_validate_json(content)
         return file
 
     def get(self, file_id: str) -> File:
         """Raises UserError `file_not_found`, also when it has expired."""
-        file = self._read(file_id)
+        file = self.find(file_id)
         if file is None or file.expired(time.time()):
             raise UserError(
                 "file_not_found",
@@ -223,7 +241,7 @@ class FileStore:
     def locate(self, file_id: str) -> str:
         """The URI of its bytes, for a job that has it already: a file in use doesn't expire. Raises UserError
         `file_not_found`."""
-        file = self._read(file_id)
+        file = self.find(file_id)
         if file is None:
             raise UserError("file_not_found", f"the file {file_id} was deleted", suggestion="upload it again")
         return self.objects.uri(file.content)
@@ -257,24 +275,27 @@ class FileStore:
             if file.expired(now) and file.id not in in_use:
                 self.delete(file)
         named = {file.content for file in files}
-        for name in sizes:
-            if name.startswith(("bytes-", "draft-", "upload_")) and name not in named:
-                made = re.search(_ULID, name)  # of a part, when its upload began
-                left_over_s = PART_LEFT_OVER_S if ".part_" in name else LEFT_OVER_S
-                if made and now - ULID.from_str(made[0]).timestamp > left_over_s:
-                    self.objects.delete(name)
+        left_over = [name for name in sizes if name not in named and _is_left_over(name, now)]
+        if any(name.startswith("bytes-") for name in left_over):
+            # Of two processes that complete an upload at the same time, the second writes its record over the first's,
+            # which may be the one that is remembered here.
+            self._records.clear()
+            named = {file.content for file in self._all(sizes)}
+        for name in left_over:
+            if name not in named:
+                self.objects.delete(name)
 
     def _all(self, sizes: dict[str, int]) -> list[File]:
         ids = sorted(name.removesuffix(".json") for name in sizes if name.endswith(".json"))
-        files = (self._records.get(file_id) or self._read(file_id) for file_id in ids if is_file_id(file_id))
+        files = (self._records.get(file_id) or self.find(file_id) for file_id in ids if is_file_id(file_id))
         return [file for file in files if file is not None]
 
-    def _read(self, file_id: str) -> File | None:
-        content = self.objects.get(f"{file_id}.json") if is_file_id(file_id) else None
-        if content is None:
-            return None
-        file = self._records[file_id] = File.model_validate_json(content)
-        return file
+
+def _is_left_over(name: str, now: float) -> bool:
+    """Whether an object that no record names is old enough to be nobody's."""
+    made = re.search(_ULID, name) if name.startswith(("bytes-", "draft-", "upload_")) else None
+    left_over_s = PART_LEFT_OVER_S if ".part_" in name else LEFT_OVER_S
+    return made is not None and now - ULID.from_str(made[0]).timestamp > left_over_s  # of a part, when its upload began
 
 
 @cache

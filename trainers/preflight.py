@@ -89,7 +89,7 @@ def problems_of(errors: Sequence[Mapping[str, Any]], body: type[BaseModel] = Con
 
 def _is_alternative(detail: Mapping[str, Any]) -> bool:
     """Whether it says that the word of a union like `int | Literal["auto"]` isn't it either."""
-    return any(str(part).startswith("literal[") for part in detail["loc"][-1:])
+    return detail["type"] == "literal_error" and str(detail["loc"][-1]).startswith("literal[")
 
 
 def _problem(detail: Mapping[str, Any], homes: _Homes, alternative: Mapping[str, Any] | None) -> Problem:
@@ -108,16 +108,25 @@ def _problem(detail: Mapping[str, Any], homes: _Homes, alternative: Mapping[str,
 
 def _path(detail: Mapping[str, Any]) -> tuple[str | int, ...]:
     """Where the field is in the request: pydantic's location without the members of unions."""
-    path = tuple(part for part in detail["loc"] if part not in _MEMBERS)
+    loc = tuple(detail["loc"])
+    if loc[:1] == ("metadata",):  # what follows are the user's keys, and may read like a member of a union
+        return loc
+    if detail["type"] == "extra_forbidden":  # as the last one here
+        return (*_without_tags(loc[:-1]), loc[-1])
+    path = _without_tags(loc)
     of_union = path and (path[-1] in _SCALARS or _is_alternative(detail))
-    return path[:-1] if len(path) > 1 and of_union and detail["type"] != "extra_forbidden" else path
+    return path[:-1] if len(path) > 1 and of_union else path
+
+
+def _without_tags(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    return tuple(part for part in loc if part not in _MEMBERS)
 
 
 def _unknown_field(detail: Mapping[str, Any], homes: _Homes) -> str:
     """What is wrong with a field that isn't one, and where it belongs or what it may have been meant to be."""
     *before, name = (str(part) for part in _path(detail))
     parent, ours = ".".join(before), homes is _HOMES
-    chosen = next((_MEMBERS[part] for part in detail["loc"] if part in _MEMBERS), None)
+    chosen = next((_MEMBERS[part] for part in detail["loc"][:-1] if part in _MEMBERS), None)
     here = homes.get(parent, ())
     known = [field for model in here if chosen is None or model is chosen[0] for field in model.model_fields]
     setting = BY_NAME[name].name if ours and name in BY_NAME else name

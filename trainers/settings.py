@@ -4,6 +4,7 @@ Lists are separated by ':' as in PATH. Secrets (WANDB_API_KEY, HF_TOKEN, cloud c
 read them from the environment of the processes that need them, and they never pass through the API.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
@@ -21,6 +22,8 @@ SHORTEST_IDLE_S = 15
 """Serve measures how much a replica has to do every 10 s."""
 
 Paths = Annotated[tuple[Path, ...], NoDecode]
+Names = Annotated[tuple[str, ...], NoDecode]
+_HOST = re.compile(r"(?=.*[a-z])[a-z0-9._-]+")
 
 
 class Settings(BaseSettings):
@@ -98,8 +101,13 @@ class Settings(BaseSettings):
         description="Networks that webhooks may be sent to besides the public internet, separated by ',' "
         "(`10.1.0.0/16,127.0.0.1`).",
     )
+    hosts: Names = Field(
+        default=(),
+        description="Names that the service is reached under, separated by ':', without ports. A request for another "
+        "host than these, localhost or an IP address gets a 421. Unset: any.",
+    )
 
-    @field_validator("data_roots", "model_roots", mode="before")
+    @field_validator("data_roots", "model_roots", "hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(":") if part) if isinstance(value, str) else value
@@ -117,6 +125,14 @@ class Settings(BaseSettings):
         for network in filter(None, value.split(",")):
             ip_network(network.strip())  # raises ValueError, which says what is wrong with it
         return value
+
+    @field_validator("hosts")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(name.strip().lower() for name in value)
+        if not all(map(_HOST.fullmatch, names)):
+            raise ValueError("takes names of hosts, separated by ':', without ports")
+        return names
 
     @property
     def allowed_data_roots(self) -> tuple[Path, ...]:

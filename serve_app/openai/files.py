@@ -147,14 +147,21 @@ async def room_for(store: FileStore, settings: Settings, size: int) -> None:
         raise RequestRefused(Answer(429, "rate_limit_error", "quota_exceeded", message))
 
 
-async def keep(store: FileStore, new: NewObject, filename: str, expiry: OpenAIExpiresAfter | None) -> File:
-    """Makes a file of bytes that have arrived; refuses what can't be JSONL, and then nothing is kept."""
-    try:
-        check_jsonl(bytes(new.head))
-        return await asyncio.to_thread(store.keep, new, filename, expiry.seconds if expiry else None)
-    except UserError:
-        await asyncio.to_thread(new.abandon)
-        raise
+async def keep(
+    store: FileStore, new: NewObject, filename: str, expiry: OpenAIExpiresAfter | None, file_id: str | None = None
+) -> File:
+    """Makes a file of bytes that have arrived; refuses what can't be JSONL. Whatever is raised, the bytes are abandoned
+    if they became no file."""
+
+    def check_and_keep() -> File:
+        try:
+            check_jsonl(bytes(new.head))
+        except UserError:
+            new.abandon()
+            raise
+        return store.keep(new, filename, expiry.seconds if expiry else None, file_id)
+
+    return await asyncio.shield(asyncio.to_thread(check_and_keep))  # else it may never begin
 
 
 async def in_use(log: JobLog) -> set[str]:

@@ -1,12 +1,14 @@
 """/v1/uploads: a file that comes in parts, for what is too large for one request.
 
 An upload is a record beside the files, `<upload id>.json`, and its parts are objects `<upload id>.<part id>`. To
-complete it joins the parts, in a stream, to the bytes of a file.
+complete it joins the parts, in a stream, to the bytes of a file, whose id follows from the upload's: however often that
+is tried, and wherever it was broken off, it is one file.
 """
 
 import asyncio
 import time
-from typing import Annotated
+from collections.abc import Coroutine
+from typing import Annotated, Any
 from weakref import WeakValueDictionary
 
 from fastapi import APIRouter, Path, Request
@@ -26,8 +28,9 @@ from serve_app.openai.objects import (
 )
 from serve_app.openapi import documented, form_body, json_body
 from serve_app.routes import TheBackend, received
-from trainers.errors import Problem
-from trainers.files import UPLOAD_LIFETIME_S, FileStore, NewObject
+from trainers.errors import InfrastructureError, Problem
+from trainers.files import UPLOAD_LIFETIME_S, File, FileStore, NewObject
+from trainers.settings import Settings
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
 PART_BYTES = 64 << 20
@@ -46,6 +49,8 @@ class _Upload(BaseModel):
 _RECORD: TypeAdapter[_Upload] = TypeAdapter(_Upload)
 _ending: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 """By upload: held by whoever completes or cancels it. A lock is there as long as somebody has or wants it."""
+_tasks: set[asyncio.Task[_Upload]] = set()
+"""Those that end an upload: the event loop keeps none alive."""
 
 
 @router.post(
@@ -116,21 +121,33 @@ async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -
 )
 async def complete(request: Request, backend: TheBackend, upload_id: UploadId) -> Response:
     """Join the parts to a file. Its size must be the announced one, and its md5 the given one; otherwise the upload
-    stays as it was. Completing it again returns it."""
+    stays as it was. Completing it again returns it.
+
+    That goes on when the client has given up: ask again, and the answer comes when it is done.
+    """
     asked = await received(OpenAIUploadCompletion, request, backend)
     store = await store_of(backend.settings)
-    async with _ending.setdefault(upload_id, asyncio.Lock()):
-        upload = await _read(store, upload_id)
-        if upload.shown.status != "completed":
-            _require_pending(upload.shown)
-            await room_for(store, backend.settings, upload.shown.bytes)
-            new = await asyncio.to_thread(_joined, store, upload.shown, asked)
-            file = await keep(store, new, upload.shown.filename, upload.request.expires_after)
-            done = upload.shown.model_copy(update={"status": "completed", "file": shown(file)})
-            upload = upload.model_copy(update={"shown": done})
-            await _write(store, upload)
-        await asyncio.to_thread(_drop_parts, store, upload_id)
+    upload = await _alone(upload_id, _complete(store, backend.settings, upload_id, asked))
     return JSONResponse(upload.shown.model_dump(mode="json"))
+
+
+async def _complete(store: FileStore, settings: Settings, upload_id: str, asked: OpenAIUploadCompletion) -> _Upload:
+    upload = await _read(store, upload_id)
+    if upload.shown.status != "completed":
+        _require_pending(upload.shown)
+        await room_for(store, settings, upload.shown.bytes)
+        try:
+            new = await asyncio.to_thread(_joined, store, upload.shown, asked)
+        except (RequestRefused, InfrastructureError):
+            upload = await _read(store, upload_id)
+            if upload.shown.status != "completed":  # by another replica, which has dropped the parts
+                raise
+        else:
+            file = await keep(store, new, upload.shown.filename, upload.request.expires_after, _file_id(upload_id))
+            upload = _completed(upload, file)
+    await _write(store, upload)
+    await asyncio.to_thread(_drop_parts, store, upload_id)
+    return upload
 
 
 @router.post(
@@ -141,14 +158,38 @@ async def complete(request: Request, backend: TheBackend, upload_id: UploadId) -
 async def cancel(backend: TheBackend, upload_id: UploadId) -> Response:
     """Throw the parts away. Cancelling it again returns it."""
     store = await store_of(backend.settings)
-    async with _ending.setdefault(upload_id, asyncio.Lock()):
-        upload = await _read(store, upload_id)
-        if upload.shown.status != "cancelled":
-            _require_pending(upload.shown)
-            upload = upload.model_copy(update={"shown": upload.shown.model_copy(update={"status": "cancelled"})})
-            await _write(store, upload)
-        await asyncio.to_thread(_drop_parts, store, upload_id)
+    upload = await _alone(upload_id, _cancel(store, upload_id))
     return JSONResponse(upload.shown.model_dump(mode="json"))
+
+
+async def _cancel(store: FileStore, upload_id: str) -> _Upload:
+    upload = await _read(store, upload_id)
+    if upload.shown.status != "cancelled":
+        _require_pending(upload.shown)
+        upload = upload.model_copy(update={"shown": upload.shown.model_copy(update={"status": "cancelled"})})
+        await _write(store, upload)
+    await asyncio.to_thread(_drop_parts, store, upload_id)
+    return upload
+
+
+async def _alone(upload_id: str, ending: Coroutine[Any, Any, _Upload]) -> _Upload:
+    """What `ending` returns, run while nobody else of this process ends that upload. Once it runs it runs to its end,
+    as what its threads do can't be called off: whoever asks next waits for that."""
+    lock = _ending.setdefault(upload_id, asyncio.Lock())
+    try:
+        await lock.acquire()
+    except BaseException:
+        ending.close()
+        raise
+    task = asyncio.create_task(ending)
+    _tasks.add(task)
+
+    def over(task: asyncio.Task[_Upload]) -> None:
+        _tasks.discard(task)
+        lock.release()
+
+    task.add_done_callback(over)
+    return await asyncio.shield(task)
 
 
 async def _left(store: FileStore, upload_id: str) -> int:
@@ -194,9 +235,22 @@ async def _read(store: FileStore, upload_id: str) -> _Upload:
         message = f"there is no upload {upload_id!a}: POST /v1/uploads begins one"
         raise RequestRefused(Answer(404, "not_found_error", "unknown_upload", message, "upload_id"))
     upload = _RECORD.validate_json(content)
-    if upload.shown.status == "pending" and upload.shown.expires_at <= time.time():
+    if upload.shown.status != "pending":
+        return upload
+    if (file := await asyncio.to_thread(store.find, _file_id(upload_id))) is not None:
+        return _completed(upload, file)  # which a crash kept from being written down
+    if upload.shown.expires_at <= time.time():
         return upload.model_copy(update={"shown": upload.shown.model_copy(update={"status": "expired"})})
     return upload
+
+
+def _file_id(upload_id: str) -> str:
+    return f"file-{upload_id.removeprefix('upload_')}"
+
+
+def _completed(upload: _Upload, file: File) -> _Upload:
+    done = upload.shown.model_copy(update={"status": "completed", "file": shown(file)})
+    return upload.model_copy(update={"shown": done})
 
 
 async def _write(store: FileStore, upload: _Upload) -> None:

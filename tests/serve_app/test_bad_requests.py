@@ -18,6 +18,7 @@ from tests.tiny_models import make_tiny_model
 from trainers.errors import ConfigProblems
 
 SUBMIT = "/fine_tuning/jobs/submit"
+OPENAI_SUBMIT = "/v1/fine_tuning/jobs"
 JSON = {"Content-Type": "application/json"}
 
 
@@ -280,6 +281,35 @@ def test_a_field_that_is_wrong_is_named(
     assert [problem["param"] for problem in error["errors"]] == [param]
     assert error["param"] == param
     assert says in error["message"]
+
+
+@pytest.mark.parametrize("key", ["LoraFineTuneOptions", "FullFineTuneOptions", "DiskLogger", "literal[", "str", "none"])
+@pytest.mark.parametrize(
+    ("route", "home"),
+    [
+        (SUBMIT, ""),
+        (SUBMIT, "fine_tuning_options."),
+        (SUBMIT, "fine_tuning_options.custom_training_options."),
+        (SUBMIT, "logger."),
+        (OPENAI_SUBMIT, ""),
+        (OPENAI_SUBMIT, "hyperparameters."),
+        (OPENAI_SUBMIT, "metadata."),
+    ],
+)
+def test_a_key_that_reads_like_a_word_of_the_validator_is_refused_by_its_own_name(
+    http: httpx.Client, config: dict[str, Any], route: str, home: str, key: str
+) -> None:
+    body = config if route == SUBMIT else {"model": config["model"], "training_file": config["data"]}
+    place = body
+    for name in home.split(".")[:-1]:
+        place = place.setdefault(name, {})
+    place[key] = {}
+    answer = http.post(route, json=body)
+    assert answer.status_code == (422 if route == SUBMIT else 400), answer.text
+    error = answer.json()["error"]
+    assert [problem["param"] for problem in error["errors"]] == [home + key]
+    assert error["param"] == home + key
+    assert "it belongs" not in error["message"]
 
 
 @pytest.mark.parametrize("field", ["data", "validation_data"])

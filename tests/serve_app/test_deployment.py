@@ -16,6 +16,7 @@ import serve_app
 from serve_app.chat.deployment import deployment as chat_deployment
 from serve_app.chat.deployment import gpus
 from serve_app.deployment import MAX_ONGOING_REQUESTS, deployment
+from serve_app.local import LocalService
 from trainers.settings import Settings
 
 HERE = Path(serve_app.__file__).parent
@@ -55,6 +56,18 @@ def test_the_config_file_deploys_this_application_on_loopback_and_cuts_no_tail()
     assert config.applications[0].import_path == "serve_app:app"
     assert config.http_options.host == "127.0.0.1"
     assert config.http_options.request_timeout_s is None
+
+
+@pytest.mark.parametrize(("said", "hosts"), [(None, "localhost"), ("tuner.example", "tuner.example"), ("", "")])
+def test_on_this_machine_it_goes_by_localhost_only_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, hosts: str
+) -> None:
+    monkeypatch.delenv("TUNEWRIGHT_HOSTS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("TUNEWRIGHT_HOSTS", said)
+    service = LocalService(tmp_path)
+    service.stop()
+    assert service.env["TUNEWRIGHT_HOSTS"] == hosts
 
 
 @pytest.mark.parametrize("name", assignments())

@@ -219,6 +219,49 @@ def test_without_fetch_metadata_only_a_page_of_the_same_origin_changes_anything(
     assert http.get("/healthz", headers=sent).status_code == 200
 
 
+@pytest.fixture(scope="module")
+def known_as_tuner(serve: Serve) -> Server:
+    return serve(hosts="tuner.example:Other.Example")
+
+
+@pytest.mark.parametrize(
+    ("host", "passes"),
+    [
+        ("tuner.example", True),
+        ("Tuner.Example.:8000", True),
+        ("other.example:443", True),
+        ("localhost:8000", True),
+        ("LOCALHOST", True),
+        ("127.0.0.1:8000", True),
+        ("10.0.0.7", True),
+        ("[::1]:8000", True),
+        ("[fd00::80]", True),
+        ("", True),
+        ("evil.example:8000", False),
+        ("tuner.example.evil.example", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example:8000", False),
+        ("evil.example:tuner.example", False),
+        ("me@localhost", False),
+        ("[tuner.example]", False),
+        ("[]", False),
+    ],
+)
+def test_a_request_for_a_name_that_is_not_the_services_is_misdirected(
+    known_as_tuner: Server, http: httpx.Client, host: str, passes: bool
+) -> None:
+    """As one of a page whose name was made to lead here is: for its browser it goes to the page's own origin."""
+    sent = {"Host": host, "Origin": f"http://{host}", "X-Forwarded-Host": "localhost"}
+    for method, path in (("GET", "/healthz"), ("POST", "/fine_tuning/jobs/cancel"), ("OPTIONS", "/v1/files")):
+        answer = httpx.request(method, known_as_tuner.url + path, headers=sent)
+        assert (answer.status_code == 421) != passes
+        if not passes:
+            error = answer.json()["error"]
+            assert (error["code"], "TUNEWRIGHT_HOSTS" in error["message"]) == ("misdirected_request", True)
+            assert answer.headers["x-request-id"]
+    assert http.get("/healthz", headers=sent).status_code == 200  # a service whose names nobody has told
+
+
 def test_the_root_leads_to_the_reference(http: httpx.Client) -> None:
     answer = http.get("/", follow_redirects=True)
     assert answer.url.path == "/docs"

@@ -98,6 +98,7 @@ def test_the_statuses_of_an_operation_are_those_it_may_answer_with(served: dict[
     for path, methods in served["paths"].items():
         for method, operation in methods.items():
             assert ("403" in operation["responses"]) == (method != "get"), path  # what a page of another site gets
+            assert "421" in operation["responses"], path  # what is meant for another host
             assert not (path.startswith("/v1/") and "422" in operation["responses"]), path  # it is a 400 there
 
 
@@ -139,8 +140,10 @@ def test_the_example_of_a_config_is_one(served: dict[str, Any]) -> None:
 def test_building_the_api_brings_in_no_torch() -> None:
     script = (
         "import sys\n"
+        "from types import SimpleNamespace\n"
         "from serve_app.api import build_api\n"
-        "build_api(object(), object()).openapi()\n"
+        "from trainers.settings import Settings\n"
+        "build_api(SimpleNamespace(settings=Settings()), object()).openapi()\n"
         "found = {'torch', 'torchtune', 'ray.train'} & sys.modules.keys()\n"
         "assert not found, found\n"
     )

@@ -43,6 +43,23 @@ def test_a_variable_that_looks_like_a_setting_and_is_none_is_told_of() -> None:
     ]
 
 
+def test_hosts_are_names_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings().hosts == ()
+    settings.cache_clear()
+    monkeypatch.setenv("TUNEWRIGHT_HOSTS", "Tuner.example:gpu-1")
+    assert settings().hosts == ("tuner.example", "gpu-1")
+    assert settings().as_env()["TUNEWRIGHT_HOSTS"] == "tuner.example:gpu-1"
+
+
+@pytest.mark.parametrize(
+    "hosts", ["tuner.example:8000", "a.example,b.example", "http://tuner.example", "größe.example"]
+)
+def test_hosts_that_are_no_names_are_refused(monkeypatch: pytest.MonkeyPatch, hosts: str) -> None:
+    monkeypatch.setenv("TUNEWRIGHT_HOSTS", hosts)
+    with pytest.raises(InvalidSettingsError, match=r"TUNEWRIGHT_HOSTS: .* takes names of hosts"):
+        settings()
+
+
 @pytest.mark.parametrize("command", [["serve_app.local"], ["trainers", "config.json"]])
 def test_a_command_says_what_is_wrong_and_nothing_else(command: list[str]) -> None:
     env = {**os.environ, "TUNEWRIGHT_CHAT_ENGINE": "nonsense"}

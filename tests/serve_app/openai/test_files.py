@@ -14,12 +14,14 @@ import openai
 import psutil
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from ulid import ULID
 
 from events.facts import CancelRequested, JobCancelled
 from tests.serve_app.live_server import MODEL, Serve, Server
 from tests.serve_app.openai.conftest import ROWS, connected, stored
 from trainers.data.source import check_data_uri, open_lines
-from trainers.files import file_store
+from trainers.errors import InfrastructureError
+from trainers.files import LEFT_OVER_S, FileStore, NewObject, file_store
 
 
 @pytest.fixture
@@ -93,6 +95,38 @@ def test_what_a_crash_left_is_collected_after_a_day_and_not_before(server: Serve
     assert old not in stored(server)
     assert new.name in stored(server)
     new.abandon()
+
+
+def test_the_sweep_goes_by_the_records_as_they_are_and_not_as_they_were(tmp_path: Path) -> None:
+    """Of two processes that complete an upload at once, the second may have written its record over the first's."""
+    store, file_id = FileStore(str(tmp_path)), f"file-{ULID()}"
+    made = [NewObject(store.objects, f"bytes-{ULID.from_timestamp(time.time() - LEFT_OVER_S - 60)}") for _ in range(2)]
+    for new in made:
+        new.write(ROWS)
+        new.close()
+    first = store.keep(made[0], "f.jsonl", None, file_id)
+    assert store.files() == [first]
+    second = first.model_copy(update={"content": made[1].name})
+    store.objects.put(f"{file_id}.json", second.model_dump_json().encode())
+    for _ in range(2):
+        store.sweep(in_use=(), every_s=0)
+    assert set(store.objects.sizes()) == {f"{file_id}.json", made[1].name}
+    assert b"".join(store.read(store.get(file_id))) == ROWS
+
+
+def test_a_file_whose_record_can_not_be_written_leaves_nothing(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stored(server)
+
+    def fails(_name: str, _content: bytes) -> None:
+        raise InfrastructureError("files_unreachable", "the storage went away", suggestion="wait")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(file_store(server.parts.settings.files_url).objects, "put", fails)
+        with pytest.raises(openai.InternalServerError):
+            client.with_options(max_retries=0).files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+    assert stored(server) == before
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Uploads in parts, through the real client."""
 
+import asyncio
 import hashlib
 import threading
 import time
@@ -13,10 +14,12 @@ import openai
 import pytest
 from ulid import ULID
 
+from serve_app.api import build_api
 from tests.serve_app.live_server import Serve, Server
 from tests.serve_app.openai.conftest import ROWS, connected, stored
 from tests.waiting import WAIT_S, eventually
-from trainers.files import UPLOAD_LIFETIME_S, file_store
+from trainers.errors import InfrastructureError
+from trainers.files import UPLOAD_LIFETIME_S, FileStore, file_store
 
 
 def test_an_upload_in_parts_is_a_file(client: openai.OpenAI, server: Server, tmp_path: Path) -> None:
@@ -94,6 +97,123 @@ def test_an_upload_that_is_being_completed_can_not_be_cancelled(
         with pytest.raises(openai.ConflictError):
             cancelling.result()
     assert client.files.content(completing.result().file.id).read() == ROWS
+
+
+def new_content(server: Server, before: set[str]) -> list[str]:
+    """The bytes of files, abandoned or not, that were stored since."""
+    return [name for name in stored(server) - before if name.startswith("bytes-")]
+
+
+def test_completing_goes_on_when_its_client_has_gone_and_a_retry_gets_its_file(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = begin(client, len(ROWS))
+    part = client.uploads.parts.create(upload.id, data=ROWS)
+    before = stored(server)
+    objects = file_store(server.parts.settings.files_url).objects
+    read, reading, goes_on, joins = objects.read, threading.Event(), threading.Event(), 0
+
+    def slowly(name: str) -> Iterator[bytes]:
+        nonlocal joins
+        joins += 1
+        reading.set()
+        goes_on.wait()
+        yield from read(name)
+
+    async def ask_and_go() -> None:
+        """As Serve does it: the request's task is cancelled when its client has gone."""
+        api = build_api(server.parts, server.parts.answers)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as http:
+            asking = asyncio.create_task(http.post(f"/v1/uploads/{upload.id}/complete", json={"part_ids": [part.id]}))
+            await asyncio.to_thread(reading.wait, WAIT_S)
+            asking.cancel()
+            await asyncio.wait([asking])
+
+    monkeypatch.setattr(objects, "read", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            server.do(ask_and_go())
+            retry = pool.submit(client.uploads.complete, upload.id, part_ids=[part.id])
+            wait([retry], timeout=1)  # it has no answer yet, however long that takes
+            assert joins == 1
+        finally:
+            goes_on.set()
+        done = retry.result()
+    assert (done.status, joins) == ("completed", 1)
+    assert done.file is not None
+    assert client.files.content(done.file.id).read() == ROWS
+    assert len(new_content(server, before)) == 1
+
+
+def test_an_upload_whose_completing_crashed_after_its_file_was_there_has_that_file(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = begin(client, len(ROWS))
+    part = client.uploads.parts.create(upload.id, data=ROWS)
+    before = {file.id for file in client.files.list()}
+    objects = file_store(server.parts.settings.files_url).objects
+    put = objects.put
+
+    def no_upload(name: str, content: bytes) -> None:
+        if name.startswith("upload_"):
+            raise InfrastructureError("files_unreachable", "the storage went away", suggestion="wait")
+        put(name, content)
+
+    with monkeypatch.context() as crash:
+        crash.setattr(objects, "put", no_upload)
+        with pytest.raises(openai.InternalServerError):
+            client.with_options(max_retries=0).uploads.complete(upload.id, part_ids=[part.id])
+    (file_id,) = {file.id for file in client.files.list()} - before
+    with pytest.raises(openai.ConflictError):
+        client.uploads.cancel(upload.id)
+    done = client.uploads.complete(upload.id, part_ids=[part.id])
+    assert (done.status, done.file and done.file.id) == ("completed", file_id)
+    assert {file.id for file in client.files.list()} - before == {file_id}
+    assert parts_of(upload, server) == []
+
+
+def test_two_processes_that_complete_an_upload_at_once_make_one_file(client: openai.OpenAI, server: Server) -> None:
+    upload = begin(client, len(ROWS))
+    part = client.uploads.parts.create(upload.id, data=ROWS)
+    before = stored(server)
+    file = client.uploads.complete(upload.id, part_ids=[part.id]).file
+    assert file is not None
+    late = FileStore(server.parts.settings.files_url)  # of another process, which had joined the parts too
+    new = late.new()
+    new.write(ROWS)
+    new.close()
+    assert late.keep(new, file.filename, None, file.id).created_at == file.created_at
+    assert len(new_content(server, before)) == 1
+
+
+@pytest.mark.parametrize("overtakes", ["before the parts are listed", "while they are read"])
+def test_completing_that_another_process_overtakes_answers_with_its_file(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch, overtakes: str
+) -> None:
+    upload = begin(client, len(ROWS))
+    part = client.uploads.parts.create(upload.id, data=ROWS)
+    objects, other = file_store(server.parts.settings.files_url).objects, FileStore(server.parts.settings.files_url)
+    file_id = upload.id.replace("upload_", "file-")
+
+    def complete() -> None:
+        new = other.new()
+        new.write(ROWS)
+        new.close()
+        other.keep(new, "f.jsonl", None, file_id)
+        other.objects.delete(f"{upload.id}.{part.id}")
+
+    def overtaken(call: Callable[..., Any]) -> Callable[..., Any]:
+        def first_the_other(*arguments: Any) -> Any:
+            if other.find(file_id) is None:
+                complete()
+            return call(*arguments)
+
+        return first_the_other
+
+    name = "sizes" if overtakes.startswith("before") else "read"
+    monkeypatch.setattr(objects, name, overtaken(getattr(objects, name)))
+    done = client.with_options(max_retries=0).uploads.complete(upload.id, part_ids=[part.id])
+    assert (done.status, done.file and done.file.id) == ("completed", file_id)
 
 
 def test_beginning_an_upload_makes_room_of_what_has_expired(serve: Serve) -> None:
