@@ -14,7 +14,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from events.actors import NAMESPACE, connect
+from events.actors import NAMESPACE, EventLogClient, connect
+from events.log import LogUnavailable
 from trainers.admission import Capacity
 from trainers.cluster import Cluster
 from trainers.dispatcher import Dispatcher
@@ -26,6 +27,8 @@ logger = logging.getLogger("tunewright.dispatcher")
 NAME = "tunewright-dispatcher"
 ANSWER_S = 60.0
 """For a dispatcher to start, which may have to wait for the event log."""
+LOG_AGAIN_S = 5.0
+"""Between two attempts to reach the event log, each of which may take 30 s."""
 _PAUSE_S = 0.05  # until its name is free, a moment after it was killed
 
 
@@ -36,7 +39,7 @@ class DispatcherActor:
     # Ray awaits it, on the actor's loop.
     async def __init__(self, settings: Settings, deployed_at: float) -> None:  # type: ignore[misc]
         logging.basicConfig(level=logging.INFO)
-        log = connect(settings.storage).log
+        log = await _log(settings)
         self._deployed_at = deployed_at
         self._dispatcher = Dispatcher(log, Cluster(), settings)
         self._webhooks = Webhooks(log, settings)
@@ -57,6 +60,17 @@ class DispatcherActor:
     async def webhooks(self, method: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401  -- as the method
         """A method of `Webhooks`."""
         return await getattr(self._webhooks, method)(*arguments, **options)
+
+
+async def _log(settings: Settings) -> EventLogClient:
+    """The event log, however long it needs to answer: Ray would not try a failed start of the dispatcher again. Raises
+    StorageMismatchError."""
+    while True:
+        try:
+            return (await asyncio.to_thread(connect, settings.storage)).log
+        except LogUnavailable as error:
+            logger.warning("%s; the dispatcher waits for it", error)
+            await asyncio.sleep(LOG_AGAIN_S)
 
 
 class DispatcherClient:

@@ -6,10 +6,11 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
-from events.actors import Handles, blocking
+from events.actors import EVENT_LOG, NAMESPACE, Handles, blocking
 from tests.waiting import WAIT_S, eventually
 from trainers.dispatcher_actor import DispatcherActor, DispatcherClient, start_dispatcher
 from trainers.errors import UserError
@@ -61,6 +62,28 @@ def test_a_deploy_brings_its_settings_to_the_dispatcher_that_is_there_and_its_re
     os.kill(killed, signal.SIGKILL)
     eventually(lambda: pid_of(after) != killed, WAIT_S, lambda: "Ray does not start it again")
     assert deploys.takes_webhooks_here(after)
+
+
+def test_a_dispatcher_that_starts_again_without_its_log_waits_for_it_and_goes_on_by_itself(
+    deploys: Deploys, tmp_path: Path
+) -> None:
+    actor = start_dispatcher(deploys.new, FIRST)
+    pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    for file in tmp_path.glob("events.db*"):
+        file.rename(aside / file.name)
+    (tmp_path / "events.db").mkdir()  # a log can't open that, and ends
+    ray.kill(ray.get_actor(EVENT_LOG, NAMESPACE))
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not psutil.pid_exists(pid), WAIT_S, lambda: "the dispatcher goes on")
+    for _ in range(3):  # more often than by who was at work already
+        started = tmp_path / "events.db.lock"
+        started.unlink(missing_ok=True)
+        eventually(started.exists, WAIT_S, lambda: "nobody starts the log")
+    (tmp_path / "events.db").rmdir()
+    assert ray.get(actor.deployed_at.remote(), timeout=WAIT_S) == FIRST
+    assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != pid
 
 
 def test_neither_an_earlier_deploy_nor_a_command_line_replaces_the_dispatcher(deploys: Deploys) -> None:
