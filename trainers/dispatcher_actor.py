@@ -74,21 +74,31 @@ async def _log(settings: Settings) -> EventLogClient:
 
 
 class DispatcherClient:
-    """Calls the cluster's dispatcher, and the one that takes its place."""
+    """Calls the cluster's dispatcher, and the one that takes its place. To be used from one event loop."""
 
     def __init__(self, settings: Settings, deployed_at: float | None = None) -> None:
         """See `start_dispatcher`."""
         self._settings = settings
         self._deployed_at = deployed_at
         self._actor = start_dispatcher(settings, deployed_at)
+        self._starting: asyncio.Task[None] | None = None
 
     async def call(self, method: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401  -- as the method
-        """The method's result. Raises what the method raises, as Ray's RayTaskError, and Ray's other errors."""
+        """The method's result. Raises what the method raises, as Ray's RayTaskError, Ray's other errors, and what
+        `start_dispatcher` raises."""
         try:
             return await getattr(self._actor, method).remote(*arguments, **options)
         except RayActorError:  # it was replaced, or killed for good
-            self._actor = await asyncio.to_thread(start_dispatcher, self._settings, self._deployed_at)
+            if self._starting is None:
+                self._starting = asyncio.create_task(self._start())
+            await asyncio.shield(self._starting)  # one for all: its thread goes on when a caller has given up
             return await getattr(self._actor, method).remote(*arguments, **options)
+
+    async def _start(self) -> None:
+        try:
+            self._actor = await asyncio.to_thread(start_dispatcher, self._settings, self._deployed_at)
+        finally:
+            self._starting = None
 
 
 def start_dispatcher(settings: Settings, deployed_at: float | None = None) -> "ActorHandle[DispatcherActor]":

@@ -3,12 +3,16 @@
 import asyncio
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from events.actors import EVENT_LOG, NAMESPACE, Handles, blocking
 from tests.waiting import WAIT_S, eventually
@@ -44,6 +48,20 @@ def deploys(handles: Handles, tmp_path: Path) -> Deploys:
     return Deploys(tmp_path)
 
 
+@contextmanager
+def log_away(storage: Path) -> Iterator[None]:
+    """There is no event log meanwhile: each that is started finds a file that it can't open, and ends. It is empty
+    afterwards."""
+    aside = storage / "aside"
+    aside.mkdir()
+    for file in storage.glob("events.db*"):
+        file.rename(aside / file.name)
+    (storage / "events.db").mkdir()
+    ray.kill(ray.get_actor(EVENT_LOG, NAMESPACE))
+    yield
+    (storage / "events.db").rmdir()
+
+
 def pid_of(dispatcher: DispatcherClient) -> int:
     pid: int = blocking(dispatcher.call("__ray_call__", lambda _: os.getpid()))
     return pid
@@ -69,19 +87,13 @@ def test_a_dispatcher_that_starts_again_without_its_log_waits_for_it_and_goes_on
 ) -> None:
     actor = start_dispatcher(deploys.new, FIRST)
     pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
-    aside = tmp_path / "aside"
-    aside.mkdir()
-    for file in tmp_path.glob("events.db*"):
-        file.rename(aside / file.name)
-    (tmp_path / "events.db").mkdir()  # a log can't open that, and ends
-    ray.kill(ray.get_actor(EVENT_LOG, NAMESPACE))
-    os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not psutil.pid_exists(pid), WAIT_S, lambda: "the dispatcher goes on")
-    for _ in range(3):  # more often than by who was at work already
-        started = tmp_path / "events.db.lock"
-        started.unlink(missing_ok=True)
-        eventually(started.exists, WAIT_S, lambda: "nobody starts the log")
-    (tmp_path / "events.db").rmdir()
+    with log_away(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not psutil.pid_exists(pid), WAIT_S, lambda: "the dispatcher goes on")
+        for _ in range(3):  # more often than by who was at work already
+            started = tmp_path / "events.db.lock"
+            started.unlink(missing_ok=True)
+            eventually(started.exists, WAIT_S, lambda: "nobody starts the log")
     assert ray.get(actor.deployed_at.remote(), timeout=WAIT_S) == FIRST
     assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != pid
 
@@ -121,3 +133,34 @@ def test_a_dispatcher_that_was_killed_for_good_is_started_again_by_who_calls_it(
 
     assert asyncio.run(calls()) == [{}] * 3
     assert deploys.takes_webhooks_here(client)
+
+
+def test_callers_who_give_up_on_a_dispatcher_that_is_being_started_leave_one_thread_behind_and_get_its_result(
+    deploys: Deploys, tmp_path: Path
+) -> None:
+    client, actor = DispatcherClient(deploys.new, FIRST), start_dispatcher(deploys.new)
+
+    def threads() -> int:
+        return sum(thread.name.startswith("asyncio_") for thread in threading.enumerate())
+
+    async def polled() -> int:
+        """The threads that three such callers took."""
+        before = threads()
+        for _ in range(3):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(client.call("whys"), 1)
+        return threads() - before
+
+    async def ask_until_it_is_noticed() -> None:
+        while True:
+            await actor.whys.remote()
+
+    async def scenario() -> None:
+        with log_away(tmp_path):
+            ray.kill(actor)
+            with pytest.raises(RayActorError):
+                await ask_until_it_is_noticed()
+            assert await polled() == 1
+        assert await client.call("whys") == {}
+
+    asyncio.run(scenario())
