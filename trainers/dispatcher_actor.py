@@ -122,12 +122,13 @@ def start_dispatcher(settings: Settings, deployed_at: float | None = None) -> "A
     make = ray.remote(DispatcherActor).options(**options)
     deadline = time.monotonic() + ANSWER_S
     while True:
-        actor: ActorHandle[DispatcherActor] = make.remote(settings, deployed_at or 0.0)  # type: ignore[assignment]
-        if deployed_at is None:
-            return actor
         try:
+            actor: ActorHandle[DispatcherActor] = make.remote(settings, deployed_at or 0.0)  # type: ignore[assignment]
+            if deployed_at is None:
+                return actor
             of = _deployed_at(actor, deadline - time.monotonic())
-        except (RayActorError, GetTimeoutError) as error:  # another process of this deploy may just have replaced it
+        # Another process of this deploy may just have replaced it; a ValueError: while its name was looked up.
+        except (RayActorError, GetTimeoutError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no dispatcher answers within {ANSWER_S:g} s: {error}") from error
             time.sleep(_PAUSE_S)
