@@ -135,7 +135,7 @@ def start_dispatcher(settings: Settings, deployed_at: float | None = None) -> "A
             continue
         if of >= deployed_at:
             if of > deployed_at:
-                logger.warning("the dispatcher is of a later deploy, by %.1f s, and stays", of - deployed_at)
+                logger.error("the dispatcher is of a later deploy, by %.1f s, and stays", of - deployed_at)
             return actor
         logger.warning("the dispatcher of an earlier deploy, by %.1f s, is replaced", deployed_at - of)
         ray.kill(actor)

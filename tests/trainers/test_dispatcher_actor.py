@@ -99,9 +99,14 @@ def test_a_dispatcher_that_starts_again_without_its_log_waits_for_it_and_goes_on
     assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != pid
 
 
-def test_neither_an_earlier_deploy_nor_a_command_line_replaces_the_dispatcher(deploys: Deploys) -> None:
+def test_neither_an_earlier_deploy_nor_a_command_line_replaces_the_dispatcher(
+    deploys: Deploys, caplog: pytest.LogCaptureFixture
+) -> None:
     ours = start_dispatcher(deploys.new, SECOND)
     assert start_dispatcher(deploys.old, FIRST) == ours
+    assert ("ERROR", "the dispatcher is of a later deploy, by 1000.0 s, and stays") in [
+        (record.levelname, record.getMessage()) for record in caplog.records
+    ]
     assert start_dispatcher(deploys.old) == ours
     assert deploys.takes_webhooks_here(DispatcherClient(deploys.old))
 
