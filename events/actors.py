@@ -173,6 +173,9 @@ class EventLogClient(_Client):
         return job
 
     async def job_with_key(self, idempotency_key: str) -> FineTuningJob | None:
+        """None also where the log is of a version that can't tell: a submit with a known key returns the job still."""
+        if not hasattr(self._handle, "job_with_key"):
+            return None
         job: FineTuningJob | None = await self._call("job_with_key", idempotency_key)
         return job
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from events import ExpectedVersionError, LogUnavailable, Refused, new_event_id
+from events import EventLog, ExpectedVersionError, LogUnavailable, Refused, new_event_id
 from events.actors import EVENT_LOG, NAMESPACE, Handles, StorageMismatchError, blocking, connect
 from events.facts import CheckpointSaved
+from tests.conftest import stop_actors
 from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, started
 from tests.events.support import numbered
 
@@ -38,6 +39,20 @@ def test_a_job_is_found_by_its_idempotency_key(handles: Handles) -> None:
     event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
     job = blocking(handles.log.submit("a", event, new_event_id(), 100))
     assert blocking(handles.log.job_with_key("k")) == job
+
+
+def test_a_log_of_a_version_that_cannot_look_for_a_key_still_makes_one_job_of_it(
+    handles: Handles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_actors()
+    with monkeypatch.context() as before:
+        before.delattr(EventLog, "job_with_key")
+        connect(tmp_path)
+    log = connect(tmp_path).log
+    event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
+    for job_id in ("a", "b"):
+        assert blocking(log.job_with_key("k")) is None
+        assert blocking(log.submit(job_id, event, new_event_id(), 100)).job_id == "a"
 
 
 def test_everyone_who_connects_gets_the_same_log(handles: Handles, tmp_path: Path) -> None:
