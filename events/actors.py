@@ -102,7 +102,7 @@ def _about(storage: str) -> About:
 
 
 def _actor(cls: type, name: str, storage: Path) -> ActorHandle[Any]:
-    """The actor of that name; started when there is none."""
+    """The actor of that name; started when there is none. Raises LogUnavailable when one that was found ends."""
     options = {
         "name": name,
         "namespace": NAMESPACE,
@@ -115,7 +115,10 @@ def _actor(cls: type, name: str, storage: Path) -> ActorHandle[Any]:
         "resources": {"node:__internal_head__": 0.001},
     }
     make: Any = ray.remote(cls)  # Ray's types can't tell that it is a class
-    handle: ActorHandle[Any] = make.options(**options).remote(str(storage))
+    try:
+        handle: ActorHandle[Any] = make.options(**options).remote(str(storage))
+    except ValueError as error:  # Ray looks for the name again and again, and doesn't expect that
+        raise LogUnavailable(f"{name} has died: {error}") from error
     return handle
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from events.actors import EVENT_LOG, NAMESPACE, Handles, blocking
+from tests.named_actors import EndedWhileLookedUp
 from tests.waiting import WAIT_S, eventually
 from trainers.dispatcher_actor import NAME, DispatcherActor, DispatcherClient, start_dispatcher
 from trainers.errors import UserError
@@ -123,32 +123,10 @@ def test_replicas_of_a_deploy_that_start_together_get_one_dispatcher(deploys: De
 def test_a_dispatcher_that_another_replica_starts_and_ends_while_its_name_is_looked_up_is_started_again(
     deploys: Deploys, deployed_at: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others: list[ActorHandle[DispatcherActor]] = []
-    looks = 0
-    get_actor = ray.get_actor
-
-    def look_up(name: str, namespace: str | None = None) -> ActorHandle[DispatcherActor]:
-        """Ray does so three times, to get an actor or to make it: the other one is there at the second only."""
-        nonlocal looks
-        looks += 1
-        if looks == 2:
-            with monkeypatch.context() as meanwhile:
-                meanwhile.setattr(ray, "get_actor", get_actor)
-                others.append(start_dispatcher(deploys.old))
-        if looks == 3:
-            ray.kill(others[0])
-            eventually(lambda: not is_named(), WAIT_S, lambda: "its name is not free")
-        return get_actor(name, namespace)
-
-    def is_named() -> bool:
-        with suppress(ValueError):
-            return bool(get_actor(NAME, NAMESPACE))
-        return False
-
-    monkeypatch.setattr(ray, "get_actor", look_up)
+    race = EndedWhileLookedUp(monkeypatch, lambda: start_dispatcher(deploys.old), NAME)
     started = start_dispatcher(deploys.new, deployed_at)
-    assert looks > 3
-    assert started != others[0]
+    assert race.looks > 3
+    assert started != race.other
     assert ray.get(started.whys.remote(), timeout=WAIT_S) == {}
 
 
