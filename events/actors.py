@@ -102,7 +102,7 @@ def _about(storage: str) -> About:
 
 
 def _actor(cls: type, name: str, storage: Path) -> ActorHandle[Any]:
-    """The actor of that name; started when there is none."""
+    """The actor of that name; started when there is none. Raises LogUnavailable when one that was found ends."""
     options = {
         "name": name,
         "namespace": NAMESPACE,
@@ -115,7 +115,10 @@ def _actor(cls: type, name: str, storage: Path) -> ActorHandle[Any]:
         "resources": {"node:__internal_head__": 0.001},
     }
     make: Any = ray.remote(cls)  # Ray's types can't tell that it is a class
-    handle: ActorHandle[Any] = make.options(**options).remote(str(storage))
+    try:
+        handle: ActorHandle[Any] = make.options(**options).remote(str(storage))
+    except ValueError as error:  # Ray looks for the name again and again, and doesn't expect that
+        raise LogUnavailable(f"{name} has died: {error}") from error
     return handle
 
 
@@ -173,6 +176,9 @@ class EventLogClient(_Client):
         return job
 
     async def job_with_key(self, idempotency_key: str) -> FineTuningJob | None:
+        """None also where the log is of a version that can't tell: a submit with a known key returns the job still."""
+        if not hasattr(self._handle, "job_with_key"):
+            return None
         job: FineTuningJob | None = await self._call("job_with_key", idempotency_key)
         return job
 

@@ -4,7 +4,8 @@
 
 CONFIG.json is the body of POST /fine_tuning/jobs/submit. Local files it names, relative to the working directory, are
 copied into the service's storage first: a job outlives the directory that `ray job submit` unpacked. `ray job stop`,
-SIGTERM and Ctrl-C cancel the job.
+SIGTERM and Ctrl-C cancel the job. While the event log can't be reached, they end this process alone, which says so. A
+second one ends it at once.
 
 `python -m trainers drain` comes before a shutdown: running jobs stop at a checkpoint, to go on after the restart.
 

@@ -7,17 +7,22 @@ runs beside the dispatcher, on the head, and is told the file on its command lin
 
 import logging
 import sys
+import time
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+from pydantic import BaseModel
 
 from trainers.admission import Node, NodeGroup
 
 logger = logging.getLogger("tunewright.autoscaler")
+
+
+SEEK_S = 60.0
+"""Between two looks at all processes of this machine for an autoscaler that isn't there, or not yet."""
 
 
 class Autoscaler:
@@ -26,38 +31,67 @@ class Autoscaler:
 
     def __init__(self, gcs_address: str) -> None:
         self._port = gcs_address.rpartition(":")[2]
-        self._read: tuple[float, tuple[NodeGroup, ...]] = (0.0, ())  # when the file was changed, what it says
+        self._found: Path | None = None
+        self._sought = float("-inf")
+        self._groups: tuple[NodeGroup, ...] = ()
+        self._read_at = 0.0  # the file's time of change
+        self._complaint = ""
 
     def groups(self) -> tuple[NodeGroup, ...]:
-        """As the file says now: the autoscaler follows its changes as well. None without a file."""
-        if self._file is None:
+        """As the file says now: the autoscaler follows its changes as well. None without a file. While it can't be read
+        or makes no sense (it may be half written), as it said before; that is logged once."""
+        file = self._file()
+        if file is None:
             return ()
         try:
-            changed = self._file.stat().st_mtime
-            if changed != self._read[0]:
-                self._read = (changed, node_groups(yaml.safe_load(self._file.read_text(encoding="utf-8"))))
-        except (OSError, yaml.YAMLError) as error:
-            logger.warning("what the autoscaler may add is not known, as its file can't be read: %s", error)
-        return self._read[1]
+            changed = file.stat().st_mtime
+            if changed != self._read_at:
+                self._groups = node_groups(yaml.safe_load(file.read_text(encoding="utf-8")))
+                self._read_at = changed
+            self._complaint = ""
+        except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError: no UTF-8, or not as _ClusterConfig
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                logger.warning("what the autoscaler may add is taken from before: %s can't be read: %s", file, error)
+        return self._groups
 
-    @cached_property
     def _file(self) -> Path | None:
-        for process in psutil.process_iter(["cmdline"]):
-            options = dict(
-                part.split("=", 1) for part in process.info["cmdline"] or () if part.startswith("--") and "=" in part
-            )
-            here = options.get("--gcs-address", "").rpartition(":")[2] == self._port
-            if here and "--autoscaling-config" in options:
-                return Path(options["--autoscaling-config"]).expanduser()
-        return None
+        if self._found is None and time.monotonic() - self._sought > SEEK_S:
+            self._found = _file_of(self._port)
+            self._sought = time.monotonic()
+        return self._found
 
 
-def node_groups(config: Mapping[str, Any]) -> tuple[NodeGroup, ...]:
-    """Of a cluster's config, as Ray's launcher takes it."""
-    most = config.get("max_workers", sys.maxsize)
+def _file_of(port: str) -> Path | None:
+    for process in psutil.process_iter(["cmdline"]):
+        options = dict(
+            part.split("=", 1) for part in process.info["cmdline"] or () if part.startswith("--") and "=" in part
+        )
+        if options.get("--gcs-address", "").rpartition(":")[2] == port and "--autoscaling-config" in options:
+            return Path(options["--autoscaling-config"]).expanduser()
+    return None
+
+
+class _NodeType(BaseModel):
+    resources: dict[str, float] | None = None
+    max_workers: int | None = None
+
+
+class _ClusterConfig(BaseModel):
+    """What is read of Ray's cluster config. What is null is not set."""
+
+    max_workers: int | None = None
+    available_node_types: dict[str, _NodeType | None] | None = None
+
+
+def node_groups(config: object) -> tuple[NodeGroup, ...]:
+    """Of a cluster's config, as Ray's launcher takes it. Raises ValueError when it is none."""
+    cluster = _ClusterConfig.model_validate(config)
+    most = sys.maxsize if cluster.max_workers is None else cluster.max_workers
+    kinds = [kind or _NodeType() for kind in (cluster.available_node_types or {}).values()]
     return tuple(
-        NodeGroup(node_of(kind.get("resources") or {}), min(most, kind.get("max_workers", most)))
-        for kind in (config.get("available_node_types") or {}).values()
+        NodeGroup(node_of(kind.resources or {}), most if kind.max_workers is None else min(most, kind.max_workers))
+        for kind in kinds
     )
 
 

@@ -14,7 +14,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from events.actors import NAMESPACE, connect
+from events.actors import NAMESPACE, EventLogClient, connect
+from events.log import LogUnavailable
 from trainers.admission import Capacity
 from trainers.cluster import Cluster
 from trainers.dispatcher import Dispatcher
@@ -26,6 +27,8 @@ logger = logging.getLogger("tunewright.dispatcher")
 NAME = "tunewright-dispatcher"
 ANSWER_S = 60.0
 """For a dispatcher to start, which may have to wait for the event log."""
+LOG_AGAIN_S = 5.0
+"""Between two attempts to reach the event log, each of which may take 30 s."""
 _PAUSE_S = 0.05  # until its name is free, a moment after it was killed
 
 
@@ -36,7 +39,7 @@ class DispatcherActor:
     # Ray awaits it, on the actor's loop.
     async def __init__(self, settings: Settings, deployed_at: float) -> None:  # type: ignore[misc]
         logging.basicConfig(level=logging.INFO)
-        log = connect(settings.storage).log
+        log = await _log(settings)
         self._deployed_at = deployed_at
         self._dispatcher = Dispatcher(log, Cluster(), settings)
         self._webhooks = Webhooks(log, settings)
@@ -59,22 +62,43 @@ class DispatcherActor:
         return await getattr(self._webhooks, method)(*arguments, **options)
 
 
+async def _log(settings: Settings) -> EventLogClient:
+    """The event log, however long it needs to answer: Ray would not try a failed start of the dispatcher again. Raises
+    StorageMismatchError."""
+    while True:
+        try:
+            return (await asyncio.to_thread(connect, settings.storage)).log
+        except LogUnavailable as error:
+            logger.warning("%s; the dispatcher waits for it", error)
+            await asyncio.sleep(LOG_AGAIN_S)
+
+
 class DispatcherClient:
-    """Calls the cluster's dispatcher, and the one that takes its place."""
+    """Calls the cluster's dispatcher, and the one that takes its place. To be used from one event loop."""
 
     def __init__(self, settings: Settings, deployed_at: float | None = None) -> None:
         """See `start_dispatcher`."""
         self._settings = settings
         self._deployed_at = deployed_at
         self._actor = start_dispatcher(settings, deployed_at)
+        self._starting: asyncio.Task[None] | None = None
 
     async def call(self, method: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401  -- as the method
-        """The method's result. Raises what the method raises, as Ray's RayTaskError, and Ray's other errors."""
+        """The method's result. Raises what the method raises, as Ray's RayTaskError, Ray's other errors, and what
+        `start_dispatcher` raises."""
         try:
             return await getattr(self._actor, method).remote(*arguments, **options)
         except RayActorError:  # it was replaced, or killed for good
-            self._actor = await asyncio.to_thread(start_dispatcher, self._settings, self._deployed_at)
+            if self._starting is None:
+                self._starting = asyncio.create_task(self._start())
+            await asyncio.shield(self._starting)  # one for all: its thread goes on when a caller has given up
             return await getattr(self._actor, method).remote(*arguments, **options)
+
+    async def _start(self) -> None:
+        try:
+            self._actor = await asyncio.to_thread(start_dispatcher, self._settings, self._deployed_at)
+        finally:
+            self._starting = None
 
 
 def start_dispatcher(settings: Settings, deployed_at: float | None = None) -> "ActorHandle[DispatcherActor]":
@@ -98,19 +122,20 @@ def start_dispatcher(settings: Settings, deployed_at: float | None = None) -> "A
     make = ray.remote(DispatcherActor).options(**options)
     deadline = time.monotonic() + ANSWER_S
     while True:
-        actor: ActorHandle[DispatcherActor] = make.remote(settings, deployed_at or 0.0)  # type: ignore[assignment]
-        if deployed_at is None:
-            return actor
         try:
+            actor: ActorHandle[DispatcherActor] = make.remote(settings, deployed_at or 0.0)  # type: ignore[assignment]
+            if deployed_at is None:
+                return actor
             of = _deployed_at(actor, deadline - time.monotonic())
-        except (RayActorError, GetTimeoutError) as error:  # another process of this deploy may just have replaced it
+        # Another process of this deploy may just have replaced it; a ValueError: while its name was looked up.
+        except (RayActorError, GetTimeoutError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no dispatcher answers within {ANSWER_S:g} s: {error}") from error
             time.sleep(_PAUSE_S)
             continue
         if of >= deployed_at:
             if of > deployed_at:
-                logger.warning("the dispatcher is of a later deploy, by %.1f s, and stays", of - deployed_at)
+                logger.error("the dispatcher is of a later deploy, by %.1f s, and stays", of - deployed_at)
             return actor
         logger.warning("the dispatcher of an earlier deploy, by %.1f s, is replaced", deployed_at - of)
         ray.kill(actor)

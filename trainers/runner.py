@@ -305,8 +305,8 @@ def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, t
 def _success(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> JobSucceeded:
     job = retrying(lambda: log.job(job.job_id))
     tenure.check(job)
-    model = f"; its model: {model_dir_of(job.checkpoints[-1])}" if job.checkpoints else ""
-    logger.info("job succeeded%s", model)
+    model = f"; the model: {model_dir_of(job.checkpoints[-1])}" if job.checkpoints else ""
+    logger.info("training is complete%s", model)  # not that the job has succeeded: it may yet be cancelled
     return JobSucceeded(attempt=job.attempt)
 
 

@@ -25,19 +25,34 @@ SUCCEEDED, FAILED, REFUSED, CANCELLED = 0, 1, 2, 130
 BATCH_LINES = 1000
 WAIT_S = 5.0
 RETRY_S = 1.0
+TWICE_S = 0.5
+"""A signal that comes again within this is the same one: GNU timeout, for one, sends its own twice."""
 LOCAL_FILES = ("data", "validation_data")
+
+
+class Unrecorded(Exception):
+    """The log couldn't be reached, and this process is to end: what it has of the job is not known."""
 
 
 def submit_and_follow(path: Path, settings: Settings) -> int:
     """Print the job's log to stdout and what concerns the job itself to stderr. This process has joined the cluster.
 
     Returns 0 when the job succeeded, 1 when it failed, 2 when there is no job (it was refused, or the service can't be
-    reached), 130 when it was cancelled.
+    reached), 130 when it was cancelled, or was to be and the log can't be reached: then it may be there and go on. A
+    second signal ends this process at once.
     """
     document = read_config(path)
     if document is None:
         return REFUSED
-    return asyncio.run(_submit_and_follow(path, document, settings))
+    job_id = new_job_id()
+    try:
+        return asyncio.run(_submit_and_follow(path, job_id, document, settings))
+    except Unrecorded as error:
+        _say(
+            f"{job_id} may have been submitted, and may go on: {error}. Once the log can be reached, the API's "
+            f"GET /fine_tuning/jobs/status?job_id={job_id} tells, and POST /fine_tuning/jobs/cancel ends it"
+        )
+        return CANCELLED
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
@@ -53,8 +68,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return document
 
 
-async def _submit_and_follow(path: Path, document: dict[str, Any], settings: Settings) -> int:
-    job_id = new_job_id()
+async def _submit_and_follow(path: Path, job_id: str, document: dict[str, Any], settings: Settings) -> int:
     cancelled = _cancelled_by_signals(job_id)
     try:
         service = await asyncio.to_thread(start, settings)
@@ -66,10 +80,7 @@ async def _submit_and_follow(path: Path, document: dict[str, Any], settings: Set
         _say(f"{path}: cancelled, and nothing was submitted")
         return CANCELLED
     _say(f"{job_id} submitted")
-    cancelling = asyncio.create_task(_cancel_once(cancelled, service, job_id))
-    job = await follow(service, job_id)
-    cancelling.cancel()
-    return _report(job)
+    return _report(await _followed(service, job_id, cancelled))
 
 
 async def submit(
@@ -78,8 +89,8 @@ async def submit(
     """Begin the job, as often as it takes to reach the log. False: `cancelled` was set before there was anything to
     cancel.
 
-    Raises ConfigProblems, Refused, InfrastructureError, LogUnavailable or OSError. Unless the job begins, none of its
-    files is kept.
+    Raises ConfigProblems, Refused, InfrastructureError, LogUnavailable or OSError: then, as after False, none of its
+    files is kept. Raises Unrecorded when it may have begun.
     """
     files = settings.storage / "data" / job_id
     try:
@@ -88,8 +99,10 @@ async def submit(
         if not cancelled.is_set():
             _say(f"submitting {job_id}")  # from here on it may be in the log, whatever becomes of this process
             event_id = new_event_id()
-            await _repeated(lambda: service.log.submit(job_id, submitted, event_id, settings.max_live_jobs))
+            await _repeated(lambda: service.log.submit(job_id, submitted, event_id, settings.max_live_jobs), cancelled)
             return True
+    except Unrecorded:
+        raise  # the job may be there, and need its files
     except Exception:
         shutil.rmtree(files, ignore_errors=True)
         raise
@@ -123,38 +136,66 @@ def _with_files_kept(document: dict[str, Any], directory: Path) -> dict[str, Any
 
 
 def _cancelled_by_signals(job_id: str) -> asyncio.Event:
-    """Set by SIGINT and SIGTERM, which do nothing else from now on."""
+    """Set by the first SIGINT or SIGTERM. The next one ends this process, whatever it does then."""
     cancelled = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def on_signal() -> None:
-        _say(f"cancelling {job_id}")
-        cancelled.set()
+        if not cancelled.is_set():
+            _say(f"cancelling {job_id}; a second signal ends this process at once")
+            cancelled.set()
+            loop.call_later(TWICE_S, let_them_end_it)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    def let_them_end_it() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)  # not the loop's own way, which would wait for threads
+
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
     return cancelled
 
 
-async def _cancel_once(cancelled: asyncio.Event, service: Service, job_id: str) -> None:
+async def _followed(service: Service, job_id: str, cancelled: asyncio.Event) -> FineTuningJob:
+    """The job once it is over; it is cancelled when `cancelled` is set. Raises Unrecorded."""
+    following = asyncio.create_task(follow(service, job_id))
+    cancelling = asyncio.create_task(_cancel_once(service, job_id, cancelled))
+    try:
+        await asyncio.wait({following, cancelling}, return_when=asyncio.FIRST_COMPLETED)
+        if not following.done():
+            await cancelling
+        return await following
+    finally:
+        following.cancel()
+        cancelling.cancel()
+
+
+async def _cancel_once(service: Service, job_id: str, cancelled: asyncio.Event) -> None:
     await cancelled.wait()
-    await cancel(service, job_id)
+    await cancel(service, job_id, cancelled)
 
 
-async def cancel(service: Service, job_id: str) -> None:
-    """Ask for the job's end, as often as it takes to reach the log. A job that is over stays as it is."""
+async def cancel(service: Service, job_id: str, cancelled: asyncio.Event) -> None:
+    """Ask for the job's end. A job that is over stays as it is. Raises Unrecorded."""
     with suppress(Refused):
-        await _repeated(lambda: service.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"]))
+        await _repeated(lambda: service.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"]), cancelled)
 
 
-async def _repeated(append: Callable[[], Coroutine[Any, Any, FineTuningJob]]) -> FineTuningJob:
-    """The job that `append` returns, asked again for as long as the log can't be reached. It carries its event ids."""
-    told = False
+async def _repeated(
+    append: Callable[[], Coroutine[Any, Any, FineTuningJob]], cancelled: asyncio.Event
+) -> FineTuningJob:
+    """The job that `append` returns, asked again for as long as the log can't be reached; but only once more when
+    `cancelled` is set by then. It carries its event ids. Raises Unrecorded."""
+    told = last = False
     while True:
         try:
             return await append()
         except LogUnavailable as error:
-            if not told:
-                _say(f"{error}; trying again until it does")
+            if last:
+                raise Unrecorded(str(error)) from error
+            last = cancelled.is_set()
+            if last or not told:
+                _say(f"{error}; trying {'once more' if last else 'again until it does'}")
                 told = True
             await asyncio.sleep(RETRY_S)
 

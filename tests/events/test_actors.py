@@ -5,15 +5,19 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.actor import ActorHandle
 
-from events import ExpectedVersionError, LogUnavailable, Refused, new_event_id
+from events import EventLog, ExpectedVersionError, LogUnavailable, Refused, new_event_id
 from events.actors import EVENT_LOG, NAMESPACE, Handles, StorageMismatchError, blocking, connect
 from events.facts import CheckpointSaved
+from tests.conftest import stop_actors
 from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, started
 from tests.events.support import numbered
+from tests.named_actors import EndedWhileLookedUp
 
 
 async def running_job(handles: Handles, job_id: str) -> None:
@@ -38,6 +42,36 @@ def test_a_job_is_found_by_its_idempotency_key(handles: Handles) -> None:
     event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
     job = blocking(handles.log.submit("a", event, new_event_id(), 100))
     assert blocking(handles.log.job_with_key("k")) == job
+
+
+def test_a_log_of_a_version_that_cannot_look_for_a_key_still_makes_one_job_of_it(
+    handles: Handles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_actors()
+    with monkeypatch.context() as before:
+        before.delattr(EventLog, "job_with_key")
+        connect(tmp_path)
+    log = connect(tmp_path).log
+    event = SUBMITTED.model_copy(update={"idempotency_key": "k"})
+    for job_id in ("a", "b"):
+        assert blocking(log.job_with_key("k")) is None
+        assert blocking(log.submit(job_id, event, new_event_id(), 100)).job_id == "a"
+
+
+def test_a_log_that_ends_while_its_name_is_looked_up_is_not_there_for_the_moment(
+    handles: Handles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another() -> ActorHandle[Any]:
+        connect(tmp_path)
+        return ray.get_actor(EVENT_LOG, NAMESPACE)
+
+    stop_actors()
+    with monkeypatch.context() as meanwhile:
+        race = EndedWhileLookedUp(meanwhile, another, EVENT_LOG)
+        with pytest.raises(LogUnavailable, match=EVENT_LOG):
+            connect(tmp_path)
+        assert race.looks == 3
+    assert blocking(connect(tmp_path).log.job_with_key("k")) is None
 
 
 def test_everyone_who_connects_gets_the_same_log(handles: Handles, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_submitted_job_trains_and_hands_over_its_checkpoints(api: Api) -> None
     assert [entry["step"] for entry in logged if "loss" in entry] == list(range(1, 13))
     messages = [log["message"] for line in lines for log in line["logs"]]
     assert any(message.startswith("step 12/12") for message in messages)
-    assert messages[-1] == f"job succeeded; its model: {path_of(job['checkpoints'][-1])}/merged"
+    assert messages[-1] == f"training is complete; the model: {path_of(job['checkpoints'][-1])}/merged"
 
     answer = api.http.post("/fine_tuning/jobs/estimate", json=config, timeout=WAIT_S)
     assert answer.status_code == 200, answer.text

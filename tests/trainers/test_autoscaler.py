@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,21 +110,68 @@ def test_the_launcher_s_file_says_how_many_nodes_of_which_kind() -> None:
     assert node_groups({}) == ()
 
 
+@contextmanager
+def monitor(address: str, file: Path) -> Iterator[None]:
+    """A process that looks like an autoscaler's, of that cluster and with that file."""
+    code = "import sys; sys.stdin.read()"
+    command = [sys.executable, "-c", code, f"--gcs-address={address}", f"--autoscaling-config={file}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        with process.stdin:
+            yield
+
+
 def test_the_file_of_another_cluster_s_autoscaler_is_not_taken_and_changes_are_followed(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(json.dumps(config()))
-    code = "import sys; sys.stdin.read()"
-    monitor = [sys.executable, "-c", code, "--gcs-address=10.0.0.1:7001", f"--autoscaling-config={file}"]
-    with subprocess.Popen(monitor, stdin=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        with process.stdin:
-            assert Autoscaler("10.0.0.1:7002").groups() == ()
-            autoscaler = Autoscaler("10.0.0.1:7001")
-            assert autoscaler.groups() == node_groups(config())
-            file.write_text(json.dumps(config() | {"max_workers": 1}))
-            os.utime(file, (1, 1))
-            assert autoscaler.groups()[1].max_count == 1
-            file.write_text("{")
-            assert autoscaler.groups()[1].max_count == 1
-            file.unlink()
-            assert autoscaler.groups()[1].max_count == 1
+    with monitor("10.0.0.1:7001", file):
+        assert Autoscaler("10.0.0.1:7002").groups() == ()
+        autoscaler = Autoscaler("10.0.0.1:7001")
+        assert autoscaler.groups() == node_groups(config())
+        file.write_text(json.dumps(config() | {"max_workers": 1}))
+        os.utime(file, (1, 1))
+        assert autoscaler.groups()[1].max_count == 1
+        file.write_text("{")
+        assert autoscaler.groups()[1].max_count == 1
+        file.unlink()
+        assert autoscaler.groups()[1].max_count == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"available_node_types:\n  gpus: 3\n", b"max_workers: many", b"[1]", b"max_workers: \xff"]
+)
+def test_a_file_that_makes_no_sense_leaves_what_it_said_before_and_is_told_of_once(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(json.dumps(config()))
+    with monitor("10.0.0.1:7003", file):
+        autoscaler = Autoscaler("10.0.0.1:7003")
+        before = autoscaler.groups()
+        for time in (1, 2):
+            file.write_bytes(content)
+            os.utime(file, (time, time))
+            assert [autoscaler.groups() for _ in range(2)] == [before] * 2
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert str(file) in caplog.text
+        file.write_text(json.dumps(config() | {"max_workers": 1}))
+        assert autoscaler.groups()[1].max_count == 1
+
+
+def test_what_is_null_in_the_file_is_not_set() -> None:
+    nulls: dict[str, Any] = {"max_workers": None, "available_node_types": {"cpu": {"resources": None}, "gpus": None}}
+    assert node_groups(nulls) == (NodeGroup(Node(0, 0), sys.maxsize),) * 2
+    assert node_groups({"available_node_types": None}) == ()
+
+
+def test_an_autoscaler_that_starts_later_is_found_without_a_look_at_all_processes_at_each_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(json.dumps(config()))
+    autoscaler = Autoscaler("10.0.0.1:7004")
+    assert autoscaler.groups() == ()
+    with monitor("10.0.0.1:7004", file):
+        assert autoscaler.groups() == ()  # it was looked for a moment ago
+        monkeypatch.setattr("trainers.autoscaler.SEEK_S", 0)
+        assert autoscaler.groups() == node_groups(config())

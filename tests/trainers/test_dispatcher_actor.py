@@ -3,15 +3,21 @@
 import asyncio
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
-from events.actors import Handles, blocking
+from events.actors import EVENT_LOG, NAMESPACE, Handles, blocking
+from tests.named_actors import EndedWhileLookedUp
 from tests.waiting import WAIT_S, eventually
-from trainers.dispatcher_actor import DispatcherActor, DispatcherClient, start_dispatcher
+from trainers.dispatcher_actor import NAME, DispatcherActor, DispatcherClient, start_dispatcher
 from trainers.errors import UserError
 from trainers.settings import Settings
 from trainers.webhooks.client import WebhooksClient
@@ -43,6 +49,20 @@ def deploys(handles: Handles, tmp_path: Path) -> Deploys:
     return Deploys(tmp_path)
 
 
+@contextmanager
+def log_away(storage: Path) -> Iterator[None]:
+    """There is no event log meanwhile: each that is started finds a file that it can't open, and ends. It is empty
+    afterwards."""
+    aside = storage / "aside"
+    aside.mkdir()
+    for file in storage.glob("events.db*"):
+        file.rename(aside / file.name)
+    (storage / "events.db").mkdir()
+    ray.kill(ray.get_actor(EVENT_LOG, NAMESPACE))
+    yield
+    (storage / "events.db").rmdir()
+
+
 def pid_of(dispatcher: DispatcherClient) -> int:
     pid: int = blocking(dispatcher.call("__ray_call__", lambda _: os.getpid()))
     return pid
@@ -63,9 +83,30 @@ def test_a_deploy_brings_its_settings_to_the_dispatcher_that_is_there_and_its_re
     assert deploys.takes_webhooks_here(after)
 
 
-def test_neither_an_earlier_deploy_nor_a_command_line_replaces_the_dispatcher(deploys: Deploys) -> None:
+def test_a_dispatcher_that_starts_again_without_its_log_waits_for_it_and_goes_on_by_itself(
+    deploys: Deploys, tmp_path: Path
+) -> None:
+    actor = start_dispatcher(deploys.new, FIRST)
+    pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    with log_away(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not psutil.pid_exists(pid), WAIT_S, lambda: "the dispatcher goes on")
+        for _ in range(3):  # more often than by who was at work already
+            started = tmp_path / "events.db.lock"
+            started.unlink(missing_ok=True)
+            eventually(started.exists, WAIT_S, lambda: "nobody starts the log")
+    assert ray.get(actor.deployed_at.remote(), timeout=WAIT_S) == FIRST
+    assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != pid
+
+
+def test_neither_an_earlier_deploy_nor_a_command_line_replaces_the_dispatcher(
+    deploys: Deploys, caplog: pytest.LogCaptureFixture
+) -> None:
     ours = start_dispatcher(deploys.new, SECOND)
     assert start_dispatcher(deploys.old, FIRST) == ours
+    assert ("ERROR", "the dispatcher is of a later deploy, by 1000.0 s, and stays") in [
+        (record.levelname, record.getMessage()) for record in caplog.records
+    ]
     assert start_dispatcher(deploys.old) == ours
     assert deploys.takes_webhooks_here(DispatcherClient(deploys.old))
 
@@ -76,6 +117,17 @@ def test_replicas_of_a_deploy_that_start_together_get_one_dispatcher(deploys: De
         started = list(replicas.map(lambda _: start_dispatcher(deploys.new, SECOND), range(4)))
     assert len(set(started)) == 1
     assert deploys.takes_webhooks_here(DispatcherClient(deploys.old))
+
+
+@pytest.mark.parametrize("deployed_at", [None, SECOND], ids=["command line", "deploy"])
+def test_a_dispatcher_that_another_replica_starts_and_ends_while_its_name_is_looked_up_is_started_again(
+    deploys: Deploys, deployed_at: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    race = EndedWhileLookedUp(monkeypatch, lambda: start_dispatcher(deploys.old), NAME)
+    started = start_dispatcher(deploys.new, deployed_at)
+    assert race.looks > 3
+    assert started != race.other
+    assert ray.get(started.whys.remote(), timeout=WAIT_S) == {}
 
 
 def test_a_dispatcher_of_a_version_that_knew_nothing_of_deploys_is_replaced(
@@ -98,3 +150,34 @@ def test_a_dispatcher_that_was_killed_for_good_is_started_again_by_who_calls_it(
 
     assert asyncio.run(calls()) == [{}] * 3
     assert deploys.takes_webhooks_here(client)
+
+
+def test_callers_who_give_up_on_a_dispatcher_that_is_being_started_leave_one_thread_behind_and_get_its_result(
+    deploys: Deploys, tmp_path: Path
+) -> None:
+    client, actor = DispatcherClient(deploys.new, FIRST), start_dispatcher(deploys.new)
+
+    def threads() -> int:
+        return sum(thread.name.startswith("asyncio_") for thread in threading.enumerate())
+
+    async def polled() -> int:
+        """The threads that three such callers took."""
+        before = threads()
+        for _ in range(3):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(client.call("whys"), 1)
+        return threads() - before
+
+    async def ask_until_it_is_noticed() -> None:
+        while True:
+            await actor.whys.remote()
+
+    async def scenario() -> None:
+        with log_away(tmp_path):
+            ray.kill(actor)
+            with pytest.raises(RayActorError):
+                await ask_until_it_is_noticed()
+            assert await polled() == 1
+        assert await client.call("whys") == {}
+
+    asyncio.run(scenario())

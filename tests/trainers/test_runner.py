@@ -44,7 +44,7 @@ from trainers.reporting import Paused
 from trainers.retrying import retrying
 from trainers.runner import PINNED, _failure, _make_data_ready, _outcome, _success, latest_checkpoint
 from trainers.settings import Settings
-from trainers.tenure import Tenure
+from trainers.tenure import Superseded, Tenure
 
 RESOURCES = Resources(workers=1, nodes=1, cpus_per_worker=1, gpus_per_worker=0)
 
@@ -230,7 +230,7 @@ def test_a_job_that_is_cancelled_as_its_validation_ends_is_not_said_to_have_fail
     assert not (runner.settings.job_dir("ftjob-1") / "error.txt").exists()
 
 
-def test_the_log_of_a_job_that_has_succeeded_ends_with_that_and_the_place_of_its_model(
+def test_the_log_of_a_job_that_has_trained_ends_with_that_and_the_place_of_its_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     scene = JobOnALog()
@@ -242,7 +242,22 @@ def test_the_log_of_a_job_that_has_succeeded_ends_with_that_and_the_place_of_its
     client: EventLogClient = scene.log  # type: ignore[assignment]  # the same methods, without Ray between
     with caplog.at_level(logging.INFO, logger="tunewright.runner"):
         assert scene.runner().append(_success(scene.job, client, scene.runner())).status == "success"
-    assert caplog.messages == [f"job succeeded; its model: {tmp_path}/step 2/merged"]
+    assert caplog.messages == [f"training is complete; the model: {tmp_path}/step 2/merged"]
+
+
+def test_a_job_that_is_cancelled_right_after_its_training_is_not_said_to_have_succeeded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scene = JobOnALog()
+    scene.tell(started(1))
+    runner = scene.runner()
+    client: EventLogClient = scene.log  # type: ignore[assignment]  # the same methods, without Ray between
+    with caplog.at_level(logging.INFO, logger="tunewright.runner"):
+        outcome = _success(scene.job, client, runner)
+        scene.tell(CancelRequested())
+        with pytest.raises(Superseded):
+            runner.append(outcome)
+    assert caplog.messages == ["training is complete"]
 
 
 def test_a_job_whose_model_changed_while_it_waited_fails_instead_of_training_on_another(

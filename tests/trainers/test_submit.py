@@ -20,7 +20,7 @@ from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
 from tests.ports import free_ports
 from tests.serve_app.live_server import Parts
-from tests.waiting import WAIT_S
+from tests.waiting import WAIT_S, eventually
 from trainers import submit
 from trainers.errors import ConfigProblems
 from trainers.settings import Settings
@@ -97,14 +97,16 @@ def test_following_a_job_and_cancelling_it_outlast_a_restart_of_the_log(
         await service.logs.append(JOB, "worker", 0, [("t", "one")])
         shaky: Any = Parts.__new__(Parts)
         shaky.log, shaky.logs = Failing(service.log), Failing(service.logs)
-        await submit.cancel(shaky, JOB)
+        cancelled = asyncio.Event()
+        cancelled.set()
+        await submit.cancel(shaky, JOB, cancelled)
         assert (await service.log.job(JOB)).cancel_requested
         following = asyncio.create_task(submit.follow(shaky, JOB))
         await service.logs.append(JOB, "worker", 1, [("t", "two")])
         await append(JobCancelled())
         await service.logs.wake(JOB)
         job = await following
-        await submit.cancel(shaky, JOB)  # too late, and no matter
+        await submit.cancel(shaky, JOB, cancelled)  # too late, and no matter
         return job
 
     assert asyncio.run(scenario()).status == "cancelled"
@@ -200,6 +202,100 @@ def test_a_signal_during_the_submit_cancels_the_job_once_it_is_in_the_log(
     assert command_line.run() == submit.CANCELLED
     said = capsys.readouterr().err
     assert said.index("submitting ftjob-") < said.index("cancelling ftjob-") < said.index(" was cancelled")
+
+
+class Away:
+    """A log that can't be reached, by these methods; `tried` is called each time."""
+
+    def __init__(self, inner: Any, methods: tuple[str, ...], tried: Callable[[], None]) -> None:
+        self._inner, self._methods, self._tried = inner, methods, tried
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*_: Any) -> Any:
+            self._tried()
+            raise LogUnavailable("the disk is full")
+
+        return call if name in self._methods else getattr(self._inner, name)
+
+
+def test_a_signal_while_the_log_cannot_be_reached_ends_the_submit_and_says_what_may_be_there(
+    command_line: CommandLine, settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries: list[int] = []
+
+    def tried() -> None:
+        tries.append(1)
+        if len(tries) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def disturb(line: CommandLine) -> None:
+        line.parts.log = Away(line.log, ("submit", "append"), tried)
+
+    command_line.disturb = disturb
+    assert command_line.run() == submit.CANCELLED
+    assert len(tries) in (4, 5)  # the loop may notice the signal a moment later
+    said = capsys.readouterr().err
+    [kept] = (settings.storage / "data").iterdir()  # the job may come to need it
+    assert f"{kept.name} may have been submitted, and may go on: the disk is full. Once" in said
+    assert f"status?job_id={kept.name}" in said
+
+
+def test_a_job_that_is_followed_and_cannot_be_cancelled_is_left_alone_and_that_is_said(
+    command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class ReadOnly(Away):
+        async def job(self, job_id: str) -> FineTuningJob:
+            """Asked while the job is followed."""
+            if not tries:
+                os.kill(os.getpid(), signal.SIGINT)
+            return await command_line.log.job(job_id)
+
+    tries: list[int] = []
+
+    def disturb(line: CommandLine) -> None:
+        line.parts.log = ReadOnly(line.log, ("append",), lambda: tries.append(1))
+
+    command_line.disturb = disturb
+    assert command_line.run() == submit.CANCELLED
+    assert len(tries) == 2
+    said = capsys.readouterr().err
+    assert said.index(" submitted\n") < said.index("cancelling ftjob-") < said.index("may go on: the disk is full")
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from trainers import submit
+from trainers.settings import Settings
+
+def start(settings):
+    print("starting", file=sys.stderr, flush=True)
+    time.sleep(1000)
+
+submit.start = start
+submit.submit_and_follow(Path("job.json"), Settings(storage=Path("storage")))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_whatever_it_waits_for(settings: Settings, number: signal.Signals) -> None:
+    Path("job.json").write_text(json.dumps(CONFIG))
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", STUCK], env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            assert process.stderr.readline() == "starting\n"
+            process.send_signal(number)
+            assert "a second signal ends this process at once" in process.stderr.readline()
+
+            def ended() -> bool:
+                process.send_signal(number)  # again and again: those right after the first are not counted
+                return process.poll() is not None
+
+            eventually(ended, WAIT_S, lambda: "it goes on")
+            assert process.returncode == -number
+        finally:
+            process.kill()
 
 
 def test_a_cluster_that_cannot_be_joined_is_said_in_words() -> None:
