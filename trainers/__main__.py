@@ -48,10 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         return drain(timeout_s)
     config = _arguments(arguments)
     try:
+        found = settings()
         join_cluster()
         from trainers.submit import submit_and_follow
 
-        return submit_and_follow(config, settings())
+        return submit_and_follow(config, found)
     except ConnectionError as error:
         sys.stderr.write(f"tunewright: nothing was submitted: no Ray cluster can be asked: {error}\n")
         return NOT_SUBMITTED
