@@ -50,7 +50,7 @@ class Settings(BaseSettings):
         default=4,
         ge=1,
         description="Runner processes that may validate or wait for resources at one time; further jobs wait their "
-        "turn without a process.",
+        "turn without a process. (Up to twice as many, where jobs were interrupted that go before them.)",
     )
     max_live_jobs: int = Field(default=1000, ge=1, description="Submits beyond this many unfinished jobs get a 429.")
     max_body_bytes: int = Field(default=1 << 20, ge=1, description="Larger request bodies get a 413.")

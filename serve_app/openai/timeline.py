@@ -10,6 +10,13 @@ from serve_app.openai import results
 from serve_app.openai.objects import OpenAIJobEvent
 from serve_app.openai.paging import unknown_after
 
+_PAUSING = {
+    "user": "Pausing",
+    "shutdown": "The service is shut down. The job goes on by itself when it is back",
+    "node_drain": "A node of the job's is about to go. The job goes on by itself on others",
+}
+"""By whom the pause is wanted."""
+
 
 async def events_before(
     log: JobLog, job: FineTuningJob, after: str | None, limit: int
@@ -71,8 +78,8 @@ def _told(job: FineTuningJob, event: object) -> list[str]:
             return [f"Checkpoint saved at step {event.step}"]
         case facts.RunInterrupted():
             return [f"Interrupted: {event.reason}. The job goes on from its last checkpoint"]
-        case facts.PauseRequested() if event.by == "user":
-            return ["Pausing"]
+        case facts.PauseRequested():
+            return [_PAUSING[event.by]]
         case facts.JobPaused():
             return ["The job is paused"]
         case facts.JobResumed():

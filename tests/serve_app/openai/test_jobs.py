@@ -23,6 +23,7 @@ from events.facts import (
     JobPaused,
     JobSucceeded,
     MetricsRecorded,
+    PauseRequested,
     StepMetrics,
 )
 from tests.events.facts_of_a_job import ADMITTED, VALIDATED, started
@@ -137,6 +138,18 @@ def test_a_job_is_paused_and_resumed(client: openai.OpenAI, server: Server, crea
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
     assert messages[:3] == ["Resumed", "The job is paused", "Pausing"]
+
+
+@pytest.mark.parametrize("by", ["shutdown", "node_drain"])
+def test_the_events_of_a_job_that_is_paused_for_a_while_say_that_it_goes_on_by_itself(
+    client: openai.OpenAI, server: Server, create: Callable[..., Any], by: Any
+) -> None:
+    job = create()
+    server.append(job.id, *running(), PauseRequested(by=by), JobPaused(attempt=1))
+    paused, why = client.fine_tuning.jobs.list_events(job.id, limit=2).data
+    assert paused.message == "The job is paused"
+    assert "The job goes on by itself" in why.message
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
 
 
 def test_cancel_answers_with_the_job_and_a_finished_one_is_a_conflict_that_is_not_tried_again(
