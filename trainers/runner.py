@@ -9,6 +9,7 @@ import logging
 import shutil
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -55,6 +56,9 @@ from trainers.tenure import Superseded, Tenure
 logger = logging.getLogger("tunewright.runner")
 
 WAIT_S = 30.0
+MODEL_AWAY_S = 120.0
+"""A model's disk or hub may be away for this long before that counts as an interruption."""
+MODEL_PAUSE_S = 5.0
 PINNED = "model.json"
 """Beside the tokenised rows in a job's directory: the model that they are for."""
 
@@ -127,7 +131,8 @@ def _its_model(
     job: FineTuningJob, plan: Plan, log: EventLogClient, tenure: Tenure, settings: Settings
 ) -> tuple[FineTuningJob, PinnedModel]:
     """The model that the job is on, and the job: of one whose data is ready it is an interruption when the model's disk
-    or hub doesn't answer, and it stands in line again. Raises as `pinned_model`, or Superseded."""
+    or hub doesn't answer for `MODEL_AWAY_S`, and it stands in line again. Raises as `pinned_model`, or Superseded."""
+    since: float | None = None
     while True:
         try:
             return job, pinned_model(plan.model, settings.job_dir(job.job_id) / "data" / PINNED, settings, logger.info)
@@ -135,8 +140,15 @@ def _its_model(
             if job.data is None:  # it has done nothing yet that is worth a wait
                 raise
             reason = problem.error.message.removesuffix(".")
-        logger.warning("the model can't be reached: %s", reason)
-        job = _wait_until_admitted(_record_interruption(job, reason, log, tenure), log, tenure)
+        if since is None:
+            since = time.monotonic()
+            logger.warning("the model can't be reached: %s; trying for %g s", reason, MODEL_AWAY_S)
+        if time.monotonic() - since < MODEL_AWAY_S:
+            job = retrying(partial(log.wait, job.job_id, job.version, MODEL_PAUSE_S))
+            tenure.check(job)
+        else:
+            since = None
+            job = _wait_until_admitted(_record_interruption(job, reason, log, tenure), log, tenure)
 
 
 def _make_data_ready(

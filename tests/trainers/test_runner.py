@@ -319,6 +319,7 @@ def on_the_hub(runner: Runner) -> tuple[FineTuningJob, Path]:
 def hub(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
     monkeypatch.setattr("trainers.runner.Cluster", InMemoryCluster)
     monkeypatch.setattr("trainers.retrying.GIVE_UP_AFTER_S", 0)
+    monkeypatch.setattr("trainers.runner.MODEL_AWAY_S", 0)
     with small_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         hub.add("acme/tiny", runner.model)
@@ -338,6 +339,26 @@ def test_a_job_whose_model_was_cleared_from_the_cache_while_it_waited_fetches_it
     job, directory = on_the_hub(runner)
     assert runner.outcome(job, LogToAdmit(runner.log, 1, partial(shutil.rmtree, directory))) is None
     assert trained == [(f"acme/tiny@{directory.name}", "llama")]
+
+
+def test_a_hub_that_is_away_for_a_moment_costs_no_interruption(
+    runner: Runner, hub: SmallHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings, capacity: Capacity) -> None:
+        raise Paused
+
+    monkeypatch.setattr("trainers.runner._attempt", attempt)  # it needs Ray
+    monkeypatch.setattr("trainers.runner.MODEL_AWAY_S", 120.0)
+    job, directory = on_the_hub(runner)
+    happening = iter((True, False))  # as the job is admitted, and in the first pause
+
+    def away_and_back() -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+        hub.broken = next(happening)
+
+    assert runner.outcome(job, LogToAdmit(runner.log, 2, away_and_back)) is None
+    assert retrying(lambda: runner.log.job("ftjob-1")).interruptions == 0
+    assert (directory / "config.json").is_file()
 
 
 def test_a_model_that_can_t_be_read_just_now_sends_its_job_back_to_the_queue(runner: Runner, hub: SmallHub) -> None:
