@@ -1,5 +1,6 @@
 """The errors a job can end with, and the errors of a request. All survive pickling, so they may cross Ray."""
 
+import errno
 import logging
 import re
 from pathlib import Path
@@ -92,6 +93,30 @@ class InfrastructureError(JobProblem):
 
     def __init__(self, code: str, message: str, *, suggestion: str, retryable: bool = True) -> None:
         super().__init__(_error(code, message, suggestion, fault="infrastructure", retryable=retryable))
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The number of an operating system's error; None: it is another one. Of safetensors' only the message has it."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = _OS_ERROR.search(str(error))
+    return int(told[1]) if told else None
+
+
+def storage_full(error: BaseException) -> InfrastructureError | None:
+    """The problem that `error` is a sign of, where the storage takes no more; None: it says something else."""
+    if errno_of(error) not in _FULL:
+        return None
+    return InfrastructureError(
+        "storage_full",
+        f"the storage takes no more: {error}",
+        suggestion="once there is room in TUNEWRIGHT_STORAGE, go on from the job's last checkpoint with "
+        "/fine_tuning/jobs/resubmit, or submit it again",
+    )
 
 
 _URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^/@\s]*@)?([^?\s'\"]*)(?:\?[^\s'\"]*)?")

@@ -4,6 +4,7 @@ Ray Train is not asked to restart anything (max_failures=0). It would restart ev
 user's ends the job, and a lost worker sends it back to the queue, where it is admitted and resumed like any other job.
 """
 
+import errno
 from pathlib import Path
 
 import ray.exceptions
@@ -19,7 +20,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from events.facts import Resources
 from events.log import LogUnavailable
 from trainers.controller import Trainer, take_over_runs
-from trainers.errors import REPORT, CapacityError, InfrastructureError, JobProblem
+from trainers.errors import REPORT, CapacityError, InfrastructureError, JobProblem, errno_of, storage_full
 from trainers.reporting import Paused
 from trainers.tenure import Superseded
 from trainers.worker import FINISHED, PAUSED, Assignment, train_worker
@@ -94,12 +95,17 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
                 suggestion="lower batch_size or max_seq_len, set enable_activation_checkpointing, or use LoRA",
             ).placed(rank=rank)
     for rank, cause in causes.items():
+        if (full := storage_full(cause)) is not None:
+            return full.placed(rank=rank)
+    for rank, cause in causes.items():
         if isinstance(cause, _DEATHS):
             return Interrupted(f"rank {rank} died: {_first_line(cause)}")
         if isinstance(cause, LogUnavailable):
             return Interrupted(f"rank {rank} could not reach the log for too long: {_first_line(cause)}")
         if _lost_device(cause):
             return Interrupted(f"rank {rank} lost its GPU: {_first_line(cause)}")
+        if errno_of(cause) in _STORAGE_AWAY:
+            return Interrupted(f"rank {rank} could not reach the storage: {_first_line(cause)}")
     # Of a worker that died with its node Ray may know nothing yet when the others have noticed.
     rank, cause = next((one for one in causes.items() if not _lost_connection(one[1])), next(iter(causes.items())))
     if _lost_connection(cause):
@@ -114,6 +120,7 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
     return problem.placed(rank=rank)
 
 
+_STORAGE_AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN)
 _DEATHS = (ray.exceptions.RayActorError, WorkerHealthCheckTimeoutError)
 
 

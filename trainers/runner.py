@@ -40,7 +40,7 @@ from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid, prepare, prepared
 from trainers.data.source import check_data_uri
-from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, write_details
+from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, storage_full, write_details
 from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
 from trainers.job_output import JobOutput
 from trainers.models.architecture import inspect_model_dir
@@ -121,7 +121,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     except JobProblem as problem:
         return _failure(job, job_dir, problem.error, traceback.format_exc())
     except Exception as error:  # noqa: BLE001  -- whatever it is, the job must end with it and not hang
-        cause = InfrastructureError(
+        cause = storage_full(error) or InfrastructureError(
             "internal_error", f"{type(error).__name__}: {error}", suggestion=REPORT, retryable=False
         )
         return _failure(job, job_dir, cause.error, traceback.format_exc())

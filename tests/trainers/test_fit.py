@@ -1,13 +1,18 @@
 """What the end of a Ray Train run means for the job."""
 
+import errno
+from pathlib import Path
+
 import pytest
 import ray.exceptions
 import torch
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
 from events.log import LogUnavailable
+from tests.full_disk import full_disk
 from trainers.errors import CapacityError, InfrastructureError, JobProblem, UserError
 from trainers.fit import Interrupted, cause_of
+from trainers.models.export_files import write_safetensors
 from trainers.tenure import Superseded
 
 KILLED = WorkerHealthCheckFailedError(
@@ -59,6 +64,28 @@ def test_a_worker_that_ray_killed_for_memory_says_what_to_change() -> None:
 def test_an_attempt_that_was_replaced_is_neither_a_failure_nor_an_interruption() -> None:
     replaced = UserExceptionWithTraceback(Superseded("job ftjob-1 is queued"), "Traceback ...")
     assert isinstance(cause_of({0: replaced, 1: COLLATERAL}), Superseded)
+
+
+def written_to_a_full_disk(folder: Path) -> Exception:
+    with full_disk(), pytest.raises(Exception, match="File too large") as caught:
+        write_safetensors({"a": torch.zeros(1000)}, folder / "a.safetensors")
+    return caught.value
+
+
+def test_a_checkpoint_that_finds_no_room_is_the_storage_s_fault_and_says_how_to_go_on(tmp_path: Path) -> None:
+    for error in (written_to_a_full_disk(tmp_path), OSError(errno.ENOSPC, "No space left on device")):
+        cause = cause_of({0: UserExceptionWithTraceback(error, "Traceback ..."), 1: COLLATERAL, 2: KILLED})
+        assert isinstance(cause, InfrastructureError)
+        assert (cause.error.code, cause.error.rank, cause.error.retryable) == ("storage_full", 0, True)
+        assert "/fine_tuning/jobs/resubmit" in (cause.error.suggestion or "")
+
+
+@pytest.mark.parametrize(("number", "away"), [(errno.EIO, True), (errno.ESTALE, True), (errno.ENOENT, False)])
+def test_a_storage_that_does_not_answer_interrupts_the_run_but_not_what_is_missing_there(
+    number: int, away: bool
+) -> None:
+    cause = cause_of({0: COLLATERAL, 1: UserExceptionWithTraceback(OSError(number, "..."), "Traceback ...")})
+    assert isinstance(cause, Interrupted) == away
 
 
 def test_an_unknown_error_is_ours_and_is_not_tried_again() -> None:

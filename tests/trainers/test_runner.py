@@ -27,6 +27,7 @@ from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
 from events.memory import MemoryStore
 from tests.events.facts_of_a_job import started
+from tests.full_disk import full_disk
 from tests.small_hub import SmallHub, small_hub
 from tests.tiny_models import make_tiny_model
 from tests.trainers.data import templates
@@ -286,6 +287,17 @@ def test_a_model_that_changes_after_its_job_was_admitted_is_noticed_too(runner: 
     outcome = _outcome(job, Admitting(MemoryStore()), Tenure(runner.log, "ftjob-1", 0), settings)
     assert isinstance(outcome, JobFailed)
     assert outcome.error.code == "model_changed"
+
+
+def test_a_job_whose_data_finds_no_room_fails_by_the_storage_s_fault(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.runner.Cluster", InMemoryCluster)
+    job, _ = runner.submit("ftjob-1")
+    with full_disk():
+        outcome = runner.outcome(job, LogToAdmit(runner.log, 0, lambda: None))
+    assert isinstance(outcome, JobFailed)
+    assert (outcome.error.code, outcome.error.fault) == ("storage_full", "infrastructure")
 
 
 class LogToAdmit(EventLog):
