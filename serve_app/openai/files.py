@@ -1,6 +1,7 @@
 """/v1/files: uploaded files, and the result files of jobs that are over."""
 
 import asyncio
+import time
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -25,6 +26,8 @@ from trainers.preflight import problems_of
 from trainers.settings import Settings
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
+PAGE_S = 10.0
+"""How long a page of files may take: to know the size of a result file, its job's whole history is read once."""
 FileId = Annotated[str, Path(min_length=1, max_length=256, description="The file's id.")]
 After = Annotated[
     str | SkipJsonSchema[None],
@@ -76,7 +79,7 @@ async def list_files(
     after: After = None,
     order: Annotated[Literal["asc", "desc"], Query(description="By creation: oldest or newest first.")] = "desc",
 ) -> Response:
-    """Uploaded files, and the result files of jobs."""
+    """Uploaded files, and the result files of jobs. A page that takes long has fewer than `limit`, and `has_more`."""
     found: list[File | FineTuningJob] = []
     if purpose in (None, PURPOSE):
         found += await asyncio.to_thread((await store_of(backend.settings)).files)
@@ -88,11 +91,13 @@ async def list_files(
         if after not in ids:
             raise unknown_after(after, "file")
         found = found[ids.index(after) + 1 :]
-    files = [
-        shown(item) if isinstance(item, File) else await results.result_file(backend.log, item)
-        for item in found[:limit]
-    ]
-    return JSONResponse(page(files, len(found) > limit))
+    files: list[OpenAIFile] = []
+    deadline = time.monotonic() + PAGE_S
+    for item in found[:limit]:
+        if files and time.monotonic() > deadline:
+            break
+        files.append(shown(item) if isinstance(item, File) else await results.result_file(backend.log, item))
+    return JSONResponse(page(files, len(found) > len(files)))
 
 
 @router.get("/files/{file_id}", summary="Retrieve a file", responses=documented(OpenAIFile, "The file.", 400, 404))

@@ -198,6 +198,18 @@ def test_a_form_that_is_none_is_a_400(server: Server, body: bytes, code: str) ->
     assert stored(server) == before
 
 
+def test_a_page_of_files_that_takes_long_ends_early_and_the_client_goes_on(
+    client: openai.OpenAI, upload: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {upload().id for _ in range(3)}
+    whole = [file.id for file in client.files.list()]
+    monkeypatch.setattr("serve_app.openai.files.PAGE_S", -1.0)
+    page = client.files.list()
+    assert (len(page.data), page.has_more) == (1, True)
+    assert [file.id for file in client.files.list()] == whole
+    assert made <= set(whole)
+
+
 def test_the_quota_is_for_all_files_and_is_not_tried_again(serve: Serve) -> None:
     server = serve(files_quota_bytes=2000)
     with connected(server) as client:
