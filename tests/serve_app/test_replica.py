@@ -117,7 +117,7 @@ def test_a_client_that_goes_is_noticed_if_its_body_is_small_or_was_read(size: in
             await send_all(connection, HEAD % size + bytes(size))
             await waits.wait()
             connection.close()
-            await asyncio.wait_for(gone.wait(), WAIT_S)
+            assert await asyncio.wait_for(gone.wait(), WAIT_S)
 
     asyncio.run(go())
 
@@ -135,5 +135,6 @@ def test_a_client_that_goes_in_the_middle_of_its_body_is_noticed_by_whoever_read
             await send_all(connection, HEAD % BODY_BYTES + bytes(BODY_BYTES // 2))
             connection.close()
             await async_eventually(lambda: seen[-1:] == ["http.disconnect"], WAIT_S, lambda: f"received {set(seen)}")
+        assert set(seen[:-1]) == {"http.request"}
 
     asyncio.run(go())

@@ -116,7 +116,7 @@ def test_a_rotation_that_is_sent_again_leaves_the_receiver_the_secret_it_has(
         client.webhooks.rotate_secret(endpoint.id, keep_old_secret_active_for_24_hours=True)
     cancelled()
     delivered(http, endpoint.id, 1)
-    verified(receiver.got[0], endpoint.signing_secret)
+    assert verified(receiver.got[0], endpoint.signing_secret).type == "fine_tuning.job.cancelled"
 
 
 def test_a_create_that_is_sent_again_with_its_idempotency_key_makes_one_endpoint(
