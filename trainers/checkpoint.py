@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +37,8 @@ from trainers.precision import Dtype
 from trainers.reporting import Reporter, SavedCheckpoint
 
 STATE = "training_state"
+LOOK_S = 60.0
+"""While rank 0 writes, the others hear from it as often; torch.distributed gives up on one that is silent for 30 min."""
 _VERSION = 1
 _log = logging.getLogger("tunewright.train")
 
@@ -131,15 +133,24 @@ class CheckpointWriter:
 
         `parameters` are the trained ones, which may change again when it returns.
         """
-        self.wait()
+        self._wait_together()
         writes_later = self._method.keeps_base or self._ranks.device.type != "cpu"
         weights = _gathered(dict(parameters), self._ranks, copy=writes_later)
         moments = _gathered(dict(_optimizer_tensors(parameters, optimizer)), self._ranks, copy=writes_later)
-        if not self._ranks.first:
-            return
-        self._under_way = self._thread.submit(self._write, progress, validation, dict(metrics), weights, moments)
+        if self._ranks.first:
+            self._under_way = self._thread.submit(self._write, progress, validation, dict(metrics), weights, moments)
         if not writes_later:
-            self.wait()
+            self._wait_together()
+
+    def _wait_together(self) -> None:
+        """`wait`, of every rank. A disk may take longer than the others can stand in one collective call."""
+        while self._ranks.sum([self._still_writing()])[0]:
+            pass
+        self.wait()
+
+    def _still_writing(self) -> bool:
+        """Whether it still is after at most `LOOK_S`."""
+        return self._under_way is not None and bool(wait([self._under_way], LOOK_S).not_done)
 
     def _write(
         self,

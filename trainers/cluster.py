@@ -4,6 +4,7 @@ The only module that asks Ray's control plane. Every function blocks on network 
 """
 
 import contextlib
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -45,6 +46,15 @@ RUN_ENV = {
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "true",
 }
+
+
+_ALLOCATION = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def _allocation() -> dict[str, str]:
+    """How workers manage a GPU's memory, unless the operator says. Steps differ in width: what one leaves of fixed
+    segments may not fit the next."""
+    return {} if any(name in os.environ for name in _ALLOCATION) else {_ALLOCATION[0]: "expandable_segments:True"}
 
 
 LINGER_S = 10.0
@@ -99,7 +109,7 @@ class Cluster:
         self._jobs.submit_job(
             entrypoint=f"exec {sys.executable} -m trainers run {job_id}",
             submission_id=job_id,
-            runtime_env={"env_vars": RUN_ENV | settings_env},
+            runtime_env={"env_vars": RUN_ENV | _allocation() | settings_env},
             metadata={"job_id": job_id, "service": "tunewright"},
         )
 

@@ -181,7 +181,8 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
 
 def states_of(plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None = None) -> int:
     """Bytes of weights and optimizer on each worker: less no job of this plan can do with."""
-    if device == "cuda" and (plan.fsdp_cpu_offload or "Paged" in plan.optimizer.component):
+    offloaded = plan.fsdp_cpu_offload and plan.workers > 1  # one alone has nothing sharded
+    if device == "cuda" and (offloaded or "Paged" in plan.optimizer.component):
         return 0  # they may lie in the host's memory
     size = Size(plan, arch, device, worker_bytes)
     return round(size.weight_bytes + size.optimizer_bytes)

@@ -41,6 +41,8 @@ OF_GPU = 0.9
 """Of a GPU's memory, what models of vLLM take together: the rest is for what CUDA itself needs."""
 LOOK_BACK_S = SHORTEST_IDLE_S
 """Idle, to Serve, is who had nothing to do on an average over this; the delay begins then."""
+_NO_GPU = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
+"""Ray lets a process that reserves no GPU see all of its node's, those of training jobs."""
 
 
 class Chat:
@@ -163,7 +165,7 @@ def deployment(settings: Settings, reserved: float, share: Share | None = None) 
             downscale_delay_s=settings.chat_idle_s - LOOK_BACK_S,
         ),
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": reserved},
+        ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": reserved} | ({} if reserved else _NO_GPU),
     )(Chat)
 
 

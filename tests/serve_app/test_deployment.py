@@ -46,8 +46,10 @@ def test_nobody_who_asks_means_no_replica_for_chat_and_no_cpu_either() -> None:
     scaling = chat._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.look_back_period_s + scaling.downscale_delay_s) == (0, 60)
     assert chat.ray_actor_options["num_cpus"] == chat.ray_actor_options["num_gpus"] == 0
+    assert chat.ray_actor_options["runtime_env"] == {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     reserved = chat_deployment(Settings(chat_cpus=2), 0.5).ray_actor_options
     assert (reserved["num_cpus"], reserved["num_gpus"]) == (2, 0.5)
+    assert "runtime_env" not in reserved  # Ray shows it what it reserves
     assert (gpus(Settings(use_gpu=True)), gpus(Settings(use_gpu=True, chat_gpus=0))) == (1, 0)
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 import ray
@@ -25,6 +26,7 @@ class Dashboard(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.status, self.text = 404, ""
         self.deleted: list[str] = []
+        self.submitted: list[dict[str, Any]] = []
         self.hanging = threading.Event()
         self.over = threading.Event()
 
@@ -48,6 +50,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b'{"deleted": true}')
 
+    def do_POST(self) -> None:
+        submission = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.submitted.append(submission)
+        self.send_response(200)
+        self.end_headers()
+        known = {key: submission["submission_id"] for key in ("job_id", "submission_id")}
+        self.wfile.write(json.dumps(known).encode())
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -61,6 +71,19 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
     server.over.set()
     server.shutdown()
     server.server_close()
+
+
+def test_a_runs_workers_manage_a_gpus_memory_in_segments_that_grow_unless_the_operator_says_otherwise(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    Cluster().start_runner(WITH_404, {})
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    Cluster().start_runner(WITH_404, {})
+    first, second = (submission["runtime_env"]["env_vars"] for submission in dashboard.submitted)
+    assert first["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in second  # the workers inherit the operator's
 
 
 def test_a_job_that_ray_does_not_know_has_no_runner(dashboard: Dashboard) -> None:

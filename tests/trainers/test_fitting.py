@@ -10,9 +10,9 @@ import pytest
 from tests.tiny_models import make_tiny_model
 from tests.trainers.memory_support import FULL, LOAD, LORA, Rows, plan_for
 from trainers.errors import UserError
-from trainers.fitting import MARGIN, check_memory, recomputing_if_needed, states_fit, surely_fits
+from trainers.fitting import MARGIN, check_memory, check_states, recomputing_if_needed, states_fit, surely_fits
 from trainers.load import load_of
-from trainers.memory import memory_of
+from trainers.memory import memory_of, states_of
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.models.layout import numbers_of
 
@@ -66,6 +66,17 @@ def test_activations_are_recomputed_where_keeping_them_could_exceed_a_worker_s_s
     assert recomputing_if_needed(asked, arch, rows.lengths, 2 * int(needed)) == keeping
     assert recomputing_if_needed(asked, arch, rows.lengths, None) == asked
     assert recomputing_if_needed(keeping, arch, rows.lengths, 1) == keeping
+
+
+def test_on_one_gpu_a_full_fine_tuning_by_default_is_refused_though_more_gpus_would_offload_it(
+    arch: Architecture, tmp_path: Path
+) -> None:
+    defaults = plan_for(tmp_path / "m", {"finetuning_type": "full"})
+    assert defaults.fsdp_cpu_offload
+    states = states_of(defaults, arch, "cuda")
+    with pytest.raises(UserError, match="weights and optimizer alone"):
+        check_states(defaults, arch, states // 2)
+    check_states(defaults.model_copy(update={"nproc_per_node": 2}), arch, states // 2)
 
 
 def test_a_request_is_refused_at_once_for_its_weights_and_optimizer_only(arch: Architecture, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The recipe on two ranks (FSDP2 over gloo, whole models for adapters): the numbers of one, checkpoints that resume."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from tests.trainers.recipe_support import (
     store_in_bf16,
     write_rows,
 )
+from tests.waiting import eventually
+from trainers import checkpoint
+from trainers.checkpoint import CheckpointWriter
 from trainers.components import DPO_LOSS
+from trainers.distributed import Ranks
 from trainers.plan import ComponentSpec, LoraSpec
 
 
@@ -194,6 +200,36 @@ def test_a_compressed_state_on_sharded_parameters_is_refused(two_ranks: TwoRanks
     case.plan = make_plan_for(optimizer=ComponentSpec(component="torchao.optim.AdamW8bit"), fsdp_cpu_offload=True)
     with pytest.raises(AssertionError, match="isn't sharded"):
         two_ranks.run(Case.run, split(case))
+
+
+def test_while_one_rank_waits_for_the_disk_the_other_hears_from_it_again_and_again(
+    two_ranks: TwoRanks, case: Case
+) -> None:
+    """In one call of torch.distributed it would be given up on."""
+    case.plan = make_plan_for(save_every_n_steps=10, memory_efficient_fsdp_wrap=True)
+    first, _ = two_ranks.run(_run_with_a_slow_disk, split(case))
+    assert [c.step for c in first.checkpoints] == [10, 11, 20, 22]
+
+
+def _run_with_a_slow_disk(case: Case) -> Any:
+    """No checkpoint is written before the ranks have spoken to each other three times."""
+    spoken = itertools.count()
+    speak, write = Ranks.sum, CheckpointWriter._write
+
+    def counted(ranks: Ranks, values: Sequence[float]) -> list[float]:
+        next(spoken)
+        return speak(ranks, values)
+
+    def slowly(*arguments: Any) -> None:
+        before = next(spoken)
+        eventually(lambda: next(spoken) > before + 10, 30, lambda: "nobody said anything")
+        write(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "LOOK_S", 0.01)
+        patch.setattr(Ranks, "sum", counted)
+        patch.setattr(CheckpointWriter, "_write", slowly)
+        return case.run()
 
 
 def test_one_ranks_wish_to_stop_stops_both_after_the_same_step(two_ranks: TwoRanks, case: Case) -> None:

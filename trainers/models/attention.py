@@ -29,10 +29,12 @@ BLOCK = 128
 """Positions in a block of FlexAttention."""
 
 
-NARROW_HEAD = 128
+LEAST_HEAD = 16
+NARROW_HEAD_BYTES = 256
 FOR_WIDER_HEADS = frozenset({(8, 0), (9, 0), (10, 0), (10, 3)})
 """Compute capabilities with 163 kB of shared memory and more. The blocks that FlexAttention chooses for wider heads
-need more than the 99 kB of others (L4, RTX): https://github.com/pytorch/pytorch/issues/198224."""
+(more than 128 numbers in bf16, 64 in fp32) need more than the 99 kB of others (L4, RTX):
+https://github.com/pytorch/pytorch/issues/198224. Compiled for an L4, heads of 128 take 97 kB in bf16, 145 kB in fp32."""
 
 
 class Rules(NamedTuple):
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).view(b, s, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        seen = mask if mask is not None else Causal(s, {self.rules}, x.device, head_dim=self.head_dim)
+        seen = mask if mask is not None else Causal(s, {self.rules}, x.device, head_dim=self.head_dim, dtype=x.dtype)
         attended = seen(q, k, v, self.pos_embeddings.at(s, input_pos), self.rules).flatten(2)
         output: Tensor = self.output_proj(attended if wanted is None else attended.index_select(1, wanted))
         return output
@@ -122,8 +124,9 @@ class Causal:
         layout: Layout | None = None,
         *,
         head_dim: int,
+        dtype: torch.dtype,
     ) -> None:
-        """For lines of `width` positions and layers of `rules`.
+        """For lines of `width` positions and layers of `rules`, whose heads hold `head_dim` numbers of `dtype`.
 
         `layout` says how the documents of one line lie and what they share; the outputs of padding are finite and
         otherwise undefined. None: each line is one document.
@@ -139,7 +142,7 @@ class Causal:
         self._visible: dict[int | None, Tensor] = {}
         self._parts: dict[int | None, list[Tensor | None]] = {}
         self._short: ShortSegments | None = None
-        if _flex_works(device, head_dim) and not dropping:
+        if _flex_works(device, head_dim, dtype) and not dropping:
             needed = windows if layout is not None or capped else windows - {None}
             self._blocks = {window: block_mask(width, window, device, layout) for window in needed}
         elif layout is None:
@@ -322,13 +325,14 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 @cache
-def _flex_works(device: torch.device, head_dim: int) -> bool:
+def _flex_works(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether FlexAttention can be compiled for `device`: by Triton, which itself compiles C at run time, and compiles
-    nothing in bf16 for what came before compute capability 8.0."""
+    nothing in bf16 for what came before compute capability 8.0, nor products of matrices narrower than 16."""
     if device.type != "cuda":
         return False
     capability = torch.cuda.get_device_capability(device)
-    suitable = capability >= (8, 0) and (head_dim <= NARROW_HEAD or capability in FOR_WIDER_HEADS)
+    fits = head_dim * dtype.itemsize <= NARROW_HEAD_BYTES or capability in FOR_WIDER_HEADS
+    suitable = capability >= (8, 0) and head_dim >= LEAST_HEAD and fits
     return suitable and bool(has_triton()) and can_compile_c()
 
 

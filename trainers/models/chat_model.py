@@ -112,6 +112,8 @@ def _shared(
 def _check_room(stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
     """What is mapped from a file as it is needs no memory of its own."""
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()  # what models that are gone have left counts as taken otherwise
     needed = sum(value.numel() * dtype.itemsize for value in stored.values() if on_gpu or value.dtype != dtype)
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > FITS * free:

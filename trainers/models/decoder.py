@@ -123,7 +123,8 @@ def causal(model: TransformerDecoder, tokens: Tensor, layout: Layout | None = No
     `layout` says how the documents of one line lie; None: each line is one document.
     """
     rules = {layer.attn.rules for layer in model.layers}
-    return Causal(tokens.shape[1], rules, tokens.device, layout, head_dim=model.head_dim)
+    dtype = model.tok_embeddings.weight.dtype
+    return Causal(tokens.shape[1], rules, tokens.device, layout, head_dim=model.head_dim, dtype=dtype)
 
 
 def init_rope(model: nn.Module, device: torch.device | str) -> None:

@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 
 from trainers.collate import Layout, Segment
-from trainers.models.attention import BLOCK, Causal, Rules, block_mask, can_compile_c, flex_attend
+from trainers.models import attention
+from trainers.models.attention import BLOCK, Causal, Rules, _flex_works, block_mask, can_compile_c, flex_attend
 from trainers.models.rope import RotaryEmbedding, Rotation
 from trainers.models.rope_config import RopeParams
 
@@ -110,7 +111,7 @@ def real(layout: Layout) -> Tensor:
 def test_documents_of_a_line_are_attended_to_as_the_definition_says(rules: Rules, layout: Layout) -> None:
     qkv = random_qkv(1, 341)
     rotation = rotation_of(layout, 341)
-    outputs = Causal(341, {rules}, CPU, layout, head_dim=HEAD_DIM)(*qkv, rotation, rules)
+    outputs = Causal(341, {rules}, CPU, layout, head_dim=HEAD_DIM, dtype=torch.float32)(*qkv, rotation, rules)
     expected = by_definition(*qkv, layout, rules, rotation)
     torch.testing.assert_close(outputs[real(layout)], expected[real(layout)])
     gradients = [torch.autograd.grad(out[real(layout)].square().sum(), qkv) for out in (outputs, expected)]
@@ -121,7 +122,7 @@ def test_documents_of_a_line_are_attended_to_as_the_definition_says(rules: Rules
 def test_lines_without_a_layout_are_one_document_each(rules: Rules) -> None:
     qkv = random_qkv(2, 341)
     rotation = rotation_of(None, 341)
-    outputs = Causal(341, {rules}, CPU, head_dim=HEAD_DIM)(*qkv, rotation, rules)
+    outputs = Causal(341, {rules}, CPU, head_dim=HEAD_DIM, dtype=torch.float32)(*qkv, rotation, rules)
     torch.testing.assert_close(outputs, by_definition(*qkv, None, rules, rotation))
 
 
@@ -175,7 +176,7 @@ def test_flex_attention_visits_every_block_in_which_something_is_seen(
 @pytest.mark.parametrize(("layout", "exact"), [(line(130, 1, 170, 40, width=341), True), (LINES[2], False)])
 def test_numbers_in_bf16_are_attended_to_in_float32_where_segments_are_short(layout: Layout, exact: bool) -> None:
     q, k, v = (x.detach().bfloat16() for x in random_qkv(1, 341))
-    seen = Causal(341, {PLAIN}, CPU, layout, head_dim=HEAD_DIM)
+    seen = Causal(341, {PLAIN}, CPU, layout, head_dim=HEAD_DIM, dtype=torch.float32)
     output = seen(q, k, v, still(q.shape[1]), PLAIN)
     expected = seen(q.float(), k.float(), v.float(), still(q.shape[1]), PLAIN).bfloat16()
     assert torch.equal(output, expected) is exact
@@ -186,7 +187,9 @@ def test_numbers_in_bf16_are_attended_to_in_float32_where_segments_are_short(lay
 def test_padding_gives_finite_outputs_and_takes_no_part_in_gradients(softcap: float | None) -> None:
     qkv = random_qkv(1, 64)
     rules = Rules(4, 0.25, softcap, 0.0)
-    outputs = Causal(64, {rules}, CPU, line(10, width=64), head_dim=HEAD_DIM)(*qkv, still(64), rules)
+    outputs = Causal(64, {rules}, CPU, line(10, width=64), head_dim=HEAD_DIM, dtype=torch.float32)(
+        *qkv, still(64), rules
+    )
     assert outputs.isfinite().all()
     for gradient in torch.autograd.grad(outputs[:, :10].sum(), qkv):
         assert gradient.isfinite().all()
@@ -200,7 +203,7 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap: float | None) -> No
     v = torch.ones_like(v)
     rules = Rules(None, 0.25, softcap, 0.5)
     torch.manual_seed(0)
-    causal = Causal(8, {rules}, CPU, head_dim=HEAD_DIM)
+    causal = Causal(8, {rules}, CPU, head_dim=HEAD_DIM, dtype=torch.float32)
     outputs = torch.stack([causal(q, k, v, still(q.shape[1]), rules) for _ in range(2000)])
     assert set(outputs[:, 0, 0, 0, 0].tolist()) == {0.0, 2.0}
     assert (outputs.mean(0) - 1).abs().max() < 0.1
@@ -220,11 +223,37 @@ def test_compiled_code_serves_packs_of_any_documents(flex: bool, monkeypatch: py
     trees: list[list[int | Tree]] = [[100, 20], [5, (5, [30, 9]), 7], [256], [1, 2, (3, [4, 5]), 6, 7]]
     for lengths in trees:
         layout = line(*lengths, width=256)
-        outputs = layer(*qkv, mask=Causal(256, {PLAIN}, CPU, layout, head_dim=HEAD_DIM))
+        outputs = layer(*qkv, mask=Causal(256, {PLAIN}, CPU, layout, head_dim=HEAD_DIM, dtype=torch.float32))
         expected = by_definition(qkv[0] * 2, *qkv[1:], layout, PLAIN) + 1
         torch.testing.assert_close(outputs[real(layout)], expected[real(layout)])
         counts.append(counter.frame_count)
     assert counts == counts[:1] * 4
+
+
+L4, H200, T4 = (8, 9), (9, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "dtype", "flex"),
+    [
+        (L4, 128, torch.bfloat16, True),
+        (L4, 128, torch.float32, False),
+        (L4, 64, torch.float32, True),
+        (L4, 256, torch.bfloat16, False),
+        (H200, 128, torch.float32, True),
+        (H200, 256, torch.float32, True),
+        (H200, 8, torch.bfloat16, False),
+        (T4, 64, torch.float32, False),
+    ],
+)
+def test_a_gpu_gets_flex_attention_for_heads_whose_blocks_it_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], head_dim: int, dtype: torch.dtype, flex: bool
+) -> None:
+    """As Triton compiled it for each, and as torch refuses it for narrower ones."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr(attention, "has_triton", lambda: True)
+    monkeypatch.setattr(attention, "can_compile_c", lambda: True)
+    assert _flex_works.__wrapped__(torch.device("cuda"), head_dim, dtype) is flex
 
 
 def test_triton_is_not_asked_for_kernels_where_it_could_not_compile(
