@@ -1,6 +1,7 @@
 """How long a job will train, from how fast jobs like it were."""
 
 import asyncio
+from math import lcm
 from statistics import median
 
 from events.facts import Resources
@@ -36,9 +37,22 @@ async def time_of(plan: Plan, resources: Resources, found: Found, log: JobLog) -
         basis = f"assumed: {CPU_FLOPS:.0e} operations a second on each CPU, no job like it has run here"
     tokens = found.steps * found.tokens_a_step
     if found.validation_data is not None:
-        evaluations = 1 + plan.n_epochs + found.steps // (plan.run_val_every_n_steps or found.steps + 1)
+        evaluations = 1 + evaluations_after(0, found.steps, plan.n_epochs, plan.run_val_every_n_steps)
         tokens += EVALUATED * evaluations * found.validation_data.tokens
     return TimeEstimate(seconds=round(tokens / speed, 1), tokens_per_second=round(speed, 1), basis=basis)
+
+
+def evaluations_after(step: int, total_steps: int, n_epochs: int, every_n_steps: int | None) -> int:
+    """How many evaluations follow once `step` of `total_steps` steps are done: at the end of each epoch, and every so
+    many steps. (The one before the first step has been.)"""
+
+    def multiples(period: int) -> int:
+        return total_steps // period - step // period
+
+    epoch = max(total_steps // n_epochs, 1)
+    if every_n_steps is None:
+        return multiples(epoch)
+    return multiples(epoch) + multiples(every_n_steps) - multiples(lcm(epoch, every_n_steps))
 
 
 async def _speeds(plan: Plan, resources: Resources, log: JobLog) -> list[float]:
