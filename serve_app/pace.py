@@ -25,16 +25,17 @@ EVALUATED = 1 / 3
 async def time_of(plan: Plan, resources: Resources, found: Found, log: JobLog) -> TimeEstimate:
     """The steps' tokens and those of the evaluations, at the median speed of the last jobs like it, or at the one that
     is assumed of the device."""
-    speeds = await _speeds(plan, resources, log)
+    speeds = [] if plan.packed else await _speeds(plan, resources, log)
+    unknown = "the speed of packed jobs is not measured" if plan.packed else "no job like it has run here"
     if speeds:
         speed = median(speeds)
         basis = f"measured on {len(speeds)} {'job' if len(speeds) == 1 else 'jobs'}"
     elif resources.gpus_per_worker:
         speed = plan.workers * resources.gpus_per_worker * GPU_FLOPS / found.flops_per_token
-        basis = f"assumed: {GPU_FLOPS:.0e} operations a second on each GPU, no job like it has run here"
+        basis = f"assumed: {GPU_FLOPS:.0e} operations a second on each GPU, {unknown}"
     else:
         speed = plan.workers * resources.cpus_per_worker * CPU_FLOPS / found.flops_per_token
-        basis = f"assumed: {CPU_FLOPS:.0e} operations a second on each CPU, no job like it has run here"
+        basis = f"assumed: {CPU_FLOPS:.0e} operations a second on each CPU, {unknown}"
     tokens = found.steps * found.tokens_a_step
     if found.validation_data is not None:
         evaluations = 1 + evaluations_after(0, found.steps, plan.n_epochs, plan.run_val_every_n_steps)
@@ -89,7 +90,7 @@ def _speed(job: FineTuningJob, wanted: tuple[object, ...]) -> float | None:
     except (ConfigProblems, ValueError):  # of another version
         return None
     seconds = pace.steps_s - pace.first_s
-    if _kind(plan) != wanted or seconds <= 0 or plan.packed:
+    if _kind(plan) != wanted or seconds <= 0:
         return None
     tokens_a_step = job.data.tokens / job.data.rows * min(step_items(plan), job.data.rows)
     return tokens_a_step * (pace.steps - 1) / seconds
