@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.tiny_models import make_tiny_model
-from tests.trainers.memory_support import FULL, LOAD, LORA, Rows, plan_for
+from tests.trainers.memory_support import FULL, LOAD, LORA, ROW, Rows, plan_for
 from trainers.errors import UserError
 from trainers.fitting import MARGIN, check_memory, recomputing_if_needed, states_fit, surely_fits
 from trainers.load import load_of
@@ -54,6 +54,15 @@ def test_what_surely_fits_is_never_refused_by_the_closer_look(
             check_memory(plan, arch, load, int(there))
     assert surely_fits(plan, arch, rows.lengths, 4 * needed)
     assert not surely_fits(plan, arch, rows.lengths, int(needed / MARGIN) - 1)
+
+
+def test_a_long_row_at_the_end_of_data_that_keeps_its_order_is_counted(
+    arch: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.load.LOOKED_AT", 4)
+    plan = plan_for(tmp_path / "m", FULL, shuffle=False, batch_size=1, n_epochs=3)
+    found = load_of(plan, arch, Rows([ROW] * 20 + [10 * ROW]))
+    assert (found.steps, found.positions) == (63, 10 * ROW - 1)
 
 
 def test_activations_are_recomputed_where_keeping_them_could_exceed_a_worker_s_share(
