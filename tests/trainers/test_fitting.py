@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny_models import make_tiny_model
 from tests.trainers.memory_support import FULL, LOAD, LORA, ROW, Rows, plan_for
-from trainers.errors import UserError
+from trainers.errors import CapacityError
 from trainers.fitting import MARGIN, check_memory, recomputing_if_needed, states_fit, surely_fits
 from trainers.load import load_of
 from trainers.memory import memory_of
@@ -29,15 +29,15 @@ def test_a_job_is_refused_only_beyond_the_margin_and_with_what_would_make_it_fit
     plan = plan_for(tmp_path / "m", FULL)
     needed = memory_of(plan, arch, LOAD, "cpu").peak_bytes
     check_memory(plan, arch, LOAD, int(needed / MARGIN) + 1)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(CapacityError) as caught:
         check_memory(plan, arch, LOAD, int(needed / MARGIN) - 1)
     error = caught.value.error
-    assert (error.code, error.fault, error.retryable) == ("does_not_fit", "user", False)
+    assert (error.code, error.fault, error.retryable) == ("does_not_fit", "capacity", False)
     easier = plan.model_copy(update={"enable_activation_checkpointing": True})
     assert memory_of(easier, arch, LOAD, "cpu").peak_bytes <= needed / MARGIN
     assert "set enable_activation_checkpointing" in (error.suggestion or "")
     # To what no single change is enough for, none is proposed.
-    with pytest.raises(UserError, match="take a smaller model"):
+    with pytest.raises(CapacityError, match="take a smaller model"):
         check_memory(plan, arch, LOAD, 10 << 20)
 
 
