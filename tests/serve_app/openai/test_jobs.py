@@ -137,7 +137,7 @@ def test_a_job_is_paused_and_resumed(client: openai.OpenAI, server: Server, crea
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
-    assert messages[:3] == ["Resumed", "The job is paused", "Pausing"]
+    assert messages[:3] == ["Resumed", "The job has stopped and holds nothing", "Pausing"]
 
 
 @pytest.mark.parametrize("by", ["shutdown", "node_drain"])
@@ -147,7 +147,7 @@ def test_the_events_of_a_job_that_is_paused_for_a_while_say_that_it_goes_on_by_i
     job = create()
     server.append(job.id, *running(), PauseRequested(by=by), JobPaused(attempt=1))
     paused, why = client.fine_tuning.jobs.list_events(job.id, limit=2).data
-    assert paused.message == "The job is paused"
+    assert paused.message == "The job has stopped and holds nothing"
     assert "The job goes on by itself" in why.message
     assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
 
