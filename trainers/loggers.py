@@ -40,7 +40,8 @@ class Logger(Protocol):
 
 
 def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Logger:
-    """The logger of `plan`. Only one process of a job may log with it; opening it changes nothing yet on disk."""
+    """The logger of `plan`. Only one process of a job may log with it. Opening it begins W&B's run, whose URI is not
+    known before, and changes nothing yet of a file."""
     if isinstance(plan.logger, DiskLog):
         return DiskLogger(job_dir / plan.logger.filename, resumed_step)
     return WandBLogger(plan.logger, job_id, job_dir, plan.model_dump(mode="json"))
