@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from events import EventLog, Recorded, SqliteStore
 from events.codec import AnyEvent, encode
 from events.facts import Event, JobSubmitted
-from events.store import NO_STREAM, EventStore
+from events.log import EventLog
+from events.sqlite import SqliteStore
+from events.store import NO_STREAM, EventStore, Recorded
 from tests.events.facts_of_a_job import ADMITTED, START, SUBMITTED, VALIDATED, measured, started, step
 
 TIME = "2026-11-22T12:00:00Z"

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from events import EventLog, MemoryStore, Refused, SqliteStore, sqlite
+from events import sqlite
+from events.decide import Refused
+from events.log import EventLog
+from events.memory import MemoryStore
 from events.snapshot import take
+from events.sqlite import SqliteStore
 from events.sqlite_schema import SCHEMA
 from events.store import JobDamagedError, StoreFailedError
 from tests.events.facts_of_a_job import CANCEL, SUBMITTED

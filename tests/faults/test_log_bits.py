@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from events import Recorded, SqliteStore, sqlite
+from events import sqlite
 from events.facts import Event
-from events.store import JobDamagedError, StoreFailedError
+from events.sqlite import SqliteStore
+from events.store import JobDamagedError, Recorded, StoreFailedError
 from tests.events.facts_of_a_job import ADMITTED, SUBMITTED, VALIDATED, measured, started, step
 from tests.events.support import add
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from events import MemoryStore, Recorded, SqliteStore, sqlite
+from events import sqlite
 from events.facts import Event
-from events.store import EventStore
+from events.memory import MemoryStore
+from events.sqlite import SqliteStore
+from events.store import EventStore, Recorded
 from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, measured, started, step
 from tests.events.support import add
 from tests.faults.disk import Disk, Said, Step, needs_strace, record

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from events import Refused
+from events.decide import Refused
 from events.facts import CancelRequested, Event, JobResumed, JobSucceeded, PauseRequested, RunInterrupted
 from events.job import FineTuningJob
 from events.store import Damage
