@@ -77,6 +77,14 @@ def numbered(first: int, count: int) -> list[tuple[str, str]]:
     return [(TIME, f"line {number}") for number in range(first, first + count)]
 
 
+def check_all(store: SqliteStore) -> int:
+    """The position that a check of the whole store comes to."""
+    position = 0
+    while (reached := store.check(position)) > position:
+        position = reached
+    return position
+
+
 def history_of(directory: Path) -> list[Recorded]:
     """All of it. Positions and versions have no gaps, event ids are all different, every checksum is right, and
     each job leads to its events."""
@@ -85,8 +93,8 @@ def history_of(directory: Path) -> list[Recorded]:
         position, history = 0, []
         while page := store.read_all(position, 10_000):
             history += page
-            store.check(position, 10_000)
             position = page[-1].position
+        check_all(store)
         assert not store.damage, store.damage
         streams: defaultdict[str, list[Recorded]] = defaultdict(list)
         for one in history:
