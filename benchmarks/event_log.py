@@ -28,7 +28,6 @@ import ray
 
 from benchmarks.report import table, write_section
 from benchmarks.service import machine
-from events import EventLog, SqliteStore, new_event_id, new_job_id
 from events.actors import EventLogClient, blocking, collect_rarely, connect
 from events.codec import encode
 from events.facts import (
@@ -42,6 +41,9 @@ from events.facts import (
     RunStarted,
     StepMetrics,
 )
+from events.ids import new_event_id, new_job_id
+from events.log import EventLog
+from events.sqlite import SqliteStore
 from events.store import Recorded
 from tests.conftest import a_ray_cluster
 

@@ -24,10 +24,9 @@ from benchmarks.material import job, make_material
 from benchmarks.memory import footprints
 from benchmarks.phases import PHASES, phases
 from benchmarks.tune_run import seconds_to_first_step
-from events.sqlite import SqliteStore
+from events.sqlite import LOG_FILE, SqliteStore
 from examples.client import TERMINAL, Client
 from serve_app.local import LocalService
-from trainers.settings import Settings
 
 README = Path(__file__).parent / "README.md"
 MARK = "<!-- results: written by `make bench` -->\n"
@@ -53,7 +52,7 @@ def main() -> int:
         service = LocalService(scratch / "storage", env=env)
         with service:
             results = asyncio.run(measure_all(service, model, data, scratch))
-        store = SqliteStore(Settings(storage=service.storage).event_log)
+        store = SqliteStore(service.storage / LOG_FILE)
         try:
             runs = {
                 name: phases(posted, store.read_stream(job_id), lines)

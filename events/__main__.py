@@ -23,7 +23,7 @@ from events.decide import Refused
 from events.job import fold
 from events.join import join_cluster
 from events.log import LogUnavailable
-from events.sqlite import SqliteStore
+from events.sqlite import LOG_FILE, SqliteStore
 from events.store import Damage, JobDamagedError, Recorded, StoreFailedError, StoreLockedError
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ def _storage() -> Path:
 def _with_log(file: Path | None, use: Callable[[Source], T]) -> T:
     storage = _storage()
     try:
-        with closing(_opened(file or storage / "events.db")) as store:
+        with closing(_opened(file or storage / LOG_FILE)) as store:
             return use(store)
     except StoreLockedError:
         if file is not None:

@@ -27,7 +27,7 @@ from events.facts import Event, JobSubmitted
 from events.job import FineTuningJob
 from events.log import EventLog, LiveJobs, LogUnavailable
 from events.log_queue import LogBatch, LogQueue
-from events.sqlite import SqliteStore, lock
+from events.sqlite import LOG_FILE, SqliteStore, lock
 from events.store import Recorded, StoreLockedError
 
 NAMESPACE = "tunewright"
@@ -43,11 +43,10 @@ T = TypeVar("T")
 
 
 class About(NamedTuple):
-    """Where an actor runs and what it keeps."""
+    """What an actor keeps, and the process that it is."""
 
     storage: str
     pid: int
-    node_id: str
 
 
 class StorageMismatchError(Exception):
@@ -57,7 +56,7 @@ class StorageMismatchError(Exception):
 class _EventLogActor(EventLog):
     def __init__(self, storage: str) -> None:
         self._storage = storage
-        super().__init__(_patiently(lambda: SqliteStore(Path(storage) / "events.db")))
+        super().__init__(_patiently(lambda: SqliteStore(Path(storage) / LOG_FILE)))
         collect_rarely()
 
     async def about(self) -> About:
@@ -98,7 +97,7 @@ def _patiently(open_: Callable[[], T]) -> T:
 
 
 def _about(storage: str) -> About:
-    return About(storage, os.getpid(), ray.get_runtime_context().get_node_id())
+    return About(storage, os.getpid())
 
 
 def _actor(cls: type, name: str, storage: Path) -> ActorHandle[Any]:

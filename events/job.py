@@ -221,7 +221,8 @@ def fold(history: Iterable[Recorded]) -> FineTuningJob | None:
 
 
 def evolve(job: FineTuningJob | None, recorded: Recorded) -> FineTuningJob:
-    """The job after this event. Total: an event that makes no sense here changes nothing but the version."""
+    """The job after this event. Total: it never raises. That an event makes sense is `decide`'s to see to; of a job
+    that is over only the version changes."""
     if job is None:
         job = _begin(recorded)
     changes = {} if job.over else _changes(job, recorded.event, recorded.time)

@@ -38,7 +38,7 @@ class MemoryStore:
         first = max(after_position, 0)
         return self._all[first : first + limit]
 
-    def check(self, after_position: int, limit: int = 500) -> int:
+    def check(self, after_position: int) -> int:
         return len(self._all)
 
     def snapshot(self) -> bytes | None:

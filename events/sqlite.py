@@ -36,6 +36,8 @@ from events.store import (
 )
 from events.wal import lost_frames
 
+LOG_FILE = "events.db"
+"""In the storage directory."""
 _ONE = f"SELECT {COLUMNS} FROM events WHERE position = ?"  # noqa: S608  -- constants of this module
 _INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  -- constants of this module
 _STRIDE = 16384
@@ -56,6 +58,7 @@ _WAL_BYTES = 16 << 20
 """The write-ahead log goes into the database file when it has grown beyond this. A page that many commits changed is
 then written once."""
 _CACHE_KIB = 16 << 10
+_CHECKED_AT_ONCE = 500  # events: an append waits for as long as that takes
 _BACKUP_PAGES = 64  # copied at a time: an append waits for as long as that takes
 
 
@@ -174,8 +177,8 @@ class SqliteStore:
     def last_position(self) -> int:
         return self._last
 
-    def check(self, after_position: int, limit: int = 500) -> int:
-        through = min(after_position + limit, self._last)
+    def check(self, after_position: int) -> int:
+        through = min(after_position + _CHECKED_AT_ONCE, self._last)
         history = self._range(after_position, through)
         listed = min(through, self._listed)
         unlisted = [recorded for recorded in history if recorded.position > listed and self._is_astray(recorded)]

@@ -112,8 +112,8 @@ class EventStore(Protocol):
         `damage`; empty at the end of the log only."""
         ...
 
-    def check(self, after_position: int, limit: int = 500) -> int:
-        """Reads the next `limit` events and all that leads to them, notes in `damage` what is wrong, and returns the
+    def check(self, after_position: int) -> int:
+        """Reads some hundred events more and all that leads to them, notes in `damage` what is wrong, and returns the
         position it has come to: the last one when that was all."""
         ...
 

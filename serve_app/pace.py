@@ -1,6 +1,7 @@
 """How long a job will train, from how fast jobs like it were."""
 
 import asyncio
+from math import lcm
 from statistics import median
 
 from events.facts import Resources
@@ -24,21 +25,35 @@ EVALUATED = 1 / 3
 async def time_of(plan: Plan, resources: Resources, found: Found, log: JobLog) -> TimeEstimate:
     """The steps' tokens and those of the evaluations, at the median speed of the last jobs like it, or at the one that
     is assumed of the device."""
-    speeds = await _speeds(plan, resources, log)
+    speeds = [] if plan.packed else await _speeds(plan, resources, log)
+    unknown = "the speed of packed jobs is not measured" if plan.packed else "no job like it has run here"
     if speeds:
         speed = median(speeds)
         basis = f"measured on {len(speeds)} {'job' if len(speeds) == 1 else 'jobs'}"
     elif resources.gpus_per_worker:
         speed = plan.workers * resources.gpus_per_worker * GPU_FLOPS / found.flops_per_token
-        basis = f"assumed: {GPU_FLOPS:.0e} operations a second on each GPU, no job like it has run here"
+        basis = f"assumed: {GPU_FLOPS:.0e} operations a second on each GPU, {unknown}"
     else:
         speed = plan.workers * resources.cpus_per_worker * CPU_FLOPS / found.flops_per_token
-        basis = f"assumed: {CPU_FLOPS:.0e} operations a second on each CPU, no job like it has run here"
+        basis = f"assumed: {CPU_FLOPS:.0e} operations a second on each CPU, {unknown}"
     tokens = found.steps * found.tokens_a_step
     if found.validation_data is not None:
-        evaluations = 1 + plan.n_epochs + found.steps // (plan.run_val_every_n_steps or found.steps + 1)
+        evaluations = 1 + evaluations_after(0, found.steps, plan.n_epochs, plan.run_val_every_n_steps)
         tokens += EVALUATED * evaluations * found.validation_data.tokens
     return TimeEstimate(seconds=round(tokens / speed, 1), tokens_per_second=round(speed, 1), basis=basis)
+
+
+def evaluations_after(step: int, total_steps: int, n_epochs: int, every_n_steps: int | None) -> int:
+    """How many evaluations follow once `step` of `total_steps` steps are done: at the end of each epoch, and every so
+    many steps. (The one before the first step has been.)"""
+
+    def multiples(period: int) -> int:
+        return total_steps // period - step // period
+
+    epoch = max(total_steps // n_epochs, 1)
+    if every_n_steps is None:
+        return multiples(epoch)
+    return multiples(epoch) + multiples(every_n_steps) - multiples(lcm(epoch, every_n_steps))
 
 
 async def _speeds(plan: Plan, resources: Resources, log: JobLog) -> list[float]:
@@ -75,7 +90,7 @@ def _speed(job: FineTuningJob, wanted: tuple[object, ...]) -> float | None:
     except (ConfigProblems, ValueError):  # of another version
         return None
     seconds = pace.steps_s - pace.first_s
-    if _kind(plan) != wanted or seconds <= 0 or plan.packed:
+    if _kind(plan) != wanted or seconds <= 0:
         return None
     tokens_a_step = job.data.tokens / job.data.rows * min(step_items(plan), job.data.rows)
     return tokens_a_step * (pace.steps - 1) / seconds

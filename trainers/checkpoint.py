@@ -38,8 +38,7 @@ from trainers.reporting import Reporter, SavedCheckpoint
 
 STATE = "training_state"
 LOOK_S = 60.0
-"""While rank 0 writes, the others hear from it as often; torch.distributed gives up on one that is silent for 30 min."""
-_VERSION = 1
+"""While rank 0 writes, the others hear from it as often: torch.distributed gives up on who is silent for 30 minutes."""
 _log = logging.getLogger("tunewright.train")
 
 NamedParameters = Mapping[str, nn.Parameter]
@@ -271,7 +270,7 @@ def _optimizer_tensors(parameters: NamedParameters, optimizer: torch.optim.Optim
 def _save_state(state_dir: Path, moments: dict[str, Tensor], standing: Standing) -> None:
     state_dir.mkdir()
     save_file(moments, state_dir / "optimizer.safetensors")
-    state: dict[str, Any] = {"version": _VERSION, "progress": asdict(standing.progress), "dtype": standing.dtype}
+    state: dict[str, Any] = {"progress": asdict(standing.progress), "dtype": standing.dtype}
     if standing.validation.best_step:
         state["validation"] = asdict(standing.validation)
     (state_dir / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

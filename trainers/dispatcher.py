@@ -1,4 +1,4 @@
-"""Keeps the cluster equal to the log: every live job has a runner, every job that is over has none.
+"""Keeps the cluster equal to the log: every live job has a runner, and one that ends keeps none for long.
 
 Level-triggered. Each pass reads the live jobs and what runs, and acts on the difference, so a pass may be lost,
 repeated or cut short anywhere, and a dispatcher started after any crash simply goes on. One per cluster: see
@@ -53,6 +53,8 @@ SETTLING_TICK_S = 0.2
 PATIENCE = 10
 """So many passes in a row may fail to act on a job before it loses its place in the line: a hiccup of Ray's is not to
 change the order, and nobody is to wait for ever for a job for which Ray always fails."""
+LEAVING_S = 60.0
+"""The runner of a job that is over ends by itself within seconds. One that still runs after so many is stopped."""
 SHUTTING_DOWN = "the service is being shut down; the job goes on when it is back"
 DRAIN_LASTS_S = 600.0
 """Nothing starts for this long after `drain`: a drain that no shutdown follows ends by itself."""
@@ -67,6 +69,7 @@ class Dispatcher:
         self._settings = settings
         self._whys: dict[str, str] = {}
         self._live: dict[str, FineTuningJob] = {}
+        self._ending: dict[str, tuple[FineTuningJob, float]] = {}  # over, since when; their runners may be there still
         self._position: int | None = None  # as of which `_live` holds; None: the log was not asked yet
         self._settling = False
         self._draining_until = float("-inf")
@@ -127,7 +130,9 @@ class Dispatcher:
         live = await self._live_jobs()
         self._without_runner &= {job.job_id for job in live}
         self._failed = set()
-        groups = await asyncio.to_thread(self._cluster.placement_groups) if live else {}
+        groups = await asyncio.to_thread(self._cluster.placement_groups) if live or self._ending else {}
+        ending = list(self._ending.values())
+        await asyncio.gather(*(self._alone(job.job_id, self._see_off(job, since, groups)) for job, since in ending))
         sights = await asyncio.gather(*(self._look(job, groups) for job in live))
         self._looks += 1
         self._at_work = [sight.job.job_id for sight in sights if sight.at_work]
@@ -169,6 +174,8 @@ class Dispatcher:
             self._live[job.job_id] = job
             if job.over:
                 del self._live[job.job_id]
+                if job.job_id not in self._without_runner:
+                    self._ending[job.job_id] = job, time.monotonic()
         return news
 
     async def _look(self, job: FineTuningJob, groups: dict[str, list[tuple[str, str]]]) -> Sight:
@@ -179,6 +186,17 @@ class Dispatcher:
             if runner.state == "absent":
                 self._without_runner.add(job.job_id)
         return Sight(job, runner, tuple(groups.get(job.job_id, ())))
+
+    async def _see_off(self, job: FineTuningJob, since: float, groups: dict[str, list[tuple[str, str]]]) -> None:
+        """A job that is over: its runner, which has told the log so, is about to end, and its groups with it."""
+        sight = await self._look(job, groups)
+        if sight.runner.state == "alive":
+            if time.monotonic() - since >= LEAVING_S:
+                await asyncio.to_thread(self._cluster.stop_runner, job.job_id)
+        elif sight.runner.state != "unknown":
+            await self._free_groups(sight)
+            if not sight.groups:
+                del self._ending[job.job_id]
 
     async def _settle(self, sight: Sight) -> None:
         """A job that is to be cancelled, or whose runner is gone, though the log calls it live."""

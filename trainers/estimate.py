@@ -115,7 +115,7 @@ class TimeEstimate(_Wire):
     tokens_per_second: float = Field(description="All workers together; what `seconds` is made of.")
     basis: str = Field(
         description="How this is known: `measured on 3 jobs` of the same model, method, type and workers, or what is "
-        "assumed where there are none."
+        "assumed where there are none, and of `packed` jobs."
     )
 
 

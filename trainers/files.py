@@ -92,6 +92,7 @@ class Objects:
     @_storage()
     def __init__(self, url: str) -> None:
         self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._local = "file" in ([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol)
         self._fs.makedirs(self._root, exist_ok=True)
 
     @_storage()
@@ -114,12 +115,15 @@ class Objects:
 
     @_storage()
     def put(self, name: str, content: bytes) -> None:
-        """Writes a small object, whole or not at all, over what was there."""
+        """Writes a small object, whole or not at all, over what was there. It, and all that was written before it, is
+        there after a power cut."""
         draft = f"draft-{ULID()}"
         with self.open_new(draft) as file:
             file.write(content)
             sync(file)
         self._fs.mv(self._path(draft), self._path(name))
+        if self._local:
+            _sync_directory(self._root)
 
     @_storage()
     def open_new(self, name: str) -> Any:  # noqa: ANN401  -- fsspec has no types
@@ -142,8 +146,7 @@ class Objects:
     def uri(self, name: str) -> str:
         """What `trainers.data.source` reads it by."""
         path = self._path(name)
-        local = "file" in ([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol)
-        return Path(path).as_uri() if local else str(self._fs.unstrip_protocol(path))
+        return Path(path).as_uri() if self._local else str(self._fs.unstrip_protocol(path))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -334,3 +337,11 @@ def sync(file: Any) -> None:  # noqa: ANN401  -- fsspec has no types
     except (OSError, AttributeError):
         return
     os.fsync(descriptor)
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

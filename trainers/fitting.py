@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers.components import shardable
-from trainers.errors import Problem, UserError
+from trainers.errors import CapacityError, Problem
 from trainers.memory import Load, memory_of, states_of
 from trainers.models.architecture import Architecture
 from trainers.plan import LoraSpec, Plan
@@ -46,7 +46,7 @@ def states_fit(plan: Plan, arch: Architecture, worker_bytes: int) -> Problem | N
 
 
 def check_states(plan: Plan, arch: Architecture, worker_bytes: int) -> None:
-    """Raises UserError `does_not_fit` where weights and optimizer alone exceed the memory of a worker's GPU."""
+    """Raises CapacityError `does_not_fit` where weights and optimizer alone exceed the memory of a worker's GPU."""
     needed = states_of(plan, arch, "cuda", worker_bytes)
     if needed > worker_bytes:
         raise _does_not_fit(plan, arch, _LEAST, "cuda", needed, worker_bytes, "for weights and optimizer alone")
@@ -69,7 +69,7 @@ def recomputing_if_needed(plan: Plan, arch: Architecture, lengths: NDArray[np.in
 
 
 def check_memory(plan: Plan, arch: Architecture, load: Load, worker_bytes: int) -> None:
-    """Raises UserError `does_not_fit` for a job on CPUs that needs more than a worker may take, by the `MARGIN`."""
+    """Raises CapacityError `does_not_fit` for a job on CPUs that needs more than a worker may take, by the `MARGIN`."""
     needed = memory_of(plan, arch, load, "cpu", worker_bytes).peak_bytes
     if needed > MARGIN * worker_bytes:
         raise _does_not_fit(plan, arch, load, "cpu", needed, worker_bytes, "at its peak")
@@ -88,14 +88,14 @@ def _at_most(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_
 
 def _does_not_fit(
     plan: Plan, arch: Architecture, load: Load, device: Device, needed: int, worker_bytes: int, when: str
-) -> UserError:
+) -> CapacityError:
     """The error of a plan whose workers need `needed` bytes, with the changes of which each would make it fit."""
     enough = [
         advice
         for advice, changed, share in _alternatives(plan, arch)
         if memory_of(changed, arch, _share_of(load, share), device, worker_bytes).peak_bytes <= worker_bytes
     ]
-    return UserError(
+    return CapacityError(
         "does_not_fit",
         f"a worker needs about {_gib(needed)} of memory {when}, and there are {_gib(worker_bytes)} for it at most",
         param="fine_tuning_options",

@@ -14,7 +14,7 @@ from types import TracebackType
 from events.actors import LogQueueClient, blocking
 from events.ids import new_event_id
 from events.log import LogUnavailable
-from trainers.output import Line, OutputCapture
+from trainers.output import Line, OutputCapture, write_or_lose
 from trainers.retrying import retrying
 
 ECHO_LINES = 1000
@@ -45,7 +45,8 @@ class LineWriter:
 class JobOutput:
     """While entered, this process's output is the job's, and the job's lines, whoever wrote them, are echoed.
 
-    On leaving, everything printed is in the job's log and was echoed, unless the log queue is gone.
+    On leaving, everything printed is in the job's log and was echoed, unless the log queue is gone, or what it is
+    echoed to takes nothing.
     """
 
     def __init__(self, queue: LogQueueClient, job_id: str) -> None:
@@ -84,7 +85,7 @@ class JobOutput:
                 continue
             if batch.lines:
                 text = "".join(f"{line['message']}\n" for line in batch.lines)
-                _write_all(self._stdout, text.encode(errors="backslashreplace"))
+                write_or_lose(self._stdout, text.encode(errors="backslashreplace"))
             elif closing:
                 return
             offset = batch.next
@@ -100,9 +101,3 @@ def log_to_stdout() -> None:
     ours.handlers = [handler]
     # On import it warns of compiled kernels that are not used here, in words that would alarm every user.
     logging.getLogger("torchao").setLevel(logging.ERROR)
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

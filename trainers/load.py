@@ -12,7 +12,8 @@ from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 
 LOOKED_AT = 20_000
-"""Steps whose micro-batches are compared. They are drawn at random, so the later ones are no heavier."""
+"""Steps whose micro-batches are compared where rows are shuffled: the later ones are no heavier. In the order of the
+file they may be: then it is all steps of an epoch."""
 RANKS = 8
 """Workers whose share of these is looked at."""
 COLLATED = 8
@@ -41,15 +42,17 @@ def load_of(plan: Plan, arch: Architecture, data: PreparedRows) -> Load:
     """Of a run of `plan` over `data`."""
     schedules = [build_schedule(plan, data, rank, plan.workers) for rank in range(min(plan.workers, RANKS))]
     heaviest: list[tuple[int, list[NDArray[np.int64]]]] = []
+    total_steps = schedules[0].total_steps(Progress())
+    looked_at = LOOKED_AT // len(schedules) if plan.shuffle else total_steps // plan.n_epochs
     for schedule in schedules:
-        for items in itertools.islice(schedule.steps(Progress()), LOOKED_AT // len(schedules)):
+        for items in itertools.islice(schedule.steps(Progress()), looked_at):
             for share in items.micro_batches:
                 tokens = int(sum(data.lengths[item].sum() for item in share))
                 if len(heaviest) < COLLATED or tokens > heaviest[-1][0]:
                     heaviest = sorted([*heaviest, (tokens, share)], key=lambda one: -one[0])[:COLLATED]
     lines = [collate(data, share, share=not drops(plan, arch)) for _, share in heaviest]
     return Load(
-        schedules[0].total_steps(Progress()),
+        total_steps,
         schedules[0].n_items,
         max(line.tokens.shape[1] for line in lines),
         max(len(line.trained) for line in lines),

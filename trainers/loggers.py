@@ -40,7 +40,8 @@ class Logger(Protocol):
 
 
 def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Logger:
-    """The logger of `plan`. Only one process of a job may log with it; opening it changes nothing yet on disk."""
+    """The logger of `plan`. Only one process of a job may log with it. Opening it begins W&B's run, whose URI is not
+    known before, and changes nothing yet of a file."""
     if isinstance(plan.logger, DiskLog):
         return DiskLogger(job_dir / plan.logger.filename, resumed_step)
     return WandBLogger(plan.logger, job_id, job_dir, plan.model_dump(mode="json"))
@@ -49,27 +50,40 @@ def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Lo
 class DiskLogger:
     """One JSON object a line: the fields of StepMetrics that have a value. What is no number is a string, `"NaN"`.
 
-    A run takes the file over with its first line. Whoever had it open before goes on in a file that nobody sees.
+    A run takes the file over with its first line. Whoever had it open before goes on in a file that nobody sees. What
+    a full disk doesn't take is lost to the file, in whole lines, and the job goes on: its log says so, once.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self._path = path
         self._resumed_step = resumed_step
         self._file: TextIO | None = None
+        self._told = False
 
     @property
     def uri(self) -> str:
         return self._path.resolve().as_uri()
 
     def log(self, metrics: StepMetrics) -> None:
-        if self._file is None:
-            self._file = _with_lines_up_to(self._resumed_step, self._path)
-        self._file.write(metrics.model_dump_json(exclude_none=True) + "\n")
-        self._file.flush()
+        try:
+            if self._file is None:
+                self._file = _with_lines_up_to(self._resumed_step, self._path)
+            self._file.write(metrics.model_dump_json(exclude_none=True) + "\n")
+            self._file.flush()  # keeps what was not taken, and goes on from there: a line that was cut short is ended
+        except OSError as error:
+            self._tell(error)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            _log.warning("%s lacks metrics, which the service has all the same: %s", self._path, error)
+        self._told = True
 
 
 def _with_lines_up_to(step: int, path: Path) -> TextIO:

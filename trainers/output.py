@@ -88,7 +88,7 @@ class OutputCapture:
             chunk = self._read()
             if chunk is not None:
                 if self._tee:
-                    _write(self._saved[0], chunk)
+                    write_or_lose(self._saved[0], chunk)
                 *complete, pending = (pending + chunk).split(b"\n")
                 lines += [_line(raw) for raw in complete]
                 if len(pending) > MAX_LINE_BYTES:
@@ -129,12 +129,16 @@ class OutputCapture:
         except Exception as error:  # noqa: BLE001  -- a lost log service must not stop training; the operator sees why
             text = "".join(f"{timestamp} {message}\n" for timestamp, message in lines)
             undelivered = f"{text}(not delivered to the job's log: {error})\n"
-            _write(self._saved[1], undelivered.encode(errors="backslashreplace"))
+            write_or_lose(self._saved[1], undelivered.encode(errors="backslashreplace"))
 
 
-def _write(fd: int, data: bytes) -> None:
-    with contextlib.suppress(OSError):  # the pump must live: without it the pipe fills, and the process waits for ever
-        os.write(fd, data)
+def write_or_lose(fd: int, data: bytes) -> None:
+    """Writes all of it, or what `fd` takes: its disk may be full, or its reader gone. Never raises OSError: the thread
+    that copies output must live."""
+    view = memoryview(data)
+    with contextlib.suppress(OSError):
+        while view:
+            view = view[os.write(fd, view) :]
 
 
 def _line(raw: bytes) -> Line:

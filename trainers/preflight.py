@@ -206,7 +206,8 @@ def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
     try:
         if is_file_id(uri):
             file_store(settings.files_url).get(uri)  # which one that has expired is not
-        check_data_uri(uri, settings)
+        else:
+            check_data_uri(uri, settings)
     except UserError as error:
         return [Problem(param, error.error.message, error.error.code)]
     except _NOT_A_PATH as error:

@@ -169,11 +169,6 @@ class Settings(BaseSettings):
         """The database file of webhook endpoints and deliveries. It holds secrets."""
         return self.storage / "webhooks.db"
 
-    @property
-    def event_log(self) -> Path:
-        """The event log's database file."""
-        return self.storage / "events.db"
-
     def job_dir(self, job_id: str) -> Path:
         """Everything of one job: data, checkpoints, log lines, metrics."""
         return self.storage / "jobs" / job_id

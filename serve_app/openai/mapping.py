@@ -19,6 +19,7 @@ from serve_app.openai.objects import (
     OpenAIJob,
     OpenAIJobRequest,
 )
+from serve_app.pace import evaluations_after
 from trainers.components import DPO_LOSS
 from trainers.errors import ConfigProblems, Problem
 from trainers.files import PURPOSE
@@ -126,7 +127,7 @@ def shown(job: FineTuningJob) -> OpenAIJob:
         id=job.job_id,
         created_at=int(job.created.timestamp()),
         error=_error(job),
-        estimated_finish=estimated_finish(job, time.time()),
+        estimated_finish=estimated_finish(job, plan, time.time()),
         fine_tuned_model=model_name(job) if succeeded else None,
         finished_at=int(job.finished_at.timestamp()) if job.finished_at else None,
         hyperparameters={name: value for name, value in hyperparameters.items() if name != "beta"},
@@ -176,14 +177,14 @@ def checkpoint(job: FineTuningJob, recorded: Recorded, event: CheckpointSaved) -
     )
 
 
-def estimated_finish(job: FineTuningJob, now: float) -> int | None:
+def estimated_finish(job: FineTuningJob, plan: Plan | None, now: float) -> int | None:
     """From how long the run's steps and evaluations took; None unless steps are being made."""
     progress, pace = job.progress, job.pace
     if job.status != "running" or job.cancel_requested or progress is None or pace is None:
         return None
-    steps = progress.total_steps - progress.step
-    done = progress.step * progress.n_epochs // max(progress.total_steps, 1)
-    remaining = pace.remaining_s(steps, progress.n_epochs - done)
+    done, total = progress.step, progress.total_steps
+    every_n_steps = plan.run_val_every_n_steps if plan else None
+    remaining = pace.remaining_s(total - done, evaluations_after(done, total, progress.n_epochs, every_n_steps))
     return None if remaining is None else int(max(pace.at.timestamp() + remaining, now))
 
 

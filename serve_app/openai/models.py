@@ -76,10 +76,7 @@ async def source_of(log: JobLog, settings: Settings, name: str) -> str:
     found = await checkpoint_of(log, name)
     if found is None:
         return await asyncio.to_thread(_base_source, name, settings)
-    directory = model_dir_of(found.uri)
-    if not await asyncio.to_thread(directory.is_dir):
-        raise unknown_model(f"{found.name} is no longer in the storage directory", "checkpoint_deleted")
-    return str(directory)
+    return await asyncio.to_thread(_source_in, found)
 
 
 async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
@@ -108,6 +105,13 @@ async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
     if not job.checkpoints:
         raise unknown_model(f"job {job.job_id} has kept no checkpoint")
     return Checkpoint(job, job.checkpoints[-1])
+
+
+def _source_in(found: Checkpoint) -> str:
+    directory = model_dir_of(found.uri)
+    if not directory.is_dir():
+        raise unknown_model(f"{found.name} is no longer in the storage directory", "checkpoint_deleted")
+    return str(directory)
 
 
 def unknown_model(message: str, code: str = "model_not_found") -> RequestRefused:

@@ -81,7 +81,7 @@ def _told(job: FineTuningJob, event: object) -> list[str]:
         case facts.PauseRequested():
             return [_PAUSING[event.by]]
         case facts.JobPaused():
-            return ["The job is paused"]
+            return ["The job has stopped and holds nothing"]
         case facts.JobResumed():
             return ["Resumed"]
         case facts.CancelRequested():

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
-from events import FineTuningJob, Recorded, fold
 from events.codec import AnyEvent
 from events.facts import (
     CancelRequested,
@@ -26,6 +25,8 @@ from events.facts import (
     RunStarted,
     StepMetrics,
 )
+from events.job import FineTuningJob, fold
+from events.store import Recorded
 
 START = datetime(2026, 11, 22, 12, tzinfo=UTC)
 CONFIG = {"model": "smol", "data": "file:///d.jsonl", "metadata": {"team": "a", "ticket": None}}

@@ -11,9 +11,12 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from events import EventLog, ExpectedVersionError, LogUnavailable, Refused, new_event_id
 from events.actors import EVENT_LOG, NAMESPACE, Handles, StorageMismatchError, blocking, connect
+from events.decide import Refused
 from events.facts import CheckpointSaved
+from events.ids import new_event_id
+from events.log import EventLog, LogUnavailable
+from events.store import ExpectedVersionError
 from tests.conftest import stop_actors
 from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, started
 from tests.events.support import numbered

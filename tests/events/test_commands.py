@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from events import LogUnavailable, Recorded, Refused, SqliteStore, new_event_id
 from events.__main__ import main
 from events.actors import Handles, blocking
+from events.decide import Refused
+from events.ids import new_event_id
+from events.log import LogUnavailable
+from events.sqlite import SqliteStore
+from events.store import Recorded
 from tests.events.facts_of_a_job import CANCEL, START, SUBMITTED, VALIDATED
 from tests.events.support import add, append, change, opened, submit, write
 from tests.ports import free_ports

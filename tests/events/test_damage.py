@@ -8,28 +8,32 @@ from pathlib import Path
 
 import pytest
 
-from events import EventLog, MemoryStore, Refused, SqliteStore, sqlite
+from events import sqlite
+from events.decide import Refused
+from events.log import EventLog
+from events.memory import MemoryStore
 from events.snapshot import take
+from events.sqlite import SqliteStore
 from events.sqlite_schema import SCHEMA
 from events.store import JobDamagedError, StoreFailedError
 from tests.events.facts_of_a_job import CANCEL, SUBMITTED
-from tests.events.support import add, append, change, opened, write
+from tests.events.support import add, append, change, check_all, opened, write
 from tests.waiting import WAIT_S, async_eventually
 
 
 @pytest.fixture(autouse=True, params=[sqlite._STRIDE, 4], ids=["by heart", "in streams"])
 def stride(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Where the events of each job are is known by heart, or written down for the first twelve of fifteen."""
+    """Where the events of each job are is known by heart, or written down for the first twelve of fifteen. A check
+    takes four at a time."""
     monkeypatch.setattr(sqlite, "_STRIDE", request.param)
+    monkeypatch.setattr(sqlite, "_CHECKED_AT_ONCE", 4)
     return request.param
 
 
 def checked(file: Path) -> dict[int, tuple[str, ...]]:
     """What a check of the whole store finds: position and jobs."""
     with closing(SqliteStore(file)) as store:
-        position = 0
-        while (reached := store.check(position, 4)) > position:
-            position = reached
+        check_all(store)
         return {position: damage.job_ids for position, damage in store.damage.items()}
 
 
@@ -173,7 +177,7 @@ class Growing(MemoryStore):
         super().__init__()
         self.checked: list[int] = []
 
-    def check(self, after_position: int, limit: int = 500) -> int:
+    def check(self, after_position: int) -> int:
         self.checked.append(after_position)
         return after_position + 1
 

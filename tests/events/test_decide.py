@@ -4,9 +4,10 @@ import pickle
 
 import pytest
 
-from events import FineTuningJob, Refused, decide
 from events.codec import AnyEvent
+from events.decide import Refused, decide
 from events.facts import DataValidated, Event, JobFailed, JobSucceeded
+from events.job import FineTuningJob
 from tests.events.facts_of_a_job import (
     ADMITTED,
     CANCEL,

@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import pytest
 
-from events import FineTuningJob, fold
 from events.codec import AnyEvent, UnknownEvent
 from events.facts import CheckpointsDeleted, PauseRequested
+from events.job import FineTuningJob, fold
 from tests.events.facts_of_a_job import (
     ADMITTED,
     CANCEL,

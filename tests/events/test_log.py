@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from events import ExpectedVersionError, LogUnavailable, MemoryStore, Recorded, Refused
+from events.decide import Refused
 from events.jobs import Draft, Jobs
-from events.store import NewEvent
+from events.log import LogUnavailable
+from events.memory import MemoryStore
+from events.store import ExpectedVersionError, NewEvent, Recorded
 from tests.events.facts_of_a_job import (
     ADMITTED,
     CANCEL,

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from events import LogQueue
-from events.log_queue import WINDOW_LINES
+from events.log_queue import WINDOW_LINES, LogQueue
 from tests.events.support import TIME, numbered
 
 

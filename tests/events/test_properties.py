@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from events import FineTuningJob, Recorded, Refused, decide, evolve
 from events.codec import decode, encode
+from events.decide import Refused, decide
 from events.facts import Event, JobCancelled, JobSucceeded, RunInterrupted
+from events.job import FineTuningJob, evolve
+from events.store import Recorded
 from tests.events.any_event import events
 from tests.events.facts_of_a_job import RUNNING, START, history, interrupted
 

@@ -10,10 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from events import EventLog, MemoryStore, Recorded, SqliteStore, evolve, log, snapshot
+from events import log, snapshot
 from events.facts import Event
-from events.job import FineTuningJob
+from events.job import FineTuningJob, evolve
+from events.log import EventLog
+from events.memory import MemoryStore
 from events.snapshot import restore, take
+from events.sqlite import SqliteStore
+from events.store import Recorded
 from tests.events.any_event import events
 from tests.events.facts_of_a_job import CANCEL, CANCELLED, RUNNING, START, SUBMITTED, measured, saved, step
 from tests.events.support import add, append, opened, submit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from events import SqliteStore
+from events.sqlite import SqliteStore
 from events.store import StoreFailedError, StoreLockedError
 from tests.events.facts_of_a_job import SUBMITTED
 from tests.events.support import add, full_disk

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from events import ExpectedVersionError, MemoryStore, SqliteStore, sqlite
+from events import sqlite
 from events.codec import UnknownEvent, encode
-from events.store import EventStore, Recorded
+from events.memory import MemoryStore
+from events.sqlite import SqliteStore
+from events.store import EventStore, ExpectedVersionError, Recorded
 from tests.events.facts_of_a_job import ADMITTED, START, SUBMITTED, VALIDATED
 from tests.events.support import add
 

@@ -16,7 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from events import EventLog, LogUnavailable, SqliteStore, sqlite
+from events import sqlite
+from events.log import EventLog, LogUnavailable
+from events.sqlite import SqliteStore
 from tests.faults.immortal import back_at_once
 
 STRIDE = 512

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from events import Recorded, SqliteStore, sqlite
+from events import sqlite
 from events.facts import Event
-from events.store import JobDamagedError, StoreFailedError
+from events.sqlite import SqliteStore
+from events.store import JobDamagedError, Recorded, StoreFailedError
 from tests.events.facts_of_a_job import ADMITTED, SUBMITTED, VALIDATED, measured, started, step
-from tests.events.support import add
+from tests.events.support import add, check_all
 
 JOBS = "abcd"
 
@@ -38,9 +39,7 @@ def write(store: SqliteStore, at_once: int = 5) -> None:
 
 def read(store: SqliteStore) -> tuple[list[Recorded], list[str]]:
     """The events that can be read, and all that a check says is wrong."""
-    position = 0
-    while (reached := store.check(position)) > position:
-        position = reached
+    check_all(store)
     history = store.read_all()
     problems = [damage.why for damage in store.damage.values()] + store.integrity()
     for job in JOBS:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
-from events import ExpectedVersionError, sqlite
+from events import sqlite
 from events.facts import MetricsRecorded
+from events.store import ExpectedVersionError
 from tests.events.facts_of_a_job import BEGUN, SUBMITTED, measured, step
 from tests.events.support import history_of
 from tests.faults.immortal import kept_alive

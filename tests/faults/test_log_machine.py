@@ -12,8 +12,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from events import EventLog, FineTuningJob, Refused, SqliteStore, fold, log, sqlite
+from events import log, sqlite
+from events.decide import Refused
 from events.facts import Event, JobSucceeded
+from events.job import FineTuningJob, fold
+from events.log import EventLog
+from events.sqlite import SqliteStore
 from tests.events.facts_of_a_job import (
     ADMITTED,
     CANCEL,

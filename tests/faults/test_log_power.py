@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from events import MemoryStore, Recorded, SqliteStore, sqlite
+from events import sqlite
 from events.facts import Event
-from events.store import EventStore
+from events.memory import MemoryStore
+from events.sqlite import SqliteStore
+from events.store import EventStore, Recorded
 from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, measured, started, step
-from tests.events.support import add
+from tests.events.support import add, check_all
 from tests.faults.disk import Disk, Said, Step, needs_strace, record
 
 BATCHES = 24
@@ -81,7 +83,7 @@ def survives(left: Path, acknowledged: int, boundaries: list[int], history: list
         assert store.read_all(limit=100_000) == history[:last]
         for job in "abc":
             assert store.read_stream(job) == [one for one in history[:last] if one.job_id == job]
-        assert store.check(0, last) == last
+        assert check_all(store) == last
         assert store.damage == {}
         assert store.integrity() == []
         add(store, [("a", "after", CANCEL)])

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from events import EventLog, LogUnavailable, SqliteStore
+from events.log import EventLog, LogUnavailable
+from events.sqlite import SqliteStore
 from events.store import StoreFailedError
 from tests.events.facts_of_a_job import SUBMITTED
 from tests.events.support import full_disk, history_of, opened, submit

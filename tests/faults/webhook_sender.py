@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from events import Recorded
+from events.store import Recorded
 from tests.faults.immortal import back_at_once
 from tests.faults.log_server import Client
 from trainers.settings import Settings

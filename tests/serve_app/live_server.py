@@ -14,7 +14,7 @@ from events.facts import CheckpointSaved, Event, Resources
 from events.ids import new_event_id
 from events.log import EventLog
 from events.log_queue import LogQueue
-from events.sqlite import SqliteStore
+from events.sqlite import LOG_FILE, SqliteStore
 from serve_app.api import build_api
 from serve_app.chat.deployment import load
 from serve_app.chat.torchtune_engine import TorchtuneEngine
@@ -43,7 +43,7 @@ class Parts:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.log = EventLog(SqliteStore(settings.event_log))
+        self.log = EventLog(SqliteStore(settings.storage / LOG_FILE))
         self.logs = LogQueue(settings.storage)
         self.webhooks = Webhooks(self.log, settings)
         self.waiting: dict[str, str] = {}

@@ -261,3 +261,11 @@ def test_the_time_is_measured_on_jobs_like_it_once_there_are_some(
     # The clock of the log began the first step: it is left out, and the others are as said.
     assert time["tokens_per_second"] == pytest.approx(220, rel=0.01)
     assert time["seconds"] == pytest.approx(found["steps"] * 2 * found["data"]["tokens"] / 21 / 220, rel=0.1)
+
+
+def test_the_time_of_a_packed_job_is_said_to_be_assumed_whatever_has_run_here(
+    http: httpx.Client, config: dict[str, Any]
+) -> None:
+    packed = {"extras": {"packed": True, "max_seq_len": MAX_SEQ_LEN}}
+    basis = estimate(http, config | {"fine_tuning_options": packed})["time"]["basis"]
+    assert basis == "assumed: 2e+10 operations a second on each CPU, the speed of packed jobs is not measured"

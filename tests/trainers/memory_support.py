@@ -1,5 +1,6 @@
 """Plans, rows and a load, for tests of how much memory they take."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,17 @@ LOAD = Load(steps=1, items=8, positions=1600, trained=800, segment=400)
 class Rows:
     """Rows of random tokens, of which the second half is trained."""
 
+    def __init__(self, lengths: Sequence[int] = (ROW,) * ROWS) -> None:
+        self.lengths = np.array(lengths)
+        self.trained = self.lengths // 2
+
     def __len__(self) -> int:
-        return ROWS
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.random.default_rng(index).integers(0, 500, ROW)
-        return tokens, np.arange(ROW) >= ROW // 2
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.full(ROWS, ROW)
-
-    @property
-    def trained(self) -> np.ndarray:
-        return np.full(ROWS, ROW // 2)
+        length = self.lengths[index]
+        tokens = np.random.default_rng(index).integers(0, 500, length)
+        return tokens, np.arange(length) >= length // 2
 
 
 def plan_for(model: Path, custom: dict[str, Any], **extras: Any) -> Plan:

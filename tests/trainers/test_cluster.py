@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.submitted.append(submission)
         self.send_response(200)
         self.end_headers()
-        known = {key: submission["submission_id"] for key in ("job_id", "submission_id")}
+        known = dict.fromkeys(("job_id", "submission_id"), submission["submission_id"])
         self.wfile.write(json.dumps(known).encode())
 
     def log_message(self, *_: object) -> None:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from events import Refused
+from events.decide import Refused
 from events.facts import CancelRequested, Event, JobResumed, JobSucceeded, PauseRequested, RunInterrupted
 from events.job import FineTuningJob
 from events.store import Damage
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
+from trainers import dispatcher
 from trainers.cluster import RunnerState
 from trainers.dispatcher import PATIENCE, Dispatcher
 from trainers.plan import COMPILED
@@ -488,6 +489,41 @@ async def test_a_group_that_can_not_be_freed_keeps_no_runner_from_the_others(wor
     other = await world.submit()
     await world.pass_()
     assert world.cluster.started == [job_id, other]
+
+
+def test_a_runner_that_hangs_though_its_job_is_over_is_stopped_and_what_it_held_is_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @in_world
+    async def test(world: World) -> None:
+        job_id = await world.running()
+        await world.tell(job_id, JobSucceeded())
+        await world.pass_(times=3)
+        assert world.cluster.stopping == []  # it may be about to end
+        monkeypatch.setattr(dispatcher, "LEAVING_S", 0.0)
+        await world.pass_()
+        assert world.cluster.stopping == [job_id]
+        assert job_id in world.cluster.groups
+        world.cluster.runners[job_id] = "stopped"
+        await world.pass_(times=2)
+        assert (world.cluster.stopping, world.cluster.groups[job_id]) == ([job_id], [])
+
+    test()
+
+
+def test_ray_is_asked_no_more_about_a_runner_that_ended_with_its_job(caplog: pytest.LogCaptureFixture) -> None:
+    @in_world
+    async def test(world: World) -> None:
+        job_id = await world.running()
+        await world.tell(job_id, JobSucceeded())
+        world.cluster.runners[job_id] = "ended"
+        world.cluster.free(job_id)
+        await world.pass_()
+        world.cluster.broken = {job_id}  # it would fail, and be logged
+        await world.pass_()
+        assert caplog.messages == []
+
+    test()
 
 
 @in_world

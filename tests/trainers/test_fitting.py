@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.tiny_models import make_tiny_model
-from tests.trainers.memory_support import FULL, LOAD, LORA, Rows, plan_for
-from trainers.errors import UserError
+from tests.trainers.memory_support import FULL, LOAD, LORA, ROW, Rows, plan_for
+from trainers.errors import CapacityError
 from trainers.fitting import MARGIN, check_memory, check_states, recomputing_if_needed, states_fit, surely_fits
 from trainers.load import load_of
 from trainers.memory import memory_of, states_of
@@ -29,15 +29,15 @@ def test_a_job_is_refused_only_beyond_the_margin_and_with_what_would_make_it_fit
     plan = plan_for(tmp_path / "m", FULL)
     needed = memory_of(plan, arch, LOAD, "cpu").peak_bytes
     check_memory(plan, arch, LOAD, int(needed / MARGIN) + 1)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(CapacityError) as caught:
         check_memory(plan, arch, LOAD, int(needed / MARGIN) - 1)
     error = caught.value.error
-    assert (error.code, error.fault, error.retryable) == ("does_not_fit", "user", False)
+    assert (error.code, error.fault, error.retryable) == ("does_not_fit", "capacity", False)
     easier = plan.model_copy(update={"enable_activation_checkpointing": True})
     assert memory_of(easier, arch, LOAD, "cpu").peak_bytes <= needed / MARGIN
     assert "set enable_activation_checkpointing" in (error.suggestion or "")
     # To what no single change is enough for, none is proposed.
-    with pytest.raises(UserError, match="take a smaller model"):
+    with pytest.raises(CapacityError, match="take a smaller model"):
         check_memory(plan, arch, LOAD, 10 << 20)
 
 
@@ -54,6 +54,15 @@ def test_what_surely_fits_is_never_refused_by_the_closer_look(
             check_memory(plan, arch, load, int(there))
     assert surely_fits(plan, arch, rows.lengths, 4 * needed)
     assert not surely_fits(plan, arch, rows.lengths, int(needed / MARGIN) - 1)
+
+
+def test_a_long_row_at_the_end_of_data_that_keeps_its_order_is_counted(
+    arch: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.load.LOOKED_AT", 4)
+    plan = plan_for(tmp_path / "m", FULL, shuffle=False, batch_size=1, n_epochs=3)
+    found = load_of(plan, arch, Rows([ROW] * 20 + [10 * ROW]))
+    assert (found.steps, found.positions) == (63, 10 * ROW - 1)
 
 
 def test_activations_are_recomputed_where_keeping_them_could_exceed_a_worker_s_share(
@@ -74,7 +83,7 @@ def test_on_one_gpu_a_full_fine_tuning_by_default_is_refused_though_more_gpus_wo
     defaults = plan_for(tmp_path / "m", {"finetuning_type": "full"})
     assert defaults.fsdp_cpu_offload
     states = states_of(defaults, arch, "cuda")
-    with pytest.raises(UserError, match="weights and optimizer alone"):
+    with pytest.raises(CapacityError, match="weights and optimizer alone"):
         check_states(defaults, arch, states // 2)
     check_states(defaults.model_copy(update={"nproc_per_node": 2}), arch, states // 2)
 

@@ -1,7 +1,9 @@
 """A job's output: every line arrives once, also while the log queue comes and goes."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ class Lines:
         self.queue = LogQueue(storage)
         self.fails_after_append = False
         self.unavailable = False
+        self.second_line_awaited = threading.Event()
 
     async def append(self, job_id: str, source: str, seq: int, lines: Sequence[tuple[str, str]]) -> int:
         written = await self.queue.append(job_id, source, seq, lines)
@@ -33,6 +36,8 @@ class Lines:
     async def read(self, job_id: str, after: int = 0, limit: int = 1000, wait_s: float = 0) -> LogBatch:
         if self.unavailable:
             raise LogUnavailable("restarting")
+        if after == 1:
+            self.second_line_awaited.set()
         return await self.queue.read(job_id, after, limit, wait_s)
 
     async def wake(self, job_id: str) -> None:
@@ -70,3 +75,33 @@ def test_a_log_queue_that_is_gone_at_the_end_does_not_take_the_outcome_with_it(
         os.write(1, b"trained\n")
         lines.unavailable = True
     assert lines.messages() == ["trained"]
+
+
+@contextlib.contextmanager
+def stdout_into(fifo: Path) -> Iterator[None]:
+    """This process's stdout takes nothing while nobody has `fifo` open to read."""
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # whoever opens it to write waits for one
+    stdout, writer = os.dup(1), os.open(fifo, os.O_WRONLY)
+    os.close(reader)
+    os.dup2(writer, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(writer)
+        os.close(stdout)
+
+
+def test_lines_that_their_copy_does_not_take_are_in_the_log_and_those_that_follow_are_copied_again(
+    lines: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with stdout_into(tmp_path / "fifo"):
+        with JobOutput(lines, JOB):
+            os.write(1, b"one\n")
+            assert lines.second_line_awaited.wait(10)  # the copy of the first was lost
+            reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+            os.write(1, b"two\n")
+        assert os.read(reader, 100) == b"two\n"
+        os.close(reader)
+    assert lines.messages() == ["one", "two"]

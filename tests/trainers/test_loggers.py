@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from events.facts import StepMetrics
+from tests.full_disk import full_disk
 from tests.trainers.recipe_support import make_plan_for
 from trainers import loggers
 from trainers.loggers import open_logger
@@ -102,6 +103,38 @@ def test_a_run_that_begins_again_begins_a_new_file(tmp_path: Path) -> None:
     path = write(tmp_path, [step(0, valid_loss=1), step(1, loss=1)])
     write(tmp_path, [step(0, valid_loss=2)], resumed_step=0)
     assert [line["valid_loss"] for line in lines(path)] == [2]
+
+
+def test_a_full_disk_takes_lines_from_the_file_and_not_the_job_whose_log_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = open_logger(make_plan_for(logger=DiskLog(filename="m.jsonl")), "ftjob-1", tmp_path, 0)
+    logger.log(step(1, loss=0.5))
+    with full_disk(100), caplog.at_level(logging.WARNING, logger="tunewright.train"):  # amid the second line
+        for number in range(2, 1000):  # more than a buffer holds
+            logger.log(step(number, loss=0.5))
+    logger.log(step(1000, loss=0.5))
+    logger.close()
+    steps = [line["step"] for line in lines(tmp_path / "m.jsonl")]
+    assert steps[:3] + steps[-1:] == [1, 2, 3, 1000]
+    assert steps == sorted(set(steps))
+    (message,) = caplog.messages
+    assert str(tmp_path / "m.jsonl") in message
+
+
+def test_a_run_that_resumes_on_a_full_disk_leaves_the_file_of_its_metrics_as_it_is_until_there_is_room(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, [step(n, loss=n) for n in range(1, 6)])
+    logger = open_logger(make_plan_for(logger=DiskLog(filename="m.jsonl")), "ftjob-1", tmp_path, 3)
+    with full_disk():
+        logger.log(step(4, loss=40))
+    assert [line["loss"] for line in lines(path)] == [1, 2, 3, 4, 5]
+    logger.log(step(5, loss=50))
+    with full_disk():
+        logger.log(step(6, loss=60))
+        logger.close()
+    assert [line["loss"] for line in lines(path)] == [1, 2, 3, 50]
 
 
 def test_wandb_without_a_key_runs_offline_and_says_how_to_upload(

@@ -37,7 +37,7 @@ from tests.trainers.world import InMemoryCluster
 from trainers.admission import Capacity, Node
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import DataInvalid
-from trainers.errors import UserError
+from trainers.errors import CapacityError, UserError
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.pinned import PinnedModel
 from trainers.plan import Plan, make_plan
@@ -184,7 +184,7 @@ def test_bad_data_is_told_with_the_field_and_the_line(runner: Runner, tmp_path: 
 def test_a_job_that_no_node_has_the_memory_for_is_refused_before_it_stands_in_line(runner: Runner) -> None:
     runner.capacity = Capacity(nodes=(Node(4, 0, memory=1 << 20),), free=())
     job, plan = runner.submit("ftjob-1")
-    with pytest.raises(UserError, match="a worker needs about") as caught:
+    with pytest.raises(CapacityError, match="a worker needs about") as caught:
         runner.make_ready(job, plan)
     assert caught.value.error.code == "does_not_fit"
     assert retrying(lambda: runner.log.job("ftjob-1")).status == "validation"

@@ -179,11 +179,11 @@ class ChatTokenizer:
         """Token ids and loss mask of each dialog, not truncated. Raises RowError at the first bad one."""
         return self.encode_rendered([self.locate(dialog) for dialog in dialogs])
 
-    def encode_prompt(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Turn]) -> list[int]:
         """Token ids that an assistant's answer to `messages` starts from. Raises RowError where the template refuses
         them, and as `check_embedded`."""
-        escaped, tools = self._escaped(messages, tools)
-        rendered = self._unescape(self.render(escaped, tools, add_generation_prompt=True), [])
+        escaped, no_tools = self._escaped(messages, ())
+        rendered = self._unescape(self.render(escaped, no_tools, add_generation_prompt=True), [])
         ids = self._encode_hard(rendered)[0]
         self.check_embedded(ids)
         return list(ids.tolist())

@@ -1,4 +1,5 @@
-"""The ways a model can be fine-tuned. A new one is a file beside this one and a line in `METHODS`."""
+"""The ways a model can be fine-tuned. A new one is a file beside this one and a line in `METHODS`;
+README.md says where else it is known."""
 
 from importlib import import_module
 

@@ -34,7 +34,7 @@ NARROW_HEAD_BYTES = 256
 FOR_WIDER_HEADS = frozenset({(8, 0), (9, 0), (10, 0), (10, 3)})
 """Compute capabilities with 163 kB of shared memory and more. The blocks that FlexAttention chooses for wider heads
 (more than 128 numbers in bf16, 64 in fp32) need more than the 99 kB of others (L4, RTX):
-https://github.com/pytorch/pytorch/issues/198224. Compiled for an L4, heads of 128 take 97 kB in bf16, 145 kB in fp32."""
+https://github.com/pytorch/pytorch/issues/198224. Compiled for an L4, heads of 128 take 97 kB in bf16, 145 in fp32."""
 
 
 class Rules(NamedTuple):

@@ -27,7 +27,8 @@ from trainers.models.rope import RotaryEmbedding
 
 class MakeLinear(Protocol):
     """Makes the linear layer `name` of the decoder, as a method of fine-tuning wants it: `attn.q_proj`, `attn.k_proj`,
-    `attn.v_proj`, `attn.output_proj`, `mlp.w1`, `mlp.w2`, `mlp.w3`."""
+    `attn.v_proj`, `attn.output_proj`, `mlp.w1`, `mlp.w2`, `mlp.w3`, or `output`, where the head has a matrix of its
+    own."""
 
     def __call__(self, name: str, inputs: int, outputs: int, *, bias: bool) -> nn.Module: ...
 

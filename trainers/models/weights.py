@@ -41,29 +41,27 @@ def save_hf_model(
     arch: Architecture,
     source_dir: Path,
     out_dir: Path,
-    dtype: torch.dtype | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes `out_dir` as a model directory that transformers and vLLM load as it is.
 
-    `state_dict` holds the parameters of our decoder (adapters merged); `dtype` None keeps theirs. config.json, the
-    tokenizer and the generation config come from `source_dir`. Files have mode 0644. `out_dir` must be new or empty;
+    `state_dict` holds the parameters of our decoder (adapters merged). config.json, the tokenizer and the generation
+    config come from `source_dir`. Files have mode 0644. `out_dir` must be new or empty;
     it is the caller who makes the whole appear at once (write to a temporary name, then rename).
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    shards = list(_shards(state_dict, arch, dtype, max_shard_bytes))
+    shards = list(_shards(state_dict, arch, max_shard_bytes))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {tensor.name: _join(state_dict, tensor, dtype) for tensor in shard}
+        tensors = {tensor.name: _join(state_dict, tensor) for tensor in shard}
         write_safetensors(tensors, out_dir / name)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        total = sum(_size(state_dict, tensor, dtype) for shard in shards for tensor in shard)
+        total = sum(_size(state_dict, tensor) for shard in shards for tensor in shard)
         write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, out_dir / INDEX_FILE)
-    stored = dtype or state_dict["tok_embeddings.weight"].dtype
-    write_json(_exported_config(arch, stored), out_dir / "config.json")
+    write_json(_exported_config(arch, state_dict["tok_embeddings.weight"].dtype), out_dir / "config.json")
     copy_companions(source_dir, out_dir)
 
 
@@ -82,27 +80,23 @@ def _split(stored: Tensor, tensor: CheckpointTensor) -> tuple[Tensor, ...]:
     return torch.split(stored, [part.rows for part in tensor.parts])
 
 
-def _join(state_dict: Mapping[str, Tensor], tensor: CheckpointTensor, dtype: torch.dtype | None) -> Tensor:
-    parts = [
-        state_dict[part.name].detach().to(device="cpu", dtype=dtype or state_dict[part.name].dtype)
-        for part in tensor.parts
-    ]
+def _join(state_dict: Mapping[str, Tensor], tensor: CheckpointTensor) -> Tensor:
+    parts = [state_dict[part.name].detach().cpu() for part in tensor.parts]
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
-def _size(state_dict: Mapping[str, Tensor], tensor: CheckpointTensor, dtype: torch.dtype | None) -> int:
-    parts = [state_dict[part.name] for part in tensor.parts]
-    return sum(part.numel() * (dtype or part.dtype).itemsize for part in parts)
+def _size(state_dict: Mapping[str, Tensor], tensor: CheckpointTensor) -> int:
+    return sum(state_dict[part.name].nbytes for part in tensor.parts)
 
 
 def _shards(
-    state_dict: Mapping[str, Tensor], arch: Architecture, dtype: torch.dtype | None, max_shard_bytes: int
+    state_dict: Mapping[str, Tensor], arch: Architecture, max_shard_bytes: int
 ) -> Iterator[list[CheckpointTensor]]:
     """Groups of tensors that fit a file, in the order of the model; a tensor larger than a file gets its own."""
     shard: list[CheckpointTensor] = []
     used = 0
     for tensor in checkpoint_tensors(arch):
-        size = _size(state_dict, tensor, dtype)
+        size = _size(state_dict, tensor)
         if shard and used + size > max_shard_bytes:
             yield shard
             shard, used = [], 0

@@ -289,6 +289,24 @@ def unreachable(serve: Serve) -> Server:
     return serve(files=UNREACHABLE)
 
 
+def test_a_power_cut_takes_no_file_whose_upload_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record has its name on disk, and its bytes have theirs."""
+    on_disk, fsync = list[tuple[Path, set[str]]](), os.fsync
+
+    def seen(descriptor: int) -> None:
+        fsync(descriptor)
+        file = Path(f"/proc/self/fd/{descriptor}").readlink()
+        on_disk.append((file, {path.name for path in tmp_path.iterdir()}))
+
+    monkeypatch.setattr(os, "fsync", seen)
+    store = FileStore(str(tmp_path))
+    new = store.new()
+    new.write(ROWS)
+    new.close()
+    file = store.keep(new, "rows.jsonl", None)
+    assert on_disk[-1] == (tmp_path, {f"{file.id}.json", new.name})
+
+
 def test_a_storage_without_room_is_a_503_and_nothing_is_left(
     client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

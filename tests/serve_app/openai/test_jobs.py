@@ -137,7 +137,7 @@ def test_a_job_is_paused_and_resumed(client: openai.OpenAI, server: Server, crea
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
-    assert messages[:3] == ["Resumed", "The job is paused", "Pausing"]
+    assert messages[:3] == ["Resumed", "The job has stopped and holds nothing", "Pausing"]
 
 
 @pytest.mark.parametrize("by", ["shutdown", "node_drain"])
@@ -147,7 +147,7 @@ def test_the_events_of_a_job_that_is_paused_for_a_while_say_that_it_goes_on_by_i
     job = create()
     server.append(job.id, *running(), PauseRequested(by=by), JobPaused(attempt=1))
     paused, why = client.fine_tuning.jobs.list_events(job.id, limit=2).data
-    assert paused.message == "The job is paused"
+    assert paused.message == "The job has stopped and holds nothing"
     assert "The job goes on by itself" in why.message
     assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
 
@@ -242,21 +242,23 @@ def test_a_job_that_is_over_has_a_result_file(
     assert (refused.value.param, refused.value.code) == ("training_file", "wrong_purpose")
 
 
+@pytest.mark.parametrize(("every_n_steps", "evaluations"), [(None, 2), (300, 5), (250, 4)])
 def test_the_estimated_finish_counts_steps_and_evaluations_that_are_still_to_come(
-    client: openai.OpenAI, server: Server, create: Callable[..., Any]
+    client: openai.OpenAI, server: Server, every_n_steps: int | None, evaluations: int
 ) -> None:
-    """An evaluation of 30 s, 1,000 steps of 2 s after a first one of 10 s, another evaluation after each of two epochs:
-    known after 5 % of the steps, to a hundredth."""
-    job = create()
-    server.append(job.id, *running(total_steps=1000))
-    assert client.fine_tuning.jobs.retrieve(job.id).estimated_finish is None
+    """An evaluation of 30 s, 1,000 steps of 2 s after a first one of 10 s, another evaluation after each of two epochs
+    and every so many steps: known after 5 % of the steps, to a hundredth."""
+    options = {"n_epochs": 2, "extras": {"run_val_every_n_steps": every_n_steps}}
+    job_id = server.submit(validation_data=server.config()["data"], fine_tuning_options=options)
+    server.append(job_id, *running(total_steps=1000))
+    assert client.fine_tuning.jobs.retrieve(job_id).estimated_finish is None
     steps = [evaluated(0, 4.0, 30), *(stepped(n, 2.0, 40 + 2 * (n - 1)) for n in range(1, 51))]
-    server.append(job.id, MetricsRecorded(attempt=1, steps=steps))
-    estimated = client.fine_tuning.jobs.retrieve(job.id).estimated_finish
+    server.append(job_id, MetricsRecorded(attempt=1, steps=steps))
+    estimated = client.fine_tuning.jobs.retrieve(job_id).estimated_finish
     assert estimated is not None
-    assert estimated - time.time() == pytest.approx(40 + 2 * 999 + 2 * 30, rel=0.01)
-    server.append(job.id, MetricsRecorded(attempt=1, steps=[stepped(1000, 2.0)]), JobSucceeded())
-    assert client.fine_tuning.jobs.retrieve(job.id).estimated_finish is None
+    assert estimated - time.time() == pytest.approx(40 + 2 * 999 + evaluations * 30, rel=0.01)
+    server.append(job_id, MetricsRecorded(attempt=1, steps=[stepped(1000, 2.0)]), JobSucceeded())
+    assert client.fine_tuning.jobs.retrieve(job_id).estimated_finish is None
 
 
 def test_the_async_client_does_the_same(server: Server, create: Callable[..., Any]) -> None:

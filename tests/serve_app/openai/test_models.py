@@ -1,5 +1,6 @@
 """The list of models through the real client."""
 
+import threading
 from pathlib import Path
 
 import httpx
@@ -71,3 +72,27 @@ def test_a_model_s_name_may_hold_anything_a_path_may(server: Server) -> None:
     for name in ("%2Fetc", "..%2F..%2Fx", "a%00b", "%F0%9F%98%80"):
         answer = httpx.get(f"{server.url}/v1/models/{name}")
         assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+
+
+def test_a_storage_that_is_slow_to_say_whether_a_checkpoint_is_there_holds_up_no_other_request(
+    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = server.submit()
+    server.train(job_id, 10)
+    (point,) = client.fine_tuning.jobs.checkpoints.list(job_id)
+
+    async def this_thread() -> int:
+        return threading.get_ident()
+
+    looking, is_dir = set[int](), Path.is_dir
+
+    def looked_for(path: Path) -> bool:
+        if job_id in str(path):
+            looking.add(threading.get_ident())
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", looked_for)
+    with pytest.raises(openai.NotFoundError, match="no longer in the storage"):
+        client.chat.completions.create(model=point.id, messages=[{"role": "user", "content": "Hi"}])
+    assert looking
+    assert server.do(this_thread()) not in looking

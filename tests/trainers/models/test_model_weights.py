@@ -117,7 +117,8 @@ def test_an_export_of_weights_with_a_name_of_their_own_has_the_usual_one(tmp_pat
 def test_an_export_says_its_dtype_and_keeps_the_rest_of_the_config(tmp_path: Path) -> None:
     source = make_tiny_model(tmp_path / "in", my_own_key=[1, 2])
     arch = inspect_model_dir(source)
-    save_hf_model(load_weights(source, arch), arch, source, tmp_path / "out", torch.bfloat16)
+    weights = {name: value.to(torch.bfloat16) for name, value in load_weights(source, arch).items()}
+    save_hf_model(weights, arch, source, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == json.loads((source / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
     assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
