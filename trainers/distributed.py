@@ -70,6 +70,11 @@ def _device(cuda: bool) -> torch.device:
     return torch.device("cuda", index)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of one that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gathered(tensor: Tensor, ranks: Ranks) -> Tensor | None:
     """The full tensor, on the CPU, of one that may be sharded; None on all ranks but the first. Every rank has to call
     it."""

@@ -277,7 +277,20 @@ class _LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, d_rows: Tensor, d_matrix: Tensor) -> tuple[Tensor, None]:
         (tokens,) = ctx.saved_tensors
-        return d_matrix.index_put_((tokens,), d_rows, accumulate=True), None
+        tokens, d_rows = tokens.flatten(), d_rows.flatten(0, 1)
+        return d_matrix.index_put_((tokens,), _summed(tokens, d_rows).to(d_matrix.dtype), accumulate=True), None
+
+
+def _summed(tokens: Tensor, rows: Tensor) -> Tensor:
+    """`rows` [s, d], those of equal `tokens` [s] added up where the token stands first, and zeros elsewhere; in float32
+    at least: in bf16 a sum of many stops growing. Waits for nothing on the device, as `unique` would."""
+    order = tokens.argsort(stable=True)
+    alike = tokens[order]
+    begins = torch.cat([torch.ones_like(alike[:1], dtype=torch.bool), alike[1:] != alike[:-1]])
+    group = torch.where(begins, torch.arange(len(order), device=order.device), 0).cummax(0).values
+    first = torch.empty_like(order).scatter_(0, order, order[group])  # of each position: where its token stands first
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return torch.zeros_like(wide).index_put_((first,), wide, accumulate=True)
 
 
 _look_up: Callable[..., Any] = _LookUp.apply

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from trainers.distributed import local
 from trainers.memory import PIECE
 
 
@@ -36,7 +36,7 @@ class MixedAdam(torch.optim.Adam):
         """`arguments`: those of torch's Adam, without its choice of an implementation."""
         super().__init__(list(copied), **arguments, fused=True)
         self._copied = copied
-        self._most = PIECE[_local(next(iter(copied))).device.type]
+        self._most = PIECE[local(next(iter(copied))).device.type]
         self._pieces: dict[nn.Parameter, list[_Piece]] = {}
         self._room: Tensor | None = None
         self._parts: dict[tuple[int, ...], list[Tensor]] = {}
@@ -66,7 +66,7 @@ class MixedAdam(torch.optim.Adam):
         """Of each piece of `copies`, whose weights lose them."""
         for copy in copies:
             weight, pieces = self._copied[copy], self._pieces[copy]
-            gradient = _local(cast(Tensor, weight.grad)).reshape(-1)
+            gradient = local(cast(Tensor, weight.grad)).reshape(-1)
             weight.grad = None
             yield from zip(pieces, torch.split(gradient, self._most) if len(pieces) > 1 else [gradient], strict=True)
 
@@ -74,9 +74,9 @@ class MixedAdam(torch.optim.Adam):
         state = self.state[copy]
         names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.defaults["amsgrad"] else [])]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(copy).device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local(copy).device)
             state.update({name: torch.zeros_like(copy) for name in names})
-        flat = [_local(one).view(-1) for one in (self._copied[copy], copy, *(state[name] for name in names))]
+        flat = [local(one).view(-1) for one in (self._copied[copy], copy, *(state[name] for name in names))]
         for of_weight, of_copy, *of_moments in zip(*(torch.split(one, self._most) for one in flat), strict=True):
             yield _Piece(of_weight, of_copy, tuple(of_moments), state["step"])
 
@@ -118,8 +118,3 @@ class MixedAdam(torch.optim.Adam):
 
 class MixedAdamW(MixedAdam, torch.optim.AdamW):
     """The same of AdamW."""
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

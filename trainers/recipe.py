@@ -23,7 +23,7 @@ from trainers.batches import StepItems, evaluation_batches
 from trainers.checkpoint import CheckpointWriter, Standing, Validation, load_optimizer, load_standing
 from trainers.collate import Batch, collate
 from trainers.data.dataset import TokenisedDataset
-from trainers.distributed import Ranks
+from trainers.distributed import Ranks, local
 from trainers.errors import CapacityError, UserError
 from trainers.fitting import check_states
 from trainers.load import build_schedule, drops, pack_size
@@ -130,6 +130,8 @@ def train(
                 stop = stop or outcome.stop
 
             # ---- save
+            if at_checkpoint or stop:
+                _check_weights(model, progress.step, outcome.lr, ranks)
             if valid and at_evaluation:
                 evaluation = evaluate(model, valid, plan.batch_size, ranks, reference.get("validation"))
                 log.evaluated(progress, evaluation)
@@ -321,8 +323,26 @@ def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ran
         f"{number + 1} of rank {rank} (the job's log names its rows).",
         param="fine_tuning_options.lr",
         rank=rank,
-        suggestion=f"lower lr (it was {outcome.lr:g} here), set extras.clip_grad_norm, e.g. to 1.0, or use dtype fp32",
+        suggestion=_calmer(outcome.lr),
     )
+
+
+@torch.no_grad()
+def _check_weights(model: TrainingModel, step: int, lr: float, ranks: Ranks) -> None:
+    """Raises UserError `loss_not_finite` where the update of `step` broke the model: of the loss only the next step, or
+    an evaluation, would tell. Every rank has to call it."""
+    norms = torch._foreach_norm([local(parameter) for parameter in model.updated().values()], dtype=torch.float32)
+    if ranks.sum([not torch.stack(norms).isfinite().all()])[0]:
+        raise UserError(
+            "loss_not_finite",
+            f"training has diverged: the update of step {step} left weights that are no numbers.",
+            param="fine_tuning_options.lr",
+            suggestion=_calmer(lr),
+        )
+
+
+def _calmer(lr: float) -> str:
+    return f"lower lr (it was {lr:g} here), set extras.clip_grad_norm, e.g. to 1.0, or use dtype fp32"
 
 
 @contextmanager

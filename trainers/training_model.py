@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune.training.precision import set_default_dtype
 
 from trainers.collate import Batch
-from trainers.distributed import Ranks, like
+from trainers.distributed import Ranks, like, local
 from trainers.loss import HeadLoss, look_up
 from trainers.memory import FITS
 from trainers.methods import Method
@@ -91,8 +90,7 @@ class TrainingModel(nn.Module):
 
     def gradients(self) -> list[Tensor]:
         """What this rank holds of each gradient."""
-        found = [p.grad for p in self.trainable().values() if p.grad is not None]
-        return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in found]
+        return [local(p.grad) for p in self.trainable().values() if p.grad is not None]
 
     def reduce_gradients_in_backward(self, reduce: bool) -> None:
         """For sharded parameters: whether the next backward pass adds the gradients up over the ranks. Micro-batches

@@ -184,3 +184,13 @@ def test_a_tied_matrix_gets_the_gradients_of_the_head_and_of_what_is_looked_up(t
     torch.testing.assert_close(loss, plain)
     loss.backward()
     torch.testing.assert_close(matrix.weight.grad, expected)
+
+
+def test_gradients_of_a_token_that_stands_often_are_not_lost_in_bf16() -> None:
+    """Added up in bf16 one by one, they stop growing after some hundred."""
+    matrix = nn.Embedding(VOCABULARY, WIDTH, dtype=torch.bfloat16)
+    tokens = torch.tensor([[3, 1, *[5] * 4000, 1]])
+    rows, again = look_up(matrix.weight, tokens)
+    ((rows.float() * 0.01).sum() + (again * torch.zeros_like(again)).sum()).backward()
+    assert matrix.weight.grad is not None
+    assert matrix.weight.grad[[5, 3, 1, 0], 0].tolist() == pytest.approx([40, 0.01, 0.02, 0], rel=0.005)

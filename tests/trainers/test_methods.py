@@ -15,7 +15,15 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from tests.tiny_models import make_tiny_model
-from tests.trainers.recipe_support import Case, Recorder, make_plan_for, random_rows, saved_weights, write_rows
+from tests.trainers.recipe_support import (
+    Case,
+    Recorder,
+    make_plan_for,
+    random_rows,
+    saved_weights,
+    store_in_bf16,
+    write_rows,
+)
 from trainers.distributed import Ranks
 from trainers.methods import method_of
 from trainers.methods.dora import UnscaledBiasDoRALinear
@@ -165,6 +173,18 @@ def test_dora_starts_at_the_base_model(model_dir: Path) -> None:
     with torch.no_grad():
         logits = build(make_plan_for("dora", lora=EVERYWHERE), model_dir)(TOKENS)
     torch.testing.assert_close(logits, plain_logits(model_dir), rtol=0, atol=1e-5)
+
+
+def test_dora_exports_the_model_it_starts_at_though_it_trains_mixed(model_dir: Path, tmp_path: Path) -> None:
+    """A row's length that is off is off for all inputs, and doesn't average out as rounded numbers do."""
+    store_in_bf16(model_dir)
+    plan, arch = make_plan_for("dora", dtype="mixed"), inspect_model_dir(model_dir)
+    dora = method_of(plan)
+    model = build_training_model(plan, dora, arch, model_dir, None, "mixed", Ranks.current())
+    dora.save(tmp_path, {name: copy.detach() for name, copy in model.updated().items()}, arch, model_dir)
+    stored, saved = (load_weights(directory, arch) for directory in (model_dir, tmp_path / "merged"))
+    for name, weights in stored.items():
+        assert torch.equal(saved[name], weights), name
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -355,6 +355,17 @@ def test_a_loss_that_is_not_finite_ends_the_job_and_names_the_step(bench: Bench)
     assert (caught.value.error.code, caught.value.error.rank) == ("loss_not_finite", 0)
 
 
+def test_an_update_that_breaks_the_model_leaves_no_checkpoint_of_it(bench: Bench) -> None:
+    """The loss that tells of it is that of the next step, and there may be none."""
+    sgd = ComponentSpec(component="torch.optim.SGD")
+    recorder = Recorder()
+    case = bench.case("full", lr=1e30, optimizer=sgd, lr_scheduler=None, n_epochs=1, max_steps_per_epoch=2)
+    with pytest.raises(UserError, match=r"the update of step 2 left weights that are no numbers") as caught:
+        case.run(recorder)
+    assert caught.value.error.code == "loss_not_finite"
+    assert recorder.checkpoints == []
+
+
 def test_running_out_of_memory_comes_with_advice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(*_: object, **__: object) -> None:
         torch.empty(1 << 60)

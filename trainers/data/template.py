@@ -6,6 +6,7 @@ raise is an error of the row they were given.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,20 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool = False
     ) -> str:
-        """The dialog as text. Raises RowError with the template's own words where it refuses the dialog."""
+        """The dialog as text. Raises RowError with the template's own words where it refuses the dialog.
+
+        Most templates print the arguments of tool calls as JSON themselves, some take them as the text that OpenAI's
+        format has: one that refuses objects is given that.
+        """
+        try:
+            return self._render(messages, tools, add_generation_prompt)
+        except RowError:
+            if any("tool_calls" in message for message in messages):
+                with suppress(RowError):
+                    return self._render([_with_text(message) for message in messages], tools, add_generation_prompt)
+            raise
+
+    def _render(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         try:
             return (self._with_tools if tools else self._default).render(
                 messages=list(messages),
@@ -103,6 +117,15 @@ class ChatTemplate:
         except Exception as error:  # noqa: BLE001  -- the template is foreign code: it may raise anything
             reason = f"{error}" or type(error).__name__
             raise RowError(f"the model's chat template refuses the dialog: {reason[:_MESSAGE_LENGTH]}") from None
+
+
+def _with_text(message: Turn) -> Turn:
+    """`message` with the arguments of its tool calls as text."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _tojson(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _compiled(source: str, variables: Mapping[str, Any]) -> Template:

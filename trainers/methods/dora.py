@@ -69,7 +69,10 @@ def dora_linear(spec: LoraSpec, name: str, inputs: int, outputs: int, *, bias: b
 
 
 def initial_magnitudes(model: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The norms of the rows of each adapted layer as it is trained, in `dtype`. As B is zero to begin with, training
-    starts at the base model."""
+    """The norms of the rows of each adapted layer as it is trained, in `dtype`. In fp32, so that copies in fp32
+    begin at them exactly. As B is zero to begin with, training starts at the base model."""
     layers = [name.removesuffix(MAGNITUDE) for name, _ in model.named_parameters() if name.endswith(MAGNITUDE)]
-    return {layer + MAGNITUDE: torch.linalg.norm(weights[f"{layer}.weight"].to(dtype), dim=1) for layer in layers}
+    return {
+        layer + MAGNITUDE: torch.linalg.vector_norm(weights[f"{layer}.weight"].to(dtype), dim=1, dtype=torch.float32)
+        for layer in layers
+    }

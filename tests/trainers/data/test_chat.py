@@ -254,6 +254,36 @@ class TestTools:
         assert runs[0].endswith("}</s>")
         assert runs[1:] == ["Sun.</s>", "Bye</s>"]
 
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_calls_that_end_otherwise_than_answers_are_trained_up_to_their_end(
+        self, tmp_path: Path, keep: bool
+    ) -> None:
+        """As Llama 3.1's, where it is told of tools that run on its side."""
+        head, _, rest = templates.LLAMA3.partition("call.arguments | tojson")
+        tokenizer = make_tokenizer(tmp_path, f"{head}call.arguments | tojson{rest.replace('<|eot_id|>', '</s>', 1)}")
+        row = dialog(
+            user("Weather?"),
+            assistant(None, tool_calls=[call("get_weather", {"city": "Berlin"})]),
+            tool_result("sunny"),
+            assistant("Sun."),
+            keep_loss=[False, keep, False, True],
+        )
+        called = '{"name": "get_weather", "parameters": {"city": "Berlin"}}</s>'
+        assert trained(tokenizer, row) == ([called] if keep else []) + ["Sun.<|eot_id|>"]
+        last = dialog(user("Weather?"), assistant(None, tool_calls=[call("get_weather", {"city": "Berlin"})]))
+        assert trained(tokenizer, last) == [called]
+
+    def test_a_template_that_takes_arguments_as_text_is_given_text(self, tmp_path: Path) -> None:
+        """As those of R1's distillates."""
+        template = (
+            "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] or '') }}"
+            "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] + ' ' + c['function']['arguments'] }}"
+            "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        )
+        tokenizer = make_tokenizer(tmp_path, template)
+        row = dialog(user("Weather?"), assistant(None, tool_calls=[call("get_weather", {"city": "Köln"})]))
+        assert trained(tokenizer, row) == ['get_weather {"city": "Köln"}<|im_end|>']
+
     def test_a_call_that_is_not_kept_is_context(self, make: Make) -> None:
         row = dialog(
             user("Weather?"),
