@@ -31,8 +31,6 @@ JobId = Annotated[str, Path(min_length=1, max_length=128, description="The job's
 async def create(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
     """Create a job from an uploaded file. It trains a LoRA adapter; docs/openai.md says what becomes of each field."""
     asked = await received(OpenAIJobRequest, request, backend)
-    if problems := mapping.results_as_data(asked):
-        raise ConfigProblems(problems)
     config = mapping.config_of(asked)
     openai = asked.model_dump(mode="json", exclude_none=True)
     if made := await made_before(backend, idempotency_key, lambda job: same_request(job, config, openai)):

@@ -21,7 +21,6 @@ from serve_app.openai.objects import (
 )
 from trainers.components import DPO_LOSS
 from trainers.errors import ConfigProblems, Problem
-from trainers.files import PURPOSE
 from trainers.plan import DEFAULT_DPO_LR, DEFAULT_GROUPS, DEFAULT_LR, DEFAULT_ROWS, Plan, WandBLog, make_plan
 
 EPOCHS, BETA = 3, 0.1
@@ -91,15 +90,6 @@ def _method(asked: OpenAIJobRequest) -> tuple[Literal["supervised", "dpo"], Open
         raise ConfigProblems(problems)
     defaults = OpenAIDpoHyperparameters() if kind == "dpo" else OpenAIHyperparameters()
     return kind, chosen or asked.hyperparameters or defaults
-
-
-def results_as_data(asked: OpenAIJobRequest) -> list[Problem]:
-    """The files that were made for another purpose than to be trained on."""
-    return [
-        Problem(name, f"is a file with purpose {results.PURPOSE!r}: training needs {PURPOSE!r}", "wrong_purpose")
-        for name in ("training_file", "validation_file")
-        if results.is_result_file(getattr(asked, name) or "")
-    ]
 
 
 def in_openai_words(problem: Problem) -> Problem:
@@ -204,7 +194,7 @@ def _hyperparameters(plan: Plan | None, kind: Literal["supervised", "dpo"]) -> d
         return {}
     chosen = {
         "batch_size": plan.batch_size * plan.gradient_accumulation_steps * plan.workers,
-        "learning_rate_multiplier": round(plan.lr / RATE[kind], 6),
+        "learning_rate_multiplier": float(f"{plan.lr / RATE[kind]:.6g}"),
         "n_epochs": plan.n_epochs,
     }
     return chosen | ({"beta": plan.loss.kwargs.get("beta", BETA)} if kind == "dpo" else {})

@@ -240,6 +240,9 @@ def test_a_job_that_is_over_has_a_result_file(
     with pytest.raises(openai.BadRequestError) as refused:  # its purpose is another
         create(training_file=result_file)
     assert (refused.value.param, refused.value.code) == ("training_file", "wrong_purpose")
+    ours = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json={"model": MODEL, "data": result_file})
+    error = ours.json()["error"]
+    assert (ours.status_code, error["param"], error["code"]) == (422, "data", "wrong_purpose")
 
 
 def test_the_estimated_finish_counts_steps_and_evaluations_that_are_still_to_come(
@@ -315,6 +318,12 @@ def test_a_wrong_request_is_a_400_that_names_the_field(
         create(**changes)
     assert (refused.value.param or "").startswith(param)
     assert client.fine_tuning.jobs.list(limit=1).data == before
+
+
+@pytest.mark.parametrize("multiplier", [1e-7, 0.3, 123.456])
+def test_a_multiplier_is_shown_as_it_was_asked_for(create: Callable[..., Any], multiplier: float) -> None:
+    job = create(hyperparameters={"learning_rate_multiplier": multiplier})
+    assert job.hyperparameters.learning_rate_multiplier == multiplier
 
 
 def test_a_number_that_may_be_auto_is_refused_once_with_both(create: Callable[..., Any]) -> None:
