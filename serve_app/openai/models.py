@@ -18,7 +18,7 @@ from events.facts import CheckpointSaved
 from events.job import FineTuningJob
 from serve_app.backend import JobLog
 from serve_app.errors import Answer, RequestRefused
-from serve_app.openai import mapping
+from serve_app.openai import mapping, results
 from serve_app.openai.chat_objects import OpenAIModel, OpenAIModelList
 from serve_app.openai.files import all_jobs
 from serve_app.openapi import documented
@@ -98,7 +98,7 @@ async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
     if step is not None:
         uris = [uri for uri in job.checkpoints if step_of(uri) == step]
         if not uris:
-            raise unknown_model(f"job {job.job_id} has no checkpoint of step {step}, or deleted it")
+            raise await _no_checkpoint(log, job, step)
         return Checkpoint(job, uris[-1])
     if job.status != "success":
         message = f"job {job.job_id} is {mapping.status_of(job)}: its model has this name once it has succeeded"
@@ -112,6 +112,13 @@ async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
 
 def unknown_model(message: str, code: str = "model_not_found") -> RequestRefused:
     return RequestRefused(Answer(404, "not_found_error", code, message, "model"))
+
+
+async def _no_checkpoint(log: JobLog, job: FineTuningJob, step: int) -> RequestRefused:
+    async for recorded in results.history(log, job.job_id):
+        if isinstance(recorded.event, CheckpointSaved) and recorded.event.step == step:
+            return unknown_model(f"job {job.job_id} has deleted its checkpoint of step {step}", "checkpoint_deleted")
+    return unknown_model(f"job {job.job_id} has no checkpoint of step {step}")
 
 
 async def _by_id(log: JobLog, name: str, ulid: str, version: int) -> Checkpoint:

@@ -340,8 +340,12 @@ def test_a_tuned_model_and_its_checkpoints_answer_under_every_name_they_have(
     listed = [each.id for each in client.models.list()]
     assert listed[:3] == [tuned, last, checkpoints[20].fine_tuned_model_checkpoint]
     for name in (checkpoints[10].id, checkpoints[10].fine_tuned_model_checkpoint):
-        with pytest.raises(openai.NotFoundError, match="deleted"):
+        with pytest.raises(openai.NotFoundError, match="deleted") as deleted:
             ask(client, name)
+        assert deleted.value.code == "checkpoint_deleted"
+    with pytest.raises(openai.NotFoundError, match="no checkpoint of step 11") as never:
+        ask(client, f"{tuned}:ckpt-step-11")
+    assert never.value.code == "model_not_found"
     shutil.rmtree(directories[20])
     with pytest.raises(openai.NotFoundError, match="no longer in the storage") as gone:
         ask(client, checkpoints[20].id)
