@@ -123,14 +123,14 @@ def shown(job: FineTuningJob) -> OpenAIJob:
         integrations=said.get("integrations", derived),
         metadata=metadata_of(job) or None,
         method=said.get("method", method),
-        model=str(job.input_config.get("model", "")),
+        model=said.get("model") or str(job.input_config.get("model", "")),
         result_files=[results.file_id(job.job_id)] if results.has_results(job) else [],
         seed=plan.seed if plan else 0,
         status=status_of(job),
         trained_tokens=_trained_tokens(job) if succeeded else None,
         training_file=str(job.input_config.get("data", "")),
         validation_file=job.input_config.get("validation_data"),
-        user_provided_suffix=said.get("suffix"),
+        user_provided_suffix=job.suffix,
         checkpoints=job.checkpoints,
     )
 
@@ -146,8 +146,8 @@ def metadata_of(job: FineTuningJob) -> dict[str, str]:
 
 def model_name(job: FineTuningJob, step: int | None = None) -> str:
     """As OpenAI names fine-tuned models: `ft:<base>:<organisation>:<suffix>:<id>`, of a checkpoint with its step."""
-    base = str(job.input_config.get("model", "")).rstrip("/").rpartition("/")[2].replace(":", "-")
-    name = f"ft:{base}:tunewright:{(job.openai or {}).get('suffix', '')}:{job.job_id.removeprefix('ftjob-')}"
+    base = job.base_model.rstrip("/").rpartition("/")[2].replace(":", "-")
+    name = f"ft:{base}:tunewright:{job.suffix or ''}:{job.job_id.removeprefix('ftjob-')}"
     return name if step is None else f"{name}:ckpt-step-{step}"
 
 

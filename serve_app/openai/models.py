@@ -74,9 +74,12 @@ async def retrieve(backend: TheBackend, model: ModelName) -> Response:
 async def source_of(log: JobLog, settings: Settings, name: str) -> str:
     """What `trainers.models.resolve.resolve_model` takes for the model of that name. Raises RequestRefused."""
     found = await checkpoint_of(log, name)
-    if found is None:
-        return await asyncio.to_thread(_base_source, name, settings)
-    directory = model_dir_of(found.uri)
+    return await asyncio.to_thread(_base_source, name, settings) if found is None else await directory_of(found)
+
+
+async def directory_of(found: Checkpoint) -> str:
+    """Where its model lies; of an adapter's, the merged one. Raises RequestRefused where it is there no more."""
+    directory = await asyncio.to_thread(model_dir_of, found.uri)
     if not await asyncio.to_thread(directory.is_dir):
         raise unknown_model(f"{found.name} is no longer in the storage directory", "checkpoint_deleted")
     return str(directory)
