@@ -28,7 +28,7 @@ from events.facts import DataReport, JobError, Resources
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import MASK_TYPE, TOKEN_TYPE
 from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
-from trainers.data.prepare import DataInvalid, Tally, judge
+from trainers.data.prepare import DataInvalid, Tally, bad_lines, judge
 from trainers.data.source import check_data_uri, data_size, open_lines
 from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError
 from trainers.fitting import MARGIN, recomputing_if_needed
@@ -290,11 +290,7 @@ def _problems(param: str, sample: "Sample", plan: Plan) -> list[Problem]:
     try:
         judge(sample.report, plan.max_invalid_fraction)
     except DataInvalid as invalid:
-        errors = invalid.report.errors
-        told = [Problem(param, f"line {error.line}: {error.message}", "invalid_data") for error in errors]
-        if len(errors) < invalid.report.invalid_rows:
-            told.append(Problem(param, f"and {invalid.report.invalid_rows - len(errors)} more lines", "invalid_data"))
-        return told
+        return [Problem(param, told, "invalid_data") for told in bad_lines(invalid.report)]
     except UserError as error:
         return [Problem(param, error.error.message, error.error.code)]
     return []

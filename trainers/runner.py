@@ -38,7 +38,7 @@ from trainers.cluster import Cluster
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
-from trainers.data.prepare import DataInvalid, prepare, prepared
+from trainers.data.prepare import DataInvalid, bad_lines, prepare, prepared
 from trainers.data.source import check_data_uri
 from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, storage_full, write_details
 from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
@@ -326,7 +326,10 @@ def _failure(
     job: FineTuningJob, job_dir: Path, error: JobError, details: str, report: DataReport | None = None
 ) -> DataRejected | JobFailed:
     logger.error("job failed (%s, %s): %s", error.code, f"fault of the {error.fault}", error.message)
-    path = write_details(details, job_dir)
+    lines = bad_lines(report) if report else []
+    for line in lines:
+        logger.error("%s", line)
+    path = write_details("\n".join([details, *lines]), job_dir)
     if path is not None and job.data is None and error.fault == "user":
         of_validation = error.param == "validation_data"
         return DataRejected(
