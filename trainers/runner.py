@@ -42,7 +42,7 @@ from trainers.data.prepare import DataInvalid, bad_lines, prepare, prepared
 from trainers.data.source import check_data_uri
 from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, storage_full, write_details
 from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
-from trainers.job_output import JobOutput
+from trainers.job_output import JobOutput, leave_the_raylet_out
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.pinned import PinnedModel, pinned_model
 from trainers.plan import COMPILED, Plan, plan_of
@@ -70,6 +70,7 @@ def run(job_id: str, settings: Settings) -> int:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts Ray in the background has it ignored
     threading.Thread(target=importlib.import_module, args=("trainers.fit",), daemon=True).start()
+    leave_the_raylet_out()
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     handles = connect(settings.storage)
     log = handles.log
