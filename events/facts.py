@@ -128,6 +128,8 @@ class Origin(_Value):
 
     job_id: str = Field(description="The job that made the checkpoint.")
     checkpoint: str = Field(description="Its URI.", json_schema_extra={"format": "uri"})
+    base_model: str | None = Field(default=None, description="The model that the first of the jobs began with.")
+    suffix: str | None = Field(default=None, description="Of the earlier job's model: this job's has it too.")
 
 
 class Defaults(_Value):

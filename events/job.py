@@ -203,6 +203,18 @@ class FineTuningJob(BaseModel):
         """True once the job has its outcome; nothing changes it after that."""
         return self.status in TERMINAL
 
+    @property
+    def base_model(self) -> str:
+        """The model that training began with; where that was a checkpoint of an earlier job, the first job's."""
+        known = self.resubmitted_from.base_model if self.resubmitted_from else None
+        return known or str(self.input_config.get("model", ""))
+
+    @property
+    def suffix(self) -> str | None:
+        """What the name of its model has of the user's."""
+        known = self.resubmitted_from.suffix if self.resubmitted_from else None
+        return (self.openai or {}).get("suffix", known)
+
     def wire(self) -> dict[str, Any]:
         """The job as the API shows it: JSON values, fields without a value left out."""
         return self.model_dump(mode="json", exclude_none=True)

@@ -94,7 +94,7 @@ class Client:
         try:
             body: Job = answer.json()
         except ValueError:  # not the service: the proxy in front of it, while the service restarts
-            raise ApiError(answer.status_code, {"message": answer.text.strip() or answer.reason_phrase}) from None
+            raise ApiError(503, {"message": answer.text.strip() or answer.reason_phrase}) from None
         if not answer.is_success:
             raise ApiError(answer.status_code, body["error"])
         return body

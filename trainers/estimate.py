@@ -28,7 +28,7 @@ from events.facts import DataReport, JobError, Resources
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import MASK_TYPE, TOKEN_TYPE
 from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
-from trainers.data.prepare import DataInvalid, Tally, judge
+from trainers.data.prepare import DataInvalid, Tally, bad_lines, judge
 from trainers.data.source import check_data_uri, data_size, open_lines
 from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError
 from trainers.fitting import MARGIN, recomputing_if_needed
@@ -125,6 +125,7 @@ class Estimate(_Wire):
     data: DataEstimate
     validation_data: DataEstimate | None = optional("Present where the request names such a file.")
     steps: int = Field(description="Optimizer steps.")
+    warnings: list[str] = Field(default=[], description="What is allowed, and hardly meant.")
     resources: Resources
     memory: MemoryEstimate
     time: TimeEstimate
@@ -146,6 +147,7 @@ class Found(_Wire):
     data: DataEstimate
     validation_data: DataEstimate | None = None
     steps: int
+    warnings: list[str] = []
     memory: MemoryEstimate
     preview: list[PreviewRow]
     tokens_a_step: float
@@ -156,6 +158,7 @@ class Found(_Wire):
             data=self.data,
             validation_data=self.validation_data,
             steps=self.steps,
+            warnings=self.warnings,
             resources=resources,
             memory=self.memory,
             time=time,
@@ -268,6 +271,7 @@ def _find(asked: Asked, settings: Settings) -> Found:
         raise ConfigProblems(problems)
 
     from trainers.load import load_of  # torch takes seconds to import: not before all is well
+    from trainers.optimization import only_warm_up
 
     train = samples["data"]
     plan = recomputing_if_needed(plan, arch, train.lengths, asked.share_bytes)
@@ -275,10 +279,13 @@ def _find(asked: Asked, settings: Settings) -> Found:
     memory, there = memory_of(plan, arch, load, asked.device, asked.worker_bytes), asked.worker_bytes
     fits = None if there is None else memory.peak_bytes <= there
     valid = samples.get("validation_data")
+    steps = load.steps if train.scale == 1 else _steps(plan, load, train)
+    warning = only_warm_up(plan, steps)
     return Found(
         data=train.counted(),
         validation_data=valid.counted() if valid else None,
-        steps=load.steps if train.scale == 1 else _steps(plan, load, train),
+        steps=steps,
+        warnings=[warning] if warning else [],
         memory=MemoryEstimate(**memory.model_dump(), available_bytes=there, fits=fits),
         preview=train.preview,
         tokens_a_step=float(train.lengths.sum()) / load.items * min(step_items(plan), load.items * train.scale),
@@ -290,11 +297,7 @@ def _problems(param: str, sample: "Sample", plan: Plan) -> list[Problem]:
     try:
         judge(sample.report, plan.max_invalid_fraction)
     except DataInvalid as invalid:
-        errors = invalid.report.errors
-        told = [Problem(param, f"line {error.line}: {error.message}", "invalid_data") for error in errors]
-        if len(errors) < invalid.report.invalid_rows:
-            told.append(Problem(param, f"and {invalid.report.invalid_rows - len(errors)} more lines", "invalid_data"))
-        return told
+        return [Problem(param, told, "invalid_data") for told in bad_lines(invalid.report)]
     except UserError as error:
         return [Problem(param, error.error.message, error.error.code)]
     return []

@@ -28,7 +28,9 @@ from trainers.errors import InfrastructureError, UserError
 
 logger = logging.getLogger("tunewright.files")
 
-PURPOSE = "fine-tune"
+PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
+RESULTS_PREFIX = "file-results-"
+"""Of the id of a job's result file, which is derived from the log and lies nowhere."""
 BLOCK_BYTES = 1 << 20
 LEFT_OVER_S = 24 * 3600
 """Bytes without a record that are younger than this may belong to an upload that is under way."""

@@ -10,11 +10,15 @@ import os
 import sys
 import threading
 from types import TracebackType
+from typing import Any
+
+from ray._private import worker
 
 from events.actors import LogQueueClient, blocking
 from events.ids import new_event_id
 from events.log import LogUnavailable
 from trainers.output import Line, OutputCapture, write_or_lose
+from trainers.replacing import replace
 from trainers.retrying import retrying
 
 ECHO_LINES = 1000
@@ -101,3 +105,15 @@ def log_to_stdout() -> None:
     ours.handlers = [handler]
     # On import it warns of compiled kernels that are not used here, in words that would alarm every user.
     logging.getLogger("torchao").setLevel(logging.ERROR)
+
+
+def leave_the_raylet_out() -> None:
+    """What Ray says of its nodes, which it prints in every driver, goes to the Ray Job's log alone: it is for whoever
+    runs the cluster. To be called before the output is captured."""
+    stdout = os.dup(1)
+
+    def printed(data: dict[str, Any], ignore_prefix: bool) -> None:
+        text = "".join(f"(raylet) {line}\n" for line in data["lines"])
+        write_or_lose(stdout, text.encode(errors="backslashreplace"))
+
+    replace(worker, "print_to_stdstream", printed)

@@ -167,6 +167,17 @@ def warmup_steps(plan: Plan, total_steps: int) -> int:
     return int(plan.lr_scheduler.kwargs.get("num_warmup_steps", int(WARMUP_SHARE * total_steps)))
 
 
+def only_warm_up(plan: Plan, total_steps: int) -> str | None:
+    """What is to be said of a run that ends before the learning rate has risen to `lr`; None: it gets there."""
+    steps = warmup_steps(plan, total_steps)
+    if steps < max(total_steps, 1):
+        return None
+    return (
+        f"lr_scheduler.num_warmup_steps is {steps:,} and the run has {total_steps:,} steps: the learning rate never "
+        "reaches lr; set fewer, or leave it out for 3 % of the steps"
+    )
+
+
 def build_scheduler(
     plan: Plan, optimizer: torch.optim.Optimizer, *, total_steps: int, steps_done: int
 ) -> LambdaLR | None:

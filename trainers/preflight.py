@@ -22,7 +22,7 @@ from events.config import (
 from trainers.components import SECTIONS
 from trainers.data.source import check_data_uri
 from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem, UserError
-from trainers.files import file_store, is_file_id
+from trainers.files import PURPOSE, RESULTS_PREFIX, RESULTS_PURPOSE, file_store, is_file_id
 from trainers.keys import BY_NAME
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.models.names import classify_model, local_directory
@@ -203,6 +203,9 @@ def _remove(document: dict[str, Any], path: tuple[Any, ...]) -> None:
 
 
 def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
+    if uri.startswith(RESULTS_PREFIX):
+        message = f"is a file with purpose {RESULTS_PURPOSE!r}: training needs {PURPOSE!r}"
+        return [Problem(param, message, "wrong_purpose")]
     try:
         if is_file_id(uri):
             file_store(settings.files_url).get(uri)  # which one that has expired is not

@@ -14,7 +14,7 @@ from trainers.batches import Progress
 from trainers.checkpoint import Validation
 from trainers.distributed import Ranks
 from trainers.models.architecture import Architecture
-from trainers.optimization import warmup_steps
+from trainers.optimization import only_warm_up, warmup_steps
 from trainers.plan import Plan
 from trainers.precision import Dtype
 from trainers.reporting import Reporter
@@ -110,9 +110,12 @@ def log_summary(
     )
     _log.info(
         "%d worker(s) on %s, %s | %d steps in %d epoch(s), %d of them warm-up%s",
-        *(ranks.world, ranks.device_name(), dtype, total_steps, plan.n_epochs, warmup_steps(plan, total_steps)),
+        *(ranks.world, ranks.device_name(), dtype, total_steps, plan.n_epochs),
+        min(warmup_steps(plan, total_steps), total_steps),
         f" | going on after step {progress.step}" if progress.step else "",
     )
+    if (warning := only_warm_up(plan, total_steps)) is not None:
+        _log.warning("%s", warning)
     for line in _no_effect(plan, arch, ranks):
         _log.info("%s", line)
 

@@ -44,7 +44,12 @@ def resubmission(job: FineTuningJob, checkpoint: str | int | None, changes: Mapp
     if isinstance(chosen, Problem):
         return Resubmission(document, None, [*problems, chosen])
     document["model"] = str(model_dir_of(chosen))
-    return Resubmission(document, Origin(job_id=job.job_id, checkpoint=chosen), problems)
+    return Resubmission(document, origin_of(job, chosen).model_copy(update={"suffix": job.suffix}), problems)
+
+
+def origin_of(job: FineTuningJob, checkpoint: str) -> Origin:
+    """What a new job that begins with a checkpoint of this one records."""
+    return Origin(job_id=job.job_id, checkpoint=checkpoint, base_model=job.base_model)
 
 
 def is_repeated(

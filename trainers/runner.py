@@ -38,11 +38,11 @@ from trainers.cluster import Cluster
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
-from trainers.data.prepare import DataInvalid, prepare, prepared
+from trainers.data.prepare import DataInvalid, bad_lines, prepare, prepared
 from trainers.data.source import check_data_uri
 from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, storage_full, write_details
 from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
-from trainers.job_output import JobOutput
+from trainers.job_output import JobOutput, leave_the_raylet_out
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.pinned import PinnedModel, pinned_model
 from trainers.plan import COMPILED, Plan, plan_of
@@ -70,6 +70,7 @@ def run(job_id: str, settings: Settings) -> int:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts Ray in the background has it ignored
     threading.Thread(target=importlib.import_module, args=("trainers.fit",), daemon=True).start()
+    leave_the_raylet_out()
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     handles = connect(settings.storage)
     log = handles.log
@@ -326,7 +327,10 @@ def _failure(
     job: FineTuningJob, job_dir: Path, error: JobError, details: str, report: DataReport | None = None
 ) -> DataRejected | JobFailed:
     logger.error("job failed (%s, %s): %s", error.code, f"fault of the {error.fault}", error.message)
-    path = write_details(details, job_dir)
+    lines = bad_lines(report) if report else []
+    for line in lines:
+        logger.error("%s", line)
+    path = write_details("\n".join([details, *lines]), job_dir)
     if path is not None and job.data is None and error.fault == "user":
         of_validation = error.param == "validation_data"
         return DataRejected(

@@ -57,7 +57,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
         model=await source_of(backend.log, backend.settings, asked.model),
         messages=_turns(asked),
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
-        stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
+        stop=tuple(asked.stop),
         sampling=Sampling(
             temperature=1.0 if asked.temperature is None else asked.temperature,
             top_p=1.0 if asked.top_p is None else asked.top_p,

@@ -10,10 +10,10 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     model_serializer,
 )
-from pydantic.json_schema import SkipJsonSchema
 
 from events.config import optional
 from trainers.data.dialog import Message
+from trainers.data.rows import without_empty
 from trainers.errors import Problem
 
 
@@ -59,6 +59,11 @@ class OpenAIStreamOptions(BaseModel):
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+StopTexts = Annotated[list[StopText], Field(max_length=4)]
+
+
+def _as_list(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
 
 
 class OpenAIChatRequest(BaseModel):
@@ -75,8 +80,8 @@ class OpenAIChatRequest(BaseModel):
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = optional("The old name of max_completion_tokens.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = optional("0: the likeliest token. Default: 1.")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = optional("Share of the probability to draw from. Default: 1.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | SkipJsonSchema[None] = Field(
-        default=None, description="Texts that end the answer, before them."
+    stop: Annotated[StopTexts, BeforeValidator(_as_list, json_schema_input_type=StopText | StopTexts)] = Field(
+        default=[], description="Texts that end the answer, before them. Default: none."
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = optional("For the same answer again. Default: none.")
     n: Literal[1] | None = optional("One answer.")
@@ -124,7 +129,7 @@ def without_what_is_not_offered(document: dict[str, Any]) -> tuple[dict[str, Any
     ]
     rest = {name: value for name, value in document.items() if name not in _NEUTRAL and value is not None}
     if isinstance(messages := rest.get("messages"), list):
-        # What a client got as an answer comes back as a message, with fields that are null.
+        # What a client got as an answer comes back as a message, with fields that are null or empty.
         rest["messages"] = [_without_nulls(message) for message in messages]
     return rest, problems
 
@@ -132,7 +137,7 @@ def without_what_is_not_offered(document: dict[str, Any]) -> tuple[dict[str, Any
 def _without_nulls(message: object) -> object:
     if not isinstance(message, dict):
         return message
-    return {key: value for key, value in message.items() if value is not None}
+    return {key: value for key, value in without_empty(message).items() if value is not None}
 
 
 def _same(value: object, neutral: object) -> bool:

@@ -21,7 +21,7 @@ from serve_app.openai.paging import page, unknown_after
 from serve_app.openapi import documented, documented_bytes, form_body
 from serve_app.routes import TheBackend
 from trainers.errors import ConfigProblems, Problem, UserError
-from trainers.files import PURPOSE, File, FileStore, NewObject, check_jsonl, file_store
+from trainers.files import PURPOSE, RESULTS_PURPOSE, File, FileStore, NewObject, check_jsonl, file_store
 from trainers.preflight import problems_of
 from trainers.settings import Settings
 
@@ -83,7 +83,7 @@ async def list_files(
     found: list[File | FineTuningJob] = []
     if purpose in (None, PURPOSE):
         found += await asyncio.to_thread((await store_of(backend.settings)).files)
-    if purpose in (None, results.PURPOSE):
+    if purpose in (None, RESULTS_PURPOSE):
         found += [job for job in await all_jobs(backend.log) if results.has_results(job)]
     found.sort(key=_order, reverse=order == "desc")
     if after is not None:

@@ -11,11 +11,13 @@ from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.jobs import same_request
 from serve_app.openai import mapping, results, timeline
+from serve_app.openai.models import checkpoint_of, directory_of
 from serve_app.openai.objects import OpenAICheckpointList, OpenAIEventList, OpenAIJob, OpenAIJobList, OpenAIJobRequest
 from serve_app.openai.paging import After, Limit, page, unknown_after
 from serve_app.openapi import documented, json_body
 from serve_app.routes import IdempotencyKey, TheBackend, begun, examined, made_before, received
 from trainers.errors import ConfigProblems
+from trainers.resubmit import origin_of
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
 JOBS = "/fine_tuning/jobs"
@@ -26,22 +28,29 @@ JobId = Annotated[str, Path(min_length=1, max_length=128, description="The job's
     JOBS,
     summary="Create a fine-tuning job",
     openapi_extra=json_body(OpenAIJobRequest),
-    responses=documented(OpenAIJob, "The job is on disk.", 400, 404, 413, 415, 429),
+    responses=documented(OpenAIJob, "The job is on disk.", 400, 404, 409, 413, 415, 429),
 )
 async def create(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
     """Create a job from an uploaded file. It trains a LoRA adapter; docs/openai.md says what becomes of each field."""
     asked = await received(OpenAIJobRequest, request, backend)
-    if problems := mapping.results_as_data(asked):
-        raise ConfigProblems(problems)
     config = mapping.config_of(asked)
     openai = asked.model_dump(mode="json", exclude_none=True)
-    if made := await made_before(backend, idempotency_key, lambda job: same_request(job, config, openai)):
+
+    def same(job: FineTuningJob) -> bool:
+        """What the model's name stood for then may be gone by now."""
+        return same_request(job, config | {"model": job.input_config.get("model")}, openai)
+
+    if made := await made_before(backend, idempotency_key, same):
         return _answer(made)
+    tuned = await checkpoint_of(backend.log, asked.model)
+    if tuned is not None:
+        config["model"] = await directory_of(tuned)
     submitted, problems = await examined(backend, config)
     if submitted is None or problems:
         raise ConfigProblems([mapping.in_openai_words(problem) for problem in problems])
-    submitted = submitted.model_copy(update={"openai": openai, "idempotency_key": idempotency_key})
-    return await begun(request, backend, submitted, _shown)
+    origin = None if tuned is None else origin_of(tuned.job, tuned.uri)
+    update = {"openai": openai, "idempotency_key": idempotency_key, "resubmitted_from": origin}
+    return await begun(request, backend, submitted.model_copy(update=update), _shown)
 
 
 @router.get(JOBS, summary="List fine-tuning jobs", responses=documented(OpenAIJobList, "The jobs.", 400, 404))

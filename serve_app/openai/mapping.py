@@ -22,7 +22,6 @@ from serve_app.openai.objects import (
 from serve_app.pace import evaluations_after
 from trainers.components import DPO_LOSS
 from trainers.errors import ConfigProblems, Problem
-from trainers.files import PURPOSE
 from trainers.plan import DEFAULT_DPO_LR, DEFAULT_GROUPS, DEFAULT_LR, DEFAULT_ROWS, Plan, WandBLog, make_plan
 
 EPOCHS, BETA = 3, 0.1
@@ -94,15 +93,6 @@ def _method(asked: OpenAIJobRequest) -> tuple[Literal["supervised", "dpo"], Open
     return kind, chosen or asked.hyperparameters or defaults
 
 
-def results_as_data(asked: OpenAIJobRequest) -> list[Problem]:
-    """The files that were made for another purpose than to be trained on."""
-    return [
-        Problem(name, f"is a file with purpose {results.PURPOSE!r}: training needs {PURPOSE!r}", "wrong_purpose")
-        for name in ("training_file", "validation_file")
-        if results.is_result_file(getattr(asked, name) or "")
-    ]
-
-
 def in_openai_words(problem: Problem) -> Problem:
     """The problem with the name that the field has in OpenAI's request."""
     name = problem.param or ""
@@ -134,14 +124,14 @@ def shown(job: FineTuningJob) -> OpenAIJob:
         integrations=said.get("integrations", derived),
         metadata=metadata_of(job) or None,
         method=said.get("method", method),
-        model=str(job.input_config.get("model", "")),
+        model=said.get("model") or str(job.input_config.get("model", "")),
         result_files=[results.file_id(job.job_id)] if results.has_results(job) else [],
         seed=plan.seed if plan else 0,
         status=status_of(job),
         trained_tokens=_trained_tokens(job) if succeeded else None,
         training_file=str(job.input_config.get("data", "")),
         validation_file=job.input_config.get("validation_data"),
-        user_provided_suffix=said.get("suffix"),
+        user_provided_suffix=job.suffix,
         checkpoints=job.checkpoints,
     )
 
@@ -157,8 +147,8 @@ def metadata_of(job: FineTuningJob) -> dict[str, str]:
 
 def model_name(job: FineTuningJob, step: int | None = None) -> str:
     """As OpenAI names fine-tuned models: `ft:<base>:<organisation>:<suffix>:<id>`, of a checkpoint with its step."""
-    base = str(job.input_config.get("model", "")).rstrip("/").rpartition("/")[2].replace(":", "-")
-    name = f"ft:{base}:tunewright:{(job.openai or {}).get('suffix', '')}:{job.job_id.removeprefix('ftjob-')}"
+    base = job.base_model.rstrip("/").rpartition("/")[2].replace(":", "-")
+    name = f"ft:{base}:tunewright:{job.suffix or ''}:{job.job_id.removeprefix('ftjob-')}"
     return name if step is None else f"{name}:ckpt-step-{step}"
 
 
@@ -205,7 +195,7 @@ def _hyperparameters(plan: Plan | None, kind: Literal["supervised", "dpo"]) -> d
         return {}
     chosen = {
         "batch_size": plan.batch_size * plan.gradient_accumulation_steps * plan.workers,
-        "learning_rate_multiplier": round(plan.lr / RATE[kind], 6),
+        "learning_rate_multiplier": float(f"{plan.lr / RATE[kind]:.6g}"),
         "n_epochs": plan.n_epochs,
     }
     return chosen | ({"beta": plan.loss.kwargs.get("beta", BETA)} if kind == "dpo" else {})

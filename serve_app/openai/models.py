@@ -18,7 +18,7 @@ from events.facts import CheckpointSaved
 from events.job import FineTuningJob
 from serve_app.backend import JobLog
 from serve_app.errors import Answer, RequestRefused
-from serve_app.openai import mapping
+from serve_app.openai import mapping, results
 from serve_app.openai.chat_objects import OpenAIModel, OpenAIModelList
 from serve_app.openai.files import all_jobs
 from serve_app.openapi import documented
@@ -74,9 +74,12 @@ async def retrieve(backend: TheBackend, model: ModelName) -> Response:
 async def source_of(log: JobLog, settings: Settings, name: str) -> str:
     """What `trainers.models.resolve.resolve_model` takes for the model of that name. Raises RequestRefused."""
     found = await checkpoint_of(log, name)
-    if found is None:
-        return await asyncio.to_thread(_base_source, name, settings)
-    return await asyncio.to_thread(_source_in, found)
+    return await asyncio.to_thread(_base_source, name, settings) if found is None else await directory_of(found)
+
+
+async def directory_of(found: Checkpoint) -> str:
+    """Where its model lies; of an adapter's, the merged one. Raises RequestRefused where it is there no more."""
+    return await asyncio.to_thread(_directory, found)
 
 
 async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
@@ -95,7 +98,7 @@ async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
     if step is not None:
         uris = [uri for uri in job.checkpoints if step_of(uri) == step]
         if not uris:
-            raise unknown_model(f"job {job.job_id} has no checkpoint of step {step}, or deleted it")
+            raise await _no_checkpoint(log, job, step)
         return Checkpoint(job, uris[-1])
     if job.status != "success":
         message = f"job {job.job_id} is {mapping.status_of(job)}: its model has this name once it has succeeded"
@@ -107,7 +110,7 @@ async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
     return Checkpoint(job, job.checkpoints[-1])
 
 
-def _source_in(found: Checkpoint) -> str:
+def _directory(found: Checkpoint) -> str:
     directory = model_dir_of(found.uri)
     if not directory.is_dir():
         raise unknown_model(f"{found.name} is no longer in the storage directory", "checkpoint_deleted")
@@ -116,6 +119,13 @@ def _source_in(found: Checkpoint) -> str:
 
 def unknown_model(message: str, code: str = "model_not_found") -> RequestRefused:
     return RequestRefused(Answer(404, "not_found_error", code, message, "model"))
+
+
+async def _no_checkpoint(log: JobLog, job: FineTuningJob, step: int) -> RequestRefused:
+    async for recorded in results.history(log, job.job_id):
+        if isinstance(recorded.event, CheckpointSaved) and recorded.event.step == step:
+            return unknown_model(f"job {job.job_id} has deleted its checkpoint of step {step}", "checkpoint_deleted")
+    return unknown_model(f"job {job.job_id} has no checkpoint of step {step}")
 
 
 async def _by_id(log: JobLog, name: str, ulid: str, version: int) -> Checkpoint:

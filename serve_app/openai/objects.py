@@ -169,7 +169,7 @@ MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 class OpenAIJobRequest(_Request):
     """What POST /v1/fine_tuning/jobs takes."""
 
-    model: str = Field(min_length=1, max_length=1024, description="An alias, a Hugging Face id, a directory or URI.")
+    model: str = Field(min_length=1, max_length=1024, description="One of GET /v1/models, or a base model's name.")
     training_file: str = Field(min_length=1, max_length=4096, description="The id of an uploaded file, or a URI.")
     validation_file: Annotated[str, Field(min_length=1, max_length=4096)] | None = optional("As training_file.")
     method: OpenAIMethod | None = optional("Default: supervised.")

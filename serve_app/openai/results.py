@@ -12,10 +12,9 @@ from events.job import FineTuningJob
 from events.store import Recorded
 from serve_app.backend import JobLog
 from serve_app.openai.objects import OpenAIFile
+from trainers.files import RESULTS_PREFIX
 
-PURPOSE = "fine-tune-results"
 FILENAME = "step_metrics.csv"
-_PREFIX = "file-results-"
 TRAIN = {"train_loss": "loss", "train_mean_token_accuracy": "token_accuracy"}
 VALID = {
     "valid_loss": "valid_loss",
@@ -32,11 +31,7 @@ steps each took it 0.2 s."""
 
 
 def file_id(job_id: str) -> str:
-    return f"{_PREFIX}{job_id}"
-
-
-def is_result_file(name: str) -> bool:
-    return name.startswith(_PREFIX)
+    return f"{RESULTS_PREFIX}{job_id}"
 
 
 def has_results(job: FineTuningJob) -> bool:
@@ -50,10 +45,10 @@ def created_at(job: FineTuningJob) -> int:
 
 async def job_of(log: JobLog, name: str) -> FineTuningJob | None:
     """The job whose result file that is; None where it is none."""
-    if not is_result_file(name):
+    if not name.startswith(RESULTS_PREFIX):
         return None
     try:
-        job = await log.job(name.removeprefix(_PREFIX))
+        job = await log.job(name.removeprefix(RESULTS_PREFIX))
     except Refused as refused:
         if refused.code == "unknown_job":
             return None

@@ -93,7 +93,8 @@ events: st.SearchStrategy[Event] = st.one_of(
         idempotency_key=st.none() | text,
         request_digest=st.none() | text,
         defaults=st.none() | st.builds(Defaults, batch_size=st.integers(1, 64), lr=numbers),
-        resubmitted_from=st.none() | st.builds(Origin, job_id=text, checkpoint=text),
+        resubmitted_from=st.none()
+        | st.builds(Origin, job_id=text, checkpoint=text, base_model=st.none() | text, suffix=st.none() | text),
     ),
     st.builds(DataValidated, data=reports, validation_data=maybe),
     st.builds(DataRejected, error=errors, error_path=text, data=maybe, validation_data=maybe),

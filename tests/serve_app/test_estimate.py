@@ -99,6 +99,13 @@ def test_the_counts_are_those_of_the_jobs_own_validation(
     assert found["steps"] == sum(1 for _ in build_schedule(plan, rows, 0, 1).steps(Progress()))
 
 
+def test_a_warm_up_as_long_as_the_run_is_warned_of(http: httpx.Client, config: dict[str, Any]) -> None:
+    assert estimate(http, config)["warnings"] == []
+    config["fine_tuning_options"]["extras"]["lr_scheduler.num_warmup_steps"] = 100_000
+    (warning,) = estimate(http, config)["warnings"]
+    assert "the learning rate never reaches lr" in warning
+
+
 def test_the_preview_is_what_is_trained_on_token_by_token(
     http: httpx.Client, config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
+from events.facts import CancelRequested, JobCancelled
 from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
 from examples import client
@@ -51,3 +52,25 @@ def test_following_a_job_that_is_not_there_is_refused(server: Server) -> None:
     with pytest.raises(ApiError) as caught:
         list(Client(server.url).tail("ftjob-none"))
     assert caught.value.status == 404
+
+
+class _KnowsNoPath(httpx.HTTPTransport):
+    """A proxy in front of the service that has heard nothing of it when it is asked the first time."""
+
+    asked = 0
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        self.asked += 1
+        return httpx.Response(404, text="Path not found") if self.asked == 1 else super().handle_request(request)
+
+
+def test_following_a_job_outlasts_a_proxy_that_does_not_know_the_service_yet(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RECONNECT_S", 0.01)
+    job_id = server.submit()
+    server.print(job_id, "one")
+    server.append(job_id, CancelRequested(), JobCancelled())
+    follower = Client(server.url)
+    follower._http = httpx.Client(base_url=server.url, transport=_KnowsNoPath())
+    assert [line["message"] for line in follower.tail(job_id)] == ["one"]

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from events.facts import CheckpointSaved, CheckpointsDeleted, JobSucceeded
-from tests.serve_app.live_server import Server
+from tests.serve_app.live_server import MODEL, Server
 from tests.tiny_models import make_tiny_model
 
 RESUBMIT = "/fine_tuning/jobs/resubmit"
@@ -62,7 +62,8 @@ def test_the_new_job_has_the_old_config_and_the_last_checkpoint_as_its_model(
     assert job["status"] == "validation"
     old = http.get(STATUS, params={"job_id": earlier.job_id}).json()
     assert job["input_config"] == old["input_config"] | {"model": str(earlier.paths[20])}
-    assert job["resubmitted_from"] == {"job_id": earlier.job_id, "checkpoint": earlier.uri(20)}
+    origin = {"job_id": earlier.job_id, "checkpoint": earlier.uri(20), "base_model": MODEL}
+    assert job["resubmitted_from"] == origin
     assert "resubmitted_from" not in old
     assert http.get(STATUS, params={"job_id": job["job_id"]}).json() == job
 
@@ -72,6 +73,13 @@ def test_of_an_adapter_the_merged_model_is_taken(http: httpx.Client, earlier: Ea
         job = again(http, earlier, checkpoint=checkpoint)
         assert job["input_config"]["model"] == str(earlier.paths[10] / "merged")
         assert job["resubmitted_from"]["checkpoint"] == earlier.uri(10)
+
+
+def test_the_base_model_stays_the_first_jobs_however_often_one_goes_on(
+    http: httpx.Client, server: Server, earlier: Earlier
+) -> None:
+    second = Earlier(server, again(http, earlier)["job_id"])
+    assert again(http, second, checkpoint=10)["resubmitted_from"]["base_model"] == MODEL
 
 
 def test_changes_are_laid_over_the_old_config(http: httpx.Client, earlier: Earlier) -> None:

@@ -56,7 +56,11 @@ def test_a_paused_job_holds_nothing_and_goes_on_as_if_it_had_not_been_paused(api
     full = {"custom_training_options": {"finetuning_type": "full"}, "n_epochs": 1, "extras": {"max_steps_per_epoch": 2}}
     again = post(api, "resubmit", job_id=job_id, config={"fine_tuning_options": full})
     job = api.until_status(again["job_id"], "success")
-    assert job["resubmitted_from"] == {"job_id": job_id, "checkpoint": api.job(job_id)["checkpoints"][-1]}
+    assert job["resubmitted_from"] == {
+        "job_id": job_id,
+        "checkpoint": api.job(job_id)["checkpoints"][-1],
+        "base_model": api.job(job_id)["input_config"]["model"],
+    }
     assert job["progress"]["step"] == 2
     assert losses(job)[1] < ours[1] - 0.5  # of the same rows: it starts from what the first job has learnt
 

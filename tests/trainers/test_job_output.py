@@ -5,15 +5,18 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import JobID
+from ray._private import worker
 
 from events.actors import blocking
 from events.log import LogUnavailable
 from events.log_queue import LogBatch, LogQueue
 from trainers import job_output, retrying
-from trainers.job_output import JobOutput, LineWriter
+from trainers.job_output import JobOutput, LineWriter, leave_the_raylet_out
 
 JOB = "ftjob-1"
 
@@ -105,3 +108,31 @@ def test_lines_that_their_copy_does_not_take_are_in_the_log_and_those_that_follo
         assert os.read(reader, 100) == b"two\n"
         os.close(reader)
     assert lines.messages() == ["one", "two"]
+
+
+class _Told:
+    """What Ray's control store tells a driver: one warning of a raylet, and then that it is gone."""
+
+    def __init__(self) -> None:
+        self.warnings = [{"job_id": None, "error_message": "WARNING: 8 PYTHON worker processes"}]
+
+    def subscribe(self) -> None:
+        pass
+
+    def poll(self) -> tuple[None, dict[str, Any]]:
+        if not self.warnings:
+            raise ConnectionError
+        return None, self.warnings.pop()
+
+
+def test_what_ray_says_of_its_nodes_is_no_part_of_the_jobs_log(
+    lines: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    leave_the_raylet_out()
+    driver: Any = SimpleNamespace(gcs_error_subscriber=_Told(), current_job_id=JobID.nil())
+    with JobOutput(lines, JOB):
+        os.write(1, b"trained\n")
+        worker.listen_error_messages(driver, threading.Event())
+    assert not [message for message in lines.messages() if "WARNING" in message]
+    assert "(raylet) WARNING: 8 PYTHON worker processes\n" in capfd.readouterr().out

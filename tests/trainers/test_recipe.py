@@ -427,6 +427,20 @@ def test_the_log_tells_what_is_trained_how_far_it_is_and_what_has_no_effect(
     assert [line.split(" | ")[:2] for line in steps] == [["step 11/22", "epoch 1/2"], ["step 22/22", "epoch 2/2"]]
 
 
+@pytest.mark.parametrize(("warmup", "warned"), [(21, False), (22, True), (100_000, True)])
+def test_the_log_says_that_a_warm_up_is_as_long_as_the_run_and_what_to_do(
+    bench: Bench, caplog: pytest.LogCaptureFixture, warmup: int, warned: bool
+) -> None:
+    cosine = "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
+    scheduler = ComponentSpec(component=cosine, kwargs={"num_warmup_steps": warmup})
+    caplog.clear()  # as below
+    with caplog.at_level(logging.INFO, logger="tunewright.train"):
+        bench.case("full", lr_scheduler=scheduler).run()
+    assert f"22 steps in 2 epoch(s), {min(warmup, 22)} of them warm-up" in caplog.text
+    told = f"num_warmup_steps is {warmup:,} and the run has 22 steps: the learning rate never reaches lr; set fewer"
+    assert (told in caplog.text) is warned
+
+
 def test_the_log_of_a_run_that_goes_on_says_after_which_step(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     part = bench.case("full", stop_at=3).run()
     caplog.clear()  # importing torchtune may have set the level of all loggers to INFO

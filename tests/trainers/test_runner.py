@@ -167,7 +167,9 @@ def test_jobs_on_the_same_data_share_its_tokens(runner: Runner) -> None:
     assert (runner.data(first) / "tokens.bin").samefile(runner.data(second) / "tokens.bin")
 
 
-def test_bad_data_is_told_with_the_field_and_the_line(runner: Runner, tmp_path: Path) -> None:
+def test_bad_data_is_told_with_the_field_and_the_line(
+    runner: Runner, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text(f"{runner.file.read_text().splitlines()[0]}\n\nnope\n")
     job, plan = runner.submit("ftjob-1")
@@ -179,6 +181,9 @@ def test_bad_data_is_told_with_the_field_and_the_line(runner: Runner, tmp_path: 
     assert isinstance(failed, DataRejected)
     assert failed.data is None
     assert failed.validation_data == caught.value.report
+    of_all = "line 3: the line is not JSON"
+    assert [record.message for record in caplog.records if record.message.startswith(of_all)]
+    assert of_all in (tmp_path / "error.txt").read_text()
 
 
 def test_a_job_that_no_node_has_the_memory_for_is_refused_before_it_stands_in_line(runner: Runner) -> None:

@@ -87,7 +87,7 @@ def _check_content(value: object) -> object:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
             raise PydanticCustomError(
-                "bad_part", "holds a part of type {kind}, and only text can be trained on", {"kind": short(kind)}
+                "bad_part", "holds a part of type {kind}, and only text is taken", {"kind": short(kind)}
             )
         if not isinstance(part.get("text"), str):
             raise PydanticCustomError("bad_part", "holds a text part whose text is not a string")

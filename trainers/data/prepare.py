@@ -34,7 +34,10 @@ _CHUNK_BYTES = 1 << 18
 _WORTH_PROCESSES = 4 << 20  # bytes of a file that take longer to tokenise than processes take to start
 _PROGRESS_S = 5.0
 
-_SUGGESTION = "mend the lines that the report lists, or allow some with extras.max_invalid_fraction"
+_SUGGESTION = (
+    "mend the lines that the job's log lists (GET /fine_tuning/jobs/tail), or let /fine_tuning/jobs/submit allow some "
+    "with extras.max_invalid_fraction"
+)
 
 Progress = Callable[[str], None]
 
@@ -45,6 +48,13 @@ class DataInvalid(UserError):
     def __init__(self, report: DataReport, message: str) -> None:
         super().__init__("invalid_data", message, line=report.errors[0].line, suggestion=_SUGGESTION)
         self.report = report
+
+
+def bad_lines(report: DataReport) -> list[str]:
+    """What is wrong with the first bad lines, and how many more there are."""
+    told = [f"line {error.line}: {error.message}" for error in report.errors]
+    more = report.invalid_rows - len(report.errors)
+    return [*told, f"and {more} more lines"] if more else told
 
 
 def prepared(out_dir: Path, max_seq_len: int) -> DataReport | None:

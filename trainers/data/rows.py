@@ -207,9 +207,14 @@ _OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 """Keys that OpenAI's client writes with every answer, null or empty where it has nothing to say there."""
 
 
+def without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without what OpenAI's client writes with every answer, where it says nothing."""
+    return {key: value for key, value in message.items() if key not in _OF_ANSWERS or value not in (None, [], {}, "")}
+
+
 def _as_row_message(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A message of OpenAI's API as rows have it; what both have is checked later."""
-    ours = {key: value for key, value in message.items() if key not in _OF_ANSWERS or value not in (None, [], {}, "")}
+    ours = without_empty(message)
     if "function_call" in ours:
         raise RowError(f"{where} has a function_call, which OpenAI has replaced: write it as one of tool_calls")
     if ours.get("role") == "function":

@@ -204,6 +204,8 @@ def test_an_answer_can_be_sent_back_as_a_message(client: openai.OpenAI, model: s
     second = ask(client, model, messages=dialog).choices[0].message.content
     said = [*ASKED, {"role": "assistant", "content": first.content}, {"role": "user", "content": "And"}]
     assert second == greedy(model, said)[1]
+    dialog[2] = {"role": "assistant", "content": first.content, "annotations": [], "tool_calls": [], "audio": None}
+    assert ask(client, model, messages=dialog).choices[0].message.content == second  # as OpenAI's own answers have it
     developer = [{"role": "developer", "content": "Answer."}, ASKED[1]]
     assert ask(client, model, messages=developer).choices == ask(client, model).choices
 
@@ -338,8 +340,12 @@ def test_a_tuned_model_and_its_checkpoints_answer_under_every_name_they_have(
     listed = [each.id for each in client.models.list()]
     assert listed[:3] == [tuned, last, checkpoints[20].fine_tuned_model_checkpoint]
     for name in (checkpoints[10].id, checkpoints[10].fine_tuned_model_checkpoint):
-        with pytest.raises(openai.NotFoundError, match="deleted"):
+        with pytest.raises(openai.NotFoundError, match="deleted") as deleted:
             ask(client, name)
+        assert deleted.value.code == "checkpoint_deleted"
+    with pytest.raises(openai.NotFoundError, match="no checkpoint of step 11") as never:
+        ask(client, f"{tuned}:ckpt-step-11")
+    assert never.value.code == "model_not_found"
     shutil.rmtree(directories[20])
     with pytest.raises(openai.NotFoundError, match="no longer in the storage") as gone:
         ask(client, checkpoints[20].id)
@@ -417,6 +423,15 @@ def test_what_is_not_offered_or_not_right_is_refused_by_name(
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, model, **changes)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize("stop", [3, [""], [["a"]], "s" * 1001, ["a"] * 5])
+def test_a_wrong_stop_is_one_problem(server: Server, model: str, stop: Any) -> None:
+    body = {"model": model, "messages": ASKED, "stop": stop}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    (problem,) = answer.json()["error"]["errors"]
+    assert (answer.status_code, problem["param"].partition(".")[0]) == (400, "stop")
+    assert "constrained" not in answer.text
 
 
 def test_every_field_of_openai_s_request_is_taken_or_refused_by_name(client: openai.OpenAI, model: str) -> None:

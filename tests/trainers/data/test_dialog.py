@@ -110,7 +110,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "an image": (
         {"dialog": [user([{"type": "image_url"}]), ANSWER]},
-        "dialog[0].content holds a part of type 'image_url', and only text can be trained on",
+        "dialog[0].content holds a part of type 'image_url', and only text is taken",
     ),
     "a part without text": (
         {"dialog": [user([{"type": "text"}]), ANSWER]},
