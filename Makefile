@@ -4,7 +4,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-vllm check faults-short faults bench bench-recipe clean
+.PHONY: help setup demo serve test test-cuda test-vllm check faults-short faults bench bench-recipe clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -18,7 +18,10 @@ serve: setup  ## run the service on 127.0.0.1 until Ctrl-C; ARGS='--port 8001 --
 	$(BIN)/python -m serve_app.local $(ARGS)
 
 test: setup .venv-hf/.complete  ## run the test suite, all but the fault tests; ARGS='tests/events -x'
-	$(PYTEST) --ignore=tests/faults --ignore=tests/vllm $(ARGS)
+	$(PYTEST) --ignore=tests/faults --ignore=tests/cuda --ignore=tests/vllm $(ARGS)
+
+test-cuda: .venv-cuda/.complete  ## run what happens on GPUs only, without one: all but the numbers
+	.venv-cuda/bin/python -m pytest -p no:cacheprovider tests/cuda $(ARGS)
 
 test-vllm: .venv-vllm/.complete  ## run the tests of chat by vLLM, on the CPU
 	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
@@ -42,7 +45,7 @@ bench-recipe: setup .venv-trl/.complete  ## measure training against torchtune a
 	$(BIN)/python -m benchmarks.recipe $(ARGS)
 
 clean:  ## remove environments and caches; ~/.tunewright (your jobs) stays
-	rm -rf .venv .venv-hf .venv-trl .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda .venv-hf .venv-trl .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.complete: pyproject.toml constraints.txt .ci/setup
@@ -50,6 +53,9 @@ clean:  ## remove environments and caches; ~/.tunewright (your jobs) stays
 
 .venv-hf/.complete: tests/hf/requirements.txt .ci/setup-hf
 	.ci/setup-hf
+
+.venv-cuda/.complete: .venv/.complete tests/cuda/requirements.txt .ci/setup-cuda
+	.ci/setup-cuda
 
 .venv-vllm/.complete: pyproject.toml tests/vllm/requirements.txt .ci/setup-vllm
 	.ci/setup-vllm

@@ -1,0 +1,106 @@
+"""What the tests run on the stand-in, each in a process of its own: `python -m tests.cuda.dry_run NAME JSON`.
+
+Kernels compute nothing, so every number is whatever was in memory: what would look at one is left out here.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+from tests.tiny_models import make_tiny_model
+from tests.trainers.recipe_support import Case, make_plan_for, random_pairs, random_rows, write_rows
+from trainers import recipe
+from trainers.collate import Layout, Segment
+from trainers.distributed import Ranks
+from trainers.models.attention import Rules, _flex_works, block_mask, flex_attend
+from trainers.plan import ComponentSpec, LoraSpec
+from trainers.recipe import training_step
+
+COMPILING = 3
+"""Steps in which code is compiled for what is new to it."""
+WIDTH = 2048
+
+
+def train(family: str, method: str, changes: dict[str, Any], *, pairs: bool = False, **sizes: Any) -> list[list[str]]:
+    """Trains, stops after a step and goes on from its checkpoint; the names of all checkpoints of both runs. No step
+    may wait for the device."""
+    if "lora" in changes:
+        changes["lora"] = LoraSpec(**changes["lora"])
+    if "optimizer" in changes:
+        changes["optimizer"] = ComponentSpec(component=changes["optimizer"])
+    _ignore_values()
+    if method != "qlora":  # whose checkpoints are made of what is on the device, by another thread, meanwhile
+        recipe.training_step = _not_waiting(training_step)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        model = make_tiny_model(scratch / "model", family, **sizes)
+        rows = write_rows(scratch / "rows", random_pairs(10) if pairs else random_rows(20))
+        valid = None if pairs else write_rows(scratch / "valid", random_rows(5, seed=1))
+        plan = make_plan_for(method, **({"dtype": "mixed"} | changes))
+        part = Case(plan, model, rows, scratch / "part", valid, stop_at=4).run()
+        rest = Case(plan, model, rows, scratch / "rest", valid, resume_from=part.checkpoints[-1].path).run()
+        return [[saved.path.name for saved in run.checkpoints] for run in (part, rest)]
+
+
+def flex(head_dim: int, dtype: str, window: int | None, softcap: float | None) -> dict[str, Any]:
+    """Compiles FlexAttention and its gradient for heads of that kind: whether the recipe would use it, and the bytes of
+    shared memory that the largest of its kernels takes and that there are."""
+    device, kind = torch.device("cuda", 0), getattr(torch, dtype)
+    taken = _shared_memory_of_what_is_compiled()
+    q, k, v = (
+        torch.empty(1, WIDTH, heads, head_dim, device=device, dtype=kind, requires_grad=True) for heads in (4, 2, 2)
+    )
+    ends = torch.full((1, WIDTH), WIDTH, device=device)
+    segments = (Segment(0, 700), Segment(700, 1000, ((0, 700),)), Segment(1000, WIDTH))
+    layout = Layout(segments, torch.arange(WIDTH, device=device)[None], ends)
+    rules = Rules(window, head_dim**-0.5, softcap, 0.0)
+    flex_attend(q, k, v, block_mask(WIDTH, window, device, layout), rules).sum().backward()
+    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return {"used": _flex_works(device, head_dim, kind), "taken": max(taken), "there": there}
+
+
+def _ignore_values() -> None:
+    recipe._check_weights = lambda *_: None
+    recipe._check_finite = lambda *_: None
+    add_up = Ranks.sum_
+    # What an evaluation divides by.
+    Ranks.sum_ = lambda ranks, tensor: torch.ones_like(tensor, device="cpu") if tensor.ndim else add_up(ranks, tensor)
+
+
+def _not_waiting(step: Callable[..., Any]) -> Callable[..., Any]:
+    """torch raises where one of its operations waits for the device."""
+    taken = 0
+
+    def checked(*arguments: Any, **options: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        torch.cuda.set_sync_debug_mode("error" if taken > COMPILING else "default")
+        try:
+            return step(*arguments, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return checked
+
+
+def _shared_memory_of_what_is_compiled() -> list[int]:
+    found: list[int] = []
+    launch = CachingAutotuner._make_launchers
+
+    def noting(tuner: CachingAutotuner) -> None:
+        found.extend(result.kernel.shared for result in tuner.compile_results)
+        launch(tuner)
+
+    CachingAutotuner._make_launchers = noting
+    return found
+
+
+if __name__ == "__main__":
+    answer = {"train": train, "flex": flex}[sys.argv[1]](**json.loads(sys.argv[2]))
+    sys.stdout.write(json.dumps(answer) + "\n")
