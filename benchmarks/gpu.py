@@ -204,9 +204,12 @@ def main() -> int:
 
 
 def _in_a_process(spec: Spec) -> Result | str:
-    """The result, or the last lines of a process that failed."""
+    """The result, or the last lines of a process that failed, or took too long: the others' results are still wanted."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--one", json.dumps(asdict(spec))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"not done after {TIMEOUT_S:.0f} s"
     if done.returncode:
         return (done.stdout + done.stderr)[-2000:]
     return Result(**json.loads(done.stdout.splitlines()[-1]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu
 from benchmarks.contest import OURS, ROOT, TORCHTUNE, ContenderFailed, run_once
 from benchmarks.gpu import SHAPES, flops_per_token
 from benchmarks.recipe import FP32_TOLERANCE, Material
@@ -35,6 +36,17 @@ def test_a_contender_that_fails_says_why(material: Material, tmp_path: Path) -> 
     (tmp_path / "llama" / "model.safetensors").unlink()
     with pytest.raises(ContenderFailed, match=r"model\.safetensors"):
         run_once(OURS, task)
+
+
+def test_one_measurement_on_a_gpu_that_takes_too_long_is_not_the_end_of_all(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny"])
+    monkeypatch.setattr(gpu, "TIMEOUT_S", 0.01)
+    assert gpu.main() == 1
+    table = capsys.readouterr().out
+    assert table.count("| failed |") == 4
+    assert "not done after 0 s" in table
 
 
 def test_the_gpu_benchmark_runs_ours_and_torchtunes_recipe_on_random_weights() -> None:
