@@ -204,7 +204,7 @@ def main() -> int:
 
 
 def _in_a_process(spec: Spec) -> Result | str:
-    """The result, or the last lines of a process that failed, or took too long: the others' results are still wanted."""
+    """The result, or what a process said last that failed; or that it took too long: the others go on."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--one", json.dumps(asdict(spec))]
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
