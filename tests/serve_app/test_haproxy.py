@@ -110,5 +110,8 @@ def test_a_404_of_rays_is_a_503_and_one_of_the_services_stays_one(proxy: Proxy, 
         found = await proxy.get("/fine_tuning/jobs/status?job_id=ftjob-1")
         assert (found.status_code, found.headers.get("Retry-After")) == (status, "5" if status == 503 else None)
         server.close()
+        await server.wait_closed()
+        gone = await proxy.get("/fine_tuning/jobs/status?job_id=ftjob-1")
+        assert (gone.status_code, gone.headers.get("Retry-After")) == (503, "5")
 
     proxy.run(serve)
