@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.exc import InductorError
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from tests.tiny_models import make_tiny_model
@@ -60,7 +61,11 @@ def flex(head_dim: int, dtype: str, window: int | None, softcap: float | None) -
     segments = (Segment(0, 700), Segment(700, 1000, ((0, 700),)), Segment(1000, WIDTH))
     layout = Layout(segments, torch.arange(WIDTH, device=device)[None], ends)
     rules = Rules(window, head_dim**-0.5, softcap, 0.0)
-    flex_attend(q, k, v, block_mask(WIDTH, window, device, layout), rules).sum().backward()
+    try:
+        flex_attend(q, k, v, block_mask(WIDTH, window, device, layout), rules).sum().backward()
+    except InductorError as error:
+        if "out of resource" not in str(error):
+            raise
     there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return {"used": _flex_works(device, head_dim, kind), "taken": max(taken), "there": there}
 
