@@ -93,8 +93,9 @@ class Client:
     def _answer(answer: httpx.Response) -> Job:
         try:
             body: Job = answer.json()
-        except ValueError:  # not the service: the proxy in front of it, while the service restarts
-            raise ApiError(503, {"message": answer.text.strip() or answer.reason_phrase}) from None
+        except ValueError:  # not the service: a proxy in front of it, which may know no path while the service restarts
+            status = 503 if answer.status_code in (404, 500) else answer.status_code
+            raise ApiError(status, {"message": answer.text.strip() or answer.reason_phrase}) from None
         if not answer.is_success:
             raise ApiError(answer.status_code, body["error"])
         return body

@@ -52,8 +52,8 @@ _ALLOCATION = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def _allocation() -> dict[str, str]:
-    """How workers manage a GPU's memory, unless the operator says. Steps differ in width: what one leaves of fixed
-    segments may not fit the next."""
+    """How workers manage a GPU's memory, unless the head node's environment says. Steps differ in width: what one
+    leaves of fixed segments may not fit the next."""
     return {} if any(name in os.environ for name in _ALLOCATION) else {_ALLOCATION[0]: "expandable_segments:True"}
 
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from events.actors import EventLogClient
@@ -70,6 +70,7 @@ class Dispatcher:
         self._whys: dict[str, str] = {}
         self._live: dict[str, FineTuningJob] = {}
         self._ending: dict[str, tuple[FineTuningJob, float]] = {}  # over, since when; their runners may be there still
+        self._looked_back = False  # for what jobs that were over before have left behind
         self._position: int | None = None  # as of which `_live` holds; None: the log was not asked yet
         self._settling = False
         self._draining_until = float("-inf")
@@ -130,7 +131,9 @@ class Dispatcher:
         live = await self._live_jobs()
         self._without_runner &= {job.job_id for job in live}
         self._failed = set()
-        groups = await asyncio.to_thread(self._cluster.placement_groups) if live or self._ending else {}
+        wanted = live or self._ending or not self._looked_back
+        groups = await asyncio.to_thread(self._cluster.placement_groups) if wanted else {}
+        await self._look_back(groups)
         ending = list(self._ending.values())
         await asyncio.gather(*(self._alone(job.job_id, self._see_off(job, since, groups)) for job, since in ending))
         sights = await asyncio.gather(*(self._look(job, groups) for job in live))
@@ -186,6 +189,16 @@ class Dispatcher:
             if runner.state == "absent":
                 self._without_runner.add(job.job_id)
         return Sight(job, runner, tuple(groups.get(job.job_id, ())))
+
+    async def _look_back(self, groups: Mapping[str, object]) -> None:
+        """Once: jobs that are over, and hold resources all the same, are seen off as if they had ended now."""
+        if self._looked_back:
+            return
+        left = [job_id for job_id in groups if job_id not in self._live]
+        for job in await asyncio.gather(*(self._alone(job_id, self._log.job(job_id)) for job_id in left)):
+            if job is not None:
+                self._ending[job.job_id] = job, time.monotonic()
+        self._looked_back = True
 
     async def _see_off(self, job: FineTuningJob, since: float, groups: dict[str, list[tuple[str, str]]]) -> None:
         """A job that is over: its runner, which has told the log so, is about to end, and its groups with it."""

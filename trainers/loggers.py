@@ -51,7 +51,8 @@ class DiskLogger:
     """One JSON object a line: the fields of StepMetrics that have a value. What is no number is a string, `"NaN"`.
 
     A run takes the file over with its first line. Whoever had it open before goes on in a file that nobody sees. What
-    a full disk doesn't take is lost to the file, in whole lines, and the job goes on: its log says so, once.
+    a full disk doesn't take is lost to the file, and the job goes on: its log says so, once. A line that was cut short
+    is ended when there is room; at the end of the file it may stay so.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:

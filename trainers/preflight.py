@@ -19,6 +19,7 @@ from events.config import (
     LoraFineTuneOptions,
     WandBLogger,
 )
+from events.ids import is_job_id
 from trainers.components import SECTIONS
 from trainers.data.source import check_data_uri
 from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem, UserError
@@ -203,7 +204,7 @@ def _remove(document: dict[str, Any], path: tuple[Any, ...]) -> None:
 
 
 def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
-    if uri.startswith(RESULTS_PREFIX):
+    if uri.startswith(RESULTS_PREFIX) and is_job_id(uri.removeprefix(RESULTS_PREFIX)):
         message = f"is a file with purpose {RESULTS_PURPOSE!r}: training needs {PURPOSE!r}"
         return [Problem(param, message, "wrong_purpose")]
     try:

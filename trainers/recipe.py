@@ -57,7 +57,7 @@ def train(
     with an evaluation (where there is `valid_data`) and a checkpoint; an evaluation within one that is the best so far
     is followed by a checkpoint too. Raises Stopped, after a checkpoint, when the reporter says so before the last step,
     UserError for what the job's author can mend (`loss_not_finite`, a model that can't be built), and CapacityError
-    `out_of_memory`.
+    `out_of_memory` or `does_not_fit`.
     """
     with _advice_when_out_of_memory(plan), ExitStack() as stack:
         # ---- configure
@@ -130,7 +130,7 @@ def train(
                 stop = stop or outcome.stop
 
             # ---- save
-            if at_checkpoint or stop:
+            if at_checkpoint or at_evaluation or stop:
                 _check_weights(model, progress.step, outcome.lr, ranks)
             if valid and at_evaluation:
                 evaluation = evaluate(model, valid, plan.batch_size, ranks, reference.get("validation"))

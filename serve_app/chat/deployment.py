@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import logging
 import math
+import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -41,8 +42,6 @@ OF_GPU = 0.9
 """Of a GPU's memory, what models of vLLM take together: the rest is for what CUDA itself needs."""
 LOOK_BACK_S = SHORTEST_IDLE_S
 """Idle, to Serve, is who had nothing to do on an average over this; the delay begins then."""
-_NO_GPU = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
-"""Ray lets a process that reserves no GPU see all of its node's, those of training jobs."""
 
 
 class Chat:
@@ -52,6 +51,7 @@ class Chat:
         """`share` is of vLLM. None: without it."""
         listen_on_node_address_only()
         give_way()
+        see_reserved_gpus_only()
         self._engine, self._check = _with_torchtune(settings) if share is None else _with_vllm(settings, share)
 
     async def answer(self, question: Question) -> AsyncGenerator[Part, None]:
@@ -61,6 +61,12 @@ class Chat:
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises a few times."""
         self._check()
+
+
+def see_reserved_gpus_only() -> None:
+    """Ray lets a process that reserves no GPU see all of its node's, those of training jobs."""
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _with_torchtune(settings: Settings) -> tuple[Engine[Any], Callable[[], None]]:
@@ -165,7 +171,7 @@ def deployment(settings: Settings, reserved: float, share: Share | None = None) 
             downscale_delay_s=settings.chat_idle_s - LOOK_BACK_S,
         ),
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": reserved} | ({} if reserved else _NO_GPU),
+        ray_actor_options={"num_cpus": settings.chat_cpus, "num_gpus": reserved},
     )(Chat)
 
 

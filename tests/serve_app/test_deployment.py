@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import serve_app
 from serve_app.chat.deployment import deployment as chat_deployment
-from serve_app.chat.deployment import gpus
+from serve_app.chat.deployment import gpus, see_reserved_gpus_only
 from serve_app.deployment import MAX_ONGOING_REQUESTS, deployment
 from serve_app.local import LocalService
 from trainers.settings import Settings
@@ -46,11 +46,17 @@ def test_nobody_who_asks_means_no_replica_for_chat_and_no_cpu_either() -> None:
     scaling = chat._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.look_back_period_s + scaling.downscale_delay_s) == (0, 60)
     assert chat.ray_actor_options["num_cpus"] == chat.ray_actor_options["num_gpus"] == 0
-    assert chat.ray_actor_options["runtime_env"] == {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     reserved = chat_deployment(Settings(chat_cpus=2), 0.5).ray_actor_options
     assert (reserved["num_cpus"], reserved["num_gpus"]) == (2, 0.5)
-    assert "runtime_env" not in reserved  # Ray shows it what it reserves
     assert (gpus(Settings(use_gpu=True)), gpus(Settings(use_gpu=True, chat_gpus=0))) == (1, 0)
+
+
+@pytest.mark.parametrize(("reserved", "seen"), [([], ""), ([1], "1")])
+def test_chat_sees_no_gpu_of_a_training_job(reserved: list[int], seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as Ray has it, or as the node has: Ray leaves that alone
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: reserved)
+    see_reserved_gpus_only()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 def test_the_config_file_deploys_this_application_on_loopback_and_cuts_no_tail() -> None:

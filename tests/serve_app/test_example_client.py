@@ -74,3 +74,12 @@ def test_following_a_job_outlasts_a_proxy_that_does_not_know_the_service_yet(
     follower = Client(server.url)
     follower._http = httpx.Client(base_url=server.url, transport=_KnowsNoPath())
     assert [line["message"] for line in follower.tail(job_id)] == ["one"]
+
+
+def test_a_gateway_that_refuses_ends_what_follows_a_job() -> None:
+    follower = Client("http://gateway")
+    refuses = httpx.MockTransport(lambda _: httpx.Response(401, text="<html>who are you?</html>"))
+    follower._http = httpx.Client(base_url="http://gateway", transport=refuses)
+    with pytest.raises(ApiError) as caught:
+        list(follower.tail("ftjob-1"))
+    assert caught.value.status == 401

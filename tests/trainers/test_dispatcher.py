@@ -511,6 +511,23 @@ def test_a_runner_that_hangs_though_its_job_is_over_is_stopped_and_what_it_held_
     test()
 
 
+def test_a_runner_that_outlived_its_job_is_stopped_by_a_dispatcher_that_was_not_there_when_it_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @in_world
+    async def test(world: World) -> None:
+        job_id = await world.running()
+        await world.tell(job_id, JobSucceeded())
+        after = Dispatcher(world.log, world.cluster, Settings(storage=world.storage))  # type: ignore[arg-type]
+        await after.reconcile()
+        assert world.cluster.stopping == []
+        monkeypatch.setattr(dispatcher, "LEAVING_S", 0.0)
+        await after.reconcile()
+        assert world.cluster.stopping == [job_id]
+
+    test()
+
+
 def test_ray_is_asked_no_more_about_a_runner_that_ended_with_its_job(caplog: pytest.LogCaptureFixture) -> None:
     @in_world
     async def test(world: World) -> None:

@@ -355,12 +355,16 @@ def test_a_loss_that_is_not_finite_ends_the_job_and_names_the_step(bench: Bench)
     assert (caught.value.error.code, caught.value.error.rank) == ("loss_not_finite", 0)
 
 
-def test_an_update_that_breaks_the_model_leaves_no_checkpoint_of_it(bench: Bench) -> None:
+@pytest.mark.parametrize("changes", [{}, {"run_val_every_n_steps": 1, "early_stopping_patience": 1, "n_epochs": 2}])
+def test_an_update_that_breaks_the_model_leaves_no_checkpoint_of_it(
+    bench: Bench, valid: Path, changes: dict[str, Any]
+) -> None:
     """The loss that tells of it is that of the next step, and there may be none."""
     sgd = ComponentSpec(component="torch.optim.SGD")
     recorder = Recorder()
-    case = bench.case("full", lr=1e30, optimizer=sgd, lr_scheduler=None, n_epochs=1, max_steps_per_epoch=2)
-    with pytest.raises(UserError, match=r"the update of step 2 left weights that are no numbers") as caught:
+    few = {"n_epochs": 1, "max_steps_per_epoch": 2, "valid_data": valid}
+    case = bench.case("full", lr=1e30, optimizer=sgd, lr_scheduler=None, **(few | changes))
+    with pytest.raises(UserError, match=r"the update of step \d left weights that are no numbers") as caught:
         case.run(recorder)
     assert caught.value.error.code == "loss_not_finite"
     assert recorder.checkpoints == []

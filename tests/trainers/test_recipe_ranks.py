@@ -1,6 +1,5 @@
 """The recipe on two ranks (FSDP2 over gloo, whole models for adapters): the numbers of one, checkpoints that resume."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.trainers.recipe_support import (
 )
 from tests.waiting import eventually
 from trainers import checkpoint
+from trainers.batches import Progress
 from trainers.checkpoint import CheckpointWriter
 from trainers.components import DPO_LOSS
 from trainers.distributed import Ranks
@@ -212,18 +212,20 @@ def test_while_one_rank_waits_for_the_disk_the_other_hears_from_it_again_and_aga
 
 
 def _run_with_a_slow_disk(case: Case) -> Any:
-    """No checkpoint is written before the ranks have spoken to each other three times."""
-    spoken = itertools.count()
+    """The checkpoint of step 10 isn't written before the ranks, who want to save the next one, have spoken three
+    times."""
+    spoken: list[float] = []
     speak, write = Ranks.sum, CheckpointWriter._write
 
     def counted(ranks: Ranks, values: Sequence[float]) -> list[float]:
-        next(spoken)
+        spoken.extend(values)
         return speak(ranks, values)
 
-    def slowly(*arguments: Any) -> None:
-        before = next(spoken)
-        eventually(lambda: next(spoken) > before + 10, 30, lambda: "nobody said anything")
-        write(*arguments)
+    def slowly(writer: CheckpointWriter, progress: Progress, *rest: Any) -> None:
+        before = len(spoken)
+        if progress.step == 10:
+            eventually(lambda: len(spoken) >= before + 3, 30, lambda: "nobody said anything")
+        write(writer, progress, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "LOOK_S", 0.01)

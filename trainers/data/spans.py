@@ -263,7 +263,7 @@ class SpanFinder:
     def _find_calls(self, text: str, dialog: Dialog, i: int, frame: _Frame) -> Span:
         """Where message `i`, with its tool calls, lies in `text`: from where a mark would be to the end of its turn."""
         message, mark = dialog.messages[i], _MARK.format(i)
-        ending = self._end_of_calls(dialog, i) or frame.end
+        endings = [ending for ending in (frame.end, self._end_of_calls(dialog, i)) if ending]
         # What follows may not be allowed behind a plain message: leave out as much of it as it takes.
         for following in range(i + 1, min(i + _MAX_TRIES, len(dialog.messages)) + 1):
             try:
@@ -274,14 +274,15 @@ class SpanFinder:
             # What is put before a mark may begin as the message itself does.
             lead = frame.lead if other.endswith(frame.lead, 0, at) else ""
             start = min(_common_prefix(text, other), at - len(lead))
-            end = text.find(ending, start)
-            if ending and end >= 0 and at >= 0 and other[start:at].removeprefix(lead).strip() == "":
+            found = [(end, ending) for ending in endings if (end := text.find(ending, start)) >= 0]
+            if found and at >= 0 and other[start:at].removeprefix(lead).strip() == "":
+                end, ending = min(found)
                 return start, end if ending == frame.end else end + len(ending)
         raise _rewritten(i, message)
 
     def _end_of_calls(self, dialog: Dialog, i: int) -> str:
-        """The control token that ends message `i`, with its tool calls, where it is the last one: it may be another
-        than that of a plain message. "": there is none, or the template refuses that."""
+        """The control token behind message `i`, with its tool calls, where it is the last one: it may be another than
+        that of a plain message, or end the whole dialog. "": there is none, or the template refuses that."""
         try:
             shown = self._template.render(dialog.messages[: i + 1], dialog.tools).rstrip()
         except RowError:

@@ -102,7 +102,7 @@ class ChatTemplate:
             return self._render(messages, tools, add_generation_prompt)
         except RowError:
             if any("tool_calls" in message for message in messages):
-                with suppress(RowError):
+                with suppress(RowError, ValueError):  # the latter of numbers that JSON hasn't
                     return self._render([_with_text(message) for message in messages], tools, add_generation_prompt)
             raise
 

@@ -273,6 +273,21 @@ class TestTools:
         last = dialog(user("Weather?"), assistant(None, tool_calls=[call("get_weather", {"city": "Berlin"})]))
         assert trained(tokenizer, last) == [called]
 
+    def test_a_token_that_ends_the_dialog_does_not_make_what_follows_a_call_part_of_it(self, tmp_path: Path) -> None:
+        """As Phi's templates write one, behind all turns; here where what follows a call must not follow an answer."""
+        template = (
+            "{% for m in messages %}"
+            "{% if m['role'] == 'tool' and not messages[loop.index0 - 1]['tool_calls'] %}{{ raise_exception('!') }}"
+            "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] or '') }}"
+            "{% for c in m['tool_calls'] or [] %}{{ c['function'] | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+            "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt else '<|endoftext|>' }}"
+        )
+        row = dialog(
+            user("Weather?"), assistant(None, tool_calls=[call("f", {})]), tool_result("sunny"), assistant("Sun.")
+        )
+        first, second = trained(make_tokenizer(tmp_path, template), row)
+        assert (first, second) == ('{"name": "f", "arguments": {}}<|im_end|>', "Sun.<|im_end|>")
+
     def test_a_template_that_takes_arguments_as_text_is_given_text(self, tmp_path: Path) -> None:
         """As those of R1's distillates."""
         template = (
@@ -516,9 +531,16 @@ def test_a_long_text_is_tokenised_as_a_short_one(make: Make, tmp_path: Path) -> 
         assert ids[mask].tolist() == answer
 
 
-def test_a_number_beyond_json_makes_a_bad_row_and_not_a_word_to_train_on(make: Make) -> None:
-    row = b'{"dialog": [{"role": "assistant", "content": "a"}], "tools": [{"function": {"name": "f", "x": 1e999}}]}'
-    tokenizer = make("default", chat_template="{{ tools | tojson }}{{ messages[0].content }}</s>")
+@pytest.mark.parametrize(
+    "row",
+    [
+        b'{"dialog": [{"role": "assistant", "content": "a"}], "tools": [{"function": {"name": "f", "x": 1e999}}]}',
+        b'{"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": '
+        b'[{"type": "function", "function": {"name": "f", "arguments": {"x": 1e999}}}]}]}',
+    ],
+)
+def test_a_number_beyond_json_makes_a_bad_row_and_not_a_word_to_train_on(make: Make, row: bytes) -> None:
+    tokenizer = make("default", chat_template="{{ tools | tojson }}{{ messages | tojson }}</s>")
     with pytest.raises(RowError, match="JSON"):
         tokenizer.encode([parse_row(row)])
 
