@@ -331,7 +331,8 @@ def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ran
 def _check_weights(model: TrainingModel, step: int, lr: float, ranks: Ranks) -> None:
     """Raises UserError `loss_not_finite` where the update of `step` broke the model: of the loss only the next step, or
     an evaluation, would tell. Every rank has to call it."""
-    norms = torch._foreach_norm([local(parameter) for parameter in model.updated().values()], dtype=torch.float32)
+    # In their own type: a norm in another one makes a copy of all numbers on a CPU.
+    norms = torch._foreach_norm([local(parameter) for parameter in model.updated().values()])
     if ranks.sum([not torch.stack(norms).isfinite().all()])[0]:
         raise UserError(
             "loss_not_finite",
