@@ -270,3 +270,4 @@ def test_endpoints_that_cannot_be_read_are_a_503_and_hurt_nothing_else(serve: Se
     assert "Retry-After" in answer.headers
     with connected(broken) as client:
         assert list(client.fine_tuning.jobs.list()) == []
+    broken.stop()  # or it would look for them, and say so, beside all tests that follow
