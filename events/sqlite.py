@@ -23,6 +23,7 @@ from collections.abc import Collection, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
+from events.disk import sync_path
 from events.sqlite_rows import COLUMNS, Row, checksum_of, recorded_of, row_of
 from events.sqlite_schema import VERSION, migrate
 from events.store import (
@@ -232,9 +233,9 @@ class SqliteStore:
             with self._copying, closing(sqlite3.connect(partial)) as copy:
                 copy.execute("PRAGMA synchronous=OFF")  # it is synced once, below
                 self._db.backup(copy, pages=_BACKUP_PAGES, progress=self._go_on, sleep=0.002)
-            _sync(partial)
+            sync_path(partial)
             partial.rename(file)
-            _sync(file.parent)
+            sync_path(file.parent)
         except sqlite3.Error as error:
             raise StoreFailedError(f"{file} could not be written: {error}") from error
         finally:
@@ -274,7 +275,7 @@ class SqliteStore:
             self._db.close()
             raise
         if is_new:
-            _sync(self._path.parent)
+            sync_path(self._path.parent)
 
     def _prepare(self) -> None:
         db = self._db
@@ -442,15 +443,6 @@ def _read_mark(held: int) -> int:
     except ValueError:
         return 0
     return position if checksum_of(position) == checksum else 0
-
-
-def _sync(path: Path) -> None:
-    """A file, or a directory's entries, on disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _is_damage(error: sqlite3.Error) -> bool:

@@ -11,7 +11,6 @@ attempt has written: a process that was replaced and does not know it yet can do
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from events.disk import sync_path
 from trainers.batches import Progress
 from trainers.distributed import Ranks, gathered
 from trainers.errors import InfrastructureError
@@ -292,18 +292,10 @@ def _appearing(path: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     for entry in [*draft.rglob("*"), draft]:
-        _flush(entry)
+        sync_path(entry)
     if path.exists():
         old = path.parent / f".{path.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     draft.rename(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(path.parent)

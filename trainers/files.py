@@ -24,6 +24,7 @@ import fsspec
 from pydantic import BaseModel, ConfigDict
 from ulid import ULID
 
+from events.disk import sync_path
 from trainers.errors import InfrastructureError, UserError
 
 logger = logging.getLogger("tunewright.files")
@@ -125,7 +126,7 @@ class Objects:
             sync(file)
         self._fs.mv(self._path(draft), self._path(name))
         if self._local:
-            _sync_directory(self._root)
+            sync_path(self._root)
 
     @_storage()
     def open_new(self, name: str) -> Any:  # noqa: ANN401  -- fsspec has no types
@@ -339,11 +340,3 @@ def sync(file: Any) -> None:  # noqa: ANN401  -- fsspec has no types
     except (OSError, AttributeError):
         return
     os.fsync(descriptor)
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
