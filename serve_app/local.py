@@ -41,6 +41,7 @@ DRAIN_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0  # nothing is lost by a kill; this only lets Ray tidy up
 OBJECT_STORE_BYTES = 256 << 20  # Serve and Train put next to nothing into it
 REPLICA_PORTS = 50
+WORKER_PORTS = range(10002, 20000)  # by `ray start`'s defaults
 _http = httpx.Client(trust_env=False)  # loopback must not go through a proxy
 
 
@@ -327,10 +328,19 @@ def _require_free(*ports: int) -> None:
         raise ServiceError(f"port {', '.join(map(str, taken))} is in use: stop what listens there, or choose another")
 
 
+def port(given: str) -> int:
+    """By this name argparse tells of what is no number."""
+    number = int(given)
+    if not 0 < number < 1 << 16 or number in WORKER_PORTS:
+        taken = f"{WORKER_PORTS.start} to {WORKER_PORTS.stop - 1}"
+        raise argparse.ArgumentTypeError(f"{given}: choose one from 1 to 65535; {taken} are those of Ray's workers")
+    return number
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m serve_app.local", description="Run the service on this machine.")
-    parser.add_argument("--port", type=int, default=8000, help="of the API (default: 8000)")
-    parser.add_argument("--dashboard-port", type=int, default=8265, help="of Ray's dashboard (default: 8265)")
+    parser.add_argument("--port", type=port, default=8000, help="of the API (default: 8000)")
+    parser.add_argument("--dashboard-port", type=port, default=8265, help="of Ray's dashboard (default: 8265)")
     options = parser.parse_args()
     console = Console(highlight=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops it as Ctrl-C does
