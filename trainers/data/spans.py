@@ -89,7 +89,7 @@ class SpanFinder:
                 start, end = fields.get(i) or self._find_calls(text, dialog, i, frame)
                 self._check_calls(text[start:end], dialog, i)
             elif keep:
-                start, end = fields.get(i) or self._find_content(text, dialog, i)
+                start, end = fields.get(i) or self._find_answer(text, dialog, i, frame)
             if keep:
                 spans.append(_framed(text, start, end, frame))
                 # What the prompt has of a message already is shown as well.
@@ -231,6 +231,15 @@ class SpanFinder:
             if text.startswith(content, start) and (text[end:] == literal if last else text.startswith(literal, end)):
                 return end
         return None
+
+    def _find_answer(self, text: str, dialog: Dialog, i: int, frame: _Frame) -> Span:
+        """As `_find_content`, from where the prompt ends: the template may have put something else before these words
+        than before a mark, as the `<think>` that they lack."""
+        start, end = self._find_content(text, dialog, i)
+        if not frame.cue or text.endswith((frame.cue, frame.cue + frame.lead), 0, start):
+            return start, end
+        prompt = self._prompt(dialog.messages[:i], dialog.tools)
+        return len(prompt) if prompt is not None and text.startswith(prompt, 0, start) else start, end
 
     def _find_content(self, text: str, dialog: Dialog, i: int) -> Span:
         """Where message `i` lies in `text`, found by exchanging it for a mark."""

@@ -88,6 +88,24 @@ def test_reasoning_whose_blanks_the_template_changes_is_shown_whole(tmp_path: Pa
     assert not tokenizer.locate(dialog(user("a"), assistant("<think>hm</think>yes"))).partly_shown
 
 
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ("long</think>yes", f"{REASONED}\n\nyes"),
+        ("long\n</think>\n\nyes", f"{REASONED}\n\nyes"),
+        ("\n  yes", f"{templates.EMPTY_THOUGHT}  yes"),
+    ],
+    ids=["reasoning without its beginning", "the same, as the template writes it", "blanks that the template drops"],
+)
+def test_what_the_template_adds_to_the_beginning_of_an_answer_is_trained(
+    tmp_path: Path, content: str, shown: str
+) -> None:
+    tokenizer = make_tokenizer(tmp_path, templates.QWEN3)
+    row = dialog(user("a"), assistant(content))
+    assert trained(tokenizer, row) == [f"{shown}<|im_end|>"]
+    assert not tokenizer.locate(row).unprompted
+
+
 def test_what_is_trained_of_a_row_does_not_depend_on_the_rows_before_it(tmp_path: Path) -> None:
     plain = dialog(user("hi"), assistant("yes"))
     result = dialog(user("<tool_response>7</tool_response>"), assistant("Seven."))
