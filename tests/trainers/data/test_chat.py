@@ -154,6 +154,14 @@ def test_the_templates_own_system_message_is_not_trained(make: Make) -> None:
     assert trained(tokenizer, row) == ["Fine.<|im_end|>"]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_of_an_empty_answer_that_nothing_ends_nothing_is_trained(tmp_path: Path, kind: str) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    tokenizer = make_tokenizer(tmp_path, template, kind)
+    assert trained(tokenizer, dialog(user("a"), assistant("yes"), user("b"), assistant(""))) == ["yes"]
+    assert trained(tokenizer, dialog(user("a"), assistant(""))) == []
+
+
 def test_an_empty_answer_trains_its_end(make: Make) -> None:
     assert trained(make("chatml"), dialog(user("Hello"), assistant(""))) == ["<|im_end|>"]
 
