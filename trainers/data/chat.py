@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import Sequence as NoProcessing
 
 from trainers.data.dialog import Dialog, RowError
-from trainers.data.spans import Span, SpanFinder
+from trainers.data.spans import Span, SpanFinder, Traced
 from trainers.data.template import DEFAULT_TEMPLATE, ChatTemplate, Turn, find_templates
 from trainers.data.words import LONG_TEXT, Encoded, WordTokenizer, cuts_between_words
 from trainers.errors import UserError
@@ -80,6 +80,7 @@ class ChatTokenizer:
         self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
         self._ids = {token.content: id_ for id_, token in self._special}
         self._names = sorted(self._ids, key=len, reverse=True)
+        self._takes_blanks = tuple(token.content for _, token in self._special if token.rstrip)
         self._control = _any_of(self._names)
         never_words = _any_of([name for name in self._names if name not in _OF_THOUGHTS])
         self._user_control = re.compile(f"{self._control.pattern}|{_RESERVED.pattern}")
@@ -151,10 +152,10 @@ class ChatTokenizer:
         """The first, per-row half of `encode`. Raises RowError for a dialog this model can't be trained on."""
         if not self._looks_like_control(dialog):
             traced = self._spans.render(dialog)
-            return Rendered(traced.text, traced.trained, None, traced.partly_shown, traced.unprompted)
+            return Rendered(traced.text, self._trained(traced), None, traced.partly_shown, traced.unprompted)
         messages, tools = self._escaped(dialog.messages, dialog.tools)
         traced = self._spans.render(Dialog(messages, dialog.keep_loss, tools))
-        rendered = self._unescape(traced.text, traced.trained)
+        rendered = self._unescape(traced.text, self._trained(traced))
         return replace(rendered, partly_shown=traced.partly_shown, unprompted=traced.unprompted)
 
     def encode_rendered(self, batch: Sequence[Rendered]) -> list[Encoded]:
@@ -221,6 +222,21 @@ class ChatTokenizer:
     def _assistant_end(self) -> list[int]:
         end = self._spans.turn_end(_ANSWERED, "assistant").strip()
         return [self._ids[end]] if end else []
+
+    def _trained(self, traced: Traced) -> list[Span]:
+        """What is trained, apart from an empty answer that nothing ends, and from blanks that belong to the control
+        token before them (Phi 3's headers take in all that follow): to train those would train the header."""
+        found = []
+        for start, end in traced.trained:
+            before = start
+            while self._takes_blanks and before and traced.text[before - 1].isspace():
+                before -= 1
+            if traced.text.endswith(self._takes_blanks, 0, before):
+                while start < end and traced.text[start].isspace():
+                    start += 1
+            if start < end:
+                found.append((start, end))
+        return found
 
     def _looks_like_control(self, dialog: Dialog) -> bool:
         # Role and content are all that most messages have.

@@ -98,7 +98,7 @@ class SpanFinder:
                     or _shows(text[max(0, start - len(frame.cue)) : end], message["content"])
                 )
                 unprompted = unprompted or not self._is_prompted(text, spans[-1], dialog, i, frame)
-        return Traced(text, [span for span in spans if span[0] < span[1]], partly, unprompted)
+        return Traced(text, spans, partly, unprompted)
 
     def turn_end(self, dialog: Dialog, role: str) -> str:
         """The text that ends a turn of `role` in `dialog`; "" where there is none."""

@@ -166,6 +166,24 @@ def test_an_empty_answer_trains_its_end(make: Make) -> None:
     assert trained(make("chatml"), dialog(user("Hello"), assistant(""))) == ["<|im_end|>"]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("answer", ["yes", " yes", "\n\n yes", " <s>yes", "  "])
+def test_a_header_that_takes_in_the_blanks_behind_it_is_not_trained(tmp_path: Path, kind: str, answer: str) -> None:
+    """As Phi 3's."""
+    template = (
+        "{% for m in messages %}{{ ('[INST]' if m['role'] == 'user' else '[/INST]') + '\n' + m['content'] + '</s>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '[/INST]\n' }}{% endif %}"
+    )
+    make_tokenizer(tmp_path, template, kind, "</s>")
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in spec["added_tokens"]:
+        token["rstrip"] = token["content"] in ("[INST]", "[/INST]")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    tokenizer = ChatTokenizer.from_dir(tmp_path)
+    row = dialog(user("a"), assistant(answer), user("b"), assistant("no"))
+    assert [run.strip() for run in trained(tokenizer, row)] == [f"{answer.strip()}</s>", "no</s>"]
+
+
 def test_an_end_that_is_no_special_token_ends_turns_all_the_same(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, templates.CHATML, eos="<|endoftext|>")
     spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
