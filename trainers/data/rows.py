@@ -43,6 +43,7 @@ def parse_row(raw: bytes) -> Dialog:
         for key, hint in _OTHER_FORMATS.items():
             if key in row:
                 raise RowError(f"the row has '{key}' and no messages: {hint}")
+        raise RowError("the row has no messages: write it as a list of them, each with role and content")
     try:
         item = TrainingDataItem.model_validate(row)
     except ValidationError as error:
@@ -189,7 +190,8 @@ def _read_object(raw: bytes) -> dict[str, Any]:
             raw.decode()
         except UnicodeDecodeError:
             raise RowError("the line is not UTF-8 text") from None
-        raise RowError(f"the line is not JSON: {error}") from None
+        reason = f"{error}".replace(" at line 1 column ", " at column ")  # the file's lines are counted elsewhere
+        raise RowError(f"the line is not JSON: {reason}") from None
     if not isinstance(row, dict):
         raise RowError(f"the line is not a JSON object but {json_type(row)}")
     return row
@@ -257,6 +259,7 @@ def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
     return rest | {"dialog": dialog, "keep_loss": keep if any(keep) else None}
 
 
+_OF_REASONING = ("'reasoning_content'", "'reasoning'", "'thinking'")
 _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
@@ -273,7 +276,8 @@ def _sentence(error: ErrorDetails, names: Mapping[str, str]) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
         parent, key = _path(error["loc"][:-1], names), short(error["loc"][-1])
-        return f"unknown key {key} in {parent}" if parent else f"unknown key {key}"
+        hint = ": write it into content, before the answer, as <think>...</think>" if key in _OF_REASONING else ""
+        return f"unknown key {key} in {parent}{hint}" if parent else f"unknown key {key}"
     if kind == "missing":
         return f"{path} is missing"
     if kind == "literal_error":

@@ -92,7 +92,7 @@ def test_openais_format_without_weights_is_the_same_row() -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "a list": ([1], "the line is not a JSON object but a list"),
     "null": (None, "the line is not a JSON object but null"),
-    "nothing": ({}, "dialog is missing"),
+    "nothing": ({}, "the row has no messages: write it as a list of them, each with role and content"),
     "an empty dialog": ({"dialog": []}, "the dialog is empty"),
     "no list": ({"dialog": "hello"}, "dialog must be a list"),
     "no object": ({"dialog": [3]}, "dialog[0] must be an object"),

@@ -75,7 +75,7 @@ def test_rows_in_error_keep_their_line_numbers_and_order(run: Prepare) -> None:
     assert [error.line for error in report.errors] == [3, 5, 606]
     assert (report.rows, report.invalid_rows) == (602, 3)
     assert str(caught.value) == (
-        "3 of 605 rows are invalid; the first is line 3: the line is not JSON: expected ident at line 1 column 2. "
+        "3 of 605 rows are invalid; the first is line 3: the line is not JSON: expected ident at column 2. "
         "Mend the lines that the job's log lists (GET /fine_tuning/jobs/tail), or let /fine_tuning/jobs/submit allow "
         "some with extras.max_invalid_fraction."
     )

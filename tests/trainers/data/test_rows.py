@@ -55,6 +55,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [ASK, ANSWER | {"refusal": "no"}]},
         "unknown key 'refusal' in messages[1]",
     ),
+    "reasoning beside the answer": (
+        {"messages": [ASK, ANSWER | {"reasoning_content": "Hm."}]},
+        "unknown key 'reasoning_content' in messages[1]: write it into content, before the answer, as "
+        "<think>...</think>",
+    ),
+    "another format": (
+        {"question": "x", "answer": "y"},
+        "the row has no messages: write it as a list of them, each with role and content",
+    ),
     "functions": (
         {"messages": [ASK, ANSWER], "functions": [{"name": "count"}]},
         "the row has 'functions', which OpenAI has replaced: write the functions as tools, each "
