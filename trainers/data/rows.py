@@ -297,6 +297,6 @@ def _path(loc: tuple[int | str, ...], names: Mapping[str, str]) -> str:
             path += f"[{step}]"
         elif i == 0:
             path = names.get(step, step)
-        else:
+        elif step != "str" and "[" not in step:  # as pydantic calls the members of a union: no key of ours
             path += f".{step}"
     return path

@@ -338,6 +338,31 @@ BAD_PREFERENCES: dict[str, tuple[Any, str]] = {
         },
         "preferred_output[0].role must be 'system', 'user', 'assistant', 'tool' or 'ipython', not 5",
     ),
+    "a bad message before them": (
+        {"dialog": [ASK, {"role": "assistant"}], "chosen": ANSWER, "rejected": WORSE},
+        "dialog[1] has neither content nor tool_calls",
+    ),
+    "an unknown key before them": (
+        {"prompt": [ASK | {"id": 1}], "chosen": ANSWER, "rejected": WORSE},
+        "unknown key 'id' in prompt[0]",
+    ),
+    "a prompt that is no list": (
+        {"input": {"messages": ASK}, "preferred_output": ANSWER, "non_preferred_output": WORSE},
+        "input.messages must be a list",
+    ),
+    "tools that are no list": (
+        {"dialog": [ASK], "tools": 1, "chosen": ANSWER, "rejected": WORSE},
+        "tools must be a list",
+    ),
+    "a tool without an object": (
+        {
+            "dialog": [ASK],
+            "tools": [{"function": {"name": "f", "parameters": 1, "description": 2}}],
+            "chosen": ANSWER,
+            "rejected": WORSE,
+        },
+        "tools[0].function.description must be a string",
+    ),
     "no input": ({"preferred_output": [ANSWER], "non_preferred_output": [WORSE]}, "input is missing"),
     "no messages": (
         {"input": {}, "preferred_output": ANSWER, "non_preferred_output": WORSE},
