@@ -80,6 +80,7 @@ class ChatTokenizer:
         self._special = [token for token in tokenizer.get_added_tokens_decoder().items() if token[1].special]
         self._ids = {token.content: id_ for id_, token in self._special}
         self._names = sorted(self._ids, key=len, reverse=True)
+        self._silent = {id_ for name, id_ in self._ids.items() if name not in _OF_THOUGHTS}
         self._takes_blanks = tuple(token.content for _, token in self._special if token.rstrip)
         self._control = _any_of(self._names)
         never_words = _any_of([name for name in self._names if name not in _OF_THOUGHTS])
@@ -200,8 +201,8 @@ class ChatTokenizer:
             )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without control tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Text of `ids` without control tokens, apart from those around a thought."""
+        return self._tokenizer.decode([id_ for id_ in ids if id_ not in self._silent], skip_special_tokens=False)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each of `ids`, control tokens by their names; together they are the text of all. Of a character

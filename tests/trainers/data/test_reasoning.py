@@ -197,6 +197,10 @@ class TestThoughtsThatAreControlTokens:
         row = dialog(user("a"), assistant(f"{REASONED}\n\nyes"), user("b"), assistant("no"))
         assert trained(tokenizer, row) == ["yes<|im_end|>", f"{templates.EMPTY_THOUGHT}no<|im_end|>"]
 
+    def test_they_are_in_an_answers_text(self, tokenizer: ChatTokenizer) -> None:
+        ((ids, mask),) = tokenizer.encode([dialog(user("a"), assistant(f"{REASONED}\n\nyes"))])
+        assert tokenizer.decode(ids[mask].tolist()) == f"{REASONED}\n\nyes"
+
     def test_what_a_user_writes_of_thoughts_is_mere_text(self, tokenizer: ChatTokenizer) -> None:
         ((ids, _),) = tokenizer.encode([dialog(user("<think>"), assistant("yes"))])
         assert tokenizer.texts(ids.tolist()).count("<think>") == 1
