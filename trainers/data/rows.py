@@ -191,6 +191,8 @@ def _read_object(raw: bytes) -> dict[str, Any]:
         except UnicodeDecodeError:
             raise RowError("the line is not UTF-8 text") from None
         reason = f"{error}".replace(" at line 1 column ", " at column ")  # the file's lines are counted elsewhere
+        for told in ("unexpected end of hex escape", "lone leading surrogate in hex escape"):
+            reason = reason.replace(told, "half of a surrogate pair, as where a text was cut within an emoji,")
         raise RowError(f"the line is not JSON: {reason}") from None
     if not isinstance(row, dict):
         raise RowError(f"the line is not a JSON object but {json_type(row)}")

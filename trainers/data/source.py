@@ -75,7 +75,7 @@ def open_lines(uri: str, digest: Hash | None = None) -> Iterator[tuple[int, byte
     after some lines.
     """
     for number, line in enumerate(_split(_blocks(uri, digest)), start=1):
-        text = line.removeprefix(_BOM) if number == 1 else line
+        text = line.removeprefix(_BOM)  # of the first line, or of each file's where several were joined
         if text.strip():
             yield number, text.removesuffix(b"\r")
 

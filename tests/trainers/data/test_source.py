@@ -138,6 +138,7 @@ class TestOpenLines:
 
     def test_a_byte_order_mark_and_dos_line_ends_are_taken_off(self, tmp_path: Path) -> None:
         assert lines_of(tmp_path / "f", b"\xef\xbb\xbfa\r\nb\r\n") == [(1, b"a"), (2, b"b")]
+        assert lines_of(tmp_path / "f", b"\xef\xbb\xbfa\n\xef\xbb\xbf\n\xef\xbb\xbfb") == [(1, b"a"), (3, b"b")]
 
     @pytest.mark.parametrize("block", [1, 2, 3, 5, 64])
     def test_lines_do_not_depend_on_where_blocks_end(
