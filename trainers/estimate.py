@@ -28,7 +28,7 @@ from events.facts import DataReport, JobError, Resources
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import MASK_TYPE, TOKEN_TYPE
 from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
-from trainers.data.prepare import DataInvalid, Tally, bad_lines, judge
+from trainers.data.prepare import NO_END, DataInvalid, Tally, bad_lines, hardly_meant, judge
 from trainers.data.source import check_data_uri, data_size, open_lines
 from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError
 from trainers.fitting import MARGIN, recomputing_if_needed
@@ -59,6 +59,7 @@ WAITING = 16
 """More at a time are refused."""
 _CHUNK_BYTES = 1 << 18
 _SEED = 0
+_COUNTS = ("rows", "invalid_rows", "tokens", "trained_tokens", "truncated_rows")
 logger = logging.getLogger("tunewright.estimate")
 
 
@@ -280,12 +281,18 @@ def _find(asked: Asked, settings: Settings) -> Found:
     fits = None if there is None else memory.peak_bytes <= there
     valid = samples.get("validation_data")
     steps = load.steps if train.scale == 1 else _steps(plan, load, train)
-    warning = only_warm_up(plan, steps)
+    could_keep = arch.max_seq_len if plan.max_seq_len is None else None
+    warnings = [] if tokenizer.ends_turns else [NO_END]
+    for param, sample in samples.items():
+        told = hardly_meant(sample.whole(), tokenizer, could_keep)
+        warnings += [f"{getattr(plan, param)}: {warning}" for warning in told]
+    if (warning := only_warm_up(plan, steps)) is not None:
+        warnings.append(warning)
     return Found(
         data=train.counted(),
         validation_data=valid.counted() if valid else None,
         steps=steps,
-        warnings=[warning] if warning else [],
+        warnings=warnings,
         memory=MemoryEstimate(**memory.model_dump(), available_bytes=there, fits=fits),
         preview=train.preview,
         tokens_a_step=float(train.lengths.sum()) / load.items * min(step_items(plan), load.items * train.scale),
@@ -338,10 +345,15 @@ class Sample:
         rows = slice(end - self.lengths[index], end)
         return self._tokens[rows], self._mask[rows].view(np.bool_)
 
+    def whole(self) -> DataReport:
+        """What the report of the whole file will be, but for its errors and its histogram."""
+        counts = (*_COUNTS, "partly_shown_rows", "unprompted_rows")
+        scaled = {name: round(getattr(self.report, name) * self.scale) for name in counts}
+        return self.report.model_copy(update=scaled)
+
     def counted(self) -> DataEstimate:
-        names = ("rows", "invalid_rows", "tokens", "trained_tokens", "truncated_rows")
         return DataEstimate(
-            **{name: round(getattr(self.report, name) * self.scale) for name in names},
+            **self.whole().model_dump(include={*_COUNTS}),
             truncated_lines=self.truncated_lines,
             max_seq_len=self.report.max_seq_len,
             longest_row=int(self.lengths.max()),

@@ -38,7 +38,7 @@ from trainers.cluster import Cluster
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
-from trainers.data.prepare import DataInvalid, bad_lines, prepare, prepared
+from trainers.data.prepare import NO_END, DataInvalid, bad_lines, hardly_meant, prepare, prepared
 from trainers.data.source import check_data_uri
 from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, storage_full, write_details
 from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
@@ -167,10 +167,7 @@ def _make_data_ready(
     tokenizer = ChatTokenizer.from_dir(model_dir)
     max_seq_len = longest_row(plan, architecture)
     if not tokenizer.ends_turns:
-        logger.warning(
-            "the model's chat template ends an assistant's turn with no token of its own: no end is trained, and the "
-            "model won't learn to stop. Let the template write the tokenizer's eos_token there"
-        )
+        logger.warning(NO_END)
 
     def ready(uri: str, name: str) -> DataReport:
         logger.info("validating %s", uri)
@@ -200,26 +197,9 @@ def _make_data_ready(
             f"{report.max_seq_len:,}",
             f"{report.invalid_rows:,}",
         )
-        if report.truncated_rows and plan.max_seq_len is None and report.max_seq_len < architecture.max_seq_len:
-            most = f"{architecture.max_seq_len:,}"
-            logger.warning("%s: rows lose their ends; extras.max_seq_len keeps up to %s tokens of each", uri, most)
-        if report.partly_shown_rows:
-            logger.warning(
-                "%s: of %s rows the model's chat template shows a message to train on only in part (it may drop "
-                "reasoning): the rest isn't trained",
-                uri,
-                f"{report.partly_shown_rows:,}",
-            )
-        if report.unprompted_rows:
-            logger.warning(
-                "%s: in %s rows an answer to train on is not what the model is asked for: its prompt for generation "
-                "ends in %r, and the row doesn't go on from there. Put the reasoning that this begins into the last "
-                "answer of each row and train on that one alone (keep_loss), or start from a model whose chat template "
-                "neither begins nor drops reasoning",
-                uri,
-                f"{report.unprompted_rows:,}",
-                tokenizer.cue,
-            )
+        could_keep = architecture.max_seq_len if plan.max_seq_len is None else None
+        for warning in hardly_meant(report, tokenizer, could_keep):
+            logger.warning("%s: %s", uri, warning)
         return report
 
     data = ready(plan.data, "train")

@@ -12,8 +12,10 @@ from tokenizers import Tokenizer
 from events.config import Config
 from tests.small_hub import small_hub
 from tests.tiny_models import make_tiny_model
+from tests.trainers.data.templates import QWQ
 from trainers import estimate
 from trainers.data.chat import ChatTokenizer
+from trainers.data.prepare import NO_END
 from trainers.errors import ConfigProblems, InfrastructureError
 from trainers.estimate import Asked, Estimator, answer, read_sample
 from trainers.plan import Plan, make_plan
@@ -50,6 +52,24 @@ def test_the_process_passes_on_what_is_wrong(settings: Settings) -> None:
     (settings.data_roots[0] / "rows.jsonl").write_text("nope\n")
     with pytest.raises(ConfigProblems, match="line 1: the line is not JSON"):
         asyncio.run(Estimator(settings).find(Asked(plan=plan(settings), device="cpu")))
+
+
+def test_what_the_jobs_log_will_warn_of_is_warned_of(settings: Settings) -> None:
+    root = settings.data_roots[0]
+    template = root / "tiny" / "chat_template.jinja"
+    asked = Asked(plan=plan(settings, validation_data=str(root / "valid.jsonl")), device="cpu")
+    (root / "valid.jsonl").write_text(f"{row(0)}\n")
+    template.write_text(QWQ)
+    found = answer(asked, settings).found
+    assert found is not None
+    assert [warning.partition(" an answer")[0] for warning in found.warnings] == [
+        f"{root}/rows.jsonl: in {ROWS:,} rows",
+        f"{root}/valid.jsonl: in 1 rows",
+    ]
+    template.write_text("{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}")
+    found = answer(asked, settings).found
+    assert found is not None
+    assert found.warnings == [NO_END]
 
 
 def test_an_estimate_that_takes_too_long_is_given_up(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,12 @@ _SUGGESTION = (
     "with extras.max_invalid_fraction"
 )
 
+NO_END = (
+    "the model's chat template ends an assistant's turn with no token of its own: no end is trained, and the model "
+    "won't learn to stop. Let the template write the tokenizer's eos_token there"
+)
+"""What is to be said where a tokenizer's `ends_turns` is false."""
+
 Progress = Callable[[str], None]
 
 
@@ -55,6 +61,27 @@ def bad_lines(report: DataReport) -> list[str]:
     told = [f"line {error.line}: {error.message}" for error in report.errors]
     more = report.invalid_rows - len(report.errors)
     return [*told, f"and {more} more lines"] if more else told
+
+
+def hardly_meant(report: DataReport, tokenizer: ChatTokenizer, could_keep: int | None) -> list[str]:
+    """What is to be said of rows that can be trained on, though hardly as they were meant. `could_keep`: tokens that
+    the model takes of each row; None where the user has chosen how many."""
+    told = []
+    if report.truncated_rows and could_keep is not None and report.max_seq_len < could_keep:
+        told.append(f"rows lose their ends; extras.max_seq_len keeps up to {could_keep:,} tokens of each")
+    if report.partly_shown_rows:
+        told.append(
+            f"of {report.partly_shown_rows:,} rows the model's chat template shows a message to train on only in part "
+            "(it may drop reasoning): the rest isn't trained"
+        )
+    if report.unprompted_rows:
+        told.append(
+            f"in {report.unprompted_rows:,} rows an answer to train on is not what the model is asked for: its prompt "
+            f"for generation ends in {tokenizer.cue!r}, and the row doesn't go on from there. Put the reasoning that "
+            "this begins into the last answer of each row and train on that one alone (keep_loss), or start from a "
+            "model whose chat template neither begins nor drops reasoning"
+        )
+    return told
 
 
 def prepared(out_dir: Path, max_seq_len: int) -> DataReport | None:
