@@ -11,6 +11,7 @@ import pytest
 import ray.autoscaler
 import yaml
 from jsonschema.validators import validator_for
+from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from serve_app.local import ray_env
@@ -90,6 +91,25 @@ def test_the_file_of_variables_is_whole_and_takes_the_secrets_that_are_there_whe
         secrets.write_text(f"HF_TOKEN={token}\n")
         assert set(run(start)) == {"RAY_AUTH_MODE=token", haproxy, f"HF_TOKEN={token}"}
     assert "hf_" not in (tmp_path / "cluster.env").read_text()
+
+
+def test_workers_compute_on_the_cpus_they_hold(cluster: dict[str, Any], tmp_path: Path) -> None:
+    """Ray's launcher runs its commands with OMP_NUM_THREADS=1, which the workers of a `ray start` would keep."""
+    (tmp_path / "tunewright").symlink_to(ROOT)
+    (tmp_path / ".bashrc").touch()
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+
+    def launched(command: str) -> str:
+        bash = ["/bin/bash", "-c", " ".join(_with_interactive(command))]
+        return subprocess.run(bash, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert "OMP_NUM_THREADS=1" in launched("env")
+    launched(next(command for command in cluster["setup_commands"] if "> ~/cluster.env" in command))
+    for command in cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]:
+        if "ray start" in command:
+            variables = launched(command.partition(" && ulimit")[0] + " && env")
+            assert "RAY_AUTH_MODE=token" in variables
+            assert "OMP_NUM_THREADS" not in variables
 
 
 def test_a_shell_on_a_node_has_what_ray_was_started_with(cluster: dict[str, Any], tmp_path: Path) -> None:
