@@ -134,7 +134,7 @@ def _history(log: Source, job_id: str) -> Iterator[Recorded]:
 
 
 def _storage() -> Path:
-    return Path(os.environ.get("TUNEWRIGHT_STORAGE", "~/.tunewright")).expanduser()
+    return Path(os.environ.get("TUNEWRIGHT_STORAGE") or "~/.tunewright").expanduser()
 
 
 def _with_log(file: Path | None, use: Callable[[Source], T]) -> T:

@@ -1,7 +1,8 @@
 """Every setting of the service, from the environment: `TUNEWRIGHT_<NAME>`. README.md shows this table.
 
-Lists are separated by ':' as in PATH. Secrets (WANDB_API_KEY, HF_TOKEN, cloud credentials) are not settings: libraries
-read them from the environment of the processes that need them, and they never pass through the API.
+Lists are separated by ':' as in PATH. An empty variable is as good as none. Secrets (WANDB_API_KEY, HF_TOKEN, cloud
+credentials) are not settings: libraries read them from the environment of the processes that need them, and they never
+pass through the API.
 """
 
 import re
@@ -27,7 +28,7 @@ _HOST = re.compile(r"(?=.*[a-z])[a-z0-9._-]+")
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="TUNEWRIGHT_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="TUNEWRIGHT_", env_ignore_empty=True, frozen=True)
 
     storage: Path = Field(
         default=Path("~/.tunewright"),
@@ -178,9 +179,8 @@ class Settings(BaseSettings):
         values: dict[str, str] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if value is None:
-                continue
-            values[f"TUNEWRIGHT_{name.upper()}"] = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            values[f"TUNEWRIGHT_{name.upper()}"] = "" if value is None else text
         return values
 
 

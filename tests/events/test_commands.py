@@ -44,6 +44,15 @@ def test_export_writes_every_event_as_a_line(file: Path, capsys: pytest.CaptureF
     assert lines[0]["time"] == START.isoformat()
 
 
+def test_a_storage_that_is_left_empty_is_the_default_as_it_is_for_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TUNEWRIGHT_STORAGE", "")
+    assert main(["export"]) == 1
+    assert str(tmp_path / ".tunewright" / "events.db") in capsys.readouterr().err
+
+
 def test_export_says_what_it_had_to_leave_out(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(file, "UPDATE events SET checksum = 0 WHERE position = 5")
     assert main(["export", "--log", str(file)]) == 1

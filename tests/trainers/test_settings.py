@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainers.settings import InvalidSettingsError, misspelled, settings
+from trainers.settings import InvalidSettingsError, Settings, misspelled, settings
 
 WRONG = {
     "TUNEWRIGHT_CHAT_ENGINE": "nonsense",
@@ -41,6 +41,25 @@ def test_a_variable_that_looks_like_a_setting_and_is_none_is_told_of() -> None:
         "TUNEWRIGHT_DATA_ROOT is no setting and has no effect: is TUNEWRIGHT_DATA_ROOTS meant?",
         "TUNEWRIGHT_STORGE is no setting and has no effect: is TUNEWRIGHT_STORAGE meant?",
     ]
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TUNEWRIGHT_STORAGE=$UNSET would put the log wherever the service happens to be started."""
+    unset = Settings()
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"TUNEWRIGHT_{name.upper()}", "")
+    assert Settings() == unset
+
+
+def test_a_process_that_is_given_settings_has_these_whatever_its_node_was_started_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = Settings()
+    monkeypatch.setenv("TUNEWRIGHT_FILES", "s3://before/files")
+    monkeypatch.setenv("TUNEWRIGHT_USE_GPU", "1")
+    for name, value in given.as_env().items():
+        monkeypatch.setenv(name, value)
+    assert Settings() == given
 
 
 def test_hosts_are_names_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
