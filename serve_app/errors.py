@@ -38,13 +38,11 @@ from starlette.responses import Response
 from events.decide import Refused
 from events.log import LogUnavailable
 from serve_app.wire import ErrorBody, ErrorEnvelope, ErrorType, ProblemDetail
-from trainers.errors import ConfigProblems, InfrastructureError, Problem, UserError
+from trainers.errors import LONGEST_NAME, ConfigProblems, InfrastructureError, Problem, UserError
 from trainers.preflight import problems_of
 from trainers.webhooks.deliverer import WebhooksUnavailable
 
 RETRY_AFTER_S = 5
-LONGEST_NAME = 200
-"""Characters of a field's dotted path that an error repeats: a key of the request may be as long as the request."""
 
 
 @dataclass(frozen=True)

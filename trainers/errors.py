@@ -145,6 +145,8 @@ def write_details(text: str, job_dir: Path) -> str | None:
 
 MOST_PROBLEMS = 100
 """More problems of one kind are counted, not told: finding words for each takes time, and nobody reads them."""
+LONGEST_NAME = 200
+"""Characters of a field's dotted path that an error repeats: a key of the request may be as long as the request."""
 
 
 class Problem(NamedTuple):

@@ -1,7 +1,6 @@
 """Submit one job from the command line and follow it to its end."""
 
 import asyncio
-import json
 import shutil
 import signal
 import sys
@@ -20,6 +19,7 @@ from trainers.errors import ConfigProblems, InfrastructureError
 from trainers.preflight import examine
 from trainers.service import Service, start
 from trainers.settings import Settings
+from trainers.strict_json import parse_object
 
 SUCCEEDED, FAILED, REFUSED, CANCELLED = 0, 1, 2, 130
 BATCH_LINES = 1000
@@ -56,16 +56,12 @@ def submit_and_follow(path: Path, settings: Settings) -> int:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """The request in a file; None, and a word about it on stderr, where there is none."""
+    """The request in a file, read as the API reads one; None, and a word about it on stderr, where there is none."""
     try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_object(path.read_bytes())
+    except (OSError, ConfigProblems) as error:
         _say(f"{path}: {error}")
         return None
-    if not isinstance(document, dict):
-        _say(f"{path}: must hold one JSON object, the body of POST /fine_tuning/jobs/submit")
-        return None
-    return document
 
 
 async def _submit_and_follow(path: Path, job_id: str, document: dict[str, Any], settings: Settings) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.strict_json import parse_object
 from tests.serve_app.live_server import Server
 from tests.tiny_models import make_tiny_model
 from trainers.errors import ConfigProblems
+from trainers.strict_json import parse_object
 
 SUBMIT = "/fine_tuning/jobs/submit"
 OPENAI_SUBMIT = "/v1/fine_tuning/jobs"

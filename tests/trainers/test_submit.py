@@ -310,8 +310,19 @@ def test_a_cluster_that_cannot_be_joined_is_said_in_words() -> None:
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, '{"model": "\\ud800'])
-def test_a_config_that_is_no_json_object_is_refused(
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1]",
+        "[" * 100_000,
+        '{"model": "\\ud800',
+        '{"lr": 1e-4, "lr": 1e-5}',
+        '{"lr": NaN}',
+        '{"metadata": ' + "[" * 500 + "]" * 500 + "}",
+    ],
+)
+def test_a_config_that_the_api_would_not_read_is_refused(
     settings: Settings, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("job.json").write_text(text)

@@ -1,4 +1,4 @@
-"""Request bodies: JSON as RFC 8259 has it, read strictly, with errors that say where.
+"""Requests, from HTTP or from a file: JSON as RFC 8259 has it, read strictly, with errors that say where.
 
 What Python's parser lets through is refused here, because it would fail (or lie) further down: NaN and Infinity, a key
 given twice, NUL characters and lone surrogates (no file name or UTF-8 text can hold them), integers beyond 64 bits,
@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NoReturn
 
-from serve_app.errors import LONGEST_NAME
-from trainers.errors import MOST_PROBLEMS, ConfigProblems, Problem
+from trainers.errors import LONGEST_NAME, MOST_PROBLEMS, ConfigProblems, Problem
 
 MAX_DEPTH = 64  # The serialisers of pydantic and the event log recurse; this stays far below their limits.
 _SHOWN = 60  # Characters of a key that an error message repeats.
