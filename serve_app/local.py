@@ -31,6 +31,7 @@ import httpx
 import psutil
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from trainers.settings import InvalidSettingsError, misspelled, settings
 
@@ -97,8 +98,8 @@ class LocalService:
 
     def start(self) -> Self:
         """Returns once GET /healthz answers 200. Raises ServiceError; nothing is left running then."""
-        self.storage.mkdir(parents=True, exist_ok=True)
         try:
+            self._make_storage()
             _require_free(self._http_port, self._dashboard_port)
             self._start_head()
             self._deploy()
@@ -204,6 +205,12 @@ class LocalService:
             token.chmod(0o600)
             env["RAY_AUTH_TOKEN_PATH"] = str(token)
         return env
+
+    def _make_storage(self) -> None:
+        try:
+            self.storage.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ServiceError(f"there can be no storage directory {self.storage}: {error.strerror}") from error
 
     def _start_head(self) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
@@ -347,7 +354,7 @@ def main() -> int:
     try:
         storage = settings().storage
     except InvalidSettingsError as error:
-        console.print(f"[red]The settings are wrong:[/red]\n{error}", soft_wrap=True)
+        console.print(f"[red]The settings are wrong:[/red]\n{escape(str(error))}", soft_wrap=True)
         return 2
     for line in misspelled(os.environ):
         console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
@@ -357,7 +364,7 @@ def main() -> int:
             service.start()
         console.print(f"API        {service.url}   (its page: {service.url}/docs)")
         console.print(f"dashboard  {service.dashboard_url}")
-        console.print(f"storage    {service.storage}")
+        console.print(f"storage    {escape(str(service.storage))}", soft_wrap=True)
         console.print("Ctrl-C stops it. Jobs that still run then go on at the next start.")
         service.wait()
     except KeyboardInterrupt:
@@ -365,7 +372,7 @@ def main() -> int:
         with contextlib.suppress(KeyboardInterrupt):
             service.drain()
     except ServiceError as error:
-        console.print(f"[red]The service failed:[/red] {error}")
+        console.print(f"[red]The service failed:[/red] {escape(str(error))}", soft_wrap=True)
         return 1
     finally:
         service.stop()
