@@ -10,6 +10,7 @@ were under way are made again (`max_task_retries=-1`); event ids and line number
 
 import asyncio
 import gc
+import logging
 import os
 import threading
 import time
@@ -55,6 +56,7 @@ class StorageMismatchError(Exception):
 
 class _EventLogActor(EventLog):
     def __init__(self, storage: str) -> None:
+        log_with_times()
         self._storage = storage
         super().__init__(_patiently(lambda: SqliteStore(Path(storage) / LOG_FILE)))
         collect_rarely()
@@ -66,6 +68,7 @@ class _EventLogActor(EventLog):
 class _LogQueueActor(LogQueue):
     def __init__(self, storage: str) -> None:
         """The lock: two processes that append to one file of lines, each counting its own, would garble the offsets."""
+        log_with_times()
         self._storage = storage
         self._lock = _patiently(lambda: lock(Path(storage) / "log-queue.lock"))
         super().__init__(Path(storage))
@@ -73,6 +76,12 @@ class _LogQueueActor(LogQueue):
 
     async def about(self) -> About:
         return _about(self._storage)
+
+
+def log_with_times() -> None:
+    """For a process of the service: Ray keeps what each prints, but not when. Of libraries it is warnings and worse."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s -- %(message)s")
+    logging.getLogger("tunewright").setLevel(logging.INFO)
 
 
 def collect_rarely() -> None:

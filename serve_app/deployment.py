@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from events.actors import collect_rarely
+from events.actors import collect_rarely, log_with_times
 from serve_app.api import build_api
 from serve_app.chat import deployment as chat
 from serve_app.replica import before_draining, hold_up_fast_senders, listen_on_node_address_only
@@ -29,6 +29,7 @@ class Api:
     async def __init__(  # type: ignore[misc]
         self, settings: Settings, deployed_at: float, answers: DeploymentHandle[Any]
     ) -> None:
+        log_with_times()
         listen_on_node_address_only()
         hold_up_fast_senders()
         loop, self._closing = asyncio.get_running_loop(), asyncio.Event()

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from events.actors import NAMESPACE, EventLogClient, connect
+from events.actors import NAMESPACE, EventLogClient, connect, log_with_times
 from events.log import LogUnavailable
 from trainers.admission import Capacity
 from trainers.cluster import Cluster
@@ -38,7 +38,7 @@ class DispatcherActor:
 
     # Ray awaits it, on the actor's loop.
     async def __init__(self, settings: Settings, deployed_at: float) -> None:  # type: ignore[misc]
-        logging.basicConfig(level=logging.INFO)
+        log_with_times()
         log = await _log(settings)
         self._deployed_at = deployed_at
         self._dispatcher = Dispatcher(log, Cluster(), settings)

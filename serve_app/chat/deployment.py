@@ -19,6 +19,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from events.actors import log_with_times
 from serve_app.chat.engine import Engine, Share
 from serve_app.chat.torchtune_engine import TorchtuneEngine
 from serve_app.errors import RETRY_AFTER_S, Answer, RequestRefused
@@ -49,6 +50,7 @@ class Chat:
 
     def __init__(self, settings: Settings, share: Share | None) -> None:
         """`share` is of vLLM. None: without it."""
+        log_with_times()
         listen_on_node_address_only()
         give_way()
         see_reserved_gpus_only()

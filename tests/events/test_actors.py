@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from events.log import EventLog, LogUnavailable
 from events.store import ExpectedVersionError
 from tests.conftest import stop_actors
 from tests.events.facts_of_a_job import ADMITTED, CANCEL, SUBMITTED, VALIDATED, started
-from tests.events.support import numbered
+from tests.events.support import change, numbered, write
 from tests.named_actors import EndedWhileLookedUp
+from tests.waiting import eventually
 
 
 async def running_job(handles: Handles, job_id: str) -> None:
@@ -38,6 +40,26 @@ def test_errors_reach_the_caller_as_themselves(handles: Handles) -> None:
     assert (stale.value.expected, stale.value.actual) == (5, 0)
     with pytest.raises(ValueError, match="is not a job id"):
         blocking(handles.lines.read("../etc"))
+
+
+@pytest.mark.usefixtures("handles")
+def test_what_an_operator_reads_of_damage_says_when_it_was_seen(tmp_path: Path) -> None:
+    stop_actors()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    write(damaged / "events.db")
+    change(damaged / "events.db", "UPDATE events SET checksum = 0 WHERE position = 5")
+    connect(damaged)
+    worker: Any = ray._private.worker
+    logs = Path(worker.global_worker.node.get_logs_dir_path())
+    line = re.compile(
+        r"^[-\d]{10} [:\d]{8},\d{3} ERROR events\.log -- the event at position 5, .* is damaged", re.MULTILINE
+    )
+
+    def told() -> bool:
+        return any(line.search(file.read_text()) for file in logs.glob("worker-*.err"))
+
+    eventually(told, 60, lambda: f"there is no such line in {logs}")
 
 
 def test_a_job_is_found_by_its_idempotency_key(handles: Handles) -> None:
