@@ -31,7 +31,7 @@ from rich.table import Table
 
 from examples.client import TERMINAL, ApiError, Client, Job
 from serve_app.local import LocalService, ServiceError
-from trainers.settings import settings
+from trainers.settings import InvalidSettingsError, settings
 
 ROOT = Path(__file__).parent.parent
 TASK = ROOT / "examples" / "tickets"
@@ -63,7 +63,7 @@ def main() -> int:
     except httpx.TransportError as error:
         console.print(f"[red bold]The service stopped answering.[/] {escape(str(error))}")
         return 1
-    except (DemoFailed, ServiceError, ApiError) as error:
+    except (DemoFailed, ServiceError, ApiError, InvalidSettingsError) as error:
         console.print(f"[red bold]The demo failed.[/] {escape(str(error))}")
         return 1
     return 0

@@ -1,5 +1,8 @@
 """The client of the examples, against a running API."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +14,7 @@ from events.log import EventLog, LogUnavailable
 from examples import client
 from examples.client import ApiError, Client
 from tests.events.facts_of_a_job import WORKER_DIED
+from tests.ports import free_ports
 from tests.serve_app.live_server import Parts, Serve, Server
 
 
@@ -46,6 +50,19 @@ def test_following_a_job_outlasts_a_restart_of_the_service(restarting: Server, m
     assert first.status_code == 503
     restarting.parts.asked = 0
     assert [line["message"] for line in Client(restarting.url).tail(job_id)] == ["one", "two"]
+
+
+def test_a_service_that_is_not_there_is_said_in_words() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "examples.client",
+        f"http://127.0.0.1:{free_ports(1)[0]}",
+        "examples/tickets/job.json",
+    ]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == ["[Errno 111] Connection refused"]
 
 
 def test_following_a_job_that_is_not_there_is_refused(server: Server) -> None:

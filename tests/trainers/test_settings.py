@@ -88,3 +88,12 @@ def test_a_command_says_what_is_wrong_and_nothing_else(command: list[str]) -> No
     assert done.returncode == 2
     assert (done.stdout + done.stderr).splitlines()[-1].startswith("TUNEWRIGHT_CHAT_ENGINE: Input should be")
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_demo_says_it_too() -> None:
+    env = {**os.environ, "TUNEWRIGHT_CHAT_ENGINE": "nonsense"}
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.demo"], env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("The demo failed. TUNEWRIGHT_CHAT_ENGINE: Input should be")
