@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from serve_app.local import START_TIMEOUT_S, LocalService, ServiceError, main, ray_env, serve_config
+from serve_app.local import START_TIMEOUT_S, LocalService, ServiceError, ray_env, serve_config
 from tests.service.conftest import FP32, Api, local_service, losses, step_of, workers_of
 from tests.waiting import WAIT_S, eventually
 
@@ -143,17 +143,6 @@ def test_a_port_that_is_taken_is_named_and_nothing_is_started(tmp_path: Path) ->
         with pytest.raises(ServiceError, match=str(port)):
             service.start()
         assert service.processes() == []
-
-
-@pytest.mark.parametrize("port", ["18732", "70000", "0"])
-@pytest.mark.parametrize("option", ["--port", "--dashboard-port"])
-def test_a_port_that_cannot_be_is_refused_by_the_name_of_its_option(
-    option: str, port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["serve_app.local", option, port])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert f"argument {option}: {port}: choose one from 1 to 65535; 10002 to 19999" in capsys.readouterr().err
 
 
 def test_the_environment_is_explicit_about_everything_ray_would_guess(
