@@ -34,6 +34,7 @@ from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from events.decide import Refused
 from events.log import LogUnavailable
@@ -202,11 +203,23 @@ TABLE: dict[type[Exception], Callable[[Any], Answer]] = {
 
 async def handle(request: Request, exc: Exception) -> Response:
     """The one exception handler: looks the exception up in the table."""
+    if isinstance(exc, HTTPException) and exc.status_code == 405:
+        exc.headers = {"Allow": ", ".join(_methods(request))}  # Starlette names those of the first route of that path
     describe = next(TABLE[kind] for kind in type(exc).__mro__ if kind in TABLE)
     answer = describe(exc)
     if answer.status == 422 and request.url.path.startswith("/v1/"):
         answer = replace(answer, status=400)  # what OpenAI's API says, and its client makes a BadRequestError of
     return answer.response()
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path of the request answers, by all of its routes."""
+
+    def answered(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return list(filter(answered, ("DELETE", "GET", "POST")))
 
 
 def unexpected(request_id: str) -> Answer:

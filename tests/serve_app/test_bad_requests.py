@@ -413,3 +413,19 @@ def test_the_wrong_method_gets_the_same_envelope_and_is_told_the_right_one(http:
     answer = http.get(SUBMIT)
     assert refused(answer, 405)["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/files", "GET, POST"),
+        ("/v1/files/file-x", "DELETE, GET"),
+        ("/v1/webhook_endpoints/we_x", "DELETE, GET, POST"),
+        ("/v1/models/org/name", "GET"),
+        ("/healthz", "GET"),
+    ],
+)
+def test_the_wrong_method_is_told_all_of_the_right_ones(http: httpx.Client, path: str, methods: str) -> None:
+    answer = http.put(path)
+    assert answer.headers["allow"] == methods
+    assert refused(answer, 405)["message"] == f"this route answers {methods} only"
