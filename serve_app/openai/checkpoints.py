@@ -29,7 +29,7 @@ _DIRECTORIES = ("additional_chat_templates",)
 
 
 @router.get(
-    "/fine_tuning/checkpoints/{checkpoint_id}/content",
+    "/fine_tuning/checkpoints/{checkpoint_id:path}/content",  # the suffix in a model's name may have a '/'
     summary="Download a checkpoint's weights",
     responses=documented_bytes("A tar of the model's directory.", 400, 404, 409, media_type=MEDIA_TYPE),
 )

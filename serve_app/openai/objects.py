@@ -163,6 +163,8 @@ class OpenAIIntegration(_Request):
     wandb: OpenAIWandb
 
 
+Suffix = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""Without control characters: no name of a model goes over two lines."""
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -174,7 +176,7 @@ class OpenAIJobRequest(_Request):
     validation_file: Annotated[str, Field(min_length=1, max_length=4096)] | None = optional("As training_file.")
     method: OpenAIMethod | None = optional("Default: supervised.")
     hyperparameters: OpenAIHyperparameters | None = optional("The old place of `method.supervised.hyperparameters`.")
-    suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = optional("Part of the model's name.")
+    suffix: Suffix | None = optional("Part of the model's name.")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = optional("Default: 42.")
     integrations: Annotated[list[OpenAIIntegration], Field(max_length=1)] | None = optional("At most one.")
     metadata: Annotated[dict[MetadataKey, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = (

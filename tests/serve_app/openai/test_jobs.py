@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -304,6 +305,7 @@ def test_the_same_idempotency_key_makes_one_job(client: openai.OpenAI, create: C
         ({"model": "/no/such/model"}, "model"),
         ({"seed": -1}, "seed"),
         ({"suffix": "s" * 65}, "suffix"),
+        ({"suffix": "two\nlines"}, "suffix"),
         ({"metadata": {"k": "v" * 513}}, "metadata.k"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
@@ -389,6 +391,21 @@ def test_a_tuned_model_and_a_checkpoint_are_trained_by_the_names_they_are_listed
         with pytest.raises(openai.NotFoundError) as refused:
             create(model=name)
         assert (refused.value.param, refused.value.code) == ("model", "model_not_found")
+
+
+@pytest.mark.parametrize("suffix", ["team/tickets", "a b:c", "täglich?#%2F", " "])
+def test_a_model_is_found_by_its_name_whatever_the_suffix(
+    client: openai.OpenAI, server: Server, create: Callable[..., Any], suffix: str
+) -> None:
+    job = create(suffix=suffix)
+    make_tiny_model(server.train(job.id, 10)[10])
+    server.append(job.id, JobSucceeded())
+    tuned = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
+    assert suffix in tuned
+    assert client.models.retrieve(tuned).id == tuned
+    assert create(model=tuned).model == tuned
+    content = httpx.get(f"{server.url}/v1/fine_tuning/checkpoints/{quote(tuned, safe='')}/content")
+    assert content.headers["content-type"] == "application/x-tar"
 
 
 def test_a_retry_with_the_key_gets_its_job_also_when_the_checkpoint_it_trains_was_deleted(
