@@ -319,13 +319,13 @@ def check_jsonl(head: bytes) -> None:
         if len(head) >= BLOCK_BYTES and b"\n" not in head:
             return  # a line that long is refused by the job, with its number
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())  # of bytes it would take UTF-16, too
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise UserError(
                 "not_jsonl",
-                "the file is not JSONL, as its first line is not a JSON object",
+                "the file is not JSONL, as its first line is not a JSON object in UTF-8",
                 suggestion='write each row as one line, e.g. {"dialog": [...]}',
             )
         return

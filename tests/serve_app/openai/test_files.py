@@ -131,7 +131,13 @@ def test_a_file_whose_record_can_not_be_written_leaves_nothing(
 
 @pytest.mark.parametrize(
     ("content", "code"),
-    [(b"", "file_empty"), (b"\n \n", "file_empty"), (b"a,b\n1,2\n", "not_jsonl"), (b"[1]", "not_jsonl")],
+    [
+        (b"", "file_empty"),
+        (b"\n \n", "file_empty"),
+        (b"a,b\n1,2\n", "not_jsonl"),
+        (b"[1]", "not_jsonl"),
+        (ROWS.decode().encode("utf-16"), "not_jsonl"),  # which some shells write
+    ],
 )
 def test_a_file_that_is_not_jsonl_is_a_400_and_leaves_nothing(
     server: Server, upload: Callable[..., Any], content: bytes, code: str
