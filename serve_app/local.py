@@ -221,6 +221,9 @@ class LocalService:
             "dashboard-port": self._dashboard_port,
             "dashboard-agent-listen-port": self._agent_port,
             "ray-client-server-port": self._client_port,
+            # Any: Ray else keeps 10002 to 19999 for its workers, and neither of a user's ports may be among them.
+            "min-worker-port": 0,
+            "max-worker-port": 0,
             "temp-dir": self._dir,
             "object-store-memory": OBJECT_STORE_BYTES,
         }

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from serve_app.local import START_TIMEOUT_S, LocalService, ServiceError, ray_env, serve_config
+from serve_app.local import START_TIMEOUT_S, LocalService, ServiceError, _free_block, ray_env, serve_config
 from tests.service.conftest import FP32, Api, local_service, losses, step_of, workers_of
 from tests.waiting import WAIT_S, eventually
 
@@ -68,7 +68,8 @@ def test_a_service_that_is_told_to_end_ends_at_checkpoints_and_goes_on_after_its
     storage = tmp_path / "storage"
     planned = local_service(storage, inputs)  # for its free ports
     planned.stop()
-    ports = [url.rpartition(":")[2] for url in (planned.url, planned.dashboard_url)]
+    # Any port of a user's will do: the dashboard's is one that Ray would keep for its workers.
+    ports = [planned.url.rpartition(":")[2], str(_free_block(1))]
     roots = {"TUNEWRIGHT_DATA_ROOTS": str(inputs), "TUNEWRIGHT_MODEL_ROOTS": str(inputs)}
     env = os.environ | roots | {"TUNEWRIGHT_STORAGE": str(storage), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "serve_app.local", "--port", ports[0], "--dashboard-port", ports[1]]
