@@ -91,7 +91,7 @@ def _while_cancelling(job: FineTuningJob, event: Event) -> list[Event]:
         case MetricsRecorded() | CheckpointSaved() | CheckpointsDeleted():
             return _while_alive(job, event)
         case _:
-            raise Refused("cancelling", f"job {job.job_id} is being cancelled: {event.type} is refused")
+            raise Refused("cancelling", f"job {job.job_id} is being cancelled")
 
 
 def _while_paused(job: FineTuningJob, event: Event) -> list[Event]:

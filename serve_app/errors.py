@@ -113,6 +113,7 @@ _REFUSALS: dict[str, tuple[int, ErrorType, str | None]] = {
 
 _NEXT = {
     "unknown_job": "GET /fine_tuning/jobs lists those there are",
+    "cancelling": "it can be neither paused nor resumed",
     "job_is_over": "POST /fine_tuning/jobs/resubmit starts another one from one of its checkpoints",
 }
 """What the log can't say: it knows no routes."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from events.config import Config
@@ -52,19 +52,20 @@ async def _backend(request: Request) -> Backend:
 TheBackend = Annotated[Backend, Depends(_backend)]
 JobId = Annotated[str, Query(min_length=1, max_length=128)]
 After = Annotated[
-    str | SkipJsonSchema[None],
-    Query(min_length=1, max_length=128, description="Only jobs older than this one: the last id of the page before."),
+    Annotated[str, Field(min_length=1, max_length=128)] | SkipJsonSchema[None],
+    Query(description="Only jobs older than this one: the last id of the page before."),
 ]
+Key = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[ -~]+$")] | SkipJsonSchema[None]
 
 
 def idempotency_header(retried: str) -> Any:  # noqa: ANN401  -- Header() of any type
     """The header; `retried` says what a retry does."""
     description = f"Any printable ASCII text of yours. A retry with the same key and the same body {retried}"
-    return Header(alias="Idempotency-Key", min_length=1, max_length=255, pattern=r"^[ -~]+$", description=description)
+    return Header(alias="Idempotency-Key", description=description)
 
 
 IdempotencyKey = Annotated[
-    str | SkipJsonSchema[None],
+    Key,
     idempotency_header(
         "returns the job that the first request made. Without a key, an identical request within 60 s does so as long "
         "as the first answer was not delivered, or when `x-stainless-retry-count` says that it is a retry."

@@ -82,6 +82,7 @@ def problems_of(errors: Sequence[Mapping[str, Any]], body: type[BaseModel] = Con
     homes = _HOMES if body is Config else {"": (body,)}
     alternatives = {_path(detail): detail for detail in told if _is_alternative(detail)}
     told = [detail for detail in told if not _is_alternative(detail)]
+    told = list({_path(detail): detail for detail in reversed(told)}.values())[::-1]  # once, of several members
     problems = [_problem(detail, homes, alternatives.get(_path(detail))) for detail in told[:MOST_PROBLEMS]]
     if len(told) > MOST_PROBLEMS:
         problems.append(Problem(None, f"and {len(told) - MOST_PROBLEMS} more problems", "more_problems"))
@@ -101,6 +102,8 @@ def _problem(detail: Mapping[str, Any], homes: _Homes, alternative: Mapping[str,
             return Problem(param, "is required", "missing")
         case "extra_forbidden":
             return Problem(param, _unknown_field(detail, homes), "unknown_field")
+        case "model_type" | "dict_type":  # which pydantic says in Python's words
+            return Problem(param, "input should be an object", str(detail["type"]))
     message = str(detail["msg"]).removeprefix("Value error, ")
     if alternative is not None:
         message += f", or {alternative['ctx']['expected']}"

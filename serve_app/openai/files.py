@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from events.job import FineTuningJob
@@ -17,7 +17,7 @@ from serve_app.errors import Answer, RequestRefused
 from serve_app.openai import results
 from serve_app.openai.multipart import Form, Limit, receive
 from serve_app.openai.objects import OpenAIExpiresAfter, OpenAIFile, OpenAIFileDeleted, OpenAIFileForm, OpenAIFileList
-from serve_app.openai.paging import page, unknown_after
+from serve_app.openai.paging import Cursor, page, unknown_after
 from serve_app.openapi import documented, documented_bytes, form_body
 from serve_app.routes import TheBackend
 from trainers.errors import ConfigProblems, Problem, UserError
@@ -29,10 +29,7 @@ router = APIRouter(prefix="/v1", default_response_class=Response)
 PAGE_S = 10.0
 """How long a page of files may take: to know the size of a result file, its job's whole history is read once."""
 FileId = Annotated[str, Path(min_length=1, max_length=256, description="The file's id.")]
-After = Annotated[
-    str | SkipJsonSchema[None],
-    Query(min_length=1, max_length=256, description="Only what comes after this one: the last id of the page before."),
-]
+After = Annotated[Cursor, Query(description="Only what comes after this one: the last id of the page before.")]
 
 
 @router.post(
@@ -73,7 +70,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
 async def list_files(
     backend: TheBackend,
     purpose: Annotated[
-        str | SkipJsonSchema[None], Query(max_length=64, description="Only files with this purpose.")
+        Annotated[str, Field(max_length=64)] | SkipJsonSchema[None], Query(description="Only files with this purpose.")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=10_000, description="How many.")] = 10_000,
     after: After = None,

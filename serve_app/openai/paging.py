@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Query
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from serve_app.errors import Answer, RequestRefused
 
 Limit = Annotated[int, Query(ge=1, le=100, description="How many.")]
-After = Annotated[
-    str | SkipJsonSchema[None],
-    Query(min_length=1, max_length=256, description="Only what is older than this: the last id of the page before."),
-]
+Cursor = Annotated[str, Field(min_length=1, max_length=256)] | SkipJsonSchema[None]
+After = Annotated[Cursor, Query(description="Only what is older than this: the last id of the page before.")]
 
 
 def page(data: Sequence[BaseModel], has_more: bool) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from typing import Annotated, get_args
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic.json_schema import SkipJsonSchema
 
 from events.decide import Refused
 from serve_app.openai.objects import (
@@ -24,7 +23,7 @@ from serve_app.openai.objects import (
 )
 from serve_app.openai.paging import After, Limit, page
 from serve_app.openapi import documented, json_body
-from serve_app.routes import TheBackend, idempotency_header, received
+from serve_app.routes import Key, TheBackend, idempotency_header, received
 from trainers.webhooks.store import Delivery, Endpoint, EventType, new_endpoint_id, new_secret
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
@@ -35,8 +34,7 @@ EndpointId = Annotated[
 ]
 DeliveryId = Annotated[str, Path(min_length=1, max_length=128, description="The id of the event.")]
 IdempotencyKey = Annotated[
-    str | SkipJsonSchema[None],
-    idempotency_header("returns the endpoint that the first request made, with its secret."),
+    Key, idempotency_header("returns the endpoint that the first request made, with its secret.")
 ]
 
 

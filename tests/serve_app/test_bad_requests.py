@@ -190,7 +190,8 @@ def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config
         ({"fine_tuning_options": {"batchsize": 8}}, "fine_tuning_options.batchsize", "did you mean batch_size?"),
         ({"model": 7}, "model", "valid string"),
         ({"model": ""}, "model", "at least 1 character"),
-        ({"metadata": []}, "metadata", "valid dictionary"),
+        ({"metadata": []}, "metadata", "be an object"),
+        ({"fine_tuning_options": []}, "fine_tuning_options", "be an object"),
         ({"fine_tuning_options": {"n_epochs": "3"}}, "fine_tuning_options.n_epochs", "valid integer"),
         ({"fine_tuning_options": {"n_epochs": 2.5}}, "fine_tuning_options.n_epochs", "valid integer"),
         ({"fine_tuning_options": {"shuffle": 1}}, "fine_tuning_options.shuffle", "valid boolean"),
@@ -398,6 +399,13 @@ def test_a_cancel_takes_a_job_id_and_nothing_else(http: httpx.Client, body: dict
 )
 def test_a_page_is_1_to_100_jobs(http: httpx.Client, query: str) -> None:
     assert refused(http.get(f"/fine_tuning/jobs{query}"))["param"] == query[1:].partition("=")[0]
+
+
+@pytest.mark.parametrize("route", ["/fine_tuning/jobs", "/v1/fine_tuning/jobs", "/v1/files"])
+def test_a_parameter_without_text_or_with_too_much_is_told_so(http: httpx.Client, route: str) -> None:
+    for after, says in (("", "string should have at least 1 character"), ("x" * 300, "string should have at most")):
+        error = http.get(route, params={"after": after}).json()["error"]
+        assert error["message"].startswith(f"after: {says}")
 
 
 @pytest.mark.parametrize("query", ["&after=-1", "&after=x", "&after=99999999999999999999", "&follow=maybe"])

@@ -81,4 +81,6 @@ def test_a_cancel_that_is_under_way_can_not_be_paused(http: httpx.Client, server
     server.append(job_id, CancelRequested())
     answer = http.post(PAUSE, json={"job_id": job_id})
     assert answer.status_code == 409
-    assert answer.json()["error"]["code"] == "cancelling"
+    error = answer.json()["error"]
+    assert error["code"] == "cancelling"
+    assert error["message"] == f"job {job_id} is being cancelled; it can be neither paused nor resumed"

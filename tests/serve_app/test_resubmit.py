@@ -168,6 +168,13 @@ def test_what_is_wrong_with_the_request_itself_is_named(http: httpx.Client, earl
     }
 
 
+@pytest.mark.parametrize("checkpoint", [-1, 10.5, True, []])
+def test_a_wrong_checkpoint_is_told_once(http: httpx.Client, earlier: Earlier, checkpoint: object) -> None:
+    answer = http.post(RESUBMIT, json={"job_id": earlier.job_id, "checkpoint": checkpoint})
+    (problem,) = answer.json()["error"]["errors"]
+    assert problem["param"] == "checkpoint"
+
+
 def test_an_idempotency_key_makes_one_job(http: httpx.Client, earlier: Earlier) -> None:
     body = {"job_id": earlier.job_id, "checkpoint": 10}
     ids = {http.post(RESUBMIT, json=body, headers={"Idempotency-Key": "r"}).json()["job_id"] for _ in range(3)}
