@@ -127,17 +127,17 @@ async def list_checkpoints(
 ) -> Response:
     """The checkpoints that are on disk, newest first."""
     job = await backend.log.job(job_id)
-    found = {}
-    async for recorded in results.history(backend.log, job_id):
-        if isinstance(recorded.event, CheckpointSaved) and recorded.event.uri in job.checkpoints:
-            checkpoint = mapping.checkpoint(job, recorded, recorded.event)
-            found[checkpoint.id] = checkpoint
-    newest = list(reversed(found.values()))
-    if after is not None:
+    newest = [
+        mapping.checkpoint(job, recorded, recorded.event)
+        async for recorded in results.history(backend.log, job_id)
+        if isinstance(recorded.event, CheckpointSaved)
+    ][::-1]
+    if after is not None:  # which may have been deleted since it ended a page
         ids = [checkpoint.id for checkpoint in newest]
         if after not in ids:
             raise unknown_after(after, "checkpoint")
         newest = newest[ids.index(after) + 1 :]
+    newest = [checkpoint for checkpoint in newest if checkpoint.uri in job.checkpoints]
     return JSONResponse(page(newest[:limit], len(newest) > limit))
 
 

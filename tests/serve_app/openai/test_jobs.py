@@ -215,6 +215,19 @@ def test_checkpoints_are_those_on_disk_newest_first_and_paged(
     ]  # type: ignore[attr-defined]
 
 
+def test_the_next_page_of_checkpoints_comes_also_after_one_that_was_deleted_meanwhile(
+    client: openai.OpenAI, server: Server, create: Callable[..., Any]
+) -> None:
+    job = create()
+    server.append(job.id, *running(), saved(1), saved(2), saved(3))
+    steps = []
+    for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1):
+        steps.append(checkpoint.step_number)
+        if checkpoint.step_number == 2:
+            server.append(job.id, CheckpointsDeleted(attempt=1, uris=["file:///step-2"]), saved(4))
+    assert steps == [3, 2, 1]
+
+
 def test_a_job_that_is_over_has_a_result_file(
     client: openai.OpenAI, server: Server, create: Callable[..., Any]
 ) -> None:
