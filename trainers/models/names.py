@@ -102,6 +102,11 @@ def classify_model(model: str) -> ModelKind:
         return "local"
     if _HUB_ID.fullmatch(model):
         return "hub"
+    if model.startswith(("ft:", "ftckpt_")):
+        raise _refused(
+            f"{model!r} is not taken here: tuned models and checkpoints are trained by name through POST "
+            "/v1/fine_tuning/jobs, and by job and step through POST /fine_tuning/jobs/resubmit."
+        )
     if "/" in model:
         raise _refused(
             f"{model!r} is no Hugging Face id, 'org/name' or 'org/name@revision': {_HUB_RULE}. A directory is "

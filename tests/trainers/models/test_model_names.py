@@ -1,4 +1,4 @@
-"""Which names are taken for ids of a Hugging Face hub."""
+"""Which names of models are taken, and for what."""
 
 import pytest
 from huggingface_hub.errors import HFValidationError
@@ -27,3 +27,11 @@ def test_a_refused_hub_id_learns_the_rule() -> None:
     for model in ("org/my--model", "org/model.git", "org/a..b", f"org/{'b' * 97}"):
         with pytest.raises(UserError, match="1 to 96 letters, digits"):
             classify_model(model)
+
+
+@pytest.mark.parametrize(
+    "model", ["ft:m:tunewright::01M8PHHNMXECB6W84RB2F7J84V", "ft:m:tunewright:a/b:01:ckpt-step-8", "ftckpt_01-5"]
+)
+def test_who_submits_a_tuned_model_by_its_name_learns_which_route_takes_it(model: str) -> None:
+    with pytest.raises(UserError, match="through POST /v1/fine_tuning/jobs"):
+        classify_model(model)
