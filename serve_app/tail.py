@@ -28,6 +28,9 @@ BATCH_LINES = 500  # At most this many log lines in one line of the stream.
 WATCH_S = 30.0  # How long one question for news about the job may wait.
 RETRY_S = 1.0  # Pause before the log is asked again after it could not be reached.
 
+_LINE_ENDS = {char: f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+"""What JSON lets stand, and readers split lines at that go by Unicode, as httpx and Python's splitlines do."""
+
 T = TypeVar("T")
 
 
@@ -165,4 +168,7 @@ def _line(after: int, batch: LogBatch | None = None, status: str | None = None) 
     line: dict[str, Any] = {"logs": batch.lines if batch else [], "next": after}
     if status is not None:
         line["status"] = status
-    return json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n"
+    text = json.dumps(line, ensure_ascii=False)
+    for end, escaped in _LINE_ENDS.items():
+        text = text.replace(end, escaped)
+    return text.encode(errors="replace") + b"\n"

@@ -70,6 +70,13 @@ def test_a_tail_may_begin_before_the_job_prints_and_sees_its_first_line(
     stream.close()
 
 
+def test_a_message_with_line_ends_of_unicode_is_in_one_line(http: httpx.Client, server: Server, submit: Submit) -> None:
+    job_id = submit()
+    message = "a\u2028b\u2029c\x85d\x0be\x1ef, täglich"
+    server.print(job_id, message)
+    assert messages(lines(http, job_id, follow=False)) == [message]
+
+
 def test_a_job_that_has_ended_is_replayed_to_its_end(http: httpx.Client, server: Server, submit: Submit) -> None:
     job_id = submit()
     server.print(job_id, *(str(number) for number in range(1234)))
