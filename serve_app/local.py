@@ -42,7 +42,6 @@ DRAIN_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0  # nothing is lost by a kill; this only lets Ray tidy up
 OBJECT_STORE_BYTES = 256 << 20  # Serve and Train put next to nothing into it
 REPLICA_PORTS = 50
-WORKER_PORTS = range(10002, 20000)  # by `ray start`'s defaults
 _http = httpx.Client(trust_env=False)  # loopback must not go through a proxy
 
 
@@ -341,9 +340,8 @@ def _require_free(*ports: int) -> None:
 def port(given: str) -> int:
     """By this name argparse tells of what is no number."""
     number = int(given)
-    if not 0 < number < 1 << 16 or number in WORKER_PORTS:
-        taken = f"{WORKER_PORTS.start} to {WORKER_PORTS.stop - 1}"
-        raise argparse.ArgumentTypeError(f"{given}: choose one from 1 to 65535; {taken} are those of Ray's workers")
+    if not 0 < number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{given}: choose one from 1 to 65535")
     return number
 
 

@@ -23,7 +23,7 @@ def test_a_storage_that_can_not_be_is_named_to_the_letter(tmp_path: Path) -> Non
     assert done.stdout == f"The service failed: there can be no storage directory {storage}: File exists\n"
 
 
-@pytest.mark.parametrize("port", ["18732", "70000", "0"])
+@pytest.mark.parametrize("port", ["70000", "0"])
 @pytest.mark.parametrize("option", ["--port", "--dashboard-port"])
 def test_a_port_that_cannot_be_is_refused_by_the_name_of_its_option(
     option: str, port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -31,4 +31,4 @@ def test_a_port_that_cannot_be_is_refused_by_the_name_of_its_option(
     monkeypatch.setattr(sys, "argv", ["serve_app.local", option, port])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert f"argument {option}: {port}: choose one from 1 to 65535; 10002 to 19999" in capsys.readouterr().err
+    assert f"argument {option}: {port}: choose one from 1 to 65535" in capsys.readouterr().err
