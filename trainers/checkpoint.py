@@ -168,11 +168,13 @@ class CheckpointWriter:
         self._reporter.checkpoint(SavedCheckpoint(path, progress.step, progress.epoch, metrics, best))
         tidy(self._output_dir, progress.step, self._attempt, self._resumed_step)
         if self._keep_last_n is not None:
-            self._delete_all_but(self._keep_last_n, validation.best_step)
+            self._delete_all_but(self._keep_last_n, progress.step, validation.best_step)
 
-    def _delete_all_but(self, last_n: int, best_step: int) -> None:
-        """Reported before they are gone: a checkpoint that is listed is there."""
-        written = [entry for entry in _entries(self._output_dir, self._attempt) if not entry.hidden]
+    def _delete_all_but(self, last_n: int, step: int, best_step: int) -> None:
+        """Of those up to the one of `step`: what this attempt has beyond it is of an event log that was lost. Reported
+        before they are gone: a checkpoint that is listed is there."""
+        entries = _entries(self._output_dir, self._attempt)
+        written = [entry for entry in entries if not entry.hidden and entry[:2] <= (self._attempt, step)]
         doomed = [entry.path for entry in written[:-last_n] if entry.step != best_step]
         if doomed:
             self._reporter.deleted(doomed)
@@ -216,16 +218,17 @@ def load_optimizer(checkpoint: Path, parameters: NamedParameters, optimizer: tor
 class _Entry(NamedTuple):
     """Something in a job's directory of checkpoints: one (`hidden` False), a draft, or one that is being deleted."""
 
-    step: int
     attempt: int
+    step: int
     hidden: bool
     path: Path
 
 
 def _entries(output_dir: Path, attempt: int) -> list[_Entry]:
-    """What this attempt and those before it have written, by step."""
+    """What this attempt and those before it have written, the last one at the end: an attempt may have gone on from an
+    earlier step than the one before it had come to."""
     entries = (
-        _Entry(int(name[1]), int(name[2] or 1), path.name.startswith("."), path)
+        _Entry(int(name[2] or 1), int(name[1]), path.name.startswith("."), path)
         for path in (output_dir / "checkpoints").iterdir()
         if (name := _NAME.fullmatch(path.name)) is not None
     )
@@ -246,8 +249,9 @@ def tidy(output_dir: Path, step: int, attempt: int, resumed_step: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Under a hidden name first: what has its final name is complete."""
-    shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
+    """Under a hidden name first: what has its final name is complete. What can't be deleted yet (a network file system
+    keeps a file that is being read) `tidy` comes across again."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")), ignore_errors=True)
 
 
 def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
 """Checkpoints: complete when they can be seen, exact to resume from, and no bigger than they need to be."""
 
+import errno
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,6 +261,53 @@ def test_an_attempt_that_was_replaced_touches_nothing_of_the_one_that_replaced_i
     case.run()
     assert {path.name for path in folder.iterdir()} == theirs | {"step-00000011"}
     assert all((folder / name / "training_state").is_dir() for name in theirs)
+
+
+def test_later_checkpoints_that_the_log_has_lost_cost_none_that_it_has(case: Case) -> None:
+    """An older event log was restored, and the attempt is made once more, in the directory of the one that is lost."""
+    case.plan = make_plan_for(n_epochs=1, save_every_n_steps=4, keep_last_n_checkpoints=1)
+    case.valid_data = None
+    for step in (9, 10):
+        (checkpoint_path(case.output_dir, step) / "training_state").mkdir(parents=True)
+    run = replace(case, stop_at=5).run()
+    assert [checkpoint.step for checkpoint in run.checkpoints] == [4, 5]
+    assert run.gone == [checkpoint_path(case.output_dir, 4)]
+    assert load_standing(run.checkpoints[-1].path).progress.step == 5
+
+
+def test_an_attempt_that_had_to_begin_further_back_keeps_its_own_last_checkpoints(case: Case) -> None:
+    case.plan = make_plan_for(n_epochs=1, save_every_n_steps=4, keep_last_n_checkpoints=1)
+    case.valid_data = None
+    first = replace(case, stop_at=8).run().checkpoints[-1].path
+    shutil.rmtree(first / "training_state")  # somebody was short of room: nothing is left to go on from
+    again = replace(case, stop_at=5, attempt=2).run()
+    assert again.gone == [first, checkpoint_path(case.output_dir, 4, attempt=2)]
+    assert load_standing(again.checkpoints[-1].path).progress.step == 5
+
+
+def test_a_checkpoint_that_somebody_reads_while_it_is_deleted_ends_no_run(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system keeps the name of a file that is open, and with it the directory."""
+    case.plan = make_plan_for(n_epochs=2, save_every_n_steps=4, keep_last_n_checkpoints=1)
+    case.valid_data = None
+    reading, rmdir = True, os.rmdir
+
+    def while_a_file_is_open(path: str, *, dir_fd: int | None = None) -> None:
+        if reading and str(path).endswith("step-00000004.old"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        rmdir(path, dir_fd=dir_fd)
+
+    class Reader(Recorder):
+        def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
+            nonlocal reading
+            reading = checkpoint.step < 16
+            super().checkpoint(checkpoint)
+
+    monkeypatch.setattr(os, "rmdir", while_a_file_is_open)
+    run = case.run(Reader())
+    assert [checkpoint.step for checkpoint in run.checkpoints] == [4, 8, 11, 12, 16, 20, 22]
+    assert [path.name for path in (case.output_dir / "checkpoints").iterdir()] == ["step-00000022"]
 
 
 def test_checkpoints_are_deleted_in_the_order_of_their_steps_and_attempts(case: Case) -> None:
