@@ -7,7 +7,6 @@ trainers.dispatcher_actor. It holds nothing that matters: `whys` is a view of it
 
 import asyncio
 import logging
-import shutil
 import time
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
@@ -32,11 +31,10 @@ from events.ids import new_event_id
 from events.job import FineTuningJob, evolve
 from events.log import EventLog, LogUnavailable
 from events.store import Recorded
-from trainers import admission
+from trainers import admission, leftovers
 from trainers.admission import Capacity, Waiting
 from trainers.cluster import Cluster, Runner
 from trainers.errors import AGAIN, InfrastructureError, write_details
-from trainers.plan import COMPILED
 from trainers.settings import Settings
 from trainers.sight import Sight
 
@@ -248,8 +246,7 @@ class Dispatcher:
 
     async def _end(self, job: FineTuningJob, *events: Event) -> None:
         """In place of its runner, which is gone: what nobody but the job's own runs could use goes with it."""
-        compiled = self._settings.job_dir(job.job_id) / COMPILED
-        await asyncio.to_thread(shutil.rmtree, compiled, ignore_errors=True)
+        await asyncio.to_thread(leftovers.clear, self._settings.job_dir(job.job_id))
         await self._append(job, *events)
 
     async def _free_groups(self, sight: Sight) -> None:

@@ -6,7 +6,6 @@ and started again: it reads in the log how far the job is, and goes on from ther
 
 import importlib
 import logging
-import shutil
 import signal
 import threading
 import time
@@ -33,6 +32,7 @@ from events.facts import (
 )
 from events.job import FineTuningJob
 from events.log import LogUnavailable
+from trainers import leftovers
 from trainers.admission import Capacity, describe, memory_share, worker_memory
 from trainers.cluster import Cluster
 from trainers.data.cache import DataCache
@@ -45,7 +45,7 @@ from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
 from trainers.job_output import JobOutput, leave_the_raylet_out
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.pinned import PinnedModel, pinned_model
-from trainers.plan import COMPILED, Plan, plan_of
+from trainers.plan import Plan, plan_of
 from trainers.reporting import Paused
 from trainers.resubmit import model_dir_of
 from trainers.retrying import retrying
@@ -82,7 +82,7 @@ def run(job_id: str, settings: Settings) -> int:
         outcome = _outcome(job, log, tenure, settings)
     if outcome is None:
         return 0
-    shutil.rmtree(settings.job_dir(job_id) / COMPILED, ignore_errors=True)  # no other job may use it
+    leftovers.clear(settings.job_dir(job_id))
     # Every line of the job is in its log before the event that ends it: a tail may stop at that event.
     _record(outcome, job_id, tenure)
     return 0 if isinstance(outcome, JobSucceeded) else 1

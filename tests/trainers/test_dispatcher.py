@@ -119,15 +119,19 @@ async def test_a_cancelled_job_reads_cancelled_only_when_its_runner_and_its_grou
 
 
 @in_world
-async def test_with_a_cancelled_job_goes_the_code_that_was_compiled_for_it(world: World) -> None:
+async def test_with_a_cancelled_job_goes_what_only_its_own_runs_could_use(world: World) -> None:
     job_id = await world.running()
-    compiled = Settings(storage=world.storage).job_dir(job_id) / COMPILED
-    compiled.mkdir(parents=True)
+    job_dir = Settings(storage=world.storage).job_dir(job_id)
+    killed_while_written = job_dir / "checkpoints" / ".step-00000012.draft" / "merged"
+    for made in (job_dir / COMPILED, job_dir / "checkpoints" / "step-00000008", killed_while_written):
+        made.mkdir(parents=True)
     world.cluster.runners[job_id] = "stopped"
     await world.pass_(times=2)
     assert (await world.job(job_id)).status == "cancelled"
-    assert compiled.parent.is_dir()
-    assert not compiled.exists()
+    assert [path.relative_to(job_dir).as_posix() for path in job_dir.rglob("*")] == [
+        "checkpoints",
+        "checkpoints/step-00000008",
+    ]
 
 
 @in_world
