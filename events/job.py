@@ -84,6 +84,7 @@ class Metrics(_Part):
 
 
 _MEASURED = tuple(name for name in Metrics.model_fields if name in StepMetrics.model_fields)
+_COUNTED = ("tokens", "peak_memory_bytes")
 
 
 class Pace(_Part):
@@ -393,7 +394,9 @@ def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
     """A checkpoint is recorded when it is on disk; training may have gone on meanwhile."""
     progress, metrics = job.progress, job.metrics
     if progress is not None and progress.step > event.step:
-        metrics = (metrics or Metrics()).model_copy(update={name: event.metrics.get(name) for name in _MEASURED})
+        values: dict[str, float] = {name: value for name, value in event.metrics.items() if isfinite(value)}
+        values |= {name: int(values[name]) for name in _COUNTED if name in values}
+        metrics = (metrics or Metrics()).model_copy(update={name: values.get(name) for name in _MEASURED})
     epoch = event.epoch if progress is None else _epoch_of(event.step, progress)
     if progress is not None and event.step > progress.step:
         progress = progress.model_copy(update={"step": event.step, "epoch": epoch})

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -149,6 +150,17 @@ def test_a_checkpoint_recorded_when_training_had_gone_on_brings_the_metrics_of_i
     assert job.progress is not None
     assert job.metrics is not None
     assert (job.progress.step, job.metrics.loss) == (40, 1.5)
+
+
+def test_the_metrics_a_checkpoint_brings_are_of_the_types_that_are_documented() -> None:
+    """It holds all of them as floats, and possibly what is no number."""
+    measures = {"loss": 1.5, "tokens": 512, "peak_memory_bytes": 1 << 40, "valid_loss": float("nan")}
+    late = saved(1, 40).model_copy(update={"metrics": {name: float(value) for name, value in measures.items()}})
+    job = given(*RUNNING, measured(1, step(41)), late, interrupted(1))
+    with warnings.catch_warnings(action="error"):  # pydantic warns where a value is not of its field's type
+        shown = json.loads(job.wire_json())["metrics"]
+        assert shown == job.wire()["metrics"]
+    assert json.dumps(shown) == '{"loss": 1.5, "tokens": 512, "peak_memory_bytes": 1099511627776}'
 
 
 def test_the_steps_a_resumed_run_records_again_replace_the_lost_ones() -> None:
