@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
+from events.disk import sync_path
 from events.facts import StepMetrics
 from trainers.plan import DiskLog, Plan, WandBLog
 
@@ -96,6 +97,7 @@ def _with_lines_up_to(step: int, path: Path) -> TextIO:
         with path.open(encoding="utf-8", errors="replace") as old:
             new.writelines(line for line in old if line.endswith("\n") and step > 0 and _step_of(line) <= step)
     new.flush()
+    sync_path(draft)  # a power cut is to leave the old one or this, and no empty file
     draft.replace(path)
     return new
 

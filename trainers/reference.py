@@ -6,7 +6,6 @@ its weights have moved on.
 """
 
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from events.disk import sync_path
 from trainers.batches import evaluation_batches
 from trainers.collate import collate
 from trainers.data.dataset import TokenisedDataset
@@ -57,9 +57,9 @@ def reference_of(
         output_dir.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}.draft")
         save_file(reference, draft)
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
+        sync_path(draft)
         draft.rename(file)
+        sync_path(output_dir)
     return reference
 
 

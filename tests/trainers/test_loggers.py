@@ -17,6 +17,7 @@ import pytest
 
 from events.facts import StepMetrics
 from tests.full_disk import full_disk
+from tests.power_cut import PowerCut
 from tests.trainers.recipe_support import make_plan_for
 from trainers import loggers
 from trainers.loggers import open_logger
@@ -48,6 +49,23 @@ def test_disk_has_one_line_for_each_step_with_the_values_that_are_known(tmp_path
         {"step": 1, "epoch": 1, "time": TIME, "loss": 0.5, "lr": 0.1},
         {"step": 1, "epoch": 1, "time": TIME, "valid_loss": 0.25},
     ]
+
+
+def test_a_power_cut_takes_nothing_of_what_an_earlier_run_has_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, [step(1, loss=0.5), step(2, loss=0.25)])
+    power_cut, replace = PowerCut(monkeypatch), Path.replace
+    kept: list[bool] = []
+
+    def replacing(draft: Path, target: Path) -> Path:
+        kept.append(power_cut.leaves_content(draft))
+        return replace(draft, target)
+
+    monkeypatch.setattr(Path, "replace", replacing)
+    write(tmp_path, [step(3, loss=0.125)], resumed_step=2)
+    assert kept == [True]
+    assert [line["step"] for line in lines(path)] == [1, 2, 3]
 
 
 def test_a_value_that_is_no_number_is_still_a_line_of_json(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchtune.rlhf.loss import DPOLoss
 
+from tests.power_cut import PowerCut
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, make_plan_for, random_pairs, saved_weights, write_rows
 from trainers.batches import rows_of_pair
@@ -106,6 +107,12 @@ def test_a_run_that_was_stopped_in_mid_epoch_goes_on_to_the_same_bits(case: Case
     expected = saved_weights(whole.checkpoints[-1].path)
     for name, tensor in saved_weights(rest.checkpoints[-1].path).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_power_cut_doesn_t_take_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    power_cut = PowerCut(monkeypatch)
+    replace(case, stop_at=1).run()
+    assert power_cut.leaves(case.output_dir / REFERENCE)
 
 
 def test_a_run_can_not_go_on_without_its_reference(case: Case) -> None:

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from events.disk import sync_path
 from events.facts import DataReport, LineError
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
@@ -129,8 +130,11 @@ def prepare(
         (scratch / REPORT).unlink()  # it is a hard link: the cache's must stay as it is
         _write_report(report, scratch)
         scratch.chmod(0o755)
+        for entry in [*scratch.iterdir(), scratch]:  # files may be copies of the cache's
+            sync_path(entry)
         shutil.rmtree(out_dir, ignore_errors=True)
         scratch.rename(out_dir)
+        sync_path(out_dir.parent)
         for left_by_a_killed_run in out_dir.parent.glob(f".{out_dir.name}-*"):
             shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from events.disk import sync_path
 from trainers.errors import UserError
 from trainers.models.model_files import incomplete, read_headers, storage_of, weight_files
 from trainers.models.resolve import classify_model, lasting_name, resolve_model
@@ -109,11 +110,10 @@ def _of_weights(file: Path) -> str:
 def _write(pinned: PinnedModel, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with draft.open("wb") as stream:
-        stream.write(pinned.model_dump_json(indent=2).encode() + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    draft.write_bytes(pinned.model_dump_json(indent=2).encode() + b"\n")
+    sync_path(draft)
     draft.replace(file)
+    sync_path(file.parent)
 
 
 def _changed(pinned: PinnedModel, evidence: str) -> UserError:

@@ -1,5 +1,6 @@
 """A data file becomes a directory of tokens, or a report of what is wrong with it."""
 
+import errno
 import json
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from events.facts import DataReport
+from tests.power_cut import PowerCut
 from tests.tiny_models import make_tiny_model
 from tests.trainers.data.support import PIECE, line, with_new_tokens
 from trainers.data import dataset as dataset_module
@@ -64,6 +66,20 @@ def test_every_row_is_there_in_order_with_its_tokens_and_mask(
     assert report.tokens == dataset.lengths.sum()
     assert report.trained_tokens == sum(mask.sum() for _, mask in expected)
     assert dataset.report == report
+
+
+def test_a_power_cut_takes_nothing_of_what_was_prepared(
+    run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "no hard links here")
+
+    power_cut = PowerCut(monkeypatch)
+    run([line("a")])
+    assert power_cut.leaves(tmp_path / "out")
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    run([line("a")])
+    assert power_cut.leaves(tmp_path / "out")
 
 
 def test_rows_in_error_keep_their_line_numbers_and_order(run: Prepare) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.power_cut import PowerCut
 from tests.small_hub import SmallHub, small_hub
 from tests.tiny_models import make_tiny_model
 from trainers.errors import InfrastructureError, UserError
@@ -62,6 +63,12 @@ def test_a_branch_that_moves_doesn_t_move_a_job(tmp_path: Path, hub: SmallHub) -
     assert job.starts() == pinned
     (tmp_path / "other").mkdir()
     assert Job(tmp_path / "other", "acme/tiny").starts().name == f"acme/tiny@{newer}"
+
+
+def test_a_power_cut_doesn_t_move_a_job_either(tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    power_cut, job = PowerCut(monkeypatch), Job(tmp_path, str(local))
+    job.starts()
+    assert power_cut.leaves(job.file)
 
 
 def test_a_job_with_its_model_in_the_cache_needs_the_hub_no_more(tmp_path: Path, hub: SmallHub) -> None:

@@ -1,0 +1,34 @@
+"""What a power cut would leave, by the fsyncs there were."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+class PowerCut:
+    """Takes note of every fsync from now on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._on_disk: dict[int, object] = {}  # by inode, as it was when it was synced
+        fsync = os.fsync
+
+        def noted(descriptor: int) -> None:
+            fsync(descriptor)
+            self._on_disk[os.fstat(descriptor).st_ino] = _content(Path(f"/proc/self/fd/{descriptor}"))
+
+        monkeypatch.setattr(os, "fsync", noted)
+
+    def leaves(self, path: Path) -> bool:
+        """Whether `path`, with all that is in it, would still be there, if its directory is."""
+        names = self._on_disk.get(path.parent.stat().st_ino)
+        return isinstance(names, set) and (path.name, path.stat().st_ino) in names and self.leaves_content(path)
+
+    def leaves_content(self, path: Path) -> bool:
+        """The same, by whatever name."""
+        return all(self._on_disk.get(entry.stat().st_ino) == _content(entry) for entry in [path, *path.rglob("*")])
+
+
+def _content(path: Path) -> object:
+    """The names in a directory, with their inodes; the size of a file."""
+    return {(entry.name, entry.stat().st_ino) for entry in path.iterdir()} if path.is_dir() else path.stat().st_size
