@@ -11,3 +11,9 @@ def sync_path(path: Path | str) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def sync_tree(directory: Path) -> None:
+    """All that is in a directory is on disk when this returns; the directory's own name is its parent's."""
+    for entry in [*directory.rglob("*"), directory]:
+        sync_path(entry)

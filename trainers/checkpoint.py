@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from events.disk import sync_path
+from events.disk import sync_path, sync_tree
 from trainers.batches import Progress
 from trainers.distributed import Ranks, gathered
 from trainers.errors import InfrastructureError
@@ -295,8 +295,7 @@ def _appearing(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    for entry in [*draft.rglob("*"), draft]:
-        sync_path(entry)
+    sync_tree(draft)
     if path.exists():
         old = path.parent / f".{path.name}.old"
         shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,6 @@ tokenised on all cores. What was tokenised once, for this or another job, isn't 
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from events.disk import sync_path
+from events.disk import sync_path, sync_tree
 from events.facts import DataReport, LineError
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
@@ -130,8 +129,7 @@ def prepare(
         (scratch / REPORT).unlink()  # it is a hard link: the cache's must stay as it is
         _write_report(report, scratch)
         scratch.chmod(0o755)
-        for entry in [*scratch.iterdir(), scratch]:  # files may be copies of the cache's
-            sync_path(entry)
+        sync_tree(scratch)  # files may be copies of the cache's
         shutil.rmtree(out_dir, ignore_errors=True)
         scratch.rename(out_dir)
         sync_path(out_dir.parent)
@@ -287,7 +285,7 @@ class Tally:
 
 
 class _Writer:
-    """Appends rows to the three binary files; they are on disk when the context ends."""
+    """Appends rows to the three binary files; they are whole when the context ends."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -310,17 +308,8 @@ class _Writer:
         self._end += sum(chunk.lengths)
 
     def _open(self, name: str) -> BinaryIO:
-        file = self._stack.enter_context((self._directory / name).open("wb", buffering=1 << 20))
-        self._stack.callback(_sync, file)
-        return file
+        return self._stack.enter_context((self._directory / name).open("wb", buffering=1 << 20))
 
 
 def _write_report(report: DataReport, directory: Path) -> None:
-    with (directory / REPORT).open("wb") as file:
-        file.write(report.model_dump_json(indent=2).encode() + b"\n")
-        _sync(file)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    (directory / REPORT).write_bytes(report.model_dump_json(indent=2).encode() + b"\n")

@@ -5,9 +5,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from events.disk import sync_path, sync_tree
+
 
 def make_once(final: Path, make: Callable[[Path], None], log: Callable[[str], None]) -> Path:
-    """`final`, made by `make` where it isn't there yet; a directory of that name is always complete.
+    """`final`, made by `make` where it isn't there yet; a directory of that name is always complete, also after a power
+    cut.
 
     `make(partial)` fills a directory beside it, which is then renamed. Only one process makes it at a time; others
     wait, and say so. What an attempt that died has left is handed to the next one, so downloads go on where they
@@ -27,7 +30,9 @@ def make_once(final: Path, make: Callable[[Path], None], log: Callable[[str], No
             partial = final.with_name(f".{final.name}.partial")
             partial.mkdir(exist_ok=True)
             make(partial)
+            sync_tree(partial)
             partial.rename(final)
+            sync_path(final.parent)
     finally:
         lock.release()
     return final

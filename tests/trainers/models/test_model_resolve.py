@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.ports import free_ports
+from tests.power_cut import PowerCut
 from tests.small_hub import SmallHub
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.resolving import failure
@@ -316,6 +317,24 @@ def test_jobs_that_want_the_same_model_at_once_make_it_once(tmp_path: Path) -> N
     second.join()
     assert len(made) == 1
     assert final.is_dir()
+
+
+def test_a_power_cut_leaves_nothing_incomplete_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    power_cut = PowerCut(monkeypatch)
+
+    def make(partial: Path) -> None:
+        (partial / "additional_chat_templates").mkdir()
+        for name in ("model.safetensors", "additional_chat_templates/tool_use.jinja"):
+            (partial / name).write_bytes(b"content")
+
+    rename = Path.rename
+
+    def renaming(partial: Path, target: Path) -> Path:
+        assert power_cut.leaves_content(partial)
+        return rename(partial, target)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    assert power_cut.leaves(make_once(tmp_path / "model", make, print))
 
 
 def test_what_could_not_be_made_has_no_name(tmp_path: Path) -> None:
