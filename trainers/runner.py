@@ -82,9 +82,8 @@ def run(job_id: str, settings: Settings) -> int:
         outcome = _outcome(job, log, tenure, settings)
     if outcome is None:
         return 0
-    leftovers.clear(settings.job_dir(job_id))
     # Every line of the job is in its log before the event that ends it: a tail may stop at that event.
-    _record(outcome, job_id, tenure)
+    _record(outcome, job_id, tenure, settings.job_dir(job_id))
     return 0 if isinstance(outcome, JobSucceeded) else 1
 
 
@@ -322,9 +321,11 @@ def _failure(
     return JobFailed(error=error, error_path=path)
 
 
-def _record(outcome: Event, job_id: str, tenure: Tenure) -> None:
+def _record(outcome: Event, job_id: str, tenure: Tenure, job_dir: Path) -> None:
     try:
         tenure.append(outcome)
     except (Refused, Superseded) as refusal:
-        # Cancelled meanwhile: the dispatcher records that once this process is gone.
+        # Cancelled meanwhile, which the dispatcher records once this process is gone; or another runner's job.
         logger.warning("%s: %s", job_id, refusal)
+    else:
+        leftovers.clear(job_dir)

@@ -26,13 +26,13 @@ from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
 from events.memory import MemoryStore
-from tests.events.facts_of_a_job import started
+from tests.events.facts_of_a_job import SUCCEEDED, WORKER_DIED, interrupted, started
 from tests.full_disk import full_disk
 from tests.small_hub import SmallHub, small_hub
 from tests.tiny_models import make_tiny_model
 from tests.trainers.data import templates
 from tests.trainers.data.support import line
-from tests.trainers.job_on_a_log import JobOnALog
+from tests.trainers.job_on_a_log import JOB, JobOnALog
 from tests.trainers.world import InMemoryCluster
 from trainers.admission import Capacity, Node
 from trainers.data.dataset import TokenisedDataset
@@ -43,7 +43,7 @@ from trainers.models.pinned import PinnedModel
 from trainers.plan import Plan, make_plan
 from trainers.reporting import Paused
 from trainers.retrying import retrying
-from trainers.runner import PINNED, _failure, _make_data_ready, _outcome, _success, latest_checkpoint
+from trainers.runner import PINNED, _failure, _make_data_ready, _outcome, _record, _success, latest_checkpoint
 from trainers.settings import Settings
 from trainers.tenure import Superseded, Tenure
 
@@ -264,6 +264,20 @@ def test_a_job_that_is_cancelled_right_after_its_training_is_not_said_to_have_su
         with pytest.raises(Superseded):
             runner.append(outcome)
     assert caplog.messages == ["training is complete"]
+
+
+def test_only_the_runner_that_ends_a_job_clears_up_after_it(tmp_path: Path) -> None:
+    """One that was replaced would delete the checkpoint that is being written now."""
+    scene = JobOnALog()
+    writing = tmp_path / "checkpoints" / ".step-00000012-attempt-2.draft"
+    writing.mkdir(parents=True)
+    replaced = scene.runner()
+    scene.tell(started(1), interrupted(1), started(2))
+    _record(WORKER_DIED, JOB, replaced, tmp_path)
+    assert writing.is_dir()
+    _record(SUCCEEDED, JOB, scene.runner(), tmp_path)
+    assert scene.job.status == "success"
+    assert not writing.exists()
 
 
 def test_a_job_whose_model_changed_while_it_waited_fails_instead_of_training_on_another(
