@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Literal
 
-from trainers.components import COMPONENTS, SECTIONS
+from trainers.components import COMPONENTS, SECTIONS, allowed
 from trainers.values import Check, boolean, choice, integer, nullable, number, subset
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
@@ -242,12 +242,17 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 
 def unknown_key(name: str) -> str:
     """What is wrong with a key that no table knows, naming one that is like it or where they are."""
-    section, _, argument = name.partition(".")
-    if section in SECTIONS and argument:
-        known = sorted({arg for c in COMPONENTS.values() if c.section == section for arg in c.arguments})
-        near = get_close_matches(argument, [*known, "_component_", "lr"], 1)
-        hint = f"did you mean {section}.{near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown argument; {hint}"
     known = [*BY_NAME, *SECTIONS]
     near = get_close_matches(name, known, 1) or get_close_matches(name.rpartition(".")[2], known, 1)
     return f"unknown key; {f'did you mean {near[0]}?' if near else 'docs/configuration.md lists those there are'}"
+
+
+def unknown_argument(name: str, component: str) -> str:
+    """What is wrong with an argument that `component` doesn't take, naming one that is like it or whose it is."""
+    section, known = COMPONENTS[component].section, COMPONENTS[component].arguments
+    others = [other for other in allowed(section) if name in COMPONENTS[other].arguments]
+    beside = [key.removeprefix(f"{section}.") for key in BY_NAME if key.startswith(f"{section}.")]
+    near = get_close_matches(name, [*known, *beside, "_component_"], 1)
+    hint = f"; did you mean {section}.{near[0]}?" if near else ""
+    hint = f"; it is an argument of {', '.join(others)}" if others else hint
+    return f"unknown argument of {component}, which takes {', '.join(known)}{hint}"

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from trainers.components import COMPONENTS, DEFAULTS, OPTIONAL, SECTIONS, allowed, conflicts, missing_package
 from trainers.errors import MOST_PROBLEMS, Problem
-from trainers.keys import BY_NAME, REFUSED, unknown_key
+from trainers.keys import BY_NAME, REFUSED, unknown_argument, unknown_key
 from trainers.values import shown
 
 _ALIAS_SECTIONS = frozenset(name.partition(".")[0] for name in BY_NAME if "." in name)
@@ -144,8 +144,7 @@ class Merged:
             if name in component.computed:
                 self._problem(setting, f"can't be set: {component.computed[name]}", "unsupported_key")
             elif name not in component.arguments:
-                known = ", ".join(component.arguments)
-                self._problem(setting, f"{unknown_key(f'{section}.{name}')} ({part.name} takes {known})", "unknown_key")
+                self._problem(setting, unknown_argument(name, part.name), "unknown_key")
             else:
                 try:
                     kwargs[name] = component.arguments[name](setting.value)
