@@ -33,6 +33,7 @@ _ADAM: dict[str, Check] = {
     "foreach": nullable(boolean),
     "fused": nullable(boolean),
 }
+# torchao's take `amsgrad` as well, but can't compute it on a compressed state.
 _COMPRESSED_ADAM: dict[str, Check] = {name: _ADAM[name] for name in ("betas", "eps", "weight_decay")}
 _SGD: dict[str, Check] = {
     "momentum": number(0, 1, below=True),
@@ -58,9 +59,9 @@ COMPONENTS: Mapping[str, Component] = MappingProxyType(
         "torch.optim.AdamW": Component("optimizer", _ADAM),
         "torch.optim.Adam": Component("optimizer", _ADAM),
         "torch.optim.SGD": Component("optimizer", _SGD),
-        "torchao.optim.AdamW8bit": Component("optimizer", _COMPRESSED_ADAM | {"amsgrad": boolean}),
-        "torchao.optim.AdamW4bit": Component("optimizer", _COMPRESSED_ADAM | {"amsgrad": boolean}),
-        "torchao.optim.AdamWFp8": Component("optimizer", _COMPRESSED_ADAM | {"amsgrad": boolean}),
+        "torchao.optim.AdamW8bit": Component("optimizer", _COMPRESSED_ADAM),
+        "torchao.optim.AdamW4bit": Component("optimizer", _COMPRESSED_ADAM),
+        "torchao.optim.AdamWFp8": Component("optimizer", _COMPRESSED_ADAM),
         "bitsandbytes.optim.AdamW8bit": Component("optimizer", _COMPRESSED_ADAM),
         "bitsandbytes.optim.PagedAdamW8bit": Component("optimizer", _COMPRESSED_ADAM),
         "bitsandbytes.optim.PagedAdamW": Component("optimizer", _COMPRESSED_ADAM),

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, make_plan_for, random_rows, saved_weights, write_rows
 from trainers.checkpoint import STATE
-from trainers.components import allowed, missing_package, shardable
+from trainers.components import COMPONENTS, allowed, missing_package, shardable
 from trainers.plan import ComponentSpec, Plan
 
 NAMES = [
@@ -43,6 +43,15 @@ def test_training_with_it_goes_as_with_adamw(case: Case, tmp_path: Path, name: s
     expected = list(case.run().losses.values())
     got = list(replace(case, plan=planned(name), output_dir=tmp_path / "other").run().losses.values())
     assert got == pytest.approx(expected, abs=0.1 if "4bit" in name else 0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_with_every_argument_that_may_be_set(case: Case, name: str) -> None:
+    """torchao's constructors take `amsgrad` too, and their steps fail."""
+    values = {"betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1, "amsgrad": True}
+    arguments = {argument: values[argument] for argument in COMPONENTS[name].arguments}
+    optimizer = ComponentSpec(component=name, kwargs=arguments)
+    assert len(replace(case, plan=make_plan_for("full", optimizer=optimizer)).run().checkpoints) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
