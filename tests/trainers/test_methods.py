@@ -127,6 +127,18 @@ def test_the_saved_quantised_base_is_the_one_the_layers_compute_with(
         assert torch.equal(saved[name], source[name])
 
 
+def test_what_is_merged_into_a_quantised_layer_is_rounded_to_the_model_s_own_type_only(
+    case: Callable[..., Case], model_dir: Path
+) -> None:
+    """Trained in bf16, of a model that is stored in fp32."""
+    run = case("qlora", dtype="bf16", n_epochs=1)
+    path = run.run().checkpoints[-1].path
+    layer = build(run.plan, model_dir, path).layers[0].attn.q_proj
+    update = layer.lora_b.weight.float() @ layer.lora_a.weight.float()
+    saved = load_file(path / "merged" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(saved, layer.weight.get_original_weight().float() + LoraSpec().alpha / LoraSpec().rank * update)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantised_layer_computes_as_torchtunes(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
