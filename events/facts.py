@@ -208,7 +208,9 @@ class CheckpointSaved(Fact):
     step: int
     epoch: int = Field(description="Epochs completed at this checkpoint.")
     uri: str
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(
+        default_factory=dict, description="Of its step, and of the evaluation after that, if there was one."
+    )
     best: bool = Field(default=False, description="The lowest validation loss so far was measured at it.")
 
 

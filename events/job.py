@@ -85,6 +85,8 @@ class Metrics(_Part):
 
 _MEASURED = tuple(name for name in Metrics.model_fields if name in StepMetrics.model_fields)
 _COUNTED = ("tokens", "peak_memory_bytes")
+_EVALUATED = frozenset({"valid_loss", "valid_token_accuracy"})
+"""Of these, what an evaluation measures: not every step has one."""
 
 
 class Pace(_Part):
@@ -396,7 +398,8 @@ def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
     if progress is not None and progress.step > event.step:
         values: dict[str, float] = {name: value for name, value in event.metrics.items() if isfinite(value)}
         values |= {name: int(values[name]) for name in _COUNTED if name in values}
-        metrics = (metrics or Metrics()).model_copy(update={name: values.get(name) for name in _MEASURED})
+        of_step = {name: values.get(name) for name in _MEASURED if name in values or name not in _EVALUATED}
+        metrics = (metrics or Metrics()).model_copy(update=of_step)
     epoch = event.epoch if progress is None else _epoch_of(event.step, progress)
     if progress is not None and event.step > progress.step:
         progress = progress.model_copy(update={"step": event.step, "epoch": epoch})

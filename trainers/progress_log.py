@@ -38,7 +38,7 @@ class ProgressLog:
         self._began = time.perf_counter()
 
     def latest(self) -> dict[str, float]:
-        """The metrics of the last step and evaluation that were seen, by their names in StepMetrics."""
+        """The metrics of the last step that was seen, and of an evaluation after it, by their names in StepMetrics."""
         return dict(self._latest)
 
     def stepped(self, progress: Progress, epoch: int, outcome: "StepOutcome") -> None:
@@ -57,7 +57,7 @@ class ProgressLog:
             "peak_memory_bytes": _peak_memory(self._ranks.device),
             **outcome.measures,
         }
-        self._latest.update({name: value for name, value in measured.items() if value is not None})
+        self._latest = {name: value for name, value in measured.items() if value is not None}
         if progress.step % self._plan.log_every_n_steps == 0 or progress.step == self._total_steps:
             _log.info(
                 "step %d/%d | epoch %d/%d | loss %.4f | lr %.1e | %s tok/s%s",

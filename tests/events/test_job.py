@@ -163,6 +163,14 @@ def test_the_metrics_a_checkpoint_brings_are_of_the_types_that_are_documented() 
     assert json.dumps(shown) == '{"loss": 1.5, "tokens": 512, "peak_memory_bytes": 1099511627776}'
 
 
+def test_the_last_evaluation_is_still_the_last_one_where_a_late_checkpoint_has_none() -> None:
+    late = saved(1, 40).model_copy(update={"metrics": {"loss": 1.5}})
+    evaluated = measured(1, step(30, loss=None, valid_loss=2.0))
+    job = given(*RUNNING, evaluated, measured(1, step(41, loss=1.4)), late, interrupted(1))
+    assert job.metrics is not None
+    assert (job.metrics.loss, job.metrics.valid_loss) == (1.5, 2.0)
+
+
 def test_the_steps_a_resumed_run_records_again_replace_the_lost_ones() -> None:
     first = (*RUNNING, saved(1, 40), measured(1, step(41, loss=9.0), step(42, loss=9.0)), interrupted(1))
     job = given(*first, ADMITTED, started(2), measured(2, step(41, loss=1.4)))

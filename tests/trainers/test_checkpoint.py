@@ -88,7 +88,7 @@ def test_checkpoints_come_every_n_steps_and_epoch_but_once_a_step(case: Case) ->
     losses, evaluations = run.losses, {m.step: m.valid_loss for m in run.evaluations}
     for saved in run.checkpoints:
         assert saved.metrics["loss"] == losses[saved.step]
-        assert saved.metrics["valid_loss"] == evaluations[saved.step // 11 * 11]
+        assert saved.metrics.get("valid_loss") == evaluations.get(saved.step)
 
 
 class Slow(Recorder):
