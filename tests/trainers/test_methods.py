@@ -153,6 +153,12 @@ def test_a_quantised_layer_computes_as_torchtunes(dtype: torch.dtype) -> None:
     assert_same_layer(ours, theirs, dtype, ("lora_a.weight", "lora_b.weight"))
 
 
+def test_what_an_adapted_head_returns_is_no_view() -> None:
+    """Of which FSDP warns that gradients may be wrong, in the log of every job whose head is sharded apart."""
+    head = LeanLoRALinear(128, 256, rank=4, alpha=8, dropout=0.0, use_bias=False)
+    assert not head(torch.randn(3, 128))._is_view()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_dora_layer_without_a_bias_computes_as_torchtunes(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

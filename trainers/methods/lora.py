@@ -33,7 +33,7 @@ class LeanLoRALinear(LoRALinear):  # type: ignore[misc]  # torchtune ships no ty
         scaled: Tensor = torch.addmm(
             out.flatten(0, -2), low.flatten(0, -2), self.lora_b.weight.t(), alpha=self.alpha / self.rank
         )
-        return scaled.view_as(out)
+        return scaled if out.ndim == 2 else scaled.view_as(out)  # FSDP warns of a unit that returns a view
 
 
 def lora_linear(spec: LoraSpec) -> MakeLinear:
