@@ -5,7 +5,7 @@ they make of the others. That is exact, and it saves the largest matrix product 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -130,7 +130,8 @@ def build_training_model(
         _shard(model, plan, arch, ranks)
     weights = method.weights(decoder, arch, model_dir, resume_from, computed_in)
     home = torch.device("cpu") if offloads(plan, ranks) else ranks.device
-    copies = _load(decoder, weights, method, computed_in, home, ranks.device, model.sharded, keep_fp32=dtype == "mixed")
+    copy = None if dtype != "mixed" else _in_fp32 if resume_from else _unrounded
+    copies = _load(decoder, weights, method, computed_in, home, ranks.device, model.sharded, copy)
     model.copies = copies
     init_rope(decoder, ranks.device)
     return model
@@ -193,10 +194,9 @@ def _load(
     home: torch.device,
     device: torch.device,
     sharded: bool,
-    *,
-    keep_fp32: bool,
+    copy: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, nn.Parameter]:
-    """Returns the copies in fp32 of what is trained, if they are to be kept. They are made on `device`."""
+    """Returns the copies in fp32 of what is trained, if any are to be kept: `copy` makes them, on `device`."""
     placed, copies = {}, {}
     for name, parameter in decoder.named_parameters():
         stored = weights.pop(name)
@@ -205,8 +205,8 @@ def _load(
         own = full.clone() if parameter.requires_grad and not sharded else full
         value = like(own, parameter, home)
         value = value if sharded else method.placed(name, value)
-        if keep_fp32 and parameter.requires_grad:
-            copies[name] = nn.Parameter(like(_unrounded(stored.to(device)), parameter, home))
+        if copy is not None and parameter.requires_grad:
+            copies[name] = nn.Parameter(like(copy(stored.to(device)), parameter, home))
         placed[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     if weights:
         message = f"weights without a place in the model: {', '.join(sorted(weights))}"
@@ -215,18 +215,23 @@ def _load(
     return copies
 
 
+def _in_fp32(stored: Tensor) -> Tensor:
+    return stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
 def _unrounded(stored: Tensor) -> Tensor:
-    """A copy in fp32; of numbers in bf16, one of such as are rounded to them, spread evenly over all that are. What a
-    run goes on from is in fp32, and stays as it is.
+    """A copy in fp32; of numbers of bf16, whatever type they are stored in, one of such as are rounded to them, spread
+    evenly over all that are. (A model that is loaded in fp32 and saved again holds the numbers it held before.)
 
     Copies that began in the middle of what is rounded alike would first have to go half a digit, each of them, before
     the model changed at all. So the share of the model's weights that changes fits the size of the update from the
     first one on. The numbers from which the stored ones had once been rounded would do the same. Zeros stay.
     """
-    values = stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if stored.dtype == torch.bfloat16:
-        offsets = _offsets_within_a_digit(stored.device)
-        for part in torch.split(values.view(-1), offsets.numel()):
+    values = _in_fp32(stored)
+    offsets = _offsets_within_a_digit(stored.device)
+    parts = torch.split(values.view(-1), offsets.numel())
+    if not any((part.view(torch.int32) & 0xFFFF).any() for part in parts):  # a bf16 is the upper half of a number
+        for part in parts:
             part.view(torch.int32).add_(offsets[: part.numel()] * (part != 0))
     return values
 

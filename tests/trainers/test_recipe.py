@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
@@ -42,6 +43,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store_in_bf16(make_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny_rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Numbers of bf16 in a file of fp32: what comes of a model that was loaded in fp32 and saved again."""
+    path = store_in_bf16(make_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+    file = path / "model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +314,16 @@ def test_bf16_is_stored_and_trained_as_bf16(bench: Bench) -> None:
     assert run.losses[22] < run.losses[1]
 
 
-@pytest.mark.parametrize("stored", ["tiny", "tiny_in_bf16"])
-@pytest.mark.parametrize(("method", "within"), [("full", 0.05), ("qat", 0.3)])
+@pytest.mark.parametrize(
+    ("method", "within", "stored"),
+    [
+        ("full", 0.05, "tiny"),
+        ("full", 0.05, "tiny_in_bf16"),
+        ("full", 0.05, "tiny_rounded"),
+        ("qat", 0.3, "tiny"),
+        ("qat", 0.3, "tiny_in_bf16"),
+    ],
+)
 def test_mixed_learns_what_fp32_does_where_bf16_loses_its_small_updates(
     request: pytest.FixtureRequest, data: Path, tmp_path: Path, method: str, within: float, stored: str
 ) -> None:
