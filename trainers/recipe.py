@@ -56,8 +56,8 @@ def train(
     `train_data` and `valid_data` are directories of prepared data; `output_dir` is shared by all ranks. Each epoch ends
     with an evaluation (where there is `valid_data`) and a checkpoint; an evaluation within one that is the best so far
     is followed by a checkpoint too. Raises Stopped, after a checkpoint, when the reporter says so before the last step,
-    UserError for what the job's author can mend (`loss_not_finite`, a model that can't be built), and CapacityError
-    `out_of_memory` or `does_not_fit`.
+    UserError for what the job's author can mend (`loss_not_finite`, a model that can't be built or is broken), and
+    CapacityError `out_of_memory` or `does_not_fit`.
     """
     with _advice_when_out_of_memory(plan), ExitStack() as stack:
         # ---- configure
@@ -303,9 +303,17 @@ def _enough(plan: Plan, validation: Validation) -> bool:
 
 
 def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ranks) -> None:
-    """Raises UserError `loss_not_finite` with the micro-batch that did it; its rank logs the rows."""
+    """Raises UserError `loss_not_finite` with the micro-batch that did it; its rank logs the rows. `model_broken` where
+    it was so before anything was trained."""
     if math.isfinite(outcome.loss):
         return
+    if items.after.step == 1:
+        raise UserError(
+            "model_broken",
+            f"the loss of step 1 is {outcome.loss}, before anything was trained: the model's weights are broken",
+            param="model",
+            suggestion="start from another copy of the model",
+        )
     rank, number = next(
         (rank, number)
         for rank, losses in enumerate(outcome.losses)

@@ -65,7 +65,7 @@ def test_a_fault_of_the_user_s_is_not_tried_again(faults: Faults, inputs: Path) 
     job_id = faults.submit(model=str(broken))
     job = faults.until(job_id, lambda job: job["status"] not in ("validation", "queued", "running"))
     assert (job["status"], job["interruptions"], job["attempt"]) == ("failed", 0, 1), job
-    assert (job["error"]["code"], job["error"]["fault"]) == ("loss_not_finite", "user")
+    assert (job["error"]["code"], job["error"]["fault"]) == ("model_broken", "user")
 
 
 def test_a_job_survives_as_many_interruptions_as_max_restarts_says(faults: Faults) -> None:

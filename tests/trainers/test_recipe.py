@@ -373,6 +373,16 @@ def test_a_loss_that_is_not_finite_ends_the_job_and_names_the_step(bench: Bench)
     assert (caught.value.error.code, caught.value.error.rank) == ("loss_not_finite", 0)
 
 
+def test_a_model_that_is_broken_to_begin_with_is_not_said_to_have_diverged(data: Path, tmp_path: Path) -> None:
+    file = make_tiny_model(tmp_path / "broken") / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, file)
+    with pytest.raises(UserError, match="the loss of step 1 is nan, before anything was trained") as caught:
+        Bench(file.parent, data, tmp_path).case("full").run()
+    assert (caught.value.error.code, caught.value.error.param) == ("model_broken", "model")
+
+
 @pytest.mark.parametrize("changes", [{}, {"run_val_every_n_steps": 1, "early_stopping_patience": 1, "n_epochs": 2}])
 def test_an_update_that_breaks_the_model_leaves_no_checkpoint_of_it(
     bench: Bench, valid: Path, changes: dict[str, Any]
