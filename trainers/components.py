@@ -26,7 +26,7 @@ class Component:
 
 _ADAM: dict[str, Check] = {
     "betas": pair(_fraction),
-    "eps": number(0),
+    "eps": number(0, above=True),  # 0 makes no number of a weight without a gradient, as all of an adapter's A at first
     "weight_decay": number(0),
     "amsgrad": boolean,
     "maximize": boolean,

@@ -165,6 +165,7 @@ def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> Non
         ({"model": "other"}, "model", "it is a field of the request"),
         ({"model": {"vocab_size": 1}}, "model.vocab_size", "unknown key"),
         ({"loss": {"ignore_index": 0}}, "loss.ignore_index", "the loss mask"),
+        ({"optimizer": {"eps": 0}}, "optimizer.eps", "greater than 0"),
         ({"lr": "2e-5"}, "lr", "a number goes without quotes"),
         ({"lr": 11}, "lr", "at most 10"),
         ({"lr": 10**400}, "lr", "must be a number"),
