@@ -64,7 +64,7 @@ def main() -> int:
         console.print(f"[red bold]The service stopped answering.[/] {escape(str(error))}")
         return 1
     except (DemoFailed, ServiceError, ApiError, InvalidSettingsError) as error:
-        console.print(f"[red bold]The demo failed.[/] {escape(str(error))}")
+        console.print(f"[red bold]The demo failed.[/] {escape(str(error))}", soft_wrap=True)
         return 1
     return 0
 

@@ -45,6 +45,7 @@ _START_S = 150  # it takes five seconds on an idle machine
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["TTY_COMPATIBLE"] = "0"  # for Rich, in the programs that tests start: FORCE_COLOR is for pytest's lines
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
 

@@ -91,7 +91,7 @@ def test_a_command_says_what_is_wrong_and_nothing_else(command: list[str]) -> No
 
 
 def test_the_demo_says_it_too() -> None:
-    env = {**os.environ, "TUNEWRIGHT_CHAT_ENGINE": "nonsense"}
+    env = {**os.environ, "TUNEWRIGHT_CHAT_ENGINE": "nonsense", "COLUMNS": "40"}
     done = subprocess.run(
         [sys.executable, "-m", "examples.demo"], env=env, capture_output=True, text=True, check=False, timeout=120
     )
