@@ -116,5 +116,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         sys.exit(main(sys.argv[1], Path(sys.argv[2])))
-    except (ApiError, httpx.TransportError) as error:
-        sys.exit(str(error))
+    except ApiError as refused:
+        sys.exit(str(refused))
+    except httpx.TransportError as error:
+        sys.exit(f"{sys.argv[1]} doesn't answer: {error}")

@@ -53,16 +53,11 @@ def test_following_a_job_outlasts_a_restart_of_the_service(restarting: Server, m
 
 
 def test_a_service_that_is_not_there_is_said_in_words() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "examples.client",
-        f"http://127.0.0.1:{free_ports(1)[0]}",
-        "examples/tickets/job.json",
-    ]
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    command = [sys.executable, "-m", "examples.client", url, "examples/tickets/job.json"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines() == ["[Errno 111] Connection refused"]
+    assert done.stderr.splitlines() == [f"{url} doesn't answer: [Errno 111] Connection refused"]
 
 
 def test_following_a_job_that_is_not_there_is_refused(server: Server) -> None:
