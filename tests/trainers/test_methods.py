@@ -28,6 +28,7 @@ from trainers.distributed import Ranks
 from trainers.methods import method_of
 from trainers.methods.dora import UnscaledBiasDoRALinear
 from trainers.methods.lora import LeanLoRALinear
+from trainers.methods.qlora import is_quantised
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder, init_rope
 from trainers.models.weights import load_weights
@@ -137,6 +138,17 @@ def test_what_is_merged_into_a_quantised_layer_is_rounded_to_the_model_s_own_typ
     update = layer.lora_b.weight.float() @ layer.lora_a.weight.float()
     saved = load_file(path / "merged" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     assert torch.equal(saved, layer.weight.get_original_weight().float() + LoraSpec().alpha / LoraSpec().rank * update)
+
+
+def test_a_quantised_base_is_written_out_in_the_type_of_training(model_dir: Path) -> None:
+    """As the estimate of a checkpoint's memory has it, whatever the model is stored in."""
+    plan = make_plan_for("qlora", dtype="bf16")
+    arch, method = inspect_model_dir(model_dir), method_of(plan)
+    build_training_model(plan, method, arch, model_dir, None, "bf16", Ranks(0, 1, torch.device("cpu")))
+    stored = load_weights(model_dir, arch)
+    written = {name: weight.dtype for name, weight in method.base(stored).items() if is_quantised(name)}
+    assert set(written.values()) == {torch.bfloat16}
+    assert {stored[name].dtype for name in written} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

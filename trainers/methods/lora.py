@@ -78,7 +78,7 @@ class Lora(Method):
         base, revision = base_name(self.plan.model)
         save_peft_adapter(trained, arch, self.spec, base, directory / "adapter", revision)
         stored = load_weights(model_dir, arch)
-        merged = merge_lora(self.base(stored), trained, self.spec)
+        merged = merge_lora(self.base(stored), trained, self.spec, stored)
         of_stored_type = {name: value.to(stored[name].dtype) for name, value in merged.items()}
         export_model(of_stored_type, arch, model_dir, directory / "merged")
         copy_tokenizer(directory / "merged", directory / "adapter")

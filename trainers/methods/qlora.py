@@ -6,7 +6,6 @@ scales in 8 bits, from the dtype of training; embedding, norms, biases and head 
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torchao.dtypes.nf4tensor import to_nf4
 
@@ -28,11 +27,10 @@ class Qlora(Lora):
         return self._quantised[name]
 
     def base(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the layers compute with: their 4-bit weights written out, the same numbers on every device. In a type
-        that rounds neither them nor what is stored: an adapter that is added has the digits of the latter."""
-        written = {name: weight.to("cpu").get_original_weight() for name, weight in self._quantised.items()}  # type: ignore[attr-defined]
-        wide = {name: torch.promote_types(weight.dtype, stored[name].dtype) for name, weight in written.items()}
-        return {**stored, **{name: weight.to(wide[name]) for name, weight in written.items()}}
+        """What the layers compute with: their 4-bit weights written out in the type of training, as trainers.memory
+        counts them, the same numbers on every device."""
+        held = {name: weight.to("cpu") for name, weight in self._quantised.items()}
+        return {**stored, **{name: weight.get_original_weight() for name, weight in held.items()}}  # type: ignore[attr-defined]
 
 
 def is_quantised(name: str) -> bool:

@@ -79,10 +79,13 @@ def load_peft_adapter(adapter_dir: Path, arch: Architecture, lora: LoraSpec) -> 
 
 
 def merge_lora(
-    base_state: Mapping[str, Tensor], adapter_state: Mapping[str, Tensor], lora: LoraSpec
+    base_state: Mapping[str, Tensor],
+    adapter_state: Mapping[str, Tensor],
+    lora: LoraSpec,
+    like: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The base with the adapter added: W + alpha / rank * B @ A, computed in float32, in the dtype of W. Rows that have
-    a magnitude are brought to that length.
+    """The base with the adapter added: W + alpha / rank * B @ A, computed in float32, in the dtype that `like` has it
+    in, or W itself. Rows that have a magnitude are brought to that length.
 
     Parameters without an adapter are passed through, not copied; `base_state` is not changed.
     """
@@ -95,7 +98,7 @@ def merge_lora(
             weight = base.float() + lora.alpha / lora.rank * delta
             if (magnitude := adapter_state.get(f"{layer}{MAGNITUDE}")) is not None:
                 weight *= (magnitude.float() / torch.linalg.norm(weight, dim=1))[:, None]
-            merged[f"{layer}.weight"] = weight.to(base.dtype)
+            merged[f"{layer}.weight"] = weight.to((like or base_state)[f"{layer}.weight"].dtype)
     return merged
 
 
