@@ -332,6 +332,10 @@ def _free_block(size: int) -> int:
 
 
 def _require_free(*ports: int) -> None:
+    if len(set(ports)) < len(ports):
+        raise ServiceError(
+            f"port {ports[0]} can't be both the API's and the dashboard's: choose another for one of them"
+        )
     taken = [port for port in ports if not _is_free(port)]
     if taken:
         raise ServiceError(f"port {', '.join(map(str, taken))} is in use: stop what listens there, or choose another")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.local import main
+from serve_app.local import LocalService, ServiceError, main
 
 
 def test_a_storage_that_can_not_be_is_named_to_the_letter(tmp_path: Path) -> None:
@@ -32,3 +32,10 @@ def test_a_port_that_cannot_be_is_refused_by_the_name_of_its_option(
     with pytest.raises(SystemExit, match="2"):
         main()
     assert f"argument {option}: {port}: choose one from 1 to 65535" in capsys.readouterr().err
+
+
+def test_the_api_and_the_dashboard_need_a_port_each(tmp_path: Path) -> None:
+    """Else the service waits for three minutes, and doesn't know why it didn't come up."""
+    service = LocalService(tmp_path, http_port=8265, dashboard_port=8265)
+    with pytest.raises(ServiceError, match="port 8265 can't be both the API's and the dashboard's"):
+        service.start()
