@@ -40,7 +40,16 @@ from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import NO_END, DataInvalid, bad_lines, hardly_meant, prepare, prepared
 from trainers.data.source import check_data_uri
-from trainers.errors import AGAIN, REPORT, InfrastructureError, JobProblem, storage_full, write_details
+from trainers.errors import (
+    AGAIN,
+    REPORT,
+    ConfigProblems,
+    InfrastructureError,
+    JobProblem,
+    UserError,
+    storage_full,
+    write_details,
+)
 from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
 from trainers.job_output import JobOutput, leave_the_raylet_out
 from trainers.models.architecture import inspect_model_dir
@@ -96,7 +105,7 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     """
     job_dir = settings.job_dir(job.job_id)
     try:
-        plan = plan_of(job)
+        plan = _its_plan(job)
         job, model = _its_model(job, plan, log, tenure, settings)
         plan = plan.model_copy(update={"model": model.name})
         capacity = Cluster().capacity
@@ -125,6 +134,18 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
             "internal_error", f"{type(error).__name__}: {error}", suggestion=REPORT, retryable=False
         )
         return _failure(job, job_dir, cause.error, traceback.format_exc())
+
+
+def _its_plan(job: FineTuningJob) -> Plan:
+    """As `plan_of`, but raises UserError `config_outdated`: the job was accepted, so by another version's rules."""
+    try:
+        return plan_of(job)
+    except (ConfigProblems, ValueError) as error:
+        raise UserError(
+            "config_outdated",
+            f"the job was submitted to another version of Tunewright, and this one refuses its config: {error}.",
+            suggestion="submit it again without that",
+        ) from error
 
 
 def _its_model(

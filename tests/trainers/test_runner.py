@@ -280,6 +280,15 @@ def test_only_the_runner_that_ends_a_job_clears_up_after_it(tmp_path: Path) -> N
     assert not writing.exists()
 
 
+def test_a_job_that_another_version_has_taken_and_this_one_refuses_is_no_bug(runner: Runner) -> None:
+    job, _ = runner.submit("ftjob-1")
+    config = job.input_config | {"fine_tuning_options": {"extras": {"optimizer": {"eps": 0}}}}
+    outcome = runner.outcome(job.model_copy(update={"input_config": config}))
+    assert isinstance(outcome, DataRejected)
+    assert (outcome.error.code, outcome.error.fault) == ("config_outdated", "user")
+    assert "optimizer.eps: must be a number greater than 0" in outcome.error.message
+
+
 def test_a_job_whose_model_changed_while_it_waited_fails_instead_of_training_on_another(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
