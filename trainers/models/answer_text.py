@@ -76,10 +76,11 @@ def _stopped(text: str, stop: Sequence[str], sent: int) -> int | None:
 
 
 def _held_back(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters may yet change: the beginning of a character or of a stop text."""
-    unfinished = len(text) - len(text.rstrip(_UNFINISHED))
+    """How many of the last characters may yet change, or be the beginning of a stop text: that of a character, and what
+    comes before it, which may go on with that one."""
+    whole = text.rstrip(_UNFINISHED)
     begun = max(
-        (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])),
+        (n for word in stop for n in range(1, len(word)) if whole.endswith(word[:n])),
         default=0,
     )
-    return max(unfinished, begun)
+    return len(text) - len(whole) + begun

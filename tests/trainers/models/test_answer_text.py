@@ -42,6 +42,21 @@ def test_a_character_of_several_tokens_comes_whole(tmp_path: Path) -> None:
     assert "\ufffd" not in "".join(pieces)
 
 
+@pytest.mark.parametrize("stop", ["\n🦊", "ü\n🦊", "c ü"])
+def test_a_stop_text_is_found_though_a_character_within_it_takes_several_tokens(tmp_path: Path, stop: str) -> None:
+    tokenizer = tokenizer_of(tmp_path, "llama")
+    tokens = tokenizer.encode_prompt([{"role": "user", "content": "a c ü\n🦊 b"}])
+    text = AnswerText(tokenizer, (stop,), len(tokens) + 1)
+    pieces = []
+    for token in tokens:
+        pieces.append(text.add(token))
+        if pieces[-1].end:
+            break
+    whole = tokenizer.decode(tokens)
+    assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].end == "stop"
+
+
 def test_a_token_costs_the_same_however_long_the_answer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of(tmp_path, "llama")
     tokens = tokenizer.encode_prompt([{"role": "user", "content": "the quick brown fox " * 50}])
