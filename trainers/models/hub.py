@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainers.errors import InfrastructureError, JobProblem, UserError, without_secrets
+from trainers.errors import InfrastructureError, JobProblem, UserError, storage_full, without_secrets
 from trainers.models.cache import make_once
 from trainers.models.model_files import incomplete
 from trainers.models.names import HubModel
@@ -34,7 +34,7 @@ def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True
     it is cached, and `log` says so. An architecture that can't be trained is refused before its weights are fetched.
 
     Raises UserError `invalid_value`, `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
-    InfrastructureError `hub_unreachable`.
+    InfrastructureError `hub_unreachable` or `storage_full`.
     """
     home = cache_dir / "hub" / model.repo.replace("/", "--")
     remembered = home / "refs" / model.revision.replace("/", "--")
@@ -145,7 +145,7 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _by_status(model, error) from error
     except Exception as error:  # the HTTP library beneath, and so its errors, changes with huggingface_hub's releases
-        raise _unreachable(model, error) from error
+        raise storage_full(error) or _unreachable(model, error) from error
 
 
 def _not_found(model: HubModel) -> UserError:

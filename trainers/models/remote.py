@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from trainers.errors import InfrastructureError, JobProblem, UserError
+from trainers.errors import InfrastructureError, JobProblem, UserError, storage_full
 from trainers.models.cache import make_once
 from trainers.models.wanted_files import CHAT_TEMPLATES, choose_files, may_be_wanted
 
@@ -22,7 +22,7 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
     a copy that lacks them will do.
 
     Raises UserError `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
-    InfrastructureError `model_unreachable`. Credentials come from the environment.
+    InfrastructureError `model_unreachable` or `storage_full`. Credentials come from the environment.
     """
     with _store_errors(uri):
         fs, root = fsspec.core.url_to_fs(uri)
@@ -90,7 +90,7 @@ def _store_errors(uri: str) -> Iterator[None]:
             suggestion="have the nodes' credentials changed, or use a model that they open",
         ) from error
     except Exception as error:  # each store's client has errors of its own, and may put signed URLs into them
-        raise InfrastructureError(
+        raise storage_full(error) or InfrastructureError(
             "model_unreachable",
             f"{uri} could not be read: {type(error).__name__}.",
             suggestion="check the workers' network and credentials",

@@ -11,6 +11,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.numpy import load_file, save_file
 
+from tests.full_disk import full_disk
 from tests.small_hub import SmallHub
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.resolving import failure
@@ -72,6 +73,18 @@ def test_a_model_on_a_store_comes_with_all_its_chat_templates(bucket: Path, sett
     (templates / "tool_use.jinja").write_text("{{ messages }}{{ tools }}")
     newer = resolve_model("s3://bucket/model", settings, lambda _: None)
     assert (newer / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}{{ tools }}"
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_hub_or_the_store(
+    tmp_path: Path, bucket: Path, settings: Settings, hub: SmallHub
+) -> None:
+    hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    make_tiny_model(bucket / "model")
+    for model in ("acme/tiny", "s3://bucket/model"):
+        with full_disk(20_000):
+            error = failure(model, settings).error
+        assert (error.code, error.fault, error.retryable) == ("storage_full", "infrastructure", True)
+        inspect_model_dir(resolve_model(model, settings, lambda _: None))
 
 
 def several_models(path: Path, named: str) -> Path:
