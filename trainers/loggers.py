@@ -37,7 +37,8 @@ class Logger(Protocol):
     def log(self, metrics: StepMetrics) -> None:
         """Takes one step's metrics; they are visible soon, and in any case after `close`."""
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool = False) -> None:
+        """`failed`: the run didn't come to its end, nor to a pause."""
 
 
 def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Logger:
@@ -75,7 +76,7 @@ class DiskLogger:
         except OSError as error:
             self._tell(error)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         try:
             if self._file is not None:
                 self._file.close()
@@ -110,7 +111,7 @@ def _step_of(line: str) -> float:
 
 
 class WandBLogger:
-    """A W&B run whose id is the job's: an attempt that resumes goes on in the same run.
+    """A W&B run whose id is the job's: an attempt that resumes goes on in the same run, and one that fails fails it.
 
     Offline without an API key, and where the server can't be reached: the job's log says how to upload the run. What
     goes wrong later is told there too, and neither ends nor delays the job.
@@ -162,8 +163,8 @@ class WandBLogger:
                 lambda: self._run.log(metrics.model_dump(exclude_none=True, exclude={"step", "time"}), metrics.step)
             )
 
-    def close(self) -> None:
-        self._try(self._run.finish)
+    def close(self, *, failed: bool = False) -> None:
+        self._try(lambda: self._run.finish(exit_code=int(failed)))
 
     def _try(self, call: Callable[[], object]) -> None:
         try:

@@ -71,6 +71,7 @@ def train_worker(config: dict[str, Any]) -> str:
     tenure = Tenure(handles.log, assignment.job_id, assignment.interruptions)
     reporter = RayReporter(assignment, rank, handles.log, tenure, capture.flush)
     watch = Watch(handles.log, assignment.job_id, assignment.attempt, tenure, reporter.look)
+    failed = True
     try:
         log_to_stdout()
         from trainers.recipe import train  # torchtune takes seconds to import: its warnings belong to the job's log
@@ -89,10 +90,12 @@ def train_worker(config: dict[str, Any]) -> str:
             resume_from=Path(assignment.resume_from) if assignment.resume_from else None,
             attempt=assignment.attempt,
         )
+        failed = False
     except Superseded as reason:
         logger.warning("attempt %d ends here: %s", assignment.attempt, reason)
         raise
     except Stopped as stopped:
+        failed = False
         logger.info("%s, to pause", stopped)
         return PAUSED
     except BaseException:
@@ -100,7 +103,7 @@ def train_worker(config: dict[str, Any]) -> str:
         raise
     finally:
         try:
-            reporter.close()
+            reporter.close(failed=failed)
         finally:
             watch.close()
             capture.close()  # the lines that say what went wrong must get out
@@ -197,14 +200,14 @@ class RayReporter:
         if job.pausing and job.attempt == self._assignment.attempt:
             self._pausing.set()
 
-    def close(self) -> None:
-        """Everything reported is in the log, and the logger is closed, when this returns."""
+    def close(self, *, failed: bool = False) -> None:
+        """Everything reported is in the log, and the logger is closed, when this returns. `failed`: see `Logger`."""
         if not self._speaks or not self._thread.is_alive():
             return
         self._queue.put(None)
         self._thread.join()
         if self._logger is not None:
-            self._logger.close()
+            self._logger.close(failed=failed)
 
     def _flush(self) -> None:
         done = threading.Event()

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+import wandb
 
 from events.facts import StepMetrics
 from tests.full_disk import full_disk
@@ -172,6 +173,24 @@ def test_wandb_without_a_key_runs_offline_and_says_how_to_upload(
     (message,) = [record.getMessage() for record in caplog.records if record.name == "tunewright.train"]
     assert "no WANDB_API_KEY" in message
     assert f"wandb sync {run}" in message
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_wandb_hears_whether_the_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    codes: list[int | None] = []
+    finish = wandb.Run.finish
+
+    def heard(run: wandb.Run, exit_code: int | None = None) -> None:
+        codes.append(exit_code)
+        finish(run, exit_code)
+
+    monkeypatch.setattr(wandb.Run, "finish", heard)
+    logger = open_logger(make_plan_for(logger=WandBLog(project="p")), "ftjob-1", tmp_path, 0)
+    logger.log(step(1, loss=0.5))
+    logger.close(failed=failed)
+    assert codes == [int(failed)]
 
 
 class WandBServer(ThreadingHTTPServer):

@@ -1,18 +1,23 @@
-"""How a worker learns from the log that its job is to pause, or is no longer its own."""
+"""How a worker learns from the log that its job is to pause, or is no longer its own; and what its logger learns of its
+end."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import ray.train
 
 from events.actors import EventLogClient
 from events.facts import MetricsRecorded, PauseRequested
 from tests.events.facts_of_a_job import started, step
 from tests.trainers.job_on_a_log import JOB, JobOnALog
+from tests.trainers.recipe_support import make_plan_for
 from tests.waiting import WAIT_S, eventually
-from trainers import tenure
+from trainers import recipe, tenure, worker
+from trainers.reporting import Stopped
 from trainers.retrying import retrying
 from trainers.tenure import Superseded, Watch
-from trainers.worker import Assignment, RayReporter
+from trainers.worker import FINISHED, PAUSED, Assignment, RayReporter, train_worker
 
 
 class Running(JobOnALog):
@@ -72,3 +77,34 @@ def test_a_worker_that_was_replaced_is_told_when_it_reports(running: Running) ->
 
     eventually(superseded, WAIT_S, lambda: "it is not told")
     assert not running.reporter.should_stop()
+
+
+@pytest.mark.parametrize(("end", "returns"), [(None, FINISHED), (Stopped(3), PAUSED), (ValueError("a bug"), None)])
+def test_the_logger_hears_whether_the_run_failed(
+    running: Running, monkeypatch: pytest.MonkeyPatch, end: Exception | None, returns: str | None
+) -> None:
+    heard: list[bool] = []
+
+    def train(plan: object, *, reporter: RayReporter, **_: object) -> None:
+        reporter._logger = SimpleNamespace(close=lambda failed: heard.append(failed))  # type: ignore[assignment]
+        if end is not None:
+            raise end
+
+    nothing = SimpleNamespace(flush=lambda: None, close=lambda: None)
+    rank = SimpleNamespace(get_world_rank=lambda: 0)
+    monkeypatch.setattr(recipe, "train", train)
+    monkeypatch.setattr(ray.train, "get_context", lambda: rank)
+    monkeypatch.setattr(worker, "connect", lambda _: SimpleNamespace(log=running.client, lines=None))
+    monkeypatch.setattr(worker, "OutputCapture", lambda *_, **__: nothing)
+    monkeypatch.setattr(worker, "give_way", lambda: None)
+    monkeypatch.setattr(worker, "log_to_stdout", lambda: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    places = dict.fromkeys(("storage", "job_dir", "model_dir"), "")
+    plan = make_plan_for().model_dump(mode="json")
+    assignment = Assignment(JOB, attempt=1, interruptions=0, plan=plan, resume_from=None, **places).as_dict()
+    if returns is None:
+        with pytest.raises(ValueError, match="a bug"):
+            train_worker(assignment)
+    else:
+        assert train_worker(assignment) == returns
+    assert heard == [returns is None]
