@@ -311,11 +311,14 @@ class WebhookStore:
         return Attempt(endpoint["id"], endpoint["url"], _notice(delivery), attempts, secrets)
 
     def settle(self, attempt: Attempt, outcome: Outcome) -> None:
-        """What became of it. Nothing, if the endpoint was deleted meanwhile."""
+        """What became of it. Nothing, if the endpoint was deleted meanwhile; nor is one disabled by what its old URL
+        says: there the attempt is as one that nobody saw the end of."""
         key = attempt.endpoint_id, attempt.notice.event_id
         with self._db:
             if outcome.disable:
-                self._db.execute("UPDATE endpoints SET enabled = 0 WHERE id = ?", (attempt.endpoint_id,))
+                at = attempt.endpoint_id, attempt.url
+                if self._db.execute("UPDATE endpoints SET enabled = 0 WHERE id = ? AND url = ?", at).rowcount == 0:
+                    return
             self._db.execute(
                 "UPDATE deliveries SET status = ?, last_status_code = ?, last_error = ?, next_attempt_at = ? "
                 "WHERE endpoint_id = ? AND event_id = ?",

@@ -44,6 +44,22 @@ def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path)
     store.close()
 
 
+def test_410_from_where_an_endpoint_was_before_disables_it_no_more(tmp_path: Path) -> None:
+    """The URL was changed while the request was on its way: it is sent to the new one."""
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    (old,), _ = store.claim(200.0, {}, 8, lambda _: 10.0)
+    store.update(created.id, None, "http://8.8.4.4/", None, 201.0)
+    webhooks = Webhooks.__new__(Webhooks)
+    webhooks._pace = Pace()
+    store.settle(old, webhooks._outcome(old, 410, "answered 410"))
+    assert store.endpoint(created.id).enabled
+    (again,), _ = store.claim(210.0, {}, 8, lambda _: 10.0)
+    assert (again.url, again.notice) == ("http://8.8.4.4/", old.notice)
+    store.close()
+
+
 def test_an_old_secret_is_good_for_a_day(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
     created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
