@@ -32,6 +32,8 @@ class SmallHub:
     """`METHOD path` of each request, in order."""
     broken: bool = False
     """Answer everything with 503."""
+    silent: str | None = None
+    """Requests whose path has this in it are taken and never answered."""
     url: str = ""
 
     def add(self, name: str, folder: Path, *, gated: bool = False) -> str:
@@ -84,6 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        if self.hub.silent is not None and self.hub.silent in path:
+            self.rfile.read()  # until the client goes away
+            return
         if self.hub.broken:
             self._error(503, "", "the hub is being repaired")
         elif path.startswith("/api/models/"):

@@ -3,11 +3,13 @@
 The hub is the one `HF_ENDPOINT` names; `HF_TOKEN` of the worker's environment opens private and gated models.
 """
 
+import functools
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 
+ANSWER_S = 30.0
+"""For the hub to say what a revision is; huggingface_hub has limits of its own for files, and none for that."""
+AT_A_TIME = 8
+"""Files that are downloaded."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -67,7 +73,8 @@ def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
     from huggingface_hub import HfApi
 
     with _hub_errors(model):
-        info = HfApi(endpoint=_endpoint()).model_info(model.repo, revision=model.revision, files_metadata=True)
+        api = HfApi(endpoint=_endpoint())
+        info = api.model_info(model.repo, revision=model.revision, files_metadata=True, timeout=ANSWER_S)
     return str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 
@@ -82,12 +89,14 @@ def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Lo
 
 
 def _get(repo: str, commit: str, names: list[str], partial: Path) -> None:
-    from huggingface_hub import snapshot_download
+    """Not by `snapshot_download`, which asks for the names once more and waits for the answer for ever."""
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # they redraw themselves, which makes no sense in a log
-    with _hub_errors(HubModel(repo, commit)):
-        snapshot_download(repo, revision=commit, local_dir=partial, allow_patterns=names, endpoint=_endpoint())
+    get = functools.partial(hf_hub_download, repo, revision=commit, local_dir=partial, endpoint=_endpoint())
+    with _hub_errors(HubModel(repo, commit)), ThreadPoolExecutor(AT_A_TIME) as threads:
+        list(threads.map(get, names))
 
 
 def _endpoint() -> str | None:
