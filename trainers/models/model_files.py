@@ -31,6 +31,7 @@ FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # some thousand tensors, at about a hundred bytes each; the limit of the safetensors library itself is 100 MB.
 _MAX_HEADER_BYTES = 8_000_000
 _MAX_JSON_BYTES = 16_000_000
+_POINTER = b"version "  # https://git-lfs.github.com/spec/v1; as a length it would be that of no header
 _FAULTS_OF_A_PATH = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -179,7 +180,10 @@ def _header(file: Path) -> dict[str, TensorEntry]:
     """The format is: length of the header (8 bytes, little endian), the header (JSON), the tensors."""
     try:
         with storage_of(file), file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
+            begin = stream.read(8)
+            if begin == _POINTER:
+                raise incomplete(f"{file} only points to the weights, as a clone without Git LFS: run 'git lfs pull'.")
+            (length,) = struct.unpack("<Q", begin)
             header = json.loads(stream.read(_allowed(length)))
             size = file.stat().st_size
         header.pop("__metadata__", None)
