@@ -185,10 +185,11 @@ class _Cache:
         """Keeps `k` and `v` [b, s, kv, d] from slot `start` on; the outputs for `q` over all slots so far."""
         end = start + k.shape[1]
         if self._kept is None or end > self._slots:
-            old, self._slots = self._kept, max(end, self._slots if self._kept is None else 2 * self._slots)
-            self._kept = tuple(x.new_empty(self._rows, self._slots, *x.shape[2:]) for x in (k, v))
-            for kept, before in zip(self._kept, old or (), strict=False):
+            slots = max(end, self._slots if self._kept is None else 2 * self._slots)
+            grown = tuple(x.new_empty(self._rows, slots, *x.shape[2:]) for x in (k, v))
+            for kept, before in zip(grown, self._kept or (), strict=False):
                 kept[:, :start] = before[:, :start]
+            self._kept, self._slots = grown, slots  # not before: where memory is short, nothing has changed
         for kept, new in zip(self._kept, (k, v), strict=True):
             kept[:, start:end] = new
         keys, values = (kept[:, :end] for kept in self._kept)

@@ -1,5 +1,7 @@
 """Generation: batching, padding and the cache change nothing about the answers."""
 
+import itertools
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,29 @@ def test_answers_made_together_are_those_made_alone(family: str, tmp_path: Path,
             for number, token in zip(turn, advance(model, [under_way[number] for number in turn]), strict=True):
                 answers[number].append(token)
     assert answers == [generate(model, [p], max_new_tokens=40, eos_ids=set(), pad_id=0)[0] for p in PROMPTS]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 6])
+def test_an_answer_whose_cache_memory_was_too_short_for_goes_on_once_there_is_some(
+    tmp_path: Path, build_model: BuildModel, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    model = build_model(make_tiny_model(tmp_path))
+    answer = Continuation(model, [5, 6, 7], max_new_tokens=6, sampling=Sampling(temperature=0))
+    tokens = advance(model, [answer])
+    calls = itertools.count(1)
+    original = torch.Tensor.new_empty
+
+    def short(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+        if next(calls) == failing:
+            raise torch.OutOfMemoryError
+        return original(tensor, *shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", short)
+    while len(tokens) < 6:
+        with suppress(torch.OutOfMemoryError):
+            tokens += advance(model, [answer])
+    assert next(calls) > failing + 1
+    assert tokens == by_hand(model, [5, 6, 7], 6, set())
 
 
 def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
