@@ -119,6 +119,13 @@ def storage_full(error: BaseException) -> InfrastructureError | None:
     )
 
 
+def memory_short(error: BaseException) -> bool:
+    """Whether memory didn't suffice, of a GPU or of the host. Not all of torch's own errors say it by their type: not
+    those of the CPU's allocator, of pinned memory, of the buffers of nccl and cuBLAS."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch may not be imported
+    return named or any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+
+
 _URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^/@\s]*@)?([^?\s'\"]*)(?:\?[^\s'\"]*)?")
 
 

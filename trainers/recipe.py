@@ -24,7 +24,7 @@ from trainers.checkpoint import CheckpointWriter, Standing, Validation, load_opt
 from trainers.collate import Batch, collate
 from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks, local
-from trainers.errors import CapacityError, UserError
+from trainers.errors import CapacityError, UserError, memory_short
 from trainers.fitting import check_states
 from trainers.load import build_schedule, drops, pack_size
 from trainers.methods import method_of
@@ -358,12 +358,10 @@ def _calmer(lr: float) -> str:
 def _advice_when_out_of_memory(plan: Plan) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        first_line = str(error).partition("\n")[0]
-        # Some come as another error: of the CPU's allocator, of pinned memory, of the buffers of nccl and cuBLAS.
-        told = any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
-        if not told and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not memory_short(error):
             raise
+        first_line = str(error).partition("\n")[0]
         raise CapacityError(
             "out_of_memory",
             f"a worker ran out of memory ({first_line})",

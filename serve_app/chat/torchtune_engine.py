@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from serve_app.chat.engine import Engine
 from trainers.answers import Piece, Question
+from trainers.errors import InfrastructureError, memory_short
 
 if TYPE_CHECKING:
     from trainers.models.chat_model import Answering, ChatModel
@@ -99,10 +100,15 @@ class TorchtuneEngine(Engine["ChatModel"]):
             return await self._run(lambda: model.advance([one.answering for one in turn]))
         except (MemoryError, RuntimeError) as short:
             if len(turn) == 1:
-                return [short]
+                return [_no_room() if memory_short(short) else short]
             return [(await self._advanced(model, [one]))[0] for one in turn]
         except Exception as bug:  # noqa: BLE001  -- who waits for an answer raises it
             return [bug] * len(turn)
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _no_room() -> InfrastructureError:
+    message = "there is not enough memory for as long a dialog as this and its answer"
+    return InfrastructureError("no_room", message, suggestion="ask again when fewer do, or with a shorter dialog")

@@ -467,6 +467,22 @@ def test_a_model_that_memory_has_no_room_for_is_refused_before_it_takes_any(
     assert ask(client, str(half)).choices[0].message.content == greedy(str(half))[1]
 
 
+def test_a_dialog_that_memory_has_no_room_for_is_refused_and_the_next_one_is_answered(
+    server: Server, client: openai.OpenAI, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = ask(client, model)
+
+    def short(_: object) -> list[Piece | UserError]:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(server.parts.models[model], "advance", short)
+    with pytest.raises(openai.InternalServerError, match="not enough memory") as refused:
+        ask(client.with_options(max_retries=0), model)
+    assert (refused.value.status_code, refused.value.code) == (503, "no_room")
+    monkeypatch.undo()
+    assert ask(client, model).choices == answer.choices
+
+
 def test_a_model_whose_weights_are_broken_says_so(server: Server, client: openai.OpenAI) -> None:
     broken = make_tiny_model(server.parts.settings.storage / "nan")
     tensors = load_file(broken / "model.safetensors")
