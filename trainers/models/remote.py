@@ -21,16 +21,14 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
     """A local copy of the model directory at `uri`; copied again when any of its files has changed. Without `weights`,
     a copy that lacks them will do.
 
-    Raises UserError `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
+    Raises UserError `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`, `model_changed`;
     InfrastructureError `model_unreachable` or `storage_full`. Credentials come from the environment.
     """
     with _store_errors(uri):
         fs, root = fsspec.core.url_to_fs(uri)
         fs.invalidate_cache()
-        files = dict(sorted(_list_files(fs, root).items()))
-    state = [
-        (name, *(str(entry.get(key)) for key in _IDENTITY_KEYS)) for name, entry in files.items() if may_be_wanted(name)
-    ]
+        files = _list_files(fs, root)
+    state = _state(files)
     key = hashlib.sha256(repr((uri.rstrip("/"), state)).encode()).hexdigest()[:32]
     path = cache_dir / "remote" / key
     weights = weights or path.is_dir()
@@ -46,6 +44,18 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
         log(f"copying {len(names)} files from {uri}, {sum(files[name]['size'] for name in names) / 1e9:.2f} GB")
         for name in names:
             get(name)
+        with _store_errors(uri):
+            fs.invalidate_cache()
+            now = _state(_list_files(fs, root))
+        if now != state:
+            shutil.rmtree(partial)  # nobody will ask for what is neither the old one nor the new one
+            raise UserError(
+                "model_changed",
+                f"{uri} changed while it was copied",
+                param="model",
+                suggestion="try again once all of it is there",
+                retryable=True,
+            )
 
     return make_once(path, fetch, log)
 
@@ -59,6 +69,12 @@ def _list_files(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str,
             inner = fs.ls(folder["name"], detail=True)
             files |= {f"{CHAT_TEMPLATES}/{Path(entry['name']).name}": entry for entry in inner if _is_file(entry)}
     return files
+
+
+def _state(files: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """What tells the model from any other that was or will be there."""
+    wanted = sorted(name for name in files if may_be_wanted(name))
+    return [(name, *(str(files[name].get(key)) for key in _IDENTITY_KEYS)) for name in wanted]
 
 
 def _is_file(entry: dict[str, Any]) -> bool:

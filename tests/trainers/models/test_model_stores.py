@@ -15,6 +15,7 @@ from tests.full_disk import full_disk
 from tests.small_hub import SmallHub
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.resolving import failure
+from trainers.errors import UserError
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.model_files import weight_files
 from trainers.models.resolve import resolve_model
@@ -59,6 +60,16 @@ def test_a_model_on_a_store_is_copied_once_and_again_when_it_changes(
     assert len(log) == 1
     make_tiny_model(bucket / "model", num_hidden_layers=1)
     assert inspect_model_dir(resolve_model("s3://bucket/model", settings, log.append)).num_layers == 1
+
+
+def test_a_model_that_changes_while_it_is_copied_is_not_taken_for_either(bucket: Path, settings: Settings) -> None:
+    make_tiny_model(bucket / "model")
+    with pytest.raises(UserError) as caught:
+        resolve_model("s3://bucket/model", settings, lambda _: make_tiny_model(bucket / "model", rope_theta=5e5))
+    assert (caught.value.error.code, caught.value.error.retryable) == ("model_changed", True)
+    path = resolve_model("s3://bucket/model", settings, lambda _: None)
+    assert (path / "config.json").read_text() == (bucket / "model" / "config.json").read_text()
+    assert list(path.parent.glob(".*.partial")) == []
 
 
 def test_a_model_on_a_store_comes_with_all_its_chat_templates(bucket: Path, settings: Settings) -> None:
