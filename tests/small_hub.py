@@ -32,6 +32,8 @@ class SmallHub:
     """`METHOD path` of each request, in order."""
     broken: bool = False
     """Answer everything with 503."""
+    closed: str = ""
+    """Answer what is asked of a file with 403 and this. Who may not read a model may see what it consists of."""
     silent: str | None = None
     """Requests whose path has this in it are taken and never answered."""
     url: str = ""
@@ -132,6 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name: str, revision: str, file: str) -> None:
         found = self._found(name, revision)
         if found is None:
+            return
+        if self.hub.closed:
+            self._error(403, "", self.hub.closed)
             return
         commit, folder = found
         path = folder / file

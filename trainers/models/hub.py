@@ -147,8 +147,11 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
             param="model",
             suggestion="name a branch, tag or commit that it has",
         ) from error
-    except LocalEntryNotFoundError as error:
-        raise _unreachable(model, error) from error
+    except LocalEntryNotFoundError as error:  # its own words are the same whatever it was
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            raise _by_status(model, cause) from error
+        raise _unreachable(model, cause if isinstance(cause, Exception) else error) from error
     except EntryNotFoundError as error:
         raise incomplete(f"{model.repo} at {model.revision} lacks a file: {_reason(error)}.") from error
     except HfHubHTTPError as error:
@@ -172,7 +175,7 @@ def _by_status(model: HubModel, error: "HfHubHTTPError") -> JobProblem:
     if status == 401 and "Invalid credentials" not in reason:
         return _not_found(model)
     if status in (401, 403):
-        message = f"the hub refuses access to {model.repo}: {reason or _reason(error)}."
+        message = f"the hub refuses access to {model.repo}: {reason.removesuffix('.') or _reason(error)}."
         return UserError("model_access_denied", message, param="model", suggestion="check the workers' HF_TOKEN")
     return _unreachable(model, error)
 
@@ -188,6 +191,6 @@ def _unreachable(model: HubModel, error: Exception) -> InfrastructureError:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what the library says, without secrets."""
+    """The first line of what the library says, without secrets and a full stop."""
     lines = str(error).strip().splitlines()
-    return without_secrets(lines[0]) if lines else type(error).__name__
+    return without_secrets(lines[0]).removesuffix(".") if lines else type(error).__name__

@@ -215,6 +215,16 @@ def test_a_gated_model_needs_a_token_and_opens_with_it(
     inspect_model_dir(resolve_model("acme/gated", settings, lambda _: None))
 
 
+def test_files_that_a_token_may_not_read_are_no_fault_of_the_network(
+    tmp_path: Path, settings: Settings, hub: SmallHub
+) -> None:
+    hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    hub.closed = "Please enable access to public gated repositories in your token's settings."
+    error = failure("acme/tiny", settings)
+    assert (error.error.code, error.error.fault) == ("model_access_denied", "user")
+    assert f"{hub.closed} Check the workers' HF_TOKEN." in str(error)
+
+
 def test_an_unreachable_hub_is_nobodys_fault_who_asked(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_ports(1)[0]}")
     error = failure("acme/tiny", settings)
