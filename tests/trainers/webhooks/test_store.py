@@ -9,7 +9,7 @@ import pytest
 from tests.trainers.webhooks.support import TYPES
 from trainers.errors import UserError
 from trainers.webhooks.deliverer import Pace, Webhooks
-from trainers.webhooks.store import MOST_ENDPOINTS, MOST_OLD_SECRETS, Cursor, Notice, WebhookStore
+from trainers.webhooks.store import MOST_ENDPOINTS, MOST_OLD_SECRETS, Cursor, Notice, Outcome, WebhookStore
 
 
 def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path: Path) -> None:
@@ -57,6 +57,21 @@ def test_410_from_where_an_endpoint_was_before_disables_it_no_more(tmp_path: Pat
     assert store.endpoint(created.id).enabled
     (again,), _ = store.claim(210.0, {}, 8, lambda _: 10.0)
     assert (again.url, again.notice) == ("http://8.8.4.4/", old.notice)
+    store.close()
+
+
+def test_what_arrived_stays_delivered_whatever_becomes_of_an_attempt_before(tmp_path: Path) -> None:
+    """It was sent again while that one hung."""
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    (hanging,), _ = store.claim(200.0, {}, 8, lambda _: 10.0)
+    store.redeliver(created.id, "evt_1", 201.0)
+    (again,), _ = store.claim(202.0, {}, 8, lambda _: 10.0)
+    store.settle(again, Outcome("delivered", 200, None, None))
+    store.settle(hanging, Outcome("pending", None, "no answer within 15 s", 220.0))
+    (found,), _ = store.deliveries(created.id, 10, None)
+    assert (found.status, found.last_error, found.next_attempt_at) == ("delivered", None, None)
     store.close()
 
 
