@@ -113,8 +113,8 @@ def _step_of(line: str) -> float:
 class WandBLogger:
     """A W&B run whose id is the job's: an attempt that resumes goes on in the same run, and one that fails fails it.
 
-    Offline without an API key, and where the server can't be reached: the job's log says how to upload the run. What
-    goes wrong later is told there too, and neither ends nor delays the job.
+    Offline where WANDB_MODE says so, without an API key, and where the server can't be reached: the job's log says how
+    to upload the run. What goes wrong later is told there too, and neither ends nor delays the job.
     """
 
     def __init__(self, spec: WandBLog, job_id: str, job_dir: Path, config: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ class WandBLogger:
         self._errors = (wandb.Error, OSError)
         self._broken = False
         job_dir.mkdir(parents=True, exist_ok=True)
-        reason = None if _has_api_key() else "there is no WANDB_API_KEY in the workers' environment"
+        reason = _why_offline()
         if reason is None:
             try:
                 self._run = start("online")
@@ -173,6 +173,13 @@ class WandBLogger:
             self._broken = True
             reason, directory = f"{type(error).__name__}: {error}", Path(self._run.dir).parent
             _log.warning("W&B lacks the last metrics (%s). To upload what is there: wandb sync %s", reason, directory)
+
+
+def _why_offline() -> str | None:
+    """None: the server is to be tried."""
+    if os.environ.get("WANDB_MODE") == "offline":
+        return "WANDB_MODE is offline in the workers' environment"
+    return None if _has_api_key() else "there is no WANDB_API_KEY in the workers' environment"
 
 
 def _has_api_key() -> bool:

@@ -156,11 +156,22 @@ def test_a_run_that_resumes_on_a_full_disk_leaves_the_file_of_its_metrics_as_it_
     assert [line["loss"] for line in lines(path)] == [1, 2, 3, 50]
 
 
-def test_wandb_without_a_key_runs_offline_and_says_how_to_upload(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({}, "no WANDB_API_KEY"), ({"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}, "WANDB_MODE is offline")],
+    ids=["no key", "as the operator wants it"],
+)
+def test_wandb_without_a_key_or_a_wish_for_the_server_runs_offline_and_says_how_to_upload(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    environment: dict[str, str],
+    reason: str,
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with caplog.at_level(logging.WARNING, logger="tunewright.train"):
         logger = open_logger(make_plan_for(logger=WandBLog(project="p")), "ftjob-1", tmp_path, 0)
         logger.log(step(1, loss=0.5))
@@ -171,7 +182,7 @@ def test_wandb_without_a_key_runs_offline_and_says_how_to_upload(
     assert run.name.endswith("ftjob-1")
     assert (run / "run-ftjob-1.wandb").stat().st_size > 0
     (message,) = [record.getMessage() for record in caplog.records if record.name == "tunewright.train"]
-    assert "no WANDB_API_KEY" in message
+    assert reason in message
     assert f"wandb sync {run}" in message
 
 
