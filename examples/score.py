@@ -30,7 +30,7 @@ MAX_SEQ_LEN = 1024  # of prompt and answer together
 def score(model: str, data: Path) -> dict[str, Any]:
     """`model` is an alias or a directory in Hugging Face layout. Runs on the GPU when there is one."""
     directory = Path(model) if Path(model).is_dir() else resolve_model(model, settings(), print)
-    dialogs = [row["dialog"] for row in map(json.loads, data.read_text(encoding="utf-8").splitlines())]
+    dialogs = [row["dialog"] for row in map(json.loads, data.read_bytes().splitlines())]
     tokenizer = ChatTokenizer.from_dir(directory)
     arch = inspect_model_dir(directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,7 +29,10 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 
 
 def _too_large(max_bytes: int) -> RequestRefused:
-    message = f"the body is larger than {max_bytes} bytes; training data is named by URI, not sent in the request"
+    message = (
+        f"the body is larger than the {max_bytes} bytes that TUNEWRIGHT_MAX_BODY_BYTES allows; a job's data is named "
+        "in the request, not sent with it"
+    )
     # The connection stays open: the server throws the rest of the body away, so the client lives to read the answer.
     return RequestRefused(Answer(413, "invalid_request_error", "body_too_large", message))
 
