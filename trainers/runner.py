@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import ray
+from pydantic import ValidationError
 
 from events.actors import NAMESPACE, EventLogClient, connect
 from events.decide import Refused
@@ -55,6 +56,7 @@ from trainers.job_output import JobOutput, leave_the_raylet_out
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.pinned import PinnedModel, pinned_model
 from trainers.plan import Plan, plan_of
+from trainers.preflight import problems_of
 from trainers.reporting import Paused
 from trainers.resubmit import model_dir_of
 from trainers.retrying import retrying
@@ -141,9 +143,11 @@ def _its_plan(job: FineTuningJob) -> Plan:
     try:
         return plan_of(job)
     except (ConfigProblems, ValueError) as error:
+        fields = problems_of(error.errors(include_input=False)) if isinstance(error, ValidationError) else None
+        refused = ConfigProblems(fields) if fields else error
         raise UserError(
             "config_outdated",
-            f"the job was submitted to another version of Tunewright, and this one refuses its config: {error}.",
+            f"the job was submitted to another version of Tunewright, and this one refuses its config: {refused}.",
             suggestion="submit it again without that",
         ) from error
 

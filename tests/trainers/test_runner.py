@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -280,13 +281,25 @@ def test_only_the_runner_that_ends_a_job_clears_up_after_it(tmp_path: Path) -> N
     assert not writing.exists()
 
 
-def test_a_job_that_another_version_has_taken_and_this_one_refuses_is_no_bug(runner: Runner) -> None:
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"extras": {"optimizer": {"eps": 0}}},
+            "fine_tuning_options.extras.optimizer.eps: must be a number greater than 0, not 0",
+        ),
+        ({"batch_size": -7}, "fine_tuning_options.batch_size: input should be greater than or equal to 1"),
+    ],
+)
+def test_a_job_that_another_version_has_taken_and_this_one_refuses_is_no_bug(
+    runner: Runner, options: dict[str, Any], reason: str
+) -> None:
     job, _ = runner.submit("ftjob-1")
-    config = job.input_config | {"fine_tuning_options": {"extras": {"optimizer": {"eps": 0}}}}
+    config = job.input_config | {"fine_tuning_options": options}
     outcome = runner.outcome(job.model_copy(update={"input_config": config}))
     assert isinstance(outcome, DataRejected)
     assert (outcome.error.code, outcome.error.fault) == ("config_outdated", "user")
-    assert "optimizer.eps: must be a number greater than 0" in outcome.error.message
+    assert outcome.error.message.endswith(f"this one refuses its config: {reason}. Submit it again without that.")
 
 
 def test_a_job_whose_model_changed_while_it_waited_fails_instead_of_training_on_another(
