@@ -79,6 +79,8 @@ def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
 
 
 def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Log, *, weights: bool) -> None:
+    for begun in partial.glob(".cache/**/*.incomplete"):  # of a process that was killed: each begins anew
+        begun.unlink()
     names = choose_files(files, partial, lambda name: _get(repo, commit, [name], partial), f"{repo} at {commit}")
     names = [name for name in names if weights or not name.endswith(".safetensors")]
     started = time.monotonic()

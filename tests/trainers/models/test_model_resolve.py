@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from huggingface_hub._local_folder import get_local_download_paths
 
 from tests.ports import free_ports
 from tests.power_cut import PowerCut
@@ -293,6 +294,18 @@ def test_a_download_that_died_is_finished_by_the_next_one(tmp_path: Path, settin
     path = resolve_model("acme/tiny", settings, lambda _: None)
     inspect_model_dir(path)
     assert not partial.exists()
+
+
+def test_what_a_killed_download_had_of_a_file_is_deleted_before_there_is_a_second_one(
+    tmp_path: Path, settings: Settings, hub: SmallHub
+) -> None:
+    commit = hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    partial = settings.model_cache / "hub" / "acme--tiny" / f".{commit}.partial"
+    begun = get_local_download_paths(partial, "model.safetensors").incomplete_path("0123.4567")
+    begun.write_bytes(b"gigabytes")
+    hub.closed = "not now"
+    assert failure("acme/tiny", settings).error.code == "model_access_denied"
+    assert not begun.exists()
 
 
 def test_the_demo_alias_means_the_installed_package(
