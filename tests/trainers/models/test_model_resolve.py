@@ -237,12 +237,14 @@ def test_an_unreachable_hub_is_nobodys_fault_who_asked(settings: Settings, monke
 def test_a_hub_that_takes_a_request_and_never_answers_is_unreachable(
     tmp_path: Path, settings: Settings, hub: SmallHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainers.models.hub.ANSWER_S", 0.5)
     commit = hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
-    hub.silent = "/revision/"
-    assert failure("acme/tiny", settings).error.code == "hub_unreachable"
+    with monkeypatch.context() as hasty:
+        hasty.setattr("trainers.models.hub.ANSWER_S", 0.5)
+        hub.silent = "/revision/"
+        assert failure("acme/tiny", settings).error.code == "hub_unreachable"
     hub.silent = "/tree/"  # nothing is asked for there, as that answer would be waited for without a limit
     path = resolve_model("acme/tiny", settings, lambda _: None)
+    monkeypatch.setattr("trainers.models.hub.ANSWER_S", 0.5)
     hub.silent = "/"
     assert (path.name, resolve_model("acme/tiny", settings, lambda _: None)) == (commit, path)
 
