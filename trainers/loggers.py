@@ -177,8 +177,9 @@ class WandBLogger:
 
 def _why_offline() -> str | None:
     """None: the server is to be tried."""
-    if os.environ.get("WANDB_MODE") == "offline":
-        return "WANDB_MODE is offline in the workers' environment"
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("offline", "dryrun", "disabled"):  # of which the last would leave no run to name as the job's logs
+        return f"WANDB_MODE is {mode} in the workers' environment"
     return None if _has_api_key() else "there is no WANDB_API_KEY in the workers' environment"
 
 

@@ -158,8 +158,12 @@ def test_a_run_that_resumes_on_a_full_disk_leaves_the_file_of_its_metrics_as_it_
 
 @pytest.mark.parametrize(
     ("environment", "reason"),
-    [({}, "no WANDB_API_KEY"), ({"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}, "WANDB_MODE is offline")],
-    ids=["no key", "as the operator wants it"],
+    [
+        ({}, "no WANDB_API_KEY"),
+        ({"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}, "WANDB_MODE is offline"),
+        ({"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "disabled"}, "WANDB_MODE is disabled"),
+    ],
+    ids=["no key", "offline as the operator wants it", "disabled"],
 )
 def test_wandb_without_a_key_or_a_wish_for_the_server_runs_offline_and_says_how_to_upload(
     tmp_path: Path,
@@ -169,6 +173,7 @@ def test_wandb_without_a_key_or_a_wish_for_the_server_runs_offline_and_says_how_
     reason: str,
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -267,7 +272,7 @@ def _log_a_step(server: str, job_dir: Path, init_s: float, meanwhile: str) -> tu
     """A run against `server`; the logger's URI, and what it said to the job's log. `meanwhile`: what goes wrong between
     the start and the first step."""
     os.environ.pop("WANDB_SERVICE", None)  # of a run in the process of the tests, whose W&B this one would join
-    os.environ.update(WANDB_BASE_URL=server, WANDB_API_KEY="a" * 40)
+    os.environ.update(WANDB_BASE_URL=server, WANDB_API_KEY="a" * 40, WANDB_MODE="online")
     loggers.INIT_S, loggers.FINISH_S = init_s, 1.0
     logging.getLogger("tunewright.train").addHandler(messages := Messages())
     logger = open_logger(make_plan_for(logger=WandBLog(project="p", entity="e")), "ftjob-1", job_dir, 0)
