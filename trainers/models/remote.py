@@ -39,11 +39,18 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
         def get(name: str) -> None:
             _get(fs, uri, files[name], partial / name)
 
-        names = choose_files(files, partial, get, uri)
-        names = [name for name in names if weights or not name.endswith(".safetensors")]
-        log(f"copying {len(names)} files from {uri}, {sum(files[name]['size'] for name in names) / 1e9:.2f} GB")
-        for name in names:
-            get(name)
+        try:
+            names = choose_files(files, partial, get, uri)
+            names = [name for name in names if weights or not name.endswith(".safetensors")]
+            log(f"copying {len(names)} files from {uri}, {sum(files[name]['size'] for name in names) / 1e9:.2f} GB")
+            for name in names:
+                get(name)
+        except JobProblem:  # a change may look like that: a file is gone, or s3fs wants it as it was listed
+            check(partial)
+            raise
+        check(partial)
+
+    def check(partial: Path) -> None:
         with _store_errors(uri):
             fs.invalidate_cache()
             now = _state(_list_files(fs, root))

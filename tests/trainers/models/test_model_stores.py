@@ -1,7 +1,7 @@
 """Models on an object store, and which of the files there, or on a hub, are fetched."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,21 @@ def test_a_model_on_a_store_is_copied_once_and_again_when_it_changes(
     assert inspect_model_dir(resolve_model("s3://bucket/model", settings, log.append)).num_layers == 1
 
 
-def test_a_model_that_changes_while_it_is_copied_is_not_taken_for_either(bucket: Path, settings: Settings) -> None:
+def rewritten(model: Path) -> None:
+    make_tiny_model(model, rope_theta=5e5)
+
+
+def without_a_file(model: Path) -> None:
+    (model / "tokenizer_config.json").unlink()
+
+
+@pytest.mark.parametrize("change", [rewritten, without_a_file])
+def test_a_model_that_changes_while_it_is_copied_is_not_taken_for_either(
+    bucket: Path, settings: Settings, change: Callable[[Path], None]
+) -> None:
     make_tiny_model(bucket / "model")
     with pytest.raises(UserError) as caught:
-        resolve_model("s3://bucket/model", settings, lambda _: make_tiny_model(bucket / "model", rope_theta=5e5))
+        resolve_model("s3://bucket/model", settings, lambda _: change(bucket / "model"))
     assert (caught.value.error.code, caught.value.error.retryable) == ("model_changed", True)
     path = resolve_model("s3://bucket/model", settings, lambda _: None)
     assert (path / "config.json").read_text() == (bucket / "model" / "config.json").read_text()
