@@ -319,11 +319,13 @@ class WebhookStore:
                 at = attempt.endpoint_id, attempt.url
                 if self._db.execute("UPDATE endpoints SET enabled = 0 WHERE id = ? AND url = ?", at).rowcount == 0:
                     return
-            # Of two attempts at one time, as `redeliver` may cause, one that arrived is enough.
+            # Of two attempts at one time, as `redeliver` may cause, one that arrived is enough; and what the first one
+            # failed with is no reason to put off or to give up the one that is yet to begin.
             self._db.execute(
                 "UPDATE deliveries SET status = ?, last_status_code = ?, last_error = ?, next_attempt_at = ? "
-                "WHERE endpoint_id = ? AND event_id = ? AND status != 'delivered'",
-                (outcome.status, outcome.status_code, outcome.error, outcome.next_attempt_at, *key),
+                "WHERE endpoint_id = ? AND event_id = ? AND status != 'delivered' "
+                "AND (attempts > 0 OR ? = 'delivered')",
+                (outcome.status, outcome.status_code, outcome.error, outcome.next_attempt_at, *key, outcome.status),
             )
             # Those that were in flight when the endpoint was disabled come here, too.
             self._db.execute(

@@ -75,6 +75,21 @@ def test_what_arrived_stays_delivered_whatever_becomes_of_an_attempt_before(tmp_
     store.close()
 
 
+@pytest.mark.parametrize("outcome", [Outcome("pending", None, "hung", 9000.0), Outcome("failed", None, "hung", None)])
+def test_what_is_to_be_sent_again_is_not_put_off_by_the_attempt_before(tmp_path: Path, outcome: Outcome) -> None:
+    """It hung while there was no room for another."""
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    (hanging,), _ = store.claim(200.0, {}, 1, lambda _: 10.0)
+    store.redeliver(created.id, "evt_1", 201.0)
+    assert store.claim(202.0, {created.id: 1}, 1, lambda _: 10.0) == ([], None)
+    store.settle(hanging, outcome)
+    (again,), _ = store.claim(203.0, {}, 1, lambda _: 10.0)
+    assert again.notice == hanging.notice
+    store.close()
+
+
 def test_an_old_secret_is_good_for_a_day(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
     created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
