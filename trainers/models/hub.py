@@ -107,6 +107,8 @@ def _endpoint() -> str | None:
 
 
 def _remember(path: Path, commit: str) -> None:
+    if path.is_file() and path.read_text().strip() == commit:
+        return  # a model that is cached needs no room on the disk
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.write_text(f"{commit}\n")

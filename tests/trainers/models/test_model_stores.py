@@ -106,7 +106,10 @@ def test_a_disk_that_is_full_is_no_fault_of_the_hub_or_the_store(
         with full_disk(20_000):
             error = failure(model, settings).error
         assert (error.code, error.fault, error.retryable) == ("storage_full", "infrastructure", True)
-        inspect_model_dir(resolve_model(model, settings, lambda _: None))
+        path = resolve_model(model, settings, lambda _: None)
+        inspect_model_dir(path)
+        with full_disk(10):
+            assert resolve_model(model, settings, lambda _: None) == path
 
 
 def several_models(path: Path, named: str) -> Path:
