@@ -9,7 +9,7 @@ import json
 import logging
 import netrc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import urlsplit
@@ -46,7 +46,7 @@ def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Lo
     known before, and changes nothing yet of a file."""
     if isinstance(plan.logger, DiskLog):
         return DiskLogger(job_dir / plan.logger.filename, resumed_step)
-    return WandBLogger(plan.logger, job_id, job_dir, plan.model_dump(mode="json"))
+    return WandBLogger(plan.logger, job_id, job_dir, plan.model_dump(mode="json"), resumed_step)
 
 
 class DiskLogger:
@@ -94,13 +94,17 @@ def _with_lines_up_to(step: int, path: Path) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(".metrics.draft")  # the name of the file may be as long as a name can be
     new = draft.open("w", encoding="utf-8")
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as old:
-            new.writelines(line for line in old if line.endswith("\n") and step > 0 and _step_of(line) <= step)
+    new.writelines(_lines_up_to(step, path))
     new.flush()
     sync_path(draft)  # a power cut is to leave the old one or this, and no empty file
     draft.replace(path)
     return new
+
+
+def _lines_up_to(step: int, path: Path) -> Iterator[str]:
+    if step > 0 and path.exists():
+        with path.open(encoding="utf-8", errors="replace") as old:
+            yield from (line for line in old if line.endswith("\n") and _step_of(line) <= step)
 
 
 def _step_of(line: str) -> float:
@@ -115,9 +119,12 @@ class WandBLogger:
 
     Offline where WANDB_MODE says so, without an API key, and where the server can't be reached: the job's log says how
     to upload the run. What goes wrong later is told there too, and neither ends nor delays the job.
+
+    W&B buffers an offline run's file: one that is killed loses its last steps, a short one all. So its metrics are also
+    kept as lines of JSON, with which an attempt that resumes begins its own: the last attempt's directory has them all.
     """
 
-    def __init__(self, spec: WandBLog, job_id: str, job_dir: Path, config: dict[str, Any]) -> None:
+    def __init__(self, spec: WandBLog, job_id: str, job_dir: Path, config: dict[str, Any], resumed_step: int) -> None:
         import wandb
 
         def start(mode: str) -> "wandb.Run":
@@ -152,19 +159,32 @@ class WandBLogger:
         if reason is not None:
             self._run = start("offline")
             _log.warning("W&B runs offline: %s. To upload it later: wandb sync %s", reason, Path(self._run.dir).parent)
+        kept = job_dir / "wandb" / "metrics.jsonl"
+        for line in _lines_up_to(resumed_step, kept):
+            metrics = StepMetrics.model_validate_json(line)
+            if metrics.step >= self._run.starting_step:  # of an online run: the server has those before
+                self._send(metrics)
+        self._kept = DiskLogger(kept, resumed_step) if self._run.offline else None
 
     @property
     def uri(self) -> str:
         return Path(self._run.dir).parent.resolve().as_uri() if self._run.offline else str(self._run.url)
 
     def log(self, metrics: StepMetrics) -> None:
+        if self._kept is not None:
+            self._kept.log(metrics)
+        self._send(metrics)
+
+    def close(self, *, failed: bool = False) -> None:
+        if self._kept is not None:
+            self._kept.close()
+        self._try(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _send(self, metrics: StepMetrics) -> None:
         if not self._broken:
             self._try(
                 lambda: self._run.log(metrics.model_dump(exclude_none=True, exclude={"step", "time"}), metrics.step)
             )
-
-    def close(self, *, failed: bool = False) -> None:
-        self._try(lambda: self._run.finish(exit_code=int(failed)))
 
     def _try(self, call: Callable[[], object]) -> None:
         try:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -189,6 +190,37 @@ def test_wandb_without_a_key_or_a_wish_for_the_server_runs_offline_and_says_how_
     (message,) = [record.getMessage() for record in caplog.records if record.name == "tunewright.train"]
     assert reason in message
     assert f"wandb sync {run}" in message
+
+
+def _log_and_be_killed(job_dir: Path) -> None:
+    os.environ.pop("WANDB_SERVICE", None)
+    os.environ["WANDB_MODE"] = "offline"
+    logger = open_logger(make_plan_for(logger=WandBLog(project="p")), "ftjob-1", job_dir, 0)
+    for metrics in (step(0, valid_loss=9), step(1, loss=4), step(2, loss=3), step(3, loss=2)):
+        logger.log(metrics)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_offline_wandb_run_that_goes_on_after_a_kill_has_all_steps_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B has written nothing yet of a run that short when it is killed."""
+    killed = get_context("spawn").Process(target=_log_and_be_killed, args=(tmp_path,))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sent: list[tuple[int | None, dict[str, Any]]] = []
+    monkeypatch.setattr(wandb.Run, "log", lambda _, data, step: sent.append((step, data)))
+    for resumed_step in (2, 4):
+        sent.clear()
+        logger = open_logger(make_plan_for(logger=WandBLog(project="p")), "ftjob-1", tmp_path, resumed_step)
+        logger.log(step(resumed_step + 1, loss=1))
+        logger.log(step(resumed_step + 2, loss=1))
+        logger.close()
+    assert [at for at, _ in sent] == [0, 1, 2, 3, 4, 5, 6]
+    assert sent[0][1]["valid_loss"] == 9
+    assert [data.get("loss") for _, data in sent] == [None, 4, 3, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("failed", [False, True])
