@@ -7,6 +7,7 @@ trainers.dispatcher_actor. It holds nothing that matters: `whys` is a view of it
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
@@ -382,8 +383,12 @@ class Dispatcher:
 
 
 def _gist(message: str) -> str:
-    """Ray's account of a Ray Job's end is a sentence, then the last lines it printed: its first and last line."""
+    """Ray's account of a Ray Job's end is a sentence, then the last lines it printed: its first and last line. Of one
+    that was killed, the signal: what it printed before says nothing of that."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if not lines:
         return "no message from Ray"
-    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    told = lines[0].partition(", last available logs")[0].removesuffix(".")
+    if killed := re.search(r"exit code -(\d+)", told):
+        return f"it was killed by signal {killed[1]}"
+    return told if len(lines) == 1 else f"{told}: {lines[-1].removesuffix('.')}"

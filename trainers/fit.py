@@ -151,4 +151,6 @@ def _lost_connection(cause: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Without its full stop: it becomes part of a sentence."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first.removesuffix(".")

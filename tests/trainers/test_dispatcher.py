@@ -178,6 +178,38 @@ async def test_a_job_whose_runner_dies_too_often_fails_and_the_fault_is_not_the_
     assert "killed by the test" in read_details(job)
 
 
+_OUTPUT = ", last available logs (truncated to 20,000 chars):\nattempt 1: starting\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "gist"),
+    [
+        (f"Job entrypoint command failed with exit code -9{_OUTPUT}step 19/45 | loss 4.6", "it was killed by signal 9"),
+        ("Job entrypoint command failed with exit code -15. No logs available.", "it was killed by signal 15"),
+        (
+            f"Job entrypoint command failed with exit code 1{_OUTPUT}ValueError: no.",
+            "Job entrypoint command failed with exit code 1: ValueError: no",
+        ),
+        ("Unexpected error occurred: no node.", "Unexpected error occurred: no node"),
+        ("", "no message from Ray"),
+    ],
+)
+def test_the_end_of_a_runner_is_told_in_one_clause_and_not_by_what_it_printed_before_it_was_killed(
+    told: str, gist: str
+) -> None:
+    @in_world
+    async def scenario(world: World) -> None:
+        job_id = await world.running()
+        world.cluster.told = told
+        world.cluster.runners[job_id] = "ended"
+        world.cluster.free(job_id)
+        await world.pass_()
+        why = f"interrupted: its runner ended without an outcome: {gist}, waiting to resume"
+        assert (await world.job(job_id)).why == why
+
+    scenario()
+
+
 @in_world
 async def test_runners_that_die_while_their_job_waits_to_resume_are_counted_like_any_other(world: World) -> None:
     job_id = await world.running(max_restarts=3)

@@ -28,6 +28,7 @@ class InMemoryCluster:
     started: list[str] = field(default_factory=list)
     tried: list[str] = field(default_factory=list)  # to start, with success or without
     stopping: list[str] = field(default_factory=list)
+    told: str = "killed by the test"  # of a runner that ended
     held: dict[str, float] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)  # jobs on a node that is about to go
     broken: set[str] = field(default_factory=set)
@@ -53,7 +54,7 @@ class InMemoryCluster:
             raise RuntimeError("500 Internal Server Error")
         if job_id not in self.runners:
             return Runner("absent")
-        return Runner(self.runners[job_id], "killed by the test", self.started.count(job_id))
+        return Runner(self.runners[job_id], self.told, self.started.count(job_id))
 
     def stop_runner(self, job_id: str) -> None:
         self.stopping.append(job_id)
