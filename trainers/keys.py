@@ -190,7 +190,8 @@ KEYS: tuple[Key, ...] = (
         "early_stopping_patience",
         nullable(integer(1, 10_000)),
         "null",
-        "Stop after so many evaluations without a lower loss on `validation_data`. null: train every epoch.",
+        "Stop after so many evaluations without a lower loss on `validation_data`; `best_checkpoint` of the status has "
+        "the lowest. null: train every epoch.",
     ),
     Key(
         "max_invalid_fraction",

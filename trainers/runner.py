@@ -323,6 +323,8 @@ def _success(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> JobSucc
     job = retrying(lambda: log.job(job.job_id))
     tenure.check(job)
     model = f"; the model: {model_dir_of(job.checkpoints[-1])}" if job.checkpoints else ""
+    if job.best_checkpoint is not None and job.best_checkpoint != job.checkpoints[-1]:
+        model += f"; that of the lowest validation loss: {model_dir_of(job.best_checkpoint)}"
     logger.info("training is complete%s", model)  # not that the job has succeeded: it may yet be cancelled
     return JobSucceeded(attempt=job.attempt)
 

@@ -237,19 +237,22 @@ def test_a_job_that_is_cancelled_as_its_validation_ends_is_not_said_to_have_fail
     assert not (runner.settings.job_dir("ftjob-1") / "error.txt").exists()
 
 
-def test_the_log_of_a_job_that_has_trained_ends_with_that_and_the_place_of_its_model(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("best", "told"), [(None, ""), (2, ""), (1, "; that of the lowest validation loss: {}/step 1/merged")]
+)
+def test_the_log_of_a_job_that_has_trained_ends_with_that_and_the_place_of_its_model_and_of_a_better_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, best: int | None, told: str
 ) -> None:
     scene = JobOnALog()
-    (tmp_path / "step 2" / "merged").mkdir(parents=True)
     scene.tell(started(1))
     for number in (1, 2):
+        (tmp_path / f"step {number}" / "merged").mkdir(parents=True)
         uri = (tmp_path / f"step {number}").as_uri()
-        scene.tell(CheckpointSaved(attempt=1, step=number, epoch=1, uri=uri))
+        scene.tell(CheckpointSaved(attempt=1, step=number, epoch=1, uri=uri, best=number == best))
     client: EventLogClient = scene.log  # type: ignore[assignment]  # the same methods, without Ray between
     with caplog.at_level(logging.INFO, logger="tunewright.runner"):
         assert scene.runner().append(_success(scene.job, client, scene.runner())).status == "success"
-    assert caplog.messages == [f"training is complete; the model: {tmp_path}/step 2/merged"]
+    assert caplog.messages == [f"training is complete; the model: {tmp_path}/step 2/merged{told.format(tmp_path)}"]
 
 
 def test_a_job_that_is_cancelled_right_after_its_training_is_not_said_to_have_succeeded(
