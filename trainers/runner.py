@@ -194,11 +194,12 @@ def _make_data_ready(
         logger.warning(NO_END)
 
     def ready(uri: str, name: str) -> DataReport:
-        logger.info("validating %s", uri)
         out_dir = settings.job_dir(job.job_id) / "data" / name
         # A resumed job goes on with the data it started with, whatever has become of the file.
+        report = prepared(out_dir, max_seq_len)
+        logger.info("validating %s" if report is None else "validated before, and kept as it was then: %s", uri)
         try:
-            report = prepared(out_dir, max_seq_len) or prepare(
+            report = report or prepare(
                 check_data_uri(uri, settings),
                 tokenizer,
                 max_seq_len=max_seq_len,

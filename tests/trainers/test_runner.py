@@ -150,7 +150,10 @@ def test_the_log_says_where_a_model_will_not_learn_to_stop(
 
 
 @pytest.mark.parametrize("change", ["gone", "other"])
-def test_a_resumed_job_goes_on_with_the_data_it_started_with(runner: Runner, change: str) -> None:
+def test_a_resumed_job_goes_on_with_the_data_it_started_with_and_says_so(
+    runner: Runner, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    caplog.set_level(logging.INFO, logger="tunewright.runner")
     job, plan = runner.submit("ftjob-1")
     job = runner.make_ready(job, plan)
     before = [row.tolist() for row in TokenisedDataset(runner.data(job))[0]]
@@ -160,6 +163,10 @@ def test_a_resumed_job_goes_on_with_the_data_it_started_with(runner: Runner, cha
         runner.file.write_text("nope\n")
     assert runner.make_ready(job, plan).data == job.data
     assert [row.tolist() for row in TokenisedDataset(runner.data(job))[0]] == before
+    assert caplog.messages[::2] == [
+        f"validating {runner.file}",
+        f"validated before, and kept as it was then: {runner.file}",
+    ]
 
 
 def test_jobs_on_the_same_data_share_its_tokens(runner: Runner) -> None:
