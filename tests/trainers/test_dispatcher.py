@@ -12,7 +12,7 @@ from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
 from trainers import dispatcher
 from trainers.cluster import RunnerState
-from trainers.dispatcher import PATIENCE, Dispatcher
+from trainers.dispatcher import PATIENCE
 from trainers.plan import COMPILED
 from trainers.settings import Settings
 
@@ -240,7 +240,7 @@ def test_the_loss_of_a_runner_is_counted_at_once_and_only_once_whatever_becomes_
         world.cluster.remembered = {job_id}
         world.cluster.free(job_id)
         for _ in range(3):
-            await Dispatcher(world.log, world.cluster, Settings(storage=world.storage)).reconcile()  # type: ignore[arg-type]
+            await world.another_dispatcher().reconcile()
             job = await world.job(job_id)
             assert (job.status, job.interruptions) == ("queued", 1 + waiting)
         assert world.cluster.started == [job_id]
@@ -342,7 +342,7 @@ async def test_a_running_job_keeps_its_place_before_a_younger_one_when_everythin
     world.cluster.runners.clear()
     world.cluster.free(older)
     started = len(world.cluster.started)
-    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    after = world.another_dispatcher()
     for _ in range(4):
         await after.reconcile()
     assert world.cluster.started[started:] == [*younger[:3], older]
@@ -554,7 +554,7 @@ def test_a_runner_that_outlived_its_job_is_stopped_by_a_dispatcher_that_was_not_
     async def test(world: World) -> None:
         job_id = await world.running()
         await world.tell(job_id, JobSucceeded())
-        after = Dispatcher(world.log, world.cluster, Settings(storage=world.storage))  # type: ignore[arg-type]
+        after = world.another_dispatcher()
         await after.reconcile()
         assert world.cluster.stopping == []
         monkeypatch.setattr(dispatcher, "LEAVING_S", 0.0)

@@ -2,6 +2,7 @@
 end."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from tests.trainers.job_on_a_log import JOB, JobOnALog
 from tests.trainers.recipe_support import make_plan_for
 from tests.waiting import WAIT_S, eventually
 from trainers import recipe, tenure, worker
+from trainers.loggers import DiskLogger
 from trainers.reporting import Stopped
 from trainers.retrying import retrying
 from trainers.tenure import Superseded, Watch
@@ -81,12 +83,17 @@ def test_a_worker_that_was_replaced_is_told_when_it_reports(running: Running) ->
 
 @pytest.mark.parametrize(("end", "returns"), [(None, FINISHED), (Stopped(3), PAUSED), (ValueError("a bug"), None)])
 def test_the_logger_hears_whether_the_run_failed(
-    running: Running, monkeypatch: pytest.MonkeyPatch, end: Exception | None, returns: str | None
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Exception | None, returns: str | None
 ) -> None:
     heard: list[bool] = []
 
+    class Listening(DiskLogger):
+        def close(self, *, failed: bool = False) -> None:
+            heard.append(failed)
+            super().close()
+
     def train(plan: object, *, reporter: RayReporter, **_: object) -> None:
-        reporter._logger = SimpleNamespace(close=lambda failed: heard.append(failed))  # type: ignore[assignment]
+        reporter._logger = Listening(tmp_path / "metrics.jsonl", 0)
         if end is not None:
             raise end
 

@@ -112,6 +112,10 @@ class World:
     async def job(self, job_id: str) -> FineTuningJob:
         return await self.log.job(job_id)
 
+    def another_dispatcher(self) -> Dispatcher:
+        """As one that is started anew finds the log and the cluster."""
+        return dispatcher_of(self.log, self.cluster, self.storage)
+
     async def pass_(self, times: int = 1) -> None:
         for _ in range(times):
             await self.dispatcher.reconcile()
@@ -131,12 +135,16 @@ class World:
         return job_id
 
 
+def dispatcher_of(log: EventLog, cluster: InMemoryCluster, storage: Path) -> Dispatcher:
+    return Dispatcher(log, cluster, Settings(storage=storage))
+
+
 def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
     def run() -> None:
         async def main() -> None:
             log, cluster = EventLog(MemoryStore()), InMemoryCluster()
             with tempfile.TemporaryDirectory() as storage:
-                dispatcher = Dispatcher(log, cluster, Settings(storage=Path(storage)))
+                dispatcher = dispatcher_of(log, cluster, Path(storage))
                 await test(World(log, cluster, dispatcher, Path(storage)))
 
         asyncio.run(main())

@@ -9,14 +9,20 @@ import pytest
 from tests.trainers.webhooks.support import TYPES
 from trainers.errors import UserError
 from trainers.webhooks.deliverer import Pace, Webhooks
-from trainers.webhooks.store import MOST_ENDPOINTS, MOST_OLD_SECRETS, Cursor, Notice, Outcome, WebhookStore
+from trainers.webhooks.store import MOST_ENDPOINTS, MOST_OLD_SECRETS, Cursor, Endpoint, Notice, Outcome, WebhookStore
+
+
+def with_a_notice(tmp_path: Path) -> tuple[WebhookStore, Endpoint]:
+    """A store with one endpoint, which is to be told of one event."""
+    store = WebhookStore(tmp_path / "webhooks.db")
+    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
+    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    return store, created
 
 
 def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path: Path) -> None:
     """The process was killed amid it."""
-    store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    store, created = with_a_notice(tmp_path)
     (attempt,), due = store.claim(200.0, {}, 8, lambda attempts: 10.0 * attempts)
     assert (attempt.attempts, due) == (1, None)
     store.close()
@@ -46,9 +52,7 @@ def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path)
 
 def test_410_from_where_an_endpoint_was_before_disables_it_no_more(tmp_path: Path) -> None:
     """The URL was changed while the request was on its way: it is sent to the new one."""
-    store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    store, created = with_a_notice(tmp_path)
     (old,), _ = store.claim(200.0, {}, 8, lambda _: 10.0)
     store.update(created.id, None, "http://8.8.4.4/", None, 201.0)
     webhooks = Webhooks.__new__(Webhooks)
@@ -62,9 +66,7 @@ def test_410_from_where_an_endpoint_was_before_disables_it_no_more(tmp_path: Pat
 
 def test_what_arrived_stays_delivered_whatever_becomes_of_an_attempt_before(tmp_path: Path) -> None:
     """It was sent again while that one hung."""
-    store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    store, created = with_a_notice(tmp_path)
     (hanging,), _ = store.claim(200.0, {}, 8, lambda _: 10.0)
     store.redeliver(created.id, "evt_1", 201.0)
     (again,), _ = store.claim(202.0, {}, 8, lambda _: 10.0)
@@ -78,9 +80,7 @@ def test_what_arrived_stays_delivered_whatever_becomes_of_an_attempt_before(tmp_
 @pytest.mark.parametrize("outcome", [Outcome("pending", None, "hung", 9000.0), Outcome("failed", None, "hung", None)])
 def test_what_is_to_be_sent_again_is_not_put_off_by_the_attempt_before(tmp_path: Path, outcome: Outcome) -> None:
     """It hung while there was no room for another."""
-    store = WebhookStore(tmp_path / "webhooks.db")
-    created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    store, created = with_a_notice(tmp_path)
     (hanging,), _ = store.claim(200.0, {}, 1, lambda _: 10.0)
     store.redeliver(created.id, "evt_1", 201.0)
     assert store.claim(202.0, {created.id: 1}, 1, lambda _: 10.0) == ([], None)
