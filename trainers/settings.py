@@ -32,80 +32,91 @@ class Settings(BaseSettings):
 
     storage: Path = Field(
         default=Path("~/.tunewright"),
-        description="Directory of the event log, job directories and checkpoints. Every node must see it at the same "
-        "path (a shared file system, on more than one node).",
+        description="Directory of the event log, the jobs and their checkpoints. Every node must see it at the same "
+        "path: with several nodes, on a shared file system.",
     )
     data_roots: Paths = Field(
         default=(),
-        description="Directories that local data files may lie in, separated by ':', besides `<storage>/data`.",
+        description="Directories that jobs may read local data files from, besides `<storage>/data`; separated by ':'.",
     )
     model_roots: Paths = Field(
         default=(),
-        description="Directories that local models may lie in, separated by ':', besides `<storage>/models`.",
+        description="Directories that jobs may load local models from, besides `<storage>/models`; separated by ':'.",
     )
-    cpus_per_worker: float = Field(default=1, gt=0, description="CPUs each training worker holds.")
+    cpus_per_worker: float = Field(default=1, gt=0, description="CPUs that each training worker reserves.")
     use_gpu: bool | None = Field(
-        default=None, description="Train on GPUs. Unset: where the cluster has, or can scale up to, any."
+        default=None,
+        description="Whether jobs train on GPUs. Unset: they do if the cluster has any, or can scale up to some.",
     )
     max_waiting_runners: int = Field(
         default=4,
         ge=1,
-        description="Runner processes that may validate or wait for resources at one time; further jobs wait their "
-        "turn without a process. (Up to twice as many, where jobs were interrupted that go before them.)",
+        description="Most runner processes that may validate data or wait for resources at a time; further jobs wait "
+        "without a process. (Up to twice as many for a while, if older jobs were interrupted.)",
     )
-    max_live_jobs: int = Field(default=1000, ge=1, description="Submits beyond this many unfinished jobs get a 429.")
-    max_body_bytes: int = Field(default=1 << 20, ge=1, description="Larger request bodies get a 413.")
+    max_live_jobs: int = Field(default=1000, ge=1, description="Most unfinished jobs; a submit beyond that gets a 429.")
+    max_body_bytes: int = Field(
+        default=1 << 20, ge=1, description="Largest JSON body of a request; a larger one gets a 413."
+    )
     files: str | None = Field(
         default=None,
-        description="Where uploaded files are kept: a directory, or a URL of an object store that fsspec reaches "
+        description="Where uploaded files are kept: a directory, or the URL of an object store that fsspec can reach "
         "(`s3://bucket/prefix`). Every node must reach it. Unset: `<storage>/files`.",
     )
-    max_file_bytes: int = Field(default=512 << 20, ge=1, description="Larger files get a 413 from POST /v1/files.")
-    max_upload_bytes: int = Field(default=8 << 30, ge=1, description="Larger uploads in parts (/v1/uploads) get a 413.")
+    max_file_bytes: int = Field(
+        default=512 << 20, ge=1, description="Largest file that POST /v1/files takes; a larger one gets a 413."
+    )
+    max_upload_bytes: int = Field(
+        default=8 << 30, ge=1, description="Largest upload in parts (/v1/uploads); a larger one gets a 413."
+    )
     files_quota_bytes: int = Field(
-        default=100 << 30, ge=1, description="All uploaded files together; what would exceed it gets a 429."
+        default=100 << 30,
+        ge=1,
+        description="Most bytes of all uploaded files together; an upload beyond that gets a 429.",
     )
     data_cache_bytes: int = Field(
         default=20 << 30,
         ge=0,
         description="Tokenised data is kept for later jobs on the same data, up to this size; the least recently used "
-        "goes first. Files that a job uses are shared with it and stay.",
+        "is deleted first. A job keeps what it uses.",
     )
     chat_models: int = Field(
-        default=2, ge=1, description="Models that the process behind /v1/chat/completions holds; the last ones asked."
+        default=2,
+        ge=1,
+        description="Most models that the process behind /v1/chat/completions holds at a time: those asked last.",
     )
     chat_idle_s: float = Field(
         default=300,
         ge=SHORTEST_IDLE_S,
-        description="Seconds without a question after which that process ends, with its models.",
+        description="That process ends after this many seconds without a question.",
     )
     chat_cpus: float = Field(
         default=0,
         ge=0,
-        description="CPUs it reserves. 0: none. It then starts whatever jobs hold, and takes one core at most, at the "
-        "priority of training.",
+        description="CPUs that it reserves. 0: none; it then starts even when jobs hold every CPU, and uses one core "
+        "at most, at the priority of training.",
     )
     chat_gpus: float | None = Field(
         default=None,
         ge=0,
-        description="GPUs it reserves; 0: it computes on the CPU. Unset: 1 where the cluster has, or can scale up to, "
-        "any when the service is deployed, or TUNEWRIGHT_USE_GPU says so.",
+        description="GPUs that it reserves; 0: it computes on the CPU. Unset: 1 if TUNEWRIGHT_USE_GPU is true or, "
+        "where that is unset, if the cluster has GPUs, or can scale up to some, when the service is deployed; else 0.",
     )
     chat_engine: Literal["auto", "torchtune", "vllm"] = Field(
         default="auto",
-        description="What computes answers: torchtune's components, or vLLM, where it is installed. `auto`: vLLM where "
-        "it is installed and a GPU is reserved.",
+        description="What computes the answers: `torchtune` (its components), `vllm`, or `auto`: vLLM if it is "
+        "installed and a GPU is reserved, else torchtune.",
     )
-    heartbeat_s: float = Field(default=15, gt=0, description="An idle tail gets an empty line this often, in seconds.")
+    heartbeat_s: float = Field(default=15, gt=0, description="An idle tail gets an empty line every so many seconds.")
     webhook_networks: str = Field(
         default="",
-        description="Networks that webhooks may be sent to besides the public internet, separated by ',' "
+        description="Networks that webhooks may be sent to, besides the public internet; separated by ',' "
         "(`10.1.0.0/16,127.0.0.1`).",
     )
     hosts: Names = Field(
         default=(),
-        description="Names that the service is reached under, separated by ':', without ports. A request for another "
-        "host than these, localhost or an IP address gets a 421. Unset: any.",
+        description="Host names that clients reach the service by, without ports, separated by ':'. A request for any "
+        "other host gets a 421, except localhost and IP addresses. Unset: every host is accepted.",
     )
 
     @field_validator("data_roots", "model_roots", "hosts", mode="before")
@@ -132,7 +143,7 @@ class Settings(BaseSettings):
     def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         names = tuple(name.strip().lower() for name in value)
         if not all(map(_HOST.fullmatch, names)):
-            raise ValueError("takes names of hosts, separated by ':', without ports")
+            raise ValueError("takes host names without ports, separated by ':'")
         return names
 
     @property
@@ -192,7 +203,7 @@ def misspelled(environment: Iterable[str]) -> list[str]:
     for variable in sorted(environment):
         prefix, _, name = variable.upper().partition("_")
         if prefix == "TUNEWRIGHT" and name not in known and (meant := get_close_matches(name, known, 1, 0.75)):
-            lines.append(f"{variable} is no setting and has no effect: is TUNEWRIGHT_{meant[0]} meant?")
+            lines.append(f"{variable} is not a setting and has no effect: did you mean TUNEWRIGHT_{meant[0]}?")
     return lines
 
 

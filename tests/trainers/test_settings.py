@@ -38,8 +38,8 @@ def test_a_variable_that_looks_like_a_setting_and_is_none_is_told_of() -> None:
     set_by_others = ["TUNEWRIGHT_SERVICE_HOST", "TUNEWRIGHT_PORT_8000_TCP_ADDR", "TUNEWRIGHT_URL", "STORGE", "PATH"]
     good = ["TUNEWRIGHT_STORAGE", "TUNEWRIGHT_FILES", "tunewright_use_gpu"]
     assert misspelled(["TUNEWRIGHT_STORGE", "TUNEWRIGHT_DATA_ROOT", *set_by_others, *good]) == [
-        "TUNEWRIGHT_DATA_ROOT is no setting and has no effect: is TUNEWRIGHT_DATA_ROOTS meant?",
-        "TUNEWRIGHT_STORGE is no setting and has no effect: is TUNEWRIGHT_STORAGE meant?",
+        "TUNEWRIGHT_DATA_ROOT is not a setting and has no effect: did you mean TUNEWRIGHT_DATA_ROOTS?",
+        "TUNEWRIGHT_STORGE is not a setting and has no effect: did you mean TUNEWRIGHT_STORAGE?",
     ]
 
 
@@ -75,7 +75,7 @@ def test_hosts_are_names_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_hosts_that_are_no_names_are_refused(monkeypatch: pytest.MonkeyPatch, hosts: str) -> None:
     monkeypatch.setenv("TUNEWRIGHT_HOSTS", hosts)
-    with pytest.raises(InvalidSettingsError, match=r"TUNEWRIGHT_HOSTS: .* takes names of hosts"):
+    with pytest.raises(InvalidSettingsError, match=r"TUNEWRIGHT_HOSTS: .* takes host names"):
         settings()
 
 
