@@ -109,7 +109,7 @@ def looked_up() -> Codes:
 
 def tables() -> tuple[list[list[str]], list[list[str]]]:
     """The cells of the table of jobs, and of that of requests."""
-    parts = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").split("## Of requests")
+    parts = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").split("## Refused requests")
     of_jobs, of_requests = (
         [[cell.strip(" `") for cell in line.split("|")[1:5]] for line in part.splitlines() if line.startswith("| `")]
         for part in parts

@@ -92,7 +92,7 @@ def raised() -> Iterator[tuple[str, str, bool]]:
 
 def test_the_table_of_codes_is_that_of_the_code() -> None:
     """tests/serve_app/test_error_codes.py has the other one, of requests."""
-    of_jobs, _, _ = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").partition("## Of requests")
+    of_jobs, _, _ = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").partition("## Refused requests")
     rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in of_jobs.splitlines() if line.startswith("| `")]
     documented = [(code.strip("`"), fault, retryable == "yes") for code, fault, retryable, _ in rows]
     assert documented == sorted(set(raised()))
