@@ -44,18 +44,22 @@ class _Service:
         try:
             join_cluster()
         except ConnectionError as error:
-            raise LogUnavailable(f"{storage}/events.db is in use, and no Ray cluster can be asked: {error}") from error
+            raise LogUnavailable(f"{storage}/events.db is in use, and no Ray cluster answers: {error}") from error
         import ray
 
-        from events.actors import EVENT_LOG, NAMESPACE, blocking, connect
+        from events.actors import EVENT_LOG, NAMESPACE, StorageMismatchError, blocking, connect
 
         try:
             ray.get_actor(EVENT_LOG, NAMESPACE)
         except ValueError as error:
             raise LogUnavailable(
-                f"{storage}/events.db is in use, but not by the Ray cluster found: set RAY_ADDRESS ({error})"
+                f"{storage}/events.db is in use, but not by the Ray cluster that was found: set RAY_ADDRESS to the "
+                f"service's, as HOST:PORT ({error})"
             ) from error
-        self._log = connect(storage).log
+        try:
+            self._log = connect(storage).log
+        except StorageMismatchError as error:
+            raise LogUnavailable(str(error)) from error
         self._wait = blocking
 
     def read_all(self, after_position: int) -> list[Recorded]:
@@ -81,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 def backup(arguments: argparse.Namespace) -> int:
     file: Path = arguments.file.absolute()
     _with_log(None, lambda log: log.backup(file))
-    _say(f"{file} is a copy of the event log")
+    _say(f"the event log was copied to {file}")
     return 0
 
 
@@ -95,7 +99,7 @@ def export(arguments: argparse.Namespace) -> int:
                 position = recorded.position
         if isinstance(log, SqliteStore):
             return _report(log.damage)
-        return _report({position: Damage(position, (), "it is damaged") for position in missing})
+        return _report({position: Damage(position, (), "the event is damaged") for position in missing})
 
     return _with_log(arguments.log, write)
 
@@ -122,7 +126,7 @@ def verify(arguments: argparse.Namespace) -> int:
             _say(f"SQLite: {problem}")
         if _report(store.damage) or found:
             return 1
-        _say(f"{arguments.file}: {position} events, each as it was written")
+        _say(f"{arguments.file} is sound: {position} events")
     return 0
 
 
@@ -150,7 +154,7 @@ def _with_log(file: Path | None, use: Callable[[Source], T]) -> T:
 
 def _opened(file: Path) -> SqliteStore:
     if not file.exists():
-        raise FileNotFoundError(f"there is no {file}")
+        raise FileNotFoundError(f"there is no file {file}")
     return SqliteStore(file)
 
 
@@ -178,20 +182,24 @@ def _say(text: str) -> None:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m events", description="Look into the event log, check it, copy it.")
+    parser = argparse.ArgumentParser("python -m events", description="Read, check and back up the event log.")
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("backup", help="copy the service's log, also while it runs")
-    one.add_argument("file", type=Path, help="the copy; on the head node, and not there yet")
+    one = commands.add_parser("backup", help="copy the service's event log, even while the service runs")
+    one.add_argument("file", type=Path, help="the copy to write: a path on the head node that doesn't exist yet")
     one.set_defaults(run=backup)
-    one = commands.add_parser("export", help="every event as a line of JSON")
-    one.add_argument("--log", type=Path, help="a log that no service uses, a backup for instance")
+    one = commands.add_parser("export", help="print every event as a line of JSON")
+    one.add_argument(
+        "--log", type=Path, help="read this log, which no service has open, such as a backup (default: the service's)"
+    )
     one.set_defaults(run=export)
-    one = commands.add_parser("inspect", help="one job and its history")
+    one = commands.add_parser("inspect", help="print one job and its events")
     one.add_argument("job_id")
-    one.add_argument("--log", type=Path, help="a log that no service uses, a backup for instance")
+    one.add_argument(
+        "--log", type=Path, help="read this log, which no service has open, such as a backup (default: the service's)"
+    )
     one.set_defaults(run=inspect)
-    one = commands.add_parser("verify", help="is every event as it was written?")
-    one.add_argument("file", type=Path, help="a log that no service uses, a backup for instance")
+    one = commands.add_parser("verify", help="check every event of a backup; exit code 1: it is damaged")
+    one.add_argument("file", type=Path, help="a log that no service has open, such as a backup")
     one.set_defaults(run=verify)
     return parser.parse_args(argv)
 

@@ -277,7 +277,10 @@ def connect(storage: Path) -> Handles:
     for client in (handles.log, handles.lines):
         kept = blocking(client.about()).storage
         if kept != str(storage):
-            raise StorageMismatchError(f"this cluster keeps its jobs in {kept}, not in {storage}")
+            raise StorageMismatchError(
+                f"this Ray cluster keeps its jobs in {kept}, not in {storage}: set TUNEWRIGHT_STORAGE to the former, "
+                "or RAY_ADDRESS to the cluster of the latter"
+            )
     return handles
 
 

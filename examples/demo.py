@@ -93,7 +93,7 @@ def service() -> Iterator[Client]:
     try:
         with console.status("Starting Ray and the service on this machine ..."):
             local.start()
-        console.print(f"Service    [bold]{local.url}[/]   (its page: {local.url}/docs)")
+        console.print(f"Service    [bold]{local.url}[/]   (documented at {local.url}/docs)")
         console.print(f"Dashboard  [bold]{local.dashboard_url}[/]")
         yield Client(local.url)
     finally:

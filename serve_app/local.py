@@ -209,7 +209,7 @@ class LocalService:
         try:
             self.storage.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ServiceError(f"there can be no storage directory {self.storage}: {error.strerror}") from error
+            raise ServiceError(f"the storage directory {self.storage} can't be made: {error.strerror}") from error
 
     def _start_head(self) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
@@ -334,25 +334,27 @@ def _free_block(size: int) -> int:
 def _require_free(*ports: int) -> None:
     if len(set(ports)) < len(ports):
         raise ServiceError(
-            f"port {ports[0]} can't be both the API's and the dashboard's: choose another for one of them"
+            f"the API and the dashboard can't both have port {ports[0]}: choose another one for one of them"
         )
     taken = [port for port in ports if not _is_free(port)]
     if taken:
-        raise ServiceError(f"port {', '.join(map(str, taken))} is in use: stop what listens there, or choose another")
+        raise ServiceError(
+            f"port {', '.join(map(str, taken))} is in use: stop what listens there, or choose another port"
+        )
 
 
 def port(given: str) -> int:
     """By this name argparse tells of what is no number."""
     number = int(given)
     if not 0 < number < 1 << 16:
-        raise argparse.ArgumentTypeError(f"{given}: choose one from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{given} is not a port: choose one from 1 to 65535")
     return number
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m serve_app.local", description="Run the service on this machine.")
-    parser.add_argument("--port", type=port, default=8000, help="of the API (default: 8000)")
-    parser.add_argument("--dashboard-port", type=port, default=8265, help="of Ray's dashboard (default: 8265)")
+    parser.add_argument("--port", type=port, default=8000, help="port of the API (default: 8000)")
+    parser.add_argument("--dashboard-port", type=port, default=8265, help="port of Ray's dashboard (default: 8265)")
     options = parser.parse_args()
     console = Console(highlight=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops it as Ctrl-C does
@@ -367,13 +369,16 @@ def main() -> int:
     try:
         with console.status("Starting Ray and the service (about 20 s) ..."):
             service.start()
-        console.print(f"API        {service.url}   (its page: {service.url}/docs)")
-        console.print(f"dashboard  {service.dashboard_url}")
-        console.print(f"storage    {escape(str(service.storage))}", soft_wrap=True)
-        console.print("Ctrl-C stops it. Jobs that still run then go on at the next start.")
+        console.print(f"API        {service.url}   (documented at {service.url}/docs)")
+        console.print(f"Dashboard  {service.dashboard_url}")
+        console.print(f"Ray        {service.ray_address}   (RAY_ADDRESS for python -m events and python -m trainers)")
+        console.print(f"Storage    {escape(str(service.storage))}", soft_wrap=True)
+        console.print("Ctrl-C stops it. Jobs that are running then go on at the next start.")
         service.wait()
     except KeyboardInterrupt:
-        console.print(f"Stopping running jobs at a checkpoint, for up to {DRAIN_TIMEOUT_S:.0f} s (Ctrl-C: at once) ...")
+        console.print(
+            f"Stopping running jobs at a checkpoint, within {DRAIN_TIMEOUT_S:.0f} s (Ctrl-C again: stop at once) ..."
+        )
         with contextlib.suppress(KeyboardInterrupt):
             service.drain()
     except ServiceError as error:

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             join_cluster()
         except ConnectionError as error:
-            sys.stderr.write(f"tunewright: no Ray cluster can be asked: {error}\n")
+            sys.stderr.write(f"tunewright: no Ray cluster answers: {error}\n")
             return 1
         from trainers.drain import drain
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return submit_and_follow(config, found)
     except ConnectionError as error:
-        sys.stderr.write(f"tunewright: nothing was submitted: no Ray cluster can be asked: {error}\n")
+        sys.stderr.write(f"tunewright: nothing was submitted: no Ray cluster answers: {error}\n")
         return NOT_SUBMITTED
     except InvalidSettingsError as error:
         sys.stderr.write(f"{error}\n")
@@ -71,15 +71,22 @@ def _runner_arguments(arguments: list[str]) -> str:
 
 
 def _drain_arguments(arguments: list[str]) -> float:
-    parser = argparse.ArgumentParser("python -m trainers drain", description="Before a shutdown of the cluster.")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds that jobs may take to reach a checkpoint")
+    parser = argparse.ArgumentParser(
+        "python -m trainers drain",
+        description="Before a shutdown of the cluster: stops running jobs at a checkpoint.",
+    )
+    parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for the checkpoints (default: 60)")
     timeout_s: float = parser.parse_args(arguments).timeout
     return timeout_s
 
 
 def _arguments(arguments: list[str]) -> Path:
-    parser = argparse.ArgumentParser("python -m trainers", description="Run one fine-tuning job to its end.")
-    parser.add_argument("config", type=Path, help="JSON file: the body of POST /fine_tuning/jobs/submit")
+    parser = argparse.ArgumentParser(
+        "python -m trainers",
+        description="Submit one fine-tuning job and follow its log to its end. A signal cancels the job.",
+        epilog="Before a shutdown of the cluster: python -m trainers drain --help",
+    )
+    parser.add_argument("config", type=Path, help="a JSON file with the body of POST /fine_tuning/jobs/submit")
     path: Path = parser.parse_args(arguments).config
     return path
 

@@ -72,7 +72,7 @@ def test_inspect_shows_a_job_and_its_history(file: Path, capsys: pytest.CaptureF
 
 def test_verify_says_that_all_is_well_or_what_is_not(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(file)]) == 0
-    assert "15 events, each as it was written" in capsys.readouterr().err
+    assert "is sound: 15 events" in capsys.readouterr().err
     change(file, "UPDATE events SET checksum = 0 WHERE position = 5")
     assert main(["verify", str(file)]) == 1
     assert "position 5 of b: its checksum is wrong" in capsys.readouterr().err
@@ -172,6 +172,21 @@ def test_the_log_of_a_running_service_is_asked_through_ray(handles: Handles, tmp
     assert "is locked" in events("verify", str(tmp_path / "events.db")).stderr
 
 
+def test_a_cluster_of_another_storage_is_named_as_such(handles: Handles, tmp_path: Path) -> None:
+    """`handles` keep their jobs in `tmp_path`; the log that is asked for is open elsewhere."""
+    asked = [sys.executable, "-m", "events", "inspect", "a"]
+    other = tmp_path / "other"
+    other.mkdir()
+    write(other / "events.db")
+    with closing(SqliteStore(other / "events.db")):
+        done = subprocess.run(
+            asked, env={**os.environ, "TUNEWRIGHT_STORAGE": str(other)}, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert f"keeps its jobs in {tmp_path}, not in {other}: set TUNEWRIGHT_STORAGE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_cluster_that_does_not_answer_is_given_up_within_seconds(file: Path) -> None:
     (port,) = free_ports(1)
     asked = [sys.executable, "-m", "events", "inspect", "a"]
@@ -181,5 +196,5 @@ def test_a_cluster_that_does_not_answer_is_given_up_within_seconds(file: Path) -
             timeout=30,
         )  # fmt: skip
     assert done.returncode == 1
-    assert f"{file} is in use, and no Ray cluster can be asked" in done.stderr
+    assert f"{file} is in use, and no Ray cluster answers" in done.stderr
     assert "set RAY_ADDRESS to that of the service's cluster, as HOST:PORT" in done.stderr

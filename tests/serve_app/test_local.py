@@ -20,7 +20,7 @@ def test_a_storage_that_can_not_be_is_named_to_the_letter(tmp_path: Path) -> Non
         env={**os.environ, "TUNEWRIGHT_STORAGE": str(storage)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout == f"The service failed: there can be no storage directory {storage}: File exists\n"
+    assert done.stdout == f"The service failed: the storage directory {storage} can't be made: File exists\n"
 
 
 @pytest.mark.parametrize("port", ["70000", "0"])
@@ -31,11 +31,11 @@ def test_a_port_that_cannot_be_is_refused_by_the_name_of_its_option(
     monkeypatch.setattr(sys, "argv", ["serve_app.local", option, port])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert f"argument {option}: {port}: choose one from 1 to 65535" in capsys.readouterr().err
+    assert f"argument {option}: {port} is not a port: choose one from 1 to 65535" in capsys.readouterr().err
 
 
 def test_the_api_and_the_dashboard_need_a_port_each(tmp_path: Path) -> None:
     """Else the service waits for three minutes, and doesn't know why it didn't come up."""
     service = LocalService(tmp_path, http_port=8265, dashboard_port=8265)
-    with pytest.raises(ServiceError, match="port 8265 can't be both the API's and the dashboard's"):
+    with pytest.raises(ServiceError, match="the API and the dashboard can't both have port 8265"):
         service.start()

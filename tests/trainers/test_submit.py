@@ -306,7 +306,7 @@ def test_a_cluster_that_cannot_be_joined_is_said_in_words() -> None:
         command, cwd=root, env=os.environ | nowhere, capture_output=True, text=True, check=False, timeout=WAIT_S
     )
     assert ran.returncode == submit.REFUSED, ran.stderr
-    assert ran.stderr.splitlines()[-1].startswith("tunewright: nothing was submitted: no Ray cluster can be asked: ")
+    assert ran.stderr.splitlines()[-1].startswith("tunewright: nothing was submitted: no Ray cluster answers: ")
     assert "Traceback" not in ran.stderr
 
 
