@@ -35,7 +35,7 @@ KEYS: tuple[Key, ...] = (
     Key(
         "batch_size",
         integer(1, 65_536),
-        "8 rows; 4 packs, if `packed`; 4 pairs, with DPO",
+        "8 rows; 4 packs if `packed`; 4 pairs with DPO",
         "Rows, packs or pairs per micro-batch and worker.",
     ),
     Key(
@@ -52,13 +52,13 @@ KEYS: tuple[Key, ...] = (
         "Micro-batches whose gradients are summed before each optimizer step.",
     ),
     Key("seed", integer(0, 2**32 - 1), "42", "Seeds adapters, data order and dropout."),
-    Key("shuffle", boolean, "true", "A new order of the rows in each epoch.", ("dataset.shuffle",)),
+    Key("shuffle", boolean, "true", "Put the rows into a new order in each epoch.", ("dataset.shuffle",)),
     Key(
         "group_by_length",
         boolean,
         "false",
-        "Make steps of rows of similar length: workers wait less for each other. Only with `shuffle` and without "
-        "`packed`.",
+        "Build each step from rows of similar length, so that workers wait less for each other. Needs `shuffle`; not "
+        "with `packed`.",
     ),
     Key(
         "lora_attn_modules",
@@ -72,7 +72,7 @@ KEYS: tuple[Key, ...] = (
         "apply_lora_to_mlp",
         boolean,
         "false",
-        "Adapters on the feed-forward layers.",
+        "Put adapters on the feed-forward layers, too.",
         ("model.apply_lora_to_mlp",),
         "lora",
     ),
@@ -80,7 +80,7 @@ KEYS: tuple[Key, ...] = (
         "apply_lora_to_output",
         boolean,
         "false",
-        "An adapter on the output head.",
+        "Put an adapter on the output head, too.",
         ("model.apply_lora_to_output",),
         "lora",
     ),
@@ -97,7 +97,7 @@ KEYS: tuple[Key, ...] = (
         "lora_dropout",
         number(0, 1, below=True),
         "0",
-        "Dropout in front of the adapters.",
+        "Dropout before the adapters.",
         ("model.lora_dropout",),
         "lora",
     ),
@@ -105,7 +105,7 @@ KEYS: tuple[Key, ...] = (
         "use_dora",
         boolean,
         "false",
-        "DoRA: train the length of each row of an adapted layer apart from its direction.",
+        "DoRA: train the magnitude of each row of an adapted layer separately from its direction.",
         ("model.use_dora",),
         "lora",
     ),
@@ -113,7 +113,7 @@ KEYS: tuple[Key, ...] = (
         "quantize_base",
         boolean,
         "false",
-        "QLoRA: hold the frozen layers in 4 bits (NF4).",
+        "QLoRA: keep the frozen layers in 4 bits (NF4).",
         ("model.quantize_base",),
         "lora",
     ),
@@ -121,14 +121,14 @@ KEYS: tuple[Key, ...] = (
         "enable_activation_checkpointing",
         boolean,
         "true full, false LoRA",
-        "Recompute activations in the backward pass: less memory, about a third more time. On CPUs only where a "
-        "worker's share of its node's memory could be too small for them.",
+        "Recompute activations in the backward pass: less memory, about a third more time. On CPUs, done only if a "
+        "worker's share of its node's memory could be too small otherwise.",
     ),
     Key(
         "memory_efficient_fsdp_wrap",
         boolean,
         "true full, false LoRA",
-        "Shard embedding and output head as units of their own. No effect with one worker or a tied head.",
+        "Shard the embedding and the output head as units of their own. No effect with one worker or a tied head.",
     ),
     Key(
         "fsdp_cpu_offload",
@@ -140,70 +140,73 @@ KEYS: tuple[Key, ...] = (
         "dtype",
         nullable(choice("fp32", "bf16", "mixed")),
         "null",
-        "fp32, bf16, or mixed: bf16, but what is trained is kept in fp32. null: mixed on CUDA and on CPUs that compute "
-        "in bf16 (AVX512-BF16, AMX); else fp32.",
+        "fp32, bf16, or mixed: compute in bf16, but keep what is trained in fp32. null: mixed on CUDA and on CPUs with "
+        "bf16 instructions (AVX512-BF16, AMX), else fp32.",
     ),
     Key("compile", boolean, "false", "Compile each layer and the loss with torch.compile."),
     Key(
         "packed",
         boolean,
         "false",
-        "Put several rows into one sequence of `max_seq_len` tokens; none sees another. Needs `max_seq_len`.",
+        "Put several rows into one sequence of `max_seq_len` tokens; they don't attend to each other. Needs "
+        "`max_seq_len`.",
         ("dataset.packed",),
     ),
     Key(
         "max_seq_len",
         nullable(integer(2, 2**20)),
         "null",
-        "Rows are cut after this many tokens. null: 4096, or what the model can take if that is less.",
+        "Cut rows after this many tokens. null: 4096, or what the model can take if that is less.",
         ("tokenizer.max_seq_len",),
     ),
-    Key("clip_grad_norm", nullable(number(0, above=True)), "null", "Largest norm of the gradient. null: not clipped."),
+    Key(
+        "clip_grad_norm", nullable(number(0, above=True)), "null", "Clip the gradient to this norm. null: no clipping."
+    ),
     Key(
         "max_steps_per_epoch",
         nullable(_STEPS),
         "null",
-        "An epoch ends after this many steps. null: with its last row.",
+        "End each epoch after this many steps. null: after its last row.",
     ),
-    Key("log_every_n_steps", _STEPS, "1", "A line in the job's log every so many steps."),
+    Key("log_every_n_steps", _STEPS, "1", "Write a line to the job's log every so many steps."),
     Key(
         "save_every_n_steps",
         nullable(_STEPS),
         "null",
-        "A checkpoint every so many steps, besides the one after each epoch. null: only those.",
+        "Save a checkpoint every so many steps, in addition to the one after each epoch. null: only after each epoch.",
     ),
     Key(
         "keep_last_n_checkpoints",
         nullable(integer(1, 10**6)),
         "null",
-        "Older checkpoints are deleted, all but the best one. null: every checkpoint is kept.",
+        "Keep this many checkpoints, and the best one; delete older ones. null: keep all.",
         ("keep_last_n",),
     ),
     Key(
         "run_val_every_n_steps",
         nullable(_STEPS),
         "null",
-        "An evaluation on `validation_data` every so many steps, besides the one after each epoch; the best so far is "
-        "saved. null: only those.",
+        "Evaluate on `validation_data` every so many steps, in addition to after each epoch; if the loss is the lowest "
+        "so far, save a checkpoint. null: only after each epoch.",
     ),
     Key(
         "early_stopping_patience",
         nullable(integer(1, 10_000)),
         "null",
-        "Stop after so many evaluations without a lower loss on `validation_data`; `best_checkpoint` of the status has "
-        "the lowest. null: train every epoch.",
+        "Stop after so many evaluations in a row without a new lowest loss on `validation_data`; `best_checkpoint` in "
+        "the status has the lowest. null: train every epoch.",
     ),
     Key(
         "max_invalid_fraction",
         number(0, 1, below=True),
         "0",
-        "Bad rows of a data file are skipped up to this fraction of its rows.",
+        "Skip invalid rows, if they are no more than this fraction of a data file's rows.",
     ),
 )
 BY_NAME: Mapping[str, Key] = MappingProxyType({name: key for key in KEYS for name in (key.name, *key.aliases)})
 
 _REQUEST = "it is a field of the request: set it there"
-_LAYOUT = "the service decides where a job's files lie"
+_LAYOUT = "the service decides where a job's files are stored"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "model": _REQUEST,
@@ -216,7 +219,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "dataset_val": "set validation_data in the request",
         "tokenizer": "the model's own tokenizer and chat template are used",
         "metric_logger": "set logger in the request",
-        "device": "the cluster decides: a GPU where there is one",
+        "device": "the cluster decides: a GPU if there is one",
         "output_dir": _LAYOUT,
         "checkpointer": _LAYOUT,
         "checkpoint_dir": _LAYOUT,
@@ -226,16 +229,18 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "custom_sharded_layers": "use memory_efficient_fsdp_wrap",
         "fsdp_reshard_after_forward": "parameters are always resharded after the forward pass",
         "fsdp_sharding_strategy": "parameters are always fully sharded",
-        "optimizer_in_bwd": "it is done where it changes no number: on one worker, without accumulation and clipping",
+        "optimizer_in_bwd": (
+            "the service does it where it changes no result: on one worker, without accumulation and clipping"
+        ),
         "enable_activation_offloading": "use enable_activation_checkpointing",
-        "enable_async_checkpointing": "checkpoints are written beside training wherever memory allows",
+        "enable_async_checkpointing": "checkpoints are written while training goes on, wherever memory allows",
         "log_peak_memory_stats": "peak memory is always among the metrics",
-        "log_level": "the job's log has one level",
+        "log_level": "the job's log has only one level",
         "profiler": "profiling isn't offered",
-        "fake_quant_after_n_steps": "the quantizer's rounding is there from the first step",
+        "fake_quant_after_n_steps": "the quantizer rounds from the first step on",
         "cudnn_deterministic_mode": "set seed: the data order and the adapters follow from it",
-        "num_workers": "rows are tokenised before training starts: there is no data loader to widen",
-        "collate_fn": "rows lie behind one another, without padding",
+        "num_workers": "rows are tokenised before training starts, so there is no data loader",
+        "collate_fn": "rows are laid out one after another, without padding",
         "seed_offset": "set seed",
     }
 )
@@ -245,7 +250,7 @@ def unknown_key(name: str) -> str:
     """What is wrong with a key that no table knows, naming one that is like it or where they are."""
     known = [*BY_NAME, *SECTIONS]
     near = get_close_matches(name, known, 1) or get_close_matches(name.rpartition(".")[2], known, 1)
-    return f"unknown key; {f'did you mean {near[0]}?' if near else 'docs/configuration.md lists those there are'}"
+    return f"unknown key; {f'did you mean {near[0]}?' if near else 'docs/configuration.md lists all keys'}"
 
 
 def unknown_argument(name: str, component: str) -> str:

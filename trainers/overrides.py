@@ -23,7 +23,7 @@ _RENDEZVOUS = "Ray starts the workers and brings them together, so there is no r
 _PLACEMENT = "Ray places the workers and gives each its rank and address"
 _OUTPUT = "everything the workers print goes to the job's log; read it with tail"
 _PROCESSES = "Ray starts, watches and ends the worker processes"
-_SCRIPT = "the service brings its own training script"
+_SCRIPT = "the service runs its own training script"
 
 # Flag (torchrun's dashed spelling): why it is refused, None where it is honoured.
 _VALUE_FLAGS: dict[str, str | None] = {
@@ -59,7 +59,7 @@ _SWITCHES: dict[str, str] = {
     "--no-python": _SCRIPT,
     "--run-path": _SCRIPT,
     "--virtual-local-rank": _PLACEMENT,
-    "--help": "docs/configuration.md lists what overrides may hold",
+    "--help": "docs/configuration.md lists what overrides may contain",
 }
 _SHORT = {"--redirects": ["-r"], "--tee": ["-t"], "--module": ["-m"], "--help": ["-h"]}
 
@@ -140,7 +140,7 @@ def _unknown_flag(word: str) -> Problem:
     name = word.partition("=")[0]
     known = [*_VALUE_FLAGS, *_SWITCHES]
     near = get_close_matches(name.replace("_", "-"), known, 1)
-    hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists what overrides may hold"
+    hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists what overrides may contain"
     return _problem(f"{name}: torchrun has no such flag; {hint}")
 
 
