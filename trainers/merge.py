@@ -63,18 +63,24 @@ class Merged:
     def settings(self, pairs: list[tuple[str, Any]], param: Callable[[str], str], *, named: bool = False) -> None:
         """A layer of keys, nested or dotted. `named`: its `param` doesn't name the key, so messages have to."""
         seen: dict[str, str] = {}
+        removed: set[str] = set()
         leaves = [leaf for key, value in pairs for leaf in _leaves(str(key), value)]
         if len(leaves) > MOST_PROBLEMS:
             message = f"{len(leaves)} settings in one place are more than there are keys"
             self.problems.append(Problem(param(leaves[0][0]), message))
             return
-        leaves.sort(key=lambda leaf: not leaf[0].endswith("._component_"))
+        leaves.sort(key=lambda leaf: not _canonical(leaf[0]).endswith("._component_"))  # arguments come behind it
         for key, value in leaves:
             setting = _Setting(value, param(key), f"{key}: " if named else "")
-            canonical = BY_NAME[key].name if key in BY_NAME else key
+            canonical = _canonical(key)
+            section, _, argument = canonical.partition(".")
             if canonical in seen:
                 other = "" if seen[canonical] == key else f" (as {seen[canonical]} too)"
                 self._problem(setting, f"is given twice{other}", "duplicate_key")
+            if argument == "_component_" and value is None:
+                removed.add(section)
+            elif argument and section in removed:
+                self._problem(setting, f"is an argument of nothing: {section} is null beside it")
             seen[canonical] = key
             self._put(key, setting)
 
@@ -153,6 +159,13 @@ class Merged:
         for name, message in conflicts(part.name, kwargs):
             self._problem(part.arguments[name], message)
         return part.name, kwargs
+
+
+def _canonical(key: str) -> str:
+    """The one name of what may be spelled in several ways."""
+    if key in BY_NAME:
+        return BY_NAME[key].name
+    return f"{key}._component_" if key in SECTIONS else key
 
 
 def _leaves(key: str, value: object) -> Iterator[tuple[str, object]]:

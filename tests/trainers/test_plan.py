@@ -7,6 +7,7 @@ import pytest
 
 from events.config import Config
 from events.facts import Defaults
+from trainers.components import DPO_LOSS
 from trainers.errors import ConfigProblems, Problem
 from trainers.plan import ComponentSpec, LoraSpec, Plan, make_plan
 
@@ -113,6 +114,15 @@ def test_another_component_starts_without_the_arguments_of_the_one_before() -> N
     assert (plan.optimizer.component, plan.optimizer.kwargs) == ("torch.optim.SGD", {})
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_component_has_its_arguments_in_whatever_order_they_are_given(order: int) -> None:
+    words = ["optimizer=torch.optim.SGD", "optimizer.momentum=0.9"][::order]
+    extras = dict([("loss", DPO_LOSS), ("loss.beta", 0.5)][::order])
+    plan = make_plan(config({"extras": extras}, overrides=" ".join(words)))
+    assert plan.loss == ComponentSpec(component=DPO_LOSS, kwargs={"beta": 0.5})
+    assert plan.optimizer == ComponentSpec(component="torch.optim.SGD", kwargs={"momentum": 0.9})
+
+
 def test_no_scheduler_means_a_constant_learning_rate() -> None:
     assert make_plan(config({"extras": {"lr_scheduler": None}})).lr_scheduler is None
     assert make_plan(config(overrides="lr_scheduler=null")).lr_scheduler is None
@@ -183,6 +193,8 @@ def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> Non
         ({"lora_attn_modules": []}, "lora_attn_modules", "nothing to train"),
         ({"epochs": 1, "n_epochs": 2}, "n_epochs", "given twice"),
         ({"optimizer.eps": 1, "optimizer": {"eps": 2}}, "optimizer.eps", "given twice"),
+        ({"loss": DPO_LOSS, "loss._component_": DPO_LOSS}, "loss._component_", "given twice (as loss too)"),
+        ({"lr_scheduler.num_warmup_steps": 1, "lr_scheduler": None}, "lr_scheduler.num_warmup_steps", "is null beside"),
     ],
 )
 def test_a_bad_extra_is_named_with_its_path_and_what_to_do(extras: dict[str, Any], path: str, message: str) -> None:
