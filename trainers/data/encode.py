@@ -107,12 +107,17 @@ def _admitted(rows: list[Encoded], max_seq_len: int, chunk: Chunk) -> list[Encod
         mask[:1] = False  # nothing predicts the first token
         if not mask[:max_seq_len].any():
             raise RowError(_nothing_left(mask, max_seq_len) + (f" (in {side})" if len(rows) > 1 else ""))
+    kept = [(tokens[:max_seq_len], mask[:max_seq_len]) for tokens, mask in rows]
     longest = max(len(tokens) for tokens, _ in rows)
+    if len(rows) > 1 and all(map(np.array_equal, *kept)):
+        same = "chosen and rejected are the same once the chat template has made text of them"
+        cut = f"truncation leaves chosen and rejected the same, max_seq_len is {max_seq_len}"
+        raise RowError(f"{cut if longest > max_seq_len else same}: there is nothing to prefer")
     chunk.valid += 1
-    chunk.trained += sum(int(np.count_nonzero(mask[:max_seq_len])) for _, mask in rows)
+    chunk.trained += sum(int(np.count_nonzero(mask)) for _, mask in kept)
     chunk.truncated += longest > max_seq_len
     chunk.histogram[1 << (longest - 1).bit_length()] += 1
-    return [(tokens[:max_seq_len], mask[:max_seq_len]) for tokens, mask in rows]
+    return kept
 
 
 def _nothing_left(mask: NDArray[np.bool_], max_seq_len: int) -> str:

@@ -421,6 +421,21 @@ def test_bad_preferences_keep_their_line_numbers(run: Prepare) -> None:
     assert (caught.value.report.rows, caught.value.report.invalid_rows) == (5 - len(errors), len(errors))
 
 
+def test_preferences_of_the_same_tokens_are_invalid_though_their_texts_differ(
+    run: Prepare, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    prompt = len(tokenizer.encode_prompt([{"role": "user", "content": "a"}]))
+    cut = preference("a", PIECE + "yes", PIECE + "no")
+    with pytest.raises(DataInvalid, match=f"leaves chosen and rejected the same, max_seq_len is {prompt + 3}"):
+        run([cut], pairs=True, max_seq_len=prompt + 3)
+    trimming = ChatTokenizer.from_dir(make_tiny_model(tmp_path / "trimming"))
+    template = trimming.template.replace("message['content']", "message['content'] | trim")
+    (tmp_path / "trimming" / "chat_template.jinja").write_text(template)
+    with pytest.raises(DataInvalid, match="the same once the chat template has made text of them"):
+        run([preference("a", "yes", "yes ")], pairs=True, tokenizer=ChatTokenizer.from_dir(tmp_path / "trimming"))
+    assert run([cut, preference("a", "yes", "yes ")], pairs=True).rows == 2
+
+
 def test_supervised_and_preference_jobs_on_one_file_share_no_tokens(run: Prepare) -> None:
     text = preference("a")
     assert run([text], pairs=True).rows == 1
