@@ -281,10 +281,9 @@ def _find(asked: Asked, settings: Settings) -> Found:
     fits = None if there is None else memory.peak_bytes <= there
     valid = samples.get("validation_data")
     steps = load.steps if train.scale == 1 else _steps(plan, load, train)
-    could_keep = arch.max_seq_len if plan.max_seq_len is None else None
     warnings = [] if tokenizer.ends_turns else [NO_END]
     for param, sample in samples.items():
-        told = hardly_meant(sample.whole(), tokenizer, could_keep)
+        told = hardly_meant(sample.whole(), tokenizer, plan.max_seq_len, arch.max_seq_len)
         warnings += [f"{getattr(plan, param)}: {warning}" for warning in told]
     if (warning := only_warm_up(plan, steps)) is not None:
         warnings.append(warning)

@@ -222,8 +222,7 @@ def _make_data_ready(
             f"{report.max_seq_len:,}",
             f"{report.invalid_rows:,}",
         )
-        could_keep = architecture.max_seq_len if plan.max_seq_len is None else None
-        for warning in hardly_meant(report, tokenizer, could_keep):
+        for warning in hardly_meant(report, tokenizer, plan.max_seq_len, architecture.max_seq_len):
             logger.warning("%s: %s", uri, warning)
         return report
 

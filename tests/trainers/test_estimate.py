@@ -72,6 +72,30 @@ def test_what_the_jobs_log_will_warn_of_is_warned_of(settings: Settings) -> None
     assert found.warnings == [NO_END]
 
 
+@pytest.mark.parametrize(
+    ("context", "asked", "told"),
+    [
+        (5000, None, ["rows lose their ends; extras.max_seq_len keeps up to 5,000 tokens of each"]),
+        (20, 40, ["rows lose their ends: the model takes 20 tokens of each, though max_seq_len is 40"]),
+        (20, 20, []),
+        (20, None, []),
+        (5000, 9000, []),
+    ],
+)
+def test_rows_that_lose_their_ends_are_warned_of_where_it_was_not_asked_for(
+    settings: Settings, context: int, asked: int | None, told: list[str]
+) -> None:
+    root = settings.data_roots[0]
+    make_tiny_model(root / "tiny", max_position_embeddings=context)
+    said = "the sea " * (3000 if context > 4096 and asked is None else 20)
+    dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+    (root / "rows.jsonl").write_text(json.dumps({"dialog": dialog}))
+    extras = {"max_seq_len": asked} if asked else {}
+    found = answer(Asked(plan=plan(settings, fine_tuning_options={"extras": extras}), device="cpu"), settings).found
+    assert found is not None
+    assert found.warnings == [f"{root}/rows.jsonl: {warning}" for warning in told]
+
+
 def test_an_estimate_that_takes_too_long_is_given_up(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "LIMIT_S", 0.01)
     with pytest.raises(InfrastructureError) as caught:

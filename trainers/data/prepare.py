@@ -63,12 +63,14 @@ def bad_lines(report: DataReport) -> list[str]:
     return [*told, f"and {more} more lines"] if more else told
 
 
-def hardly_meant(report: DataReport, tokenizer: ChatTokenizer, could_keep: int | None) -> list[str]:
-    """What is to be said of rows that can be trained on, though hardly as they were meant. `could_keep`: tokens that
-    the model takes of each row; None where the user has chosen how many."""
+def hardly_meant(report: DataReport, tokenizer: ChatTokenizer, asked: int | None, taken: int) -> list[str]:
+    """What is to be said of rows that can be trained on, though hardly as they were meant. `asked`: the tokens that the
+    user would keep of each row, where that was said; `taken`: those that the model takes."""
     told = []
-    if report.truncated_rows and could_keep is not None and report.max_seq_len < could_keep:
-        told.append(f"rows lose their ends; extras.max_seq_len keeps up to {could_keep:,} tokens of each")
+    if report.truncated_rows and asked is None and report.max_seq_len < taken:
+        told.append(f"rows lose their ends; extras.max_seq_len keeps up to {taken:,} tokens of each")
+    if report.truncated_rows and asked is not None and asked > taken:
+        told.append(f"rows lose their ends: the model takes {taken:,} tokens of each, though max_seq_len is {asked:,}")
     if report.partly_shown_rows:
         told.append(
             f"of {report.partly_shown_rows:,} rows the model's chat template shows a message to train on only in part "
