@@ -5,19 +5,19 @@ lengths of the rows once they are tokenised (`surely_fits`, `recomputing_if_need
 where that leaves a doubt (`check_memory`).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainers.components import shardable
-from trainers.errors import CapacityError, Problem
+from trainers.errors import CapacityError, Problem, UserError
 from trainers.memory import Load, memory_of, states_of
 from trainers.models.architecture import Architecture
 from trainers.plan import LoraSpec, Plan
 from trainers.precision import Device
-from trainers.suitability import longest_row
+from trainers.suitability import check_suitable, longest_row
 
 MARGIN = 1.25
 """A job is refused only where the estimate exceeds the memory there is by this factor: more than it was ever off by."""
@@ -33,6 +33,7 @@ class _Load(NamedTuple):
 
 _LEAST = _Load(1, 1, 1)
 """What doesn't fit with this fits with no load."""
+_STATES_ALONE = "for weights and optimizer alone"
 
 
 def states_fit(plan: Plan, arch: Architecture, worker_bytes: int) -> Problem | None:
@@ -41,15 +42,19 @@ def states_fit(plan: Plan, arch: Architecture, worker_bytes: int) -> Problem | N
     needed = states_of(plan, arch, "cpu", worker_bytes)
     if needed <= MARGIN * worker_bytes:
         return None
-    error = _does_not_fit(plan, arch, _LEAST, "cpu", needed, worker_bytes, "for weights and optimizer alone").error
+    peak = _peak_on_cpu(arch, _LEAST, worker_bytes)
+    error = _does_not_fit(plan, arch, "cpu", needed, worker_bytes, _STATES_ALONE, peak).error
     return Problem(error.param, error.message, error.code)
 
 
 def check_states(plan: Plan, arch: Architecture, worker_bytes: int) -> None:
     """Raises CapacityError `does_not_fit` where weights and optimizer alone exceed the memory of a worker's GPU."""
-    needed = states_of(plan, arch, "cuda", worker_bytes)
-    if needed > worker_bytes:
-        raise _does_not_fit(plan, arch, _LEAST, "cuda", needed, worker_bytes, "for weights and optimizer alone")
+
+    def states(plan: Plan, _share: float = 1) -> int:
+        return states_of(plan, arch, "cuda", worker_bytes)
+
+    if states(plan) > worker_bytes:
+        raise _does_not_fit(plan, arch, "cuda", states(plan), worker_bytes, _STATES_ALONE, states)
 
 
 def surely_fits(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> bool:
@@ -70,9 +75,9 @@ def recomputing_if_needed(plan: Plan, arch: Architecture, lengths: NDArray[np.in
 
 def check_memory(plan: Plan, arch: Architecture, load: Load, worker_bytes: int) -> None:
     """Raises CapacityError `does_not_fit` for a job on CPUs that needs more than a worker may take, by the `MARGIN`."""
-    needed = memory_of(plan, arch, load, "cpu", worker_bytes).peak_bytes
-    if needed > MARGIN * worker_bytes:
-        raise _does_not_fit(plan, arch, load, "cpu", needed, worker_bytes, "at its peak")
+    peak = _peak_on_cpu(arch, load, worker_bytes)
+    if peak(plan, 1) > MARGIN * worker_bytes:
+        raise _does_not_fit(plan, arch, "cpu", peak(plan, 1), worker_bytes, "at its peak", peak)
 
 
 def _at_most(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> int:
@@ -86,50 +91,93 @@ def _at_most(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_
     return memory_of(plan, arch, _Load(positions, positions, longest), "cpu", worker_bytes).peak_bytes
 
 
+_Needed = Callable[[Plan, float], int]
+"""Bytes that a worker of a plan needs, of whose micro-batches a share is left."""
+
+
+def _peak_on_cpu(arch: Architecture, load: Load, worker_bytes: int) -> _Needed:
+    def peak(plan: Plan, share: float) -> int:
+        left = _Load(max(1, int(load.positions * share)), max(1, int(load.trained * share)), load.segment)
+        return memory_of(plan, arch, left, "cpu", worker_bytes).peak_bytes
+
+    return peak
+
+
 def _does_not_fit(
-    plan: Plan, arch: Architecture, load: Load, device: Device, needed: int, worker_bytes: int, when: str
+    plan: Plan, arch: Architecture, device: Device, needed: int, worker_bytes: int, when: str, needed_by: _Needed
 ) -> CapacityError:
-    """The error of a plan whose workers need `needed` bytes, with the changes of which each would make it fit."""
-    enough = [
-        advice
-        for advice, changed, share in _alternatives(plan, arch)
-        if memory_of(changed, arch, _share_of(load, share), device, worker_bytes).peak_bytes <= worker_bytes
-    ]
+    """The error of a plan whose workers need `needed` bytes, with the changes of which each would make it fit: of every
+    kind the one that costs least."""
+    enough: dict[str, str] = {}
+    for change in _changes(plan, arch, device):
+        if change.kind not in enough and needed_by(change.plan, change.share) <= worker_bytes:
+            enough[change.kind] = change.advice
     return CapacityError(
         "does_not_fit",
         f"a worker needs about {_gib(needed)} of memory {when}, and there are {_gib(worker_bytes)} for it at most",
         param="fine_tuning_options",
-        suggestion="; or ".join(enough or ["take a smaller model, or larger nodes"]),
+        suggestion="; or ".join(enough.values() or ["take a smaller model, or larger nodes"]),
     )
 
 
-def _share_of(load: Load, share: float) -> _Load:
-    """Of smaller micro-batches."""
-    return _Load(max(1, int(load.positions * share)), max(1, int(load.trained * share)), load.segment)
-
-
-def _alternatives(plan: Plan, arch: Architecture) -> Iterator[tuple[str, Plan, float]]:
+class _Change(NamedTuple):
     """What could be changed about a plan, the plan then, and the share of its micro-batches that is left."""
+
+    kind: str
+    advice: str
+    plan: Plan
+    share: float = 1
+
+
+def _changes(plan: Plan, arch: Architecture, device: Device) -> Iterator[_Change]:
+    """Those of a kind by what they cost."""
+    recomputing: dict[str, Any] = {"enable_activation_checkpointing": True}
     if not plan.enable_activation_checkpointing:
-        changed = plan.model_copy(update={"enable_activation_checkpointing": True})
-        yield "set enable_activation_checkpointing", changed, 1
+        yield _Change("recompute", "set enable_activation_checkpointing", plan.model_copy(update=recomputing))
     if plan.batch_size > 1:
         changed = plan.model_copy(
             update={"batch_size": 1, "gradient_accumulation_steps": plan.gradient_accumulation_steps * plan.batch_size}
         )
-        yield "set batch_size 1 and gradient_accumulation_steps instead", changed, 1 / plan.batch_size
+        yield _Change("rows", "set batch_size 1 and gradient_accumulation_steps instead", changed, 1 / plan.batch_size)
     now = longest_row(plan, arch)
     if now >= 256:
         changed = plan.model_copy(update={"max_seq_len": now // 4})
-        yield f"set max_seq_len to {now // 4} (it is {now})", changed, 1 / 4
+        yield _Change("length", f"set max_seq_len to {now // 4} (it is {now})", changed, 1 / 4)
     if plan.lora is None:
-        yield "train with LoRA", plan.model_copy(update={"method": "lora", "lora": LoraSpec(), "quantizer": None}), 1
+        lora = plan.model_copy(update={"method": "lora", "lora": LoraSpec(), "quantizer": None} | _DEFAULTS_OF_LORA)
+        yield _Change("method", "train with LoRA", lora)
+        yield _Change(
+            "method", "train with LoRA and enable_activation_checkpointing", lora.model_copy(update=recomputing)
+        )
+        quantised = lora.model_copy(update={"method": "qlora"} | recomputing)
+        advice = "train with LoRA, quantize_base and enable_activation_checkpointing"
+    else:
+        quantised, advice = plan.model_copy(update={"method": "qlora"}), "set quantize_base"
+    if plan.method in ("full", "qat", "lora") and _can_be_quantised(quantised, arch):
+        yield _Change("method", advice, quantised)
     if plan.dtype != "bf16":
-        yield "set dtype to bf16", plan.model_copy(update={"dtype": "bf16"}), 1
-    if plan.lora is None and shardable(plan.optimizer.component):
+        yield _Change("dtype", "set dtype to bf16", plan.model_copy(update={"dtype": "bf16"}))
+    if plan.method != "qlora" and shardable(plan.optimizer.component):
         for factor in (2, 4, 8):
-            changed = plan.model_copy(update={"nproc_per_node": 1, "nnodes": plan.workers * factor})
-            yield f"use {changed.workers} workers, each on a node of its own", changed, 1
+            workers = plan.workers * factor
+            changed = plan.model_copy(update={"nproc_per_node": 1, "nnodes": workers, "fsdp_cpu_offload": False})
+            apart = ", each on a node of its own" if device == "cpu" else ""
+            yield _Change("workers", f"use {workers} workers{apart}", changed)
+
+
+_DEFAULTS_OF_LORA = {
+    "enable_activation_checkpointing": False,
+    "memory_efficient_fsdp_wrap": False,
+    "fsdp_cpu_offload": False,
+}
+
+
+def _can_be_quantised(quantised: Plan, arch: Architecture) -> bool:
+    try:
+        check_suitable(quantised, arch)
+    except UserError:
+        return False
+    return not (quantised.memory_efficient_fsdp_wrap or quantised.fsdp_cpu_offload)
 
 
 def _gib(size: float) -> str:

@@ -15,6 +15,7 @@ from trainers.load import load_of
 from trainers.memory import memory_of, states_of
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.models.layout import numbers_of
+from trainers.plan import Plan
 
 
 @pytest.fixture
@@ -86,6 +87,40 @@ def test_on_one_gpu_a_full_fine_tuning_by_default_is_refused_though_more_gpus_wo
     with pytest.raises(CapacityError, match="weights and optimizer alone"):
         check_states(defaults, arch, states // 2)
     check_states(defaults.model_copy(update={"nproc_per_node": 2}), arch, states // 2)
+
+
+def told(plan: Plan, arch: Architecture, worker_bytes: int) -> list[str]:
+    """What a GPU of that size is said to need."""
+    with pytest.raises(CapacityError) as caught:
+        check_states(plan, arch, worker_bytes)
+    return (caught.value.error.suggestion or "").split("; or ")
+
+
+def test_on_a_gpu_it_is_said_which_method_and_how_many_workers_would_fit(arch: Architecture, tmp_path: Path) -> None:
+    arch = replace(arch, hidden_size=512, intermediate_size=1536, num_layers=30, windows=(None,) * 30)
+    full, lora = (plan_for(tmp_path / "m", custom, dtype="mixed") for custom in (FULL, LORA))
+    frozen, trained = (states_of(plan, arch, "cuda") for plan in (lora, full))
+    # Of several numbers the least; LoRA, though it is said to be sharded from half a GPU on.
+    assert told(full, arch, trained * 45 // 100) == ["train with LoRA", "set dtype to bf16", "use 4 workers"]
+    assert told(lora, arch, frozen * 9 // 10) == ["set quantize_base", "use 2 workers"]
+    assert told(full, arch, frozen // 2) == ["train with LoRA, quantize_base and enable_activation_checkpointing"]
+    # Where layers don't come in blocks of NF4.
+    odd = replace(arch, intermediate_size=1530)
+    assert told(lora, odd, frozen * 9 // 10) == ["use 2 workers"]
+    assert told(lora, odd, frozen // 100) == ["take a smaller model, or larger nodes"]
+
+
+def test_lora_is_proposed_with_the_settings_that_it_was_found_to_fit_with(arch: Architecture, tmp_path: Path) -> None:
+    arch = replace(arch, hidden_size=512, intermediate_size=1536, num_layers=30, windows=(None,) * 30)
+    full, lora = (plan_for(tmp_path / "m", custom) for custom in ({"finetuning_type": "full"}, LORA))
+    recomputed = lora.model_copy(update={"enable_activation_checkpointing": True})
+    load = LOAD._replace(positions=4000)
+    enough, needed, too_much = (memory_of(plan, arch, load, "cpu").peak_bytes for plan in (recomputed, lora, full))
+    assert enough < too_much / MARGIN < needed
+    there = int(too_much / MARGIN) - 1
+    with pytest.raises(CapacityError, match="train with LoRA and enable_activation_checkpointing"):
+        check_memory(full, arch, load, there)
+    check_memory(recomputed, arch, load, there)
 
 
 def test_a_request_is_refused_at_once_for_its_weights_and_optimizer_only(arch: Architecture, tmp_path: Path) -> None:
