@@ -11,6 +11,7 @@
                                        over or being cancelled; asking the model of a job that has not succeeded
     413     invalid_request_error      the body is larger than TUNEWRIGHT_MAX_BODY_BYTES, or a file than its own limit
     415     invalid_request_error      the body is not application/json, or of a file not multipart/form-data
+    416     invalid_request_error      the range of a download begins beyond its end
     421     invalid_request_error      for a host that TUNEWRIGHT_HOSTS doesn't name
     422     invalid_request_error      anything wrong with the request; `errors` lists it, up to a hundred of a kind
     429     rate_limit_error           TUNEWRIGHT_MAX_LIVE_JOBS unfinished jobs, or too many questions to models or
@@ -220,7 +221,8 @@ def _methods(request: Request) -> list[str]:
         scope = {**request.scope, "method": method}
         return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
-    return list(filter(answered, ("DELETE", "GET", "POST")))
+    found = list(filter(answered, ("DELETE", "GET", "POST")))
+    return [name for method in found for name in ((method, "HEAD") if method == "GET" else (method,))]
 
 
 def unexpected(request_id: str) -> Answer:

@@ -28,7 +28,7 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
-_READS = {"GET", "HEAD", "OPTIONS"}
+_READS = {"GET", "OPTIONS"}
 _DEFAULT_PORT = {"http": ":80", "https": ":443"}
 _FROM_ANOTHER_SITE = Answer(
     403,
@@ -63,7 +63,11 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        request_id = _request_id(scope)
+        is_head = scope["method"] == "HEAD"
+        scope.setdefault("state", {}).update(request_id=request_id, is_head=is_head)
+        if is_head:  # all that answers a GET answers it; the server, whose scope stays as it is, leaves the body out
+            scope = {**scope, "method": "GET"}
         started = False
 
         async def send_with_headers(message: Message) -> None:

@@ -102,6 +102,7 @@ _WHEN = {
     "TUNEWRIGHT_MAX_FILE_BYTES (512 MiB), a part than 64 MiB, or an upload than TUNEWRIGHT_MAX_UPLOAD_BYTES (8 GiB).",
     415: "`invalid_request_error`: the body is of another type than the route takes: `application/json` in UTF-8, or "
     "for files and parts `multipart/form-data`.",
+    416: "`invalid_request_error`: the `Range` begins beyond the end.",
     421: "`invalid_request_error`: the request is for a host that TUNEWRIGHT_HOSTS doesn't name.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
     429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already, or too many "
@@ -140,7 +141,8 @@ def documented_events(model: type[BaseModel], description: str, *errors: int) ->
 def documented_bytes(description: str, *errors: int, media_type: str = "application/octet-stream") -> Responses:
     """The same for a route that answers with bytes."""
     content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
-    return {200: {"description": description, "content": content}} | _errors(errors)
+    part = {"description": "What the header `Range` asks for, where it is one range of bytes.", "content": content}
+    return {200: {"description": description, "content": content}, 206: part} | _errors((*errors, 416))
 
 
 def form_body(model: type[BaseModel]) -> dict[str, Any]:

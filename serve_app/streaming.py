@@ -1,23 +1,41 @@
 """Answers that are made while they are sent."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 
+from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 
+def is_head(request: Request) -> bool:
+    """Whether only the headers are wanted. The middleware makes a GET of a HEAD."""
+    return bool(request.state.is_head)
+
+
 class Stream(StreamingResponse):
     """A response of what `content` yields. Whatever ends it, a client that goes away too, `content` is closed then and
-    there: a generator that was left would hold what it holds until the garbage collector comes by."""
+    there, and `close` is called: a generator that was left would hold what it holds until the garbage collector comes
+    by. To a HEAD nothing is made."""
 
     def __init__(
-        self, content: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str] | None = None
+        self,
+        content: AsyncGenerator[bytes, None],
+        media_type: str,
+        headers: Mapping[str, str] | None = None,
+        status_code: int = 200,
+        close: Callable[[], object] = lambda: None,
     ) -> None:
-        super().__init__(content, media_type=media_type, headers=headers)
+        super().__init__(content, status_code, headers, media_type)
         self._content = content
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            if is_head(Request(scope)):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send({"type": "http.response.body"})
+            else:
+                await super().__call__(scope, receive, send)
         finally:
             await self._content.aclose()
+            self._close()

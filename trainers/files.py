@@ -132,12 +132,13 @@ class Objects:
     def open_new(self, name: str) -> Any:  # noqa: ANN401  -- fsspec has no types
         return self._fs.open(self._path(name), "wb", block_size=8 << 20)
 
-    def read(self, name: str) -> Iterator[bytes]:
-        """In blocks."""
+    def read(self, name: str, start: int = 0) -> Iterator[bytes]:
+        """In blocks, from byte `start` on."""
         with (
             _storage(),
             self._fs.open(self._path(name), "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file,
         ):
+            file.seek(start)
             while block := file.read(BLOCK_BYTES):
                 yield block
 
@@ -261,8 +262,9 @@ class FileStore:
         """What is stored, whatever it belongs to."""
         return sum(self.objects.sizes().values())
 
-    def read(self, file: File) -> Iterator[bytes]:
-        return self.objects.read(file.content)
+    def read(self, file: File, start: int = 0) -> Iterator[bytes]:
+        """Its bytes from `start` on, in blocks."""
+        return self.objects.read(file.content, start)
 
     def delete(self, file: File) -> None:
         self.objects.delete(f"{file.id}.json")

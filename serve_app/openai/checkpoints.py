@@ -1,5 +1,8 @@
 """/v1/fine_tuning/checkpoints/{id}/content: a checkpoint's weights, as one download."""
 
+import hashlib
+import io
+import os
 import tarfile
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack
@@ -7,15 +10,15 @@ from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from fastapi import Path as InPath
 from fastapi.responses import Response
 
+from serve_app.download import download
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai.models import Checkpoint, checkpoint_of, unknown_model
 from serve_app.openapi import documented_bytes
 from serve_app.routes import TheBackend
-from serve_app.streaming import Stream
 from trainers.errors import Problem
 from trainers.resubmit import model_dir_of, step_of
 
@@ -34,6 +37,7 @@ _DIRECTORIES = ("additional_chat_templates",)
     responses=documented_bytes("A tar of the model's directory.", 400, 404, 409, media_type=MEDIA_TYPE),
 )
 async def content(
+    request: Request,
     backend: TheBackend,
     checkpoint_id: Annotated[
         str, InPath(min_length=1, max_length=1024, description="The checkpoint's id, or the name of a tuned model.")
@@ -44,48 +48,62 @@ async def content(
 ) -> Response:
     """A directory in Hugging Face layout, as a tar: weights in safetensors, configs, tokenizer. No training state.
 
-    What is sent was there, all of it, when the first byte was: deleting the checkpoint meanwhile changes nothing.
+    What is sent was there, all of it, when the first byte was: deleting the checkpoint meanwhile changes nothing. A
+    download that broke off goes on with `Range`, as `curl -C -` has it.
     """
     found = await checkpoint_of(backend.log, checkpoint_id)
     if found is None:
         raise unknown_model(f"there is no checkpoint {checkpoint_id[:300]!a}", "checkpoint_not_found")
     archive = await to_thread.run_sync(_open, found, variant)
-    headers = {
-        "Content-Disposition": f'attachment; filename="{archive.name}.tar"',
-        "Content-Length": str(archive.size),
-    }
-    return Stream(archive.read(), MEDIA_TYPE, headers)
+    return download(
+        request,
+        archive.read,
+        size=archive.size,
+        etag=archive.etag,
+        media_type=MEDIA_TYPE,
+        filename=f"{archive.name}.tar",
+        close=archive.close,
+    )
 
 
 class _Archive:
-    """The tar of some open files, none of which is ever in memory."""
+    """The tar of some open files, none of which is ever in memory. Of the same files it is the same, byte by byte."""
 
     def __init__(self, name: str, directory: Path) -> None:
         """`name` is the directory in the tar. Raises OSError for what isn't there any more."""
         self.name = name
-        self._members: list[tuple[bytes, BinaryIO, int]] = []
+        self._parts: list[tuple[BinaryIO, int]] = []
+        """Each with its size: the files, and what stands between them."""
+        state = hashlib.sha256()
         with ExitStack() as stack:
+            padding = b""
             for path in _files(directory):
                 file = stack.enter_context(path.open("rb"))
-                info = _member(f"{name}/{path.relative_to(directory)}", file)
-                self._members.append((info.tobuf(tarfile.PAX_FORMAT), file, info.size))
+                found = os.fstat(file.fileno())
+                header = _header(f"{name}/{path.relative_to(directory)}", found.st_size)
+                self._parts += [_in_memory(padding + header), (file, found.st_size)]
+                padding = b"\0" * (-found.st_size % tarfile.BLOCKSIZE)
+                state.update(header + f"{found.st_mtime_ns}".encode())
+            self._parts.append(_in_memory(padding + _END))
             self._files = stack.pop_all()
-        self.size = sum(len(header) + size + _padding(size) for header, _, size in self._members) + len(_END)
+        self.size = sum(size for _, size in self._parts)
+        self.etag = state.hexdigest()[:32]
 
-    async def read(self) -> AsyncGenerator[bytes, None]:
-        """Closes the files when it ends, however it does."""
-        with self._files:
-            for header, file, size in self._members:
-                yield header
-                left = size
-                while left:
-                    chunk = await to_thread.run_sync(file.read, min(left, CHUNK))
-                    if not chunk:
-                        raise EOFError(f"{file.name} became shorter while it was sent")
-                    left -= len(chunk)
-                    yield chunk
-                yield b"\0" * _padding(size)
-            yield _END
+    async def read(self, start: int) -> AsyncGenerator[bytes, None]:
+        for file, size in self._parts:
+            left = max(size - start, 0)
+            if left:
+                await to_thread.run_sync(file.seek, start)
+            start = max(start - size, 0)
+            while left:
+                chunk = await to_thread.run_sync(file.read, min(left, CHUNK))
+                if not chunk:
+                    raise EOFError(f"{file.name} became shorter while it was sent")
+                left -= len(chunk)
+                yield chunk
+
+    def close(self) -> None:
+        self._files.close()
 
 
 def _open(found: Checkpoint, variant: Variant) -> _Archive:
@@ -119,15 +137,13 @@ def _files(directory: Path) -> Iterator[Path]:
             yield from sorted(inner for inner in path.iterdir() if inner.is_file())
 
 
-def _member(name: str, file: BinaryIO) -> tarfile.TarInfo:
+def _header(name: str, size: int) -> bytes:
     """Readable by everyone, owned by nobody: where the file came from is nobody's business."""
     info = tarfile.TarInfo(name)
-    file.seek(0, 2)
-    info.size = file.tell()
-    file.seek(0)
+    info.size = size
     info.mode = 0o644
-    return info
+    return info.tobuf(tarfile.PAX_FORMAT)
 
 
-def _padding(size: int) -> int:
-    return -size % tarfile.BLOCKSIZE
+def _in_memory(data: bytes) -> tuple[BinaryIO, int]:
+    return io.BytesIO(data), len(data)

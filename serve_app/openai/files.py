@@ -2,17 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
 
 from fastapi import APIRouter, Path, Query, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
+from starlette.concurrency import iterate_in_threadpool
 
 from events.job import FineTuningJob
 from serve_app.backend import JobLog
+from serve_app.download import attachment, download
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai import results
 from serve_app.openai.multipart import Form, Limit, receive
@@ -26,6 +27,7 @@ from trainers.preflight import problems_of
 from trainers.settings import Settings
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
+OCTETS = "application/octet-stream"
 PAGE_S = 10.0
 """How long a page of files may take: to know the size of a result file, its job's whole history is read once."""
 FileId = Annotated[str, Path(min_length=1, max_length=256, description="The file's id.")]
@@ -128,14 +130,20 @@ async def delete(backend: TheBackend, file_id: FileId) -> Response:
     summary="Download a file",
     responses=documented_bytes("The file's bytes.", 400, 404),
 )
-async def content(backend: TheBackend, file_id: FileId) -> Response:
-    """The bytes of a file, as they were uploaded; of a result file, CSV."""
+async def content(request: Request, backend: TheBackend, file_id: FileId) -> Response:
+    """The bytes of a file, as they were uploaded; of a result file, CSV. The download of an uploaded file that broke
+    off goes on with `Range`, as `curl -C -` has it."""
     if (job := await results.job_of(backend.log, file_id)) is not None:
-        return Response(await results.result_csv(backend.log, job), headers=_download(results.FILENAME))
+        headers = {"Content-Disposition": attachment(results.FILENAME)}
+        return Response(await results.result_csv(backend.log, job), headers=headers, media_type=OCTETS)
     store = await store_of(backend.settings)
     file = await asyncio.to_thread(store.get, file_id)
-    headers = {**_download(file.filename), "Content-Length": str(file.bytes)}
-    return StreamingResponse(store.read(file), headers=headers)
+
+    async def read(start: int) -> AsyncGenerator[bytes, None]:
+        async for block in iterate_in_threadpool(store.read(file, start)):
+            yield block
+
+    return download(request, read, size=file.bytes, etag=file.content, media_type=OCTETS, filename=file.filename)
 
 
 async def store_of(settings: Settings) -> FileStore:
@@ -215,10 +223,3 @@ def prefixed(prefix: str, problems: Iterable[Problem]) -> list[Problem]:
 
 def _conflict(message: str, code: str) -> RequestRefused:
     return RequestRefused(Answer(409, "conflict_error", code, f"this file {message}", "file_id"))
-
-
-def _download(filename: str) -> dict[str, str]:
-    return {
-        "Content-Type": "application/octet-stream",
-        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
-    }

@@ -426,14 +426,29 @@ def test_the_wrong_method_gets_the_same_envelope_and_is_told_the_right_one(http:
 @pytest.mark.parametrize(
     ("path", "methods"),
     [
-        ("/v1/files", "GET, POST"),
-        ("/v1/files/file-x", "DELETE, GET"),
-        ("/v1/webhook_endpoints/we_x", "DELETE, GET, POST"),
-        ("/v1/models/org/name", "GET"),
-        ("/healthz", "GET"),
+        ("/v1/files", "GET, HEAD, POST"),
+        ("/v1/files/file-x", "DELETE, GET, HEAD"),
+        ("/v1/webhook_endpoints/we_x", "DELETE, GET, HEAD, POST"),
+        ("/v1/models/org/name", "GET, HEAD"),
+        ("/healthz", "GET, HEAD"),
     ],
 )
 def test_the_wrong_method_is_told_all_of_the_right_ones(http: httpx.Client, path: str, methods: str) -> None:
     answer = http.put(path)
     assert answer.headers["allow"] == methods
     assert refused(answer, 405)["message"] == f"this route answers {methods} only"
+
+
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/docs", "/openapi.json", "/fine_tuning/jobs", "/v1/models", "/v1/files", "/v1/files/file-x"]
+)
+def test_whatever_answers_a_get_answers_a_head_with_the_same_headers(http: httpx.Client, path: str) -> None:
+    head, get = http.head(path), http.get(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    varying = {"date", "x-request-id"}
+    assert {**head.headers, **dict.fromkeys(varying)} == {**get.headers, **dict.fromkeys(varying)}
+
+
+def test_a_head_of_what_only_posts_is_a_405_and_does_nothing(http: httpx.Client) -> None:
+    answer = http.head(SUBMIT)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")

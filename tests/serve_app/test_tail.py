@@ -305,3 +305,8 @@ def test_before_its_server_ends_an_open_stream_gets_a_last_line_with_its_offset(
         server.append(job_id, WORKER_DIED)
         *_, last = lines(client, job_id, after=1)
         assert last == {"logs": [], "next": 2, "status": "failed"}
+
+
+def test_a_head_of_a_tail_has_an_end(http: httpx.Client, submit: Submit) -> None:
+    answer = http.head(f"/fine_tuning/jobs/tail?job_id={submit()}", timeout=10)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/x-ndjson")

@@ -1,6 +1,7 @@
 """Downloads of checkpoints."""
 
 import io
+import os
 import shutil
 import socket
 import tarfile
@@ -40,6 +41,22 @@ def checkpoint(client: openai.OpenAI, job_id: str, step: int) -> tuple[str, Path
     """Its id and its directory."""
     (found,) = (one for one in client.fine_tuning.jobs.checkpoints.list(job_id) if one.step_number == step)
     return found.id, Path(found.uri.removeprefix("file://"))  # type: ignore[attr-defined]
+
+
+def grow(path: Path) -> None:
+    """The weights of the checkpoint there become large, and take no room."""
+    with (path / "merged" / "model.safetensors").open("r+b") as file:
+        file.truncate(BIG)
+
+
+def held(path: Path) -> bool:
+    """Whether this process, which the server is in, has a file below it open."""
+    return any(str(path) in str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+
+
+def bytes_read() -> int:
+    """By this process, so far, from files and sockets."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def url(server: Server, checkpoint_id: str) -> str:
@@ -107,8 +124,7 @@ def test_a_download_is_whole_though_the_checkpoint_is_deleted_meanwhile_and_take
     server: Server, client: openai.OpenAI, job_id: str
 ) -> None:
     checkpoint_id, path = checkpoint(client, job_id, 1)
-    with (path / "merged" / "model.safetensors").open("r+b") as file:
-        file.truncate(BIG)
+    grow(path)
     tracemalloc.start()
     try:
         with httpx.stream("GET", url(server, checkpoint_id)) as answer:
@@ -124,18 +140,96 @@ def test_a_download_is_whole_though_the_checkpoint_is_deleted_meanwhile_and_take
     assert peak < BIG / 4
 
 
+@pytest.mark.parametrize(
+    ("asked", "first", "last"),
+    [
+        ("0-0", 0, 0),
+        ("511-513", 511, 513),  # the end of a header in the tar, and the beginning of its file
+        ("700-", 700, None),
+        ("3-99999999999999", 3, None),
+        ("-1500", -1500, None),  # the end of the tar, and of the last file in it
+        ("-99999999999999", 0, None),
+    ],
+)
+def test_a_download_that_broke_off_goes_on_where_it_was(
+    server: Server, client: openai.OpenAI, job_id: str, asked: str, first: int, last: int | None
+) -> None:
+    checkpoint_id, _ = checkpoint(client, job_id, 1)
+    whole = httpx.get(url(server, checkpoint_id))
+    assert whole.headers["accept-ranges"] == "bytes"
+    headers = {"Range": f"bytes={asked}", "If-Range": whole.headers["etag"]}
+    part = httpx.get(url(server, checkpoint_id), headers=headers)
+    size = len(whole.content)
+    first, end = first % size, size if last is None else last + 1
+    assert (part.status_code, part.content) == (206, whole.content[first:end])
+    assert part.headers["content-range"] == f"bytes {first}-{end - 1}/{size}"
+    assert part.headers["etag"] == whole.headers["etag"]
+
+
+@pytest.mark.parametrize(
+    "asked", ["bytes=0-1,3-4", "bytes=5-3", "bytes=-", "bytes=x", "lines=1-2", f"bytes={'9' * 99}-"]
+)
+def test_what_is_no_single_range_gets_the_whole(server: Server, client: openai.OpenAI, job_id: str, asked: str) -> None:
+    checkpoint_id, _ = checkpoint(client, job_id, 1)
+    answer = httpx.get(url(server, checkpoint_id), headers={"Range": asked})
+    assert (answer.status_code, len(answer.content)) == (200, int(answer.headers["content-length"]))
+    assert "content-range" not in answer.headers
+
+
+def test_what_was_begun_with_other_bytes_is_sent_from_the_beginning(
+    server: Server, client: openai.OpenAI, job_id: str
+) -> None:
+    checkpoint_id, path = checkpoint(client, job_id, 1)
+    etag = httpx.head(url(server, checkpoint_id)).headers["etag"]
+    weights = path / "merged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    os.utime(weights, (1, 1))
+    answer = httpx.get(url(server, checkpoint_id), headers={"Range": "bytes=9-", "If-Range": etag})
+    assert answer.status_code == 200
+    assert answer.headers["etag"] != etag
+
+
+def test_a_range_beyond_the_end_is_refused_with_the_size_and_leaves_no_file_open(
+    server: Server, client: openai.OpenAI, job_id: str
+) -> None:
+    checkpoint_id, path = checkpoint(client, job_id, 1)
+    size = int(httpx.head(url(server, checkpoint_id)).headers["content-length"])
+    for asked in (f"{size}-", "-0"):
+        answer = httpx.get(url(server, checkpoint_id), headers={"Range": f"bytes={asked}"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (416, "range_not_satisfiable")
+        assert answer.headers["content-range"] == f"bytes */{size}"  # by which curl -C - knows that it has all of it
+    assert not held(path)
+
+
+def test_a_head_tells_what_a_download_would_and_reads_nothing(
+    server: Server, client: openai.OpenAI, job_id: str
+) -> None:
+    checkpoint_id, path = checkpoint(client, job_id, 1)
+    grow(path)
+    before = bytes_read()
+    answer = httpx.head(url(server, checkpoint_id), headers={"Range": "bytes=5-"})
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert int(answer.headers["content-length"]) > BIG
+    assert bytes_read() - before < BIG / 4
+    assert not held(path)
+
+
+def test_what_lies_before_a_range_is_not_read(server: Server, client: openai.OpenAI, job_id: str) -> None:
+    checkpoint_id, path = checkpoint(client, job_id, 1)
+    grow(path)
+    before = bytes_read()
+    assert len(httpx.get(url(server, checkpoint_id), headers={"Range": "bytes=-2000"}).content) == 2000
+    assert bytes_read() - before < BIG / 4
+
+
 def test_a_client_that_goes_away_leaves_no_file_open(server: Server, client: openai.OpenAI, job_id: str) -> None:
     checkpoint_id, path = checkpoint(client, job_id, 1)
-    with (path / "merged" / "model.safetensors").open("r+b") as file:
-        file.truncate(BIG)
-
-    def held() -> bool:
-        return any(str(path) in str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    grow(path)
 
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         route = url(server, checkpoint_id).removeprefix(server.url)
         connection.sendall(f"GET {route} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert connection.recv(1 << 16)
-        assert held()
-    eventually(lambda: not held(), 60, lambda: "a file is still open")
+        assert held(path)
+    eventually(lambda: not held(path), 60, lambda: "a file is still open")

@@ -71,6 +71,23 @@ def test_a_raw_response_has_its_request_id(client: openai.OpenAI) -> None:
     assert raw.parse().bytes == len(ROWS)
 
 
+def test_a_download_that_broke_off_goes_on_where_it_was_and_has_the_file_s_name(
+    client: openai.OpenAI, server: Server, upload: Callable[..., Any]
+) -> None:
+    file = upload()
+    url = f"{server.url}/v1/files/{file.id}/content"
+    head = httpx.head(url)
+    assert (head.status_code, int(head.headers["content-length"])) == (200, len(ROWS))
+    assert head.headers["content-disposition"] == 'attachment; filename="rows.jsonl"'
+    part = httpx.get(url, headers={"Range": "bytes=10-", "If-Range": head.headers["etag"]})
+    assert (part.status_code, part.content) == (206, ROWS[10:])
+    assert part.headers["content-range"] == f"bytes 10-{len(ROWS) - 1}/{len(ROWS)}"
+    assert httpx.get(url, headers={"Range": "bytes=10-", "If-Range": '"another"'}).content == ROWS
+    named = client.files.create(file=("né 1.jsonl", ROWS), purpose="fine-tune")
+    answer = httpx.get(f"{server.url}/v1/files/{named.id}/content")
+    assert answer.headers["content-disposition"] == "attachment; filename*=UTF-8''n%C3%A9%201.jsonl"
+
+
 def test_a_file_expires(client: openai.OpenAI, server: Server, upload: Callable[..., Any]) -> None:
     file = upload(expires_after={"anchor": "created_at", "seconds": 3600})
     assert file.expires_at == file.created_at + 3600
