@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 from starlette.concurrency import iterate_in_threadpool
 
+from events.ids import ulid_time
 from events.job import FineTuningJob
 from serve_app.backend import JobLog
 from serve_app.download import attachment, download
@@ -22,7 +23,15 @@ from serve_app.openai.paging import Cursor, page, unknown_after
 from serve_app.openapi import documented, documented_bytes, form_body
 from serve_app.routes import TheBackend
 from trainers.errors import ConfigProblems, Problem, UserError
-from trainers.files import PURPOSE, RESULTS_PURPOSE, File, FileStore, NewObject, check_jsonl, file_store
+from trainers.files import (
+    PURPOSE,
+    RESULTS_PURPOSE,
+    File,
+    FileStore,
+    NewObject,
+    check_jsonl,
+    file_store,
+)
 from trainers.preflight import problems_of
 from trainers.settings import Settings
 
@@ -86,10 +95,8 @@ async def list_files(
         found += [job for job in await all_jobs(backend.log) if results.has_results(job)]
     found.sort(key=_order, reverse=order == "desc")
     if after is not None:
-        ids = [_order(item)[1] for item in found]
-        if after not in ids:
-            raise unknown_after(after, "file")
-        found = found[ids.index(after) + 1 :]
+        place = await _place_of(after, found, backend.log)
+        found = [item for item in found if (_order(item) > place if order == "asc" else _order(item) < place)]
     files: list[OpenAIFile] = []
     deadline = time.monotonic() + PAGE_S
     for item in found[:limit]:
@@ -196,6 +203,19 @@ def _order(item: File | FineTuningJob) -> tuple[int, str]:
     if isinstance(item, File):
         return item.created_at, item.id
     return results.created_at(item), results.file_id(item.job_id)
+
+
+async def _place_of(after: str, found: list[File | FineTuningJob], log: JobLog) -> tuple[int, str]:
+    """Where a page ends in the order of a list. One that was deleted since was made when its id was: of an upload in
+    parts, when that began. Raises RequestRefused for what can't be the id of a file."""
+    for item in found:
+        if (place := _order(item))[1] == after:
+            return place
+    if (made := ulid_time(after, "file-")) is not None:
+        return int(made), after
+    if (job := await results.job_of(log, after)) is not None:
+        return _order(job)
+    raise unknown_after(after, "file")
 
 
 def _expiry(form: Form) -> OpenAIExpiresAfter | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from ulid import ULID
 
+from events.ids import ulid_time
 from trainers.errors import UserError
 from trainers.webhooks.schema import connect
 
@@ -160,9 +161,17 @@ class WebhookStore:
         return _endpoint(self._endpoint_row(endpoint_id))
 
     def endpoints(self, limit: int, after: str | None) -> tuple[list[Endpoint], bool]:
-        """Up to `limit`, newest first, those older than `after`; and whether there are more. Raises UserError
-        `unknown_after`."""
-        before = self._number("SELECT number FROM endpoints WHERE id = ?", after, after)
+        """Up to `limit`, newest first, those older than `after`, which may have been deleted since if `new_endpoint_id`
+        made it; and whether there are more. Raises UserError `unknown_after`."""
+        if after is not None and (made := ulid_time(after, "we_")) is not None:
+            (before,) = self._one(
+                "SELECT coalesce((SELECT number FROM endpoints WHERE id = ?), "
+                "(SELECT max(number) + 1 FROM endpoints WHERE created_at < ?), 0)",
+                after,
+                made,
+            )
+        else:
+            before = self._number("SELECT number FROM endpoints WHERE id = ?", after, after)
         rows = self._db.execute(
             "SELECT * FROM endpoints WHERE number < ? ORDER BY number DESC LIMIT ?", (before, limit + 1)
         ).fetchall()

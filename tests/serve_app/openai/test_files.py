@@ -71,6 +71,27 @@ def test_a_raw_response_has_its_request_id(client: openai.OpenAI) -> None:
     assert raw.parse().bytes == len(ROWS)
 
 
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_the_next_page_comes_also_after_a_file_that_was_deleted_meanwhile(
+    client: openai.OpenAI, upload: Callable[..., Any], order: Any
+) -> None:
+    files = [upload().id for _ in range(4)]
+    expected = files if order == "asc" else files[::-1]
+    listed = []
+    for file in client.files.list(order=order, limit=1, purpose="fine-tune"):  # a page for each
+        if file.id in files:
+            listed.append(file.id)
+            client.files.delete(file.id)
+    assert listed == expected
+
+
+@pytest.mark.parametrize("after", ["file-x", "file-" + "Z" * 26, str(ULID()), f"file-results-ftjob-{ULID()}"])
+def test_what_is_no_id_of_a_file_ends_no_page(client: openai.OpenAI, after: str) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.files.list(after=after)
+    assert refused.value.code == "unknown_after"
+
+
 def test_a_download_that_broke_off_goes_on_where_it_was_and_has_the_file_s_name(
     client: openai.OpenAI, server: Server, upload: Callable[..., Any]
 ) -> None:

@@ -242,6 +242,17 @@ def test_a_request_that_is_wrong_is_a_400(client: openai.OpenAI, receiver: Recei
         client.post("/webhook_endpoints", body=good | changes, cast_to=httpx.Response)
 
 
+def test_the_next_page_comes_also_after_an_endpoint_that_was_deleted_meanwhile(
+    client: openai.OpenAI, receiver: Receiver
+) -> None:
+    made = [client.webhooks.create(name="x", url=receiver.url, event_types=TYPES).id for _ in range(3)]
+    listed = []
+    for endpoint in client.webhooks.list(limit=1):
+        listed.append(endpoint.id)
+        client.webhooks.delete(endpoint.id)
+    assert listed == made[::-1]
+
+
 def test_what_is_not_there_is_a_404(http: httpx.Client, endpoint: Any) -> None:
     for method, path in (
         ("GET", "/we_none"),
