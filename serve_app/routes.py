@@ -19,6 +19,7 @@ from events.log import LogUnavailable
 from serve_app.backend import Backend
 from serve_app.body import read_object
 from serve_app.delivery import Deliveries, digest_of, says_it_is_a_retry
+from serve_app.openai.tuned import checkpoint_of, directory_of
 from serve_app.openapi import documented, documented_stream, json_body
 from serve_app.pace import time_of
 from serve_app.streaming import Stream
@@ -99,16 +100,19 @@ async def submit(request: Request, backend: TheBackend, idempotency_key: Idempot
     f"{JOBS}/estimate",
     summary="Estimate what a job would take",
     openapi_extra=json_body(Config),
-    responses=documented(Estimate, "What the job would take.", 404, 413, 415, 422, 429),
+    responses=documented(Estimate, "What the job would take.", 404, 409, 413, 415, 422, 429),
 )
 async def estimate(request: Request, backend: TheBackend) -> Response:
     """Say what a job of this configuration would take. Nothing runs, and nothing is recorded.
 
     The rows of the data are read and tokenised (of a large file a sample: `sampled`), as the job's own validation does
     it, and what is wrong with them is answered with their line numbers. That takes seconds, a minute at most. A model
-    that isn't here yet is looked at without its weights.
+    that isn't here yet is looked at without its weights. `model` may also name a tuned model or a checkpoint, as POST
+    /v1/fine_tuning/jobs takes them.
     """
     document = await read_object(request, backend.settings.max_body_bytes)
+    if isinstance(name := document.get("model"), str) and (tuned := await checkpoint_of(backend.log, name)) is not None:
+        document["model"] = await directory_of(tuned)
     planned, resources = await _planned(backend, document)
     if planned.plan is None or resources is None or planned.problems:
         raise ConfigProblems(planned.problems)

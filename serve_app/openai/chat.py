@@ -25,7 +25,8 @@ from serve_app.openai.chat_objects import (
     OpenAIUsage,
     without_what_is_not_offered,
 )
-from serve_app.openai.models import source_of, unknown_model
+from serve_app.openai.models import source_of
+from serve_app.openai.tuned import unknown_model
 from serve_app.openapi import documented_events, json_body
 from serve_app.routes import TheBackend, parsed
 from serve_app.streaming import Stream

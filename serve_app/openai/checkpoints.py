@@ -16,7 +16,7 @@ from fastapi.responses import Response
 
 from serve_app.download import download
 from serve_app.errors import Answer, RequestRefused
-from serve_app.openai.models import Checkpoint, checkpoint_of, unknown_model
+from serve_app.openai.tuned import Checkpoint, checkpoint_of, unknown_model
 from serve_app.openapi import documented_bytes
 from serve_app.routes import TheBackend
 from trainers.errors import Problem

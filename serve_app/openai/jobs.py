@@ -11,9 +11,9 @@ from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.jobs import same_request
 from serve_app.openai import mapping, results, timeline
-from serve_app.openai.models import checkpoint_of, directory_of
 from serve_app.openai.objects import OpenAICheckpointList, OpenAIEventList, OpenAIJob, OpenAIJobList, OpenAIJobRequest
 from serve_app.openai.paging import After, Limit, page, unknown_after
+from serve_app.openai.tuned import checkpoint_of, directory_of
 from serve_app.openapi import documented, json_body
 from serve_app.routes import IdempotencyKey, TheBackend, begun, examined, made_before, received
 from trainers.errors import ConfigProblems

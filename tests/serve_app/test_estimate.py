@@ -198,6 +198,21 @@ def test_a_model_that_the_settings_do_not_suit_is_refused(http: httpx.Client, co
     assert answer.json()["error"]["code"] == "unsupported_for_model"
 
 
+def test_a_tuned_model_is_estimated_by_the_names_it_is_trained_by(
+    server: Server, http: httpx.Client, config: dict[str, Any]
+) -> None:
+    job_id = server.submit()
+    (directory,) = server.train(job_id, 3).values()
+    make_tiny_model(directory)
+    (checkpoint,) = http.get(f"/v1/fine_tuning/jobs/{job_id}/checkpoints").json()["data"]
+    expected = estimate(http, config | {"model": str(directory)})
+    for name in (checkpoint["id"], checkpoint["fine_tuned_model_checkpoint"]):
+        assert estimate(http, config | {"model": name}) == expected
+    model = checkpoint["fine_tuned_model_checkpoint"].removesuffix(":ckpt-step-3")
+    answer = http.post("/fine_tuning/jobs/estimate", json=config | {"model": model})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "job_not_succeeded")
+
+
 def test_the_parts_of_the_memory_add_up_and_are_held_against_what_there_is(
     http: httpx.Client, config: dict[str, Any]
 ) -> None:

@@ -1,0 +1,103 @@
+"""What the name of a tuned model, or the id of a checkpoint, stands for.
+
+A job's model has one name, the `fine_tuned_model` that both APIs show once it has succeeded. Each checkpoint has its
+`fine_tuned_model_checkpoint`, and its id.
+"""
+
+import asyncio
+import re
+from typing import NamedTuple
+
+from events.decide import Refused
+from events.facts import CheckpointSaved
+from events.job import FineTuningJob
+from serve_app.backend import JobLog
+from serve_app.errors import Answer, RequestRefused
+from serve_app.openai import mapping, results
+from trainers.resubmit import model_dir_of, step_of
+
+_TUNED = re.compile(r"ft:.*:([0-9A-Za-z]+?)(?::ckpt-step-(\d{1,12}))?")
+_CHECKPOINT = re.compile(r"ftckpt_([0-9A-Za-z]+)-(\d{1,12})")
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was on disk when the log was asked."""
+
+    job: FineTuningJob
+    uri: str
+
+    @property
+    def name(self) -> str:
+        """For files: the job and the step."""
+        return f"{self.job.job_id}-step-{step_of(self.uri)}"
+
+
+async def directory_of(found: Checkpoint) -> str:
+    """Where its model lies; of an adapter's, the merged one. Raises RequestRefused where it is there no more."""
+    return await asyncio.to_thread(_directory, found)
+
+
+async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
+    """What the name of a tuned model, or the id of a checkpoint, stands for; None for the name of another model.
+
+    Raises RequestRefused: 404 where there is no such job or checkpoint, 409 where the job has no model yet.
+    """
+    if (of_id := _CHECKPOINT.fullmatch(name)) is not None:
+        return await _by_id(log, name, of_id[1], int(of_id[2]))
+    if (of_name := _TUNED.fullmatch(name)) is None:
+        return None
+    job = await _job(log, of_name[1])
+    step = None if of_name[2] is None else int(of_name[2])
+    if job is None or mapping.model_name(job, step) != name:
+        raise unknown_model(f"there is no tuned model {name[:300]!a}; GET /v1/models lists those there are")
+    if step is not None:
+        uris = [uri for uri in job.checkpoints if step_of(uri) == step]
+        if not uris:
+            raise await _no_checkpoint(log, job, step)
+        return Checkpoint(job, uris[-1])
+    if job.status != "success":
+        message = f"job {job.job_id} is {mapping.status_of(job)}: its model has this name once it has succeeded"
+        if job.checkpoints:
+            message += f"; the last checkpoint is {mapping.model_name(job, step_of(job.checkpoints[-1]))}"
+        raise RequestRefused(Answer(409, "conflict_error", "job_not_succeeded", message, "model"))
+    if not job.checkpoints:
+        raise unknown_model(f"job {job.job_id} has kept no checkpoint")
+    return Checkpoint(job, job.checkpoints[-1])
+
+
+def _directory(found: Checkpoint) -> str:
+    directory = model_dir_of(found.uri)
+    if not directory.is_dir():
+        raise unknown_model(f"{found.name} is no longer in the storage directory", "checkpoint_deleted")
+    return str(directory)
+
+
+def unknown_model(message: str, code: str = "model_not_found") -> RequestRefused:
+    return RequestRefused(Answer(404, "not_found_error", code, message, "model"))
+
+
+async def _no_checkpoint(log: JobLog, job: FineTuningJob, step: int) -> RequestRefused:
+    async for recorded in results.history(log, job.job_id):
+        if isinstance(recorded.event, CheckpointSaved) and recorded.event.step == step:
+            return unknown_model(f"job {job.job_id} has deleted its checkpoint of step {step}", "checkpoint_deleted")
+    return unknown_model(f"job {job.job_id} has no checkpoint of step {step}")
+
+
+async def _by_id(log: JobLog, name: str, ulid: str, version: int) -> Checkpoint:
+    job = await _job(log, ulid)
+    found = await log.read(job.job_id, version - 1, 1) if job is not None else []
+    event = found[0].event if found and found[0].version == version else None
+    if job is None or not isinstance(event, CheckpointSaved):
+        raise unknown_model(f"there is no checkpoint {name}")
+    if event.uri not in job.checkpoints:
+        raise unknown_model(f"job {job.job_id} has deleted checkpoint {name}", "checkpoint_deleted")
+    return Checkpoint(job, event.uri)
+
+
+async def _job(log: JobLog, ulid: str) -> FineTuningJob | None:
+    try:
+        return await log.job(f"ftjob-{ulid}")
+    except Refused as refused:
+        if refused.code == "unknown_job":
+            return None
+        raise
