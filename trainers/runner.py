@@ -306,17 +306,16 @@ def latest_checkpoint(job: FineTuningJob) -> Path | None:
 
 
 def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
-    """Send the job back to the queue. Raises InfrastructureError when it has been interrupted as often as it may, or
+    """Send the job back to the queue. Raises InfrastructureError when it has been interrupted more often than it may, or
     Superseded."""
-    job = retrying(lambda: log.job(job.job_id))
-    tenure.check(job)
-    if job.interruptions >= job.max_restarts:
+    job = tenure.append(RunInterrupted(attempt=retrying(lambda: log.job(job.job_id)).attempt, reason=reason))
+    if job.interruptions > job.max_restarts:  # should this process end here, the dispatcher ends the job
         raise InfrastructureError(
             "interrupted_too_often",
-            f"{reason}; that was interruption {job.interruptions + 1}, and --max-restarts is {job.max_restarts}",
+            f"{reason}; that was interruption {job.interruptions}, and --max-restarts is {job.max_restarts}",
             suggestion=AGAIN,
         )
-    return tenure.append(RunInterrupted(attempt=job.attempt, reason=reason))
+    return job
 
 
 def _success(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> JobSucceeded:

@@ -78,3 +78,4 @@ def test_a_job_survives_as_many_interruptions_as_max_restarts_says(faults: Fault
         "interrupted_too_often",
         "infrastructure",
     )
+    assert job["interruptions"] == 1

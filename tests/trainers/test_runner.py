@@ -450,7 +450,8 @@ def test_a_hub_that_is_down_sends_a_job_back_to_the_queue_as_often_as_it_may_be_
     assert isinstance(outcome, JobFailed)
     assert (outcome.error.code, outcome.error.fault) == ("interrupted_too_often", "infrastructure")
     assert "acme/tiny could not be fetched" in outcome.error.message
-    assert retrying(lambda: runner.log.job("ftjob-1")).interruptions == 1
+    assert "that was interruption 2, and --max-restarts is 1" in outcome.error.message
+    assert retrying(lambda: runner.log.job("ftjob-1")).interruptions == 2
 
 
 def job_with(checkpoints: list[Path]) -> FineTuningJob:
