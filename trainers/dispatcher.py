@@ -74,6 +74,7 @@ class Dispatcher:
         self._settling = False
         self._draining_until = float("-inf")
         self._looks = 0
+        self._trouble: str | None = None  # what the last pass failed of
         self._at_work: list[str] = []  # jobs that trained or could begin to, at the last look
         self._failed: set[str] = set()  # jobs that this pass could not act on
         self._failures: dict[str, int] = {}  # passes in a row that could not, up to the last one
@@ -93,7 +94,7 @@ class Dispatcher:
         `DRAIN_LASTS_S`.
 
         Returns when no job runs any more, or when `timeout_s` have passed: the jobs that still run then. A later
-        dispatcher takes all of them up again.
+        dispatcher takes all of them up again. Raises LogUnavailable where no pass could tell in that time.
         """
         self._draining_until = time.monotonic() + DRAIN_LASTS_S
         deadline = time.monotonic() + timeout_s
@@ -101,7 +102,9 @@ class Dispatcher:
         while time.monotonic() < deadline:
             await asyncio.sleep(SETTLING_TICK_S)
             if self._looks > looked + 1 and not self._at_work:  # a whole pass began after this call
-                break
+                return []
+        if not self._at_work:
+            raise LogUnavailable(f"nobody knows what runs: {self._trouble or 'no pass has come to its end'}")
         return self._at_work
 
     @property
@@ -117,11 +120,13 @@ class Dispatcher:
         while True:
             try:
                 await self.reconcile()
+                self._trouble = None
                 await asyncio.sleep(BETWEEN_PASSES_S)
                 await self._wait_for_news()
             except asyncio.CancelledError:
                 raise
-            except Exception:
+            except Exception as error:
+                self._trouble = str(error) or type(error).__name__
                 logger.exception("dispatcher pass failed; the next one follows in %s s", TICK_S)
                 await asyncio.sleep(TICK_S)
 

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from events.actors import NAMESPACE
 from trainers.dispatcher_actor import NAME
@@ -15,14 +15,23 @@ ANSWER_S = 15.0
 def drain(timeout_s: float) -> int:
     """Drain the service of the cluster that was joined; nothing starts for ten minutes then, unless it is restarted.
 
-    Returns 0 when no job runs any more, 1 when some still do after `timeout_s`: those go on from their last checkpoint.
+    Returns 0 when no job runs any more, 1 when some still do after `timeout_s`, or may: those go on from their last
+    checkpoint.
     """
     try:
         dispatcher: Any = ray.get_actor(NAME, NAMESPACE)
-        running: list[str] = ray.get(dispatcher.drain.remote(timeout_s), timeout=timeout_s + ANSWER_S)
     except ValueError:
         return _say("there is no dispatcher on this cluster: nothing runs", 0)
-    except (GetTimeoutError, RayActorError) as error:
+    call = dispatcher.drain.remote(timeout_s)
+    try:
+        running: list[str] = ray.get(call, timeout=timeout_s + ANSWER_S)
+    except GetTimeoutError:
+        ray.cancel(call)  # else it would begin whenever the dispatcher can, and nothing would start for ten minutes
+        told = "it hangs, or has just been started and can't reach the event log"
+        return _say(f"the dispatcher does not answer: {told}; jobs that run go on from their last checkpoint", 1)
+    except RayTaskError as error:
+        return _say(f"{error.cause}; jobs that run go on from their last checkpoint", 1)
+    except RayActorError as error:
         return _say(f"the dispatcher does not answer: {error}", 1)
     if running:
         return _say(f"after {timeout_s:g} s these still run: {' '.join(running)}", 1)

@@ -306,7 +306,7 @@ def latest_checkpoint(job: FineTuningJob) -> Path | None:
 
 
 def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
-    """Send the job back to the queue. Raises InfrastructureError when it has been interrupted more often than it may, or
+    """Send the job back to the queue. Raises InfrastructureError once it was interrupted more often than it may, or
     Superseded."""
     job = tenure.append(RunInterrupted(attempt=retrying(lambda: log.job(job.job_id)).attempt, reason=reason))
     if job.interruptions > job.max_restarts:  # should this process end here, the dispatcher ends the job

@@ -18,6 +18,7 @@ from events.actors import EVENT_LOG, NAMESPACE, Handles, blocking
 from tests.named_actors import EndedWhileLookedUp
 from tests.waiting import WAIT_S, eventually
 from trainers.dispatcher_actor import NAME, DispatcherActor, DispatcherClient, start_dispatcher
+from trainers.drain import drain
 from trainers.errors import UserError
 from trainers.settings import Settings
 from trainers.webhooks.client import WebhooksClient
@@ -97,6 +98,43 @@ def test_a_dispatcher_that_starts_again_without_its_log_waits_for_it_and_goes_on
             eventually(started.exists, WAIT_S, lambda: "nobody starts the log")
     assert ray.get(actor.deployed_at.remote(), timeout=WAIT_S) == FIRST
     assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != pid
+
+
+def test_a_drain_that_a_dispatcher_without_its_log_does_not_answer_fails_and_does_not_begin_later(
+    deploys: Deploys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actor = start_dispatcher(deploys.new, FIRST)
+    pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    monkeypatch.setattr("trainers.drain.ANSWER_S", 1.0)
+    with log_away(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not psutil.pid_exists(pid), WAIT_S, lambda: "the dispatcher goes on")
+        assert drain(0.5) == 1
+    assert "the dispatcher does not answer" in capsys.readouterr().err
+
+    def looks_and_drains() -> tuple[int, bool]:
+        told: tuple[int, bool] = ray.get(
+            actor.__ray_call__.remote(lambda self: (self._dispatcher._looks, self._dispatcher._draining))
+        )
+        return told
+
+    eventually(lambda: looks_and_drains()[0] > 2, WAIT_S, lambda: "it makes no pass")
+    assert not looks_and_drains()[1]
+
+
+def test_a_drain_says_why_the_dispatcher_can_not_tell_what_runs(
+    deploys: Deploys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actor = start_dispatcher(deploys.new, FIRST)
+    eventually(lambda: drain(5) == 0, WAIT_S, lambda: "the dispatcher makes no pass")
+    with log_away(tmp_path):
+
+        def failing() -> bool:
+            return bool(ray.get(actor.__ray_call__.remote(lambda self: self._dispatcher._trouble is not None)))
+
+        eventually(failing, WAIT_S, lambda: "the dispatcher doesn't notice")
+        assert drain(0.5) == 1
+    assert "tunewright: nobody knows what runs: tunewright-event-log" in capsys.readouterr().err
 
 
 def test_neither_an_earlier_deploy_nor_a_command_line_replaces_the_dispatcher(

@@ -2,7 +2,10 @@
 
 import asyncio
 
+import pytest
+
 from events.facts import CancelRequested, JobResumed, PauseRequested
+from events.log import LiveJobs, LogUnavailable
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import World, in_world
 from trainers.dispatcher import Dispatcher
@@ -200,6 +203,22 @@ async def test_a_drain_names_the_jobs_that_did_not_stop_in_time(world: World) ->
     job_id = await world.running()
     passes = asyncio.create_task(passing(world))
     assert await world.dispatcher.drain(timeout_s=0.5) == [job_id]
+    passes.cancel()
+
+
+@in_world
+async def test_a_drain_that_can_not_know_what_runs_does_not_say_that_nothing_does(world: World) -> None:
+    """A dispatcher that was just restarted, and whose log is away."""
+    await world.running()
+
+    async def away() -> LiveJobs:
+        raise LogUnavailable("the event log does not answer")
+
+    world.log.live_jobs = away  # type: ignore[method-assign]
+    after = world.another_dispatcher()
+    passes = asyncio.create_task(after.run())
+    with pytest.raises(LogUnavailable, match="nobody knows what runs: the event log does not answer"):
+        await after.drain(timeout_s=0.5)
     passes.cancel()
 
 
