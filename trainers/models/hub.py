@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from events.disk import sync_path
 from trainers.errors import InfrastructureError, JobProblem, UserError, storage_full, without_secrets
 from trainers.models.cache import make_once
 from trainers.models.model_files import incomplete
@@ -81,6 +82,9 @@ def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
 def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Log, *, weights: bool) -> None:
     for begun in partial.glob(".cache/**/*.incomplete"):  # of a process that was killed: each begins anew
         begun.unlink()
+    for name, size in files.items():  # huggingface_hub syncs no file: a power cut may have left one with its name only
+        if (partial / name).is_file() and (partial / name).stat().st_size != size:
+            (partial / name).unlink()
     names = choose_files(files, partial, lambda name: _get(repo, commit, [name], partial), f"{repo} at {commit}")
     names = [name for name in names if weights or not name.endswith(".safetensors")]
     started = time.monotonic()
@@ -112,6 +116,7 @@ def _remember(path: Path, commit: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.write_text(f"{commit}\n")
+    sync_path(new)
     new.replace(path)
 
 

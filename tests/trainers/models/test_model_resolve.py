@@ -1,10 +1,12 @@
 """From the name of a model to a directory: every kind of name, every way it can fail."""
 
+import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
-from huggingface_hub._local_folder import get_local_download_paths
+from huggingface_hub._local_folder import get_local_download_paths, write_download_metadata
 
 from tests.ports import free_ports
 from tests.power_cut import PowerCut
@@ -308,6 +310,34 @@ def test_what_a_killed_download_had_of_a_file_is_deleted_before_there_is_a_secon
     hub.closed = "not now"
     assert failure("acme/tiny", settings).error.code == "model_access_denied"
     assert not begun.exists()
+
+
+def test_a_file_that_a_power_cut_has_left_empty_is_fetched_again(
+    tmp_path: Path, settings: Settings, hub: SmallHub
+) -> None:
+    """huggingface_hub renames what it has downloaded, and takes the name for the whole file from then on."""
+    source = make_tiny_model(tmp_path / "source")
+    commit = hub.add("acme/tiny", source)
+    partial = settings.model_cache / "hub" / "acme--tiny" / f".{commit}.partial"
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        write_download_metadata(partial, name, commit, "etag")
+        shutil.copyfile(source / name, partial / name)
+    for name in ("model.safetensors", "config.json"):
+        os.truncate(partial / name, 0)
+    model = resolve_model("acme/tiny", settings, print)
+    assert [(model / file.name).read_bytes() == file.read_bytes() for file in source.iterdir()].count(False) == 0
+    assert "tokenizer.json" not in hub.downloads()
+
+
+def test_what_a_branch_meant_last_outlasts_a_power_cut(
+    tmp_path: Path, settings: Settings, hub: SmallHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    power_cut = PowerCut(monkeypatch)
+    resolve_model("acme/tiny", settings, print)
+    remembered = settings.model_cache / "hub" / "acme--tiny" / "refs" / "main"
+    assert remembered.read_text().strip() == commit
+    assert power_cut.leaves_content(remembered)
 
 
 def test_the_demo_alias_means_the_installed_package(
