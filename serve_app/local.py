@@ -33,6 +33,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from events.sqlite import LOG_FILE, lock
+from events.store import StoreLockedError
 from trainers.settings import InvalidSettingsError, misspelled, settings
 
 HERE = Path(__file__).parent
@@ -47,6 +49,10 @@ _http = httpx.Client(trust_env=False)  # loopback must not go through a proxy
 
 class ServiceError(RuntimeError):
     """The service did not come up. The message ends with the log lines that say why."""
+
+
+class CannotStartError(ServiceError):
+    """What it was told to start with can't be; nothing was started."""
 
 
 class LocalService:
@@ -98,7 +104,7 @@ class LocalService:
     def start(self) -> Self:
         """Returns once GET /healthz answers 200. Raises ServiceError; nothing is left running then."""
         try:
-            self._make_storage()
+            _take_storage(self.storage)
             _require_free(self._http_port, self._dashboard_port)
             self._start_head()
             self._deploy()
@@ -204,12 +210,6 @@ class LocalService:
             token.chmod(0o600)
             env["RAY_AUTH_TOKEN_PATH"] = str(token)
         return env
-
-    def _make_storage(self) -> None:
-        try:
-            self.storage.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ServiceError(f"the storage directory {self.storage} can't be made: {error.strerror}") from error
 
     def _start_head(self) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
@@ -331,16 +331,48 @@ def _free_block(size: int) -> int:
     return next(start for start in starts if all(_is_free(port) for port in range(start, start + size)))
 
 
+def _take_storage(storage: Path) -> None:
+    """Makes the directory where there is none. Raises CannotStartError where none can be, or a service works in it."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while True:
+        try:
+            storage.mkdir(parents=True, exist_ok=True)
+            os.close(lock(storage / f"{LOG_FILE}.lock"))
+        except StoreLockedError as error:
+            if time.monotonic() < deadline:  # the one before may just be ending
+                time.sleep(0.1)
+                continue
+            pid = _service_on(storage)
+            stop = f"with 'kill {pid}', or Ctrl-C in its terminal" if pid else "(if it is 'make serve', with Ctrl-C)"
+            raise CannotStartError(
+                f"another service is running in {storage}: stop it {stop}, "
+                "or set TUNEWRIGHT_STORAGE to another directory"
+            ) from error
+        except OSError as error:
+            raise CannotStartError(f"the storage directory {storage} can't be made: {error.strerror}") from error
+        return
+
+
+def _service_on(storage: Path) -> int | None:
+    """The process of a LocalService that works in a directory, or its Ray head's where only that is left."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            is_head = "--head" in process.cmdline() and "RAY_TMPDIR" in process.environ()
+            if is_head and process.environ().get("TUNEWRIGHT_STORAGE") == str(storage):
+                starter = process.parent()
+                return starter.pid if starter and "serve_app.local" in starter.cmdline() else process.pid
+    return None
+
+
 def _require_free(*ports: int) -> None:
     if len(set(ports)) < len(ports):
-        raise ServiceError(
+        raise CannotStartError(
             f"the API and the dashboard can't both have port {ports[0]}: choose another one for one of them"
         )
     taken = [port for port in ports if not _is_free(port)]
     if taken:
-        raise ServiceError(
-            f"port {', '.join(map(str, taken))} is in use: stop what listens there, or choose another port"
-        )
+        ports_taken = ", ".join(map(str, taken))
+        raise CannotStartError(f"port {ports_taken} is in use: stop what listens there, or choose another port")
 
 
 def port(given: str) -> int:
@@ -381,6 +413,9 @@ def main() -> int:
         )
         with contextlib.suppress(KeyboardInterrupt):
             service.drain()
+    except CannotStartError as error:
+        console.print(f"[red]The service can't start:[/red] {escape(str(error))}", soft_wrap=True)
+        return 2
     except ServiceError as error:
         console.print(f"[red]The service failed:[/red] {escape(str(error))}", soft_wrap=True)
         return 1

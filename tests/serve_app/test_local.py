@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from events.sqlite import LOG_FILE, lock
 from serve_app.local import LocalService, ServiceError, main
+
+
+def make_serve(storage: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serve_app.local"],
+        env={**os.environ, "TUNEWRIGHT_STORAGE": str(storage)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def test_a_storage_that_can_not_be_is_named_to_the_letter(tmp_path: Path) -> None:
@@ -15,12 +23,22 @@ def test_a_storage_that_can_not_be_is_named_to_the_letter(tmp_path: Path) -> Non
     storage = tmp_path / "jobs[" / "old]"
     storage.parent.mkdir()
     storage.touch()
-    done = subprocess.run(
-        [sys.executable, "-m", "serve_app.local"],
-        env={**os.environ, "TUNEWRIGHT_STORAGE": str(storage)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout == f"The service failed: the storage directory {storage} can't be made: File exists\n"
+    done = make_serve(storage)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout == f"The service can't start: the storage directory {storage} can't be made: File exists\n"
+
+
+def test_a_storage_that_another_service_works_in_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    held = lock(tmp_path / f"{LOG_FILE}.lock")
+    try:
+        done = make_serve(tmp_path)
+    finally:
+        os.close(held)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout == (
+        f"The service can't start: another service is running in {tmp_path}: stop it (if it is 'make serve', "
+        "with Ctrl-C), or set TUNEWRIGHT_STORAGE to another directory\n"
+    )
 
 
 @pytest.mark.parametrize("port", ["70000", "0"])

@@ -85,6 +85,11 @@ def test_a_service_that_is_told_to_end_ends_at_checkpoints_and_goes_on_after_its
                 port = its_env[f"RAY_SERVE_HAPROXY_{name}_PORT"]
                 assert httpx.get(f"http://127.0.0.1:{port}/{path}", trust_env=False).is_success
 
+            second = [sys.executable, "-m", "serve_app.local"]
+            refused = subprocess.run(second, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+            assert refused.returncode == 2
+            assert f"another service is running in {storage}: stop it with 'kill {process.pid}'" in refused.stdout
+
             job_id = before.submit(before.config(fine_tuning_options=FP32, overrides="--max-restarts 0"))
             before.until(job_id, lambda job: step_of(job) > 0)
             processes = psutil.Process(process.pid).children(recursive=True)
