@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import ray
 from ray._private import state as ray_state  # free resources by node and the autoscaler's groups are not public
+from ray._private.services import get_webui_url_from_internal_kv
 from ray._raylet import PlacementGroupID
 from ray.dashboard.modules.job.common import JOB_ACTOR_NAME_TEMPLATE, SUPERVISOR_ACTOR_RAY_NAMESPACE
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -90,7 +91,8 @@ class Cluster:
 
     @cached_property
     def _jobs(self) -> JobSubmissionClient:
-        return _Jobs(f"http://{_untyped(ray._private.worker).get_dashboard_url()}")
+        # Not `get_dashboard_url`: in an actor that is Ray's default port, wherever the dashboard listens (Ray 2.60).
+        return _Jobs(f"http://{_untyped(get_webui_url_from_internal_kv)()}")
 
     def capacity(self) -> Capacity:
         """Totals and free resources of the alive nodes, and what the autoscaler may add. A node that is being drained

@@ -66,7 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
 def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
     server = Dashboard()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("ray._private.worker.get_dashboard_url", lambda: f"127.0.0.1:{server.server_port}")
+    there = f"127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("trainers.cluster.get_webui_url_from_internal_kv", lambda: there)
     yield server
     server.over.set()
     server.shutdown()

@@ -15,8 +15,10 @@ import ray
 from ray.exceptions import RayActorError
 
 from events.actors import EVENT_LOG, NAMESPACE, Handles, blocking
+from tests.conftest import RayCluster
 from tests.named_actors import EndedWhileLookedUp
 from tests.waiting import WAIT_S, eventually
+from trainers.cluster import Cluster, Runner
 from trainers.dispatcher_actor import NAME, DispatcherActor, DispatcherClient, start_dispatcher
 from trainers.drain import drain
 from trainers.errors import UserError
@@ -219,3 +221,15 @@ def test_callers_who_give_up_on_a_dispatcher_that_is_being_started_leave_one_thr
         assert await client.call("whys") == {}
 
     asyncio.run(scenario())
+
+
+def test_the_dispatcher_finds_the_dashboard_wherever_it_listens_also_where_no_variable_names_the_cluster(
+    ray_cluster: RayCluster,
+) -> None:
+    """RAY_ADDRESS is what Ray's client of the dashboard goes by; the shell of `ray start --head` has none."""
+
+    @ray.remote(num_cpus=0, runtime_env={"env_vars": {"RAY_ADDRESS": ""}})
+    def runner() -> Runner:
+        return Cluster().runner("ftjob-unknown")
+
+    assert ray.get(runner.remote()).state == "absent"
