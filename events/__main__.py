@@ -50,16 +50,13 @@ class _Service:
         from events.actors import EVENT_LOG, NAMESPACE, StorageMismatchError, blocking, connect
 
         try:
-            ray.get_actor(EVENT_LOG, NAMESPACE)
-        except ValueError as error:
+            ray.get_actor(EVENT_LOG, NAMESPACE)  # `connect` would start one
+            self._log = connect(storage).log
+        except (ValueError, StorageMismatchError) as error:
             raise LogUnavailable(
                 f"{storage}/events.db is in use, but not by the Ray cluster that was found: set RAY_ADDRESS to the "
                 f"service's, as HOST:PORT ({error})"
             ) from error
-        try:
-            self._log = connect(storage).log
-        except StorageMismatchError as error:
-            raise LogUnavailable(str(error)) from error
         self._wait = blocking
 
     def read_all(self, after_position: int) -> list[Recorded]:

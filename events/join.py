@@ -16,11 +16,13 @@ _SETTINGS = {
 def join_cluster() -> None:
     """Joins the cluster at RAY_ADDRESS, or the one that this machine has started last.
 
-    Raises ConnectionError, after some seconds, where no cluster answers or the address is none.
+    Raises ConnectionError, after some seconds, where no cluster answers, the address is none, or there is no token
+    where RAY_AUTH_MODE asks for one.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
+    from ray.exceptions import AuthenticationError
 
     from events.actors import NAMESPACE
 
@@ -28,6 +30,11 @@ def join_cluster() -> None:
         return
     try:
         ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError) as error:
-        message = f"{str(error).rstrip('.')}; set RAY_ADDRESS to that of the service's cluster, as HOST:PORT"
+    except AuthenticationError as error:
+        raise ConnectionError(str(error)) from error
+    except (ConnectionError, ValueError) as error:  # also where the cluster takes no call without its token
+        message = (
+            f"{str(error).rstrip('.')}; set RAY_ADDRESS to that of the service's cluster, as HOST:PORT, "
+            "and RAY_AUTH_MODE=token where it was started with that"
+        )
         raise ConnectionError(message) from error

@@ -198,3 +198,29 @@ def test_a_cluster_that_does_not_answer_is_given_up_within_seconds(file: Path) -
     assert done.returncode == 1
     assert f"{file} is in use, and no Ray cluster answers" in done.stderr
     assert "set RAY_ADDRESS to that of the service's cluster, as HOST:PORT" in done.stderr
+
+
+def test_a_command_without_the_token_that_its_cluster_asks_for_says_so(file: Path, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    with closing(SqliteStore(file)):
+        done = subprocess.run(
+            [sys.executable, "-m", "events", "inspect", "a"],
+            env=env | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"{file} is in use, and no Ray cluster can be asked" in done.stderr
+    assert "no authentication token was found" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("handles")  # the cluster's log is in tmp_path
+def test_a_cluster_that_keeps_another_log_is_not_asked_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setenv("TUNEWRIGHT_STORAGE", str(elsewhere))
+    with closing(SqliteStore(elsewhere / "events.db")):
+        assert main(["export"]) == 1
+    said = capsys.readouterr().err
+    assert f"{elsewhere}/events.db is in use, but not by the Ray cluster found: set RAY_ADDRESS" in said
+    assert f"keeps its jobs in {tmp_path}, not in {elsewhere}" in said
