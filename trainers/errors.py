@@ -3,6 +3,8 @@
 import errno
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -96,6 +98,7 @@ class InfrastructureError(JobProblem):
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -117,6 +120,34 @@ def storage_full(error: BaseException) -> InfrastructureError | None:
         suggestion="once there is room in TUNEWRIGHT_STORAGE, go on from the job's last checkpoint with "
         "/fine_tuning/jobs/resubmit, or submit it again",
     )
+
+
+def storage_away(error: BaseException) -> bool:
+    """Whether it says that a disk, or the network to it, doesn't work just now."""
+    return errno_of(error) in _AWAY
+
+
+def storage_problem(error: BaseException) -> InfrastructureError | None:
+    """The problem that `error` is a sign of, where the storage is to blame; None: it says something else."""
+    if not storage_away(error):
+        return storage_full(error)
+    return InfrastructureError(
+        "storage_unreachable",
+        f"the storage can't be read or written: {error}",
+        suggestion="have the disk of TUNEWRIGHT_STORAGE checked; once it works, submit the job again, or go on from "
+        "its last checkpoint with /fine_tuning/jobs/resubmit",
+    )
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Makes a `storage_problem` of an OSError that is one."""
+    try:
+        yield
+    except OSError as error:
+        if (problem := storage_problem(error)) is None:
+            raise
+        raise problem from error
 
 
 def memory_short(error: BaseException) -> bool:

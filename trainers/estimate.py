@@ -30,7 +30,7 @@ from trainers.data.dataset import MASK_TYPE, TOKEN_TYPE
 from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
 from trainers.data.prepare import NO_END, DataInvalid, Tally, bad_lines, hardly_meant, judge
 from trainers.data.source import check_data_uri, data_size, open_lines
-from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError
+from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError, storage_errors
 from trainers.fitting import MARGIN, recomputing_if_needed
 from trainers.memory import Memory, memory_of
 from trainers.models.architecture import Architecture, inspect_model_dir
@@ -244,7 +244,8 @@ def main() -> None:
 def answer(asked: Asked, settings: Settings) -> Answer:
     """What the process finds out."""
     try:
-        return Answer(found=_find(asked, settings))
+        with storage_errors():
+            return Answer(found=_find(asked, settings))
     except ConfigProblems as refused:
         return Answer(problems=[(problem.param, problem.message, problem.code) for problem in refused.problems])
     except JobProblem as problem:

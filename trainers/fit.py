@@ -4,7 +4,6 @@ Ray Train is not asked to restart anything (max_failures=0). It would restart ev
 user's ends the job, and a lost worker sends it back to the queue, where it is admitted and resumed like any other job.
 """
 
-import errno
 from pathlib import Path
 
 import ray.exceptions
@@ -20,7 +19,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from events.facts import Resources
 from events.log import LogUnavailable
 from trainers.controller import Trainer, take_over_runs
-from trainers.errors import REPORT, CapacityError, InfrastructureError, JobProblem, errno_of, storage_full
+from trainers.errors import REPORT, CapacityError, InfrastructureError, JobProblem, storage_away, storage_full
 from trainers.reporting import Paused
 from trainers.tenure import Superseded
 from trainers.worker import FINISHED, PAUSED, Assignment, train_worker
@@ -104,7 +103,7 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
             return Interrupted(f"rank {rank} could not reach the log for too long: {_first_line(cause)}")
         if _lost_device(cause):
             return Interrupted(f"rank {rank} lost its GPU: {_first_line(cause)}")
-        if errno_of(cause) in _STORAGE_AWAY:
+        if storage_away(cause):
             return Interrupted(f"rank {rank} could not reach the storage: {_first_line(cause)}")
     # Of a worker that died with its node Ray may know nothing yet when the others have noticed.
     rank, cause = next((one for one in causes.items() if not _lost_connection(one[1])), next(iter(causes.items())))
@@ -120,7 +119,6 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
     return problem.placed(rank=rank)
 
 
-_STORAGE_AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN)
 _DEATHS = (ray.exceptions.RayActorError, WorkerHealthCheckTimeoutError)
 
 

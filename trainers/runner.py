@@ -48,7 +48,8 @@ from trainers.errors import (
     InfrastructureError,
     JobProblem,
     UserError,
-    storage_full,
+    storage_away,
+    storage_problem,
     write_details,
 )
 from trainers.fitting import check_memory, recomputing_if_needed, surely_fits
@@ -103,7 +104,8 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
     pause, and stands at a checkpoint, or it is being cancelled (the dispatcher records either once this process is
     gone), or it is another runner's by now.
 
-    The one place where any exception becomes an outcome; but for LogUnavailable, after which none could be recorded.
+    The one place where any exception becomes an outcome; but for LogUnavailable, after which none could be recorded,
+    and for a disk that fails a job whose data is ready.
     """
     job_dir = settings.job_dir(job.job_id)
     try:
@@ -131,8 +133,10 @@ def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: 
         return _failure(job, job_dir, problem.error, str(problem), problem.report)
     except JobProblem as problem:
         return _failure(job, job_dir, problem.error, traceback.format_exc())
-    except Exception as error:  # noqa: BLE001  -- whatever it is, the job must end with it and not hang
-        cause = storage_full(error) or InfrastructureError(
+    except Exception as error:
+        if job.data is not None and storage_away(error):
+            raise  # an interruption: the dispatcher counts it, and starts another runner
+        cause = storage_problem(error) or InfrastructureError(
             "internal_error", f"{type(error).__name__}: {error}", suggestion=REPORT, retryable=False
         )
         return _failure(job, job_dir, cause.error, traceback.format_exc())

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from events.config import Config
+from tests.full_disk import full_disk
 from tests.small_hub import small_hub
 from tests.tiny_models import make_tiny_model
 from tests.trainers.data.templates import QWQ
@@ -18,6 +19,7 @@ from trainers.data.chat import ChatTokenizer
 from trainers.data.prepare import NO_END
 from trainers.errors import ConfigProblems, InfrastructureError
 from trainers.estimate import Asked, Estimator, answer, read_sample
+from trainers.models import resolve
 from trainers.plan import Plan, make_plan
 from trainers.settings import Settings
 
@@ -164,6 +166,18 @@ def test_a_model_of_the_hub_is_looked_at_without_its_weights(
         assert found.found is not None
         assert found.found.memory == answer(Asked(plan=plan(settings), device="cpu"), settings).result().memory
         assert not any(name.endswith(".safetensors") for name in hub.downloads())
+
+
+def test_a_disk_that_is_full_ends_an_estimate_by_the_storage_s_fault(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model's, which is converted into the cache."""
+    monkeypatch.setattr(resolve.smollm2, "convert", lambda _, out: (out / "config.json").write_text(100 * " "))
+    asked = plan(settings).model_copy(update={"model": "smollm2-135m-instruct"})
+    with full_disk():
+        error = answer(Asked(plan=asked, device="cpu"), settings).error
+    assert error is not None
+    assert (error.code, error.fault) == ("storage_full", "infrastructure")
 
 
 def test_what_a_worker_has_memory_for_is_not_computed_again(settings: Settings) -> None:

@@ -351,6 +351,27 @@ def test_a_job_whose_data_finds_no_room_fails_by_the_storage_s_fault(
     assert (outcome.error.code, outcome.error.fault) == ("storage_full", "infrastructure")
 
 
+def test_a_disk_that_fails_ends_a_job_that_has_done_nothing_yet_and_interrupts_one_whose_data_is_ready(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.runner.Cluster", InMemoryCluster)
+    job, _ = runner.submit("ftjob-1")
+    report = runner.data(job) / "report.json"
+    report.parent.mkdir(parents=True)
+    report.symlink_to("/proc/self/mem")  # reading it is an EIO
+    outcome = runner.outcome(job)
+    assert isinstance(outcome, JobFailed)
+    assert (outcome.error.code, outcome.error.fault) == ("storage_unreachable", "infrastructure")
+    shutil.rmtree(report.parent)
+    job = runner.make_ready(*runner.submit("ftjob-2"))
+    report = runner.data(job) / "report.json"
+    report.unlink()
+    report.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        runner.outcome(job)
+    assert not (runner.settings.job_dir("ftjob-2") / "error.txt").exists()
+
+
 class LogToAdmit(EventLog):
     """Of a job that is admitted whenever it waits, `times` in all; then it is away. `before` each something happens."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from events.disk import sync_path, sync_tree
+from trainers.errors import storage_errors
 
 
 def make_once(final: Path, make: Callable[[Path], None], log: Callable[[str], None]) -> Path:
@@ -15,9 +16,17 @@ def make_once(final: Path, make: Callable[[Path], None], log: Callable[[str], No
     `make(partial)` fills a directory beside it, which is then renamed. Only one process makes it at a time; others
     wait, and say so. What an attempt that died has left is handed to the next one, so downloads go on where they
     stopped; `make` must cope with it.
+
+    Raises InfrastructureError `storage_full` or `storage_unreachable`, and what `make` does.
     """
     if final.is_dir():
         return final
+    with storage_errors():
+        _make(final, make, log)
+    return final
+
+
+def _make(final: Path, make: Callable[[Path], None], log: Callable[[str], None]) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file(final), mode=0o644)
     try:
@@ -35,7 +44,6 @@ def make_once(final: Path, make: Callable[[Path], None], log: Callable[[str], No
             sync_path(final.parent)
     finally:
         lock.release()
-    return final
 
 
 def lock_file(final: Path) -> Path:

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from events.disk import sync_path
-from trainers.errors import InfrastructureError, JobProblem, UserError, storage_full, without_secrets
+from trainers.errors import (
+    InfrastructureError,
+    JobProblem,
+    UserError,
+    storage_errors,
+    storage_full,
+    without_secrets,
+)
 from trainers.models.cache import make_once
 from trainers.models.model_files import incomplete
 from trainers.models.names import HubModel
@@ -41,7 +48,7 @@ def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True
     it is cached, and `log` says so. An architecture that can't be trained is refused before its weights are fetched.
 
     Raises UserError `invalid_value`, `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
-    InfrastructureError `hub_unreachable` or `storage_full`.
+    InfrastructureError `hub_unreachable`, `storage_full` or `storage_unreachable`.
     """
     home = cache_dir / "hub" / model.repo.replace("/", "--")
     remembered = home / "refs" / model.revision.replace("/", "--")
@@ -113,11 +120,12 @@ def _endpoint() -> str | None:
 def _remember(path: Path, commit: str) -> None:
     if path.is_file() and path.read_text().strip() == commit:
         return  # a model that is cached needs no room on the disk
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(f"{commit}\n")
-    sync_path(new)
-    new.replace(path)
+    with storage_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_text(f"{commit}\n")
+        sync_path(new)
+        new.replace(path)
 
 
 @contextmanager

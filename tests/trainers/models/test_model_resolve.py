@@ -1,5 +1,6 @@
 """From the name of a model to a directory: every kind of name, every way it can fail."""
 
+import errno
 import os
 import shutil
 import threading
@@ -403,6 +404,18 @@ def test_a_power_cut_leaves_nothing_incomplete_of_that_name(tmp_path: Path, monk
 
     monkeypatch.setattr(Path, "rename", renaming)
     assert power_cut.leaves(make_once(tmp_path / "model", make, print))
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "storage_full"), (errno.EIO, "storage_unreachable")])
+def test_a_disk_that_is_full_or_fails_while_it_is_made_is_the_operator_s(
+    tmp_path: Path, number: int, code: str
+) -> None:
+    def make(partial: Path) -> None:
+        raise OSError(number, os.strerror(number), str(partial))
+
+    with pytest.raises(InfrastructureError, match=os.strerror(number)) as caught:
+        make_once(tmp_path / "model", make, print)
+    assert (caught.value.error.code, caught.value.error.retryable) == (code, True)
 
 
 def test_what_could_not_be_made_has_no_name(tmp_path: Path) -> None:
