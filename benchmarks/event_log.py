@@ -28,7 +28,7 @@ import ray
 
 from benchmarks.report import table, write_section
 from benchmarks.service import machine
-from events.actors import EventLogClient, blocking, collect_rarely, connect
+from events.actors import AnyLog, EventLogClient, blocking, collect_rarely, connect
 from events.codec import encode
 from events.facts import (
     DataReport,
@@ -104,7 +104,7 @@ async def appends(file: Path, writers: int, at_once: int, seconds: float) -> Spe
     return speed(latencies, len(latencies) * at_once, elapsed, cpu)
 
 
-async def running_jobs(log: EventLog | EventLogClient, count: int) -> list[str]:
+async def running_jobs(log: AnyLog, count: int) -> list[str]:
     """Their ids."""
     job_ids = [new_job_id() for _ in range(count)]
     for job_id in job_ids:
@@ -113,7 +113,7 @@ async def running_jobs(log: EventLog | EventLogClient, count: int) -> list[str]:
     return job_ids
 
 
-async def write(log: EventLog | EventLogClient, job_ids: Sequence[str], at_once: int, seconds: float) -> list[float]:
+async def write(log: AnyLog, job_ids: Sequence[str], at_once: int, seconds: float) -> list[float]:
     """A writer for each job. How long each append took, in seconds."""
     latencies: list[float] = []
     end = time.perf_counter() + seconds

@@ -243,6 +243,10 @@ class EventLogClient(_Client):
         await self._call("backup", file, wait_s=_BACKUP_S)
 
 
+AnyLog = EventLog | EventLogClient
+"""The log itself, or its handle: what takes either can be tested without Ray."""
+
+
 class LogQueueClient(_Client):
     """`LogQueue`'s methods, in the actor. They raise what it raises, and LogUnavailable."""
 

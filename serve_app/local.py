@@ -360,7 +360,7 @@ def _service_on(storage: Path) -> int | None:
             is_head = "--head" in process.cmdline() and "RAY_TMPDIR" in process.environ()
             if is_head and process.environ().get("TUNEWRIGHT_STORAGE") == str(storage):
                 starter = process.parent()
-                return starter.pid if starter and "serve_app.local" in starter.cmdline() else process.pid
+                return int(starter.pid if starter and "serve_app.local" in starter.cmdline() else process.pid)
     return None
 
 

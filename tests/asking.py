@@ -1,11 +1,19 @@
-"""Asking a model through the real client, as the tests of chat on Ray Serve do."""
+"""The real client of a service on Ray Serve, and asking a model through it."""
 
 from typing import Any
 
 import openai
 
+from tests.waiting import WAIT_S
+
 ASKED: list[Any] = [{"role": "user", "content": "Say 3."}]
 MAX_TOKENS = 16
+
+
+def client_of(url: str, timeout_s: float = WAIT_S) -> openai.OpenAI:
+    """Of the service at that URL, whatever proxy the environment names."""
+    http = openai.DefaultHttpxClient(trust_env=False)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=timeout_s, http_client=http)
 
 
 def ask(client: openai.OpenAI, model: str) -> str:

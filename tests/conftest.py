@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import hypothesis
 import psutil
 import pytest
+from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.ports import free_ports
@@ -64,14 +65,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.nice(max(0, 10 - os.nice(0)))
 
 
-class FilesBesideRay(LoadScopeScheduling):  # type: ignore[misc]  # xdist ships no types
+class FilesBesideRay(LoadScopeScheduling):
     """One process runs all tests on live clusters, one after the other; the rest is done beside them, file by file."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "on a live cluster" if needs_ray(nodeid) else nodeid.partition("::")[0]
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FilesBesideRay:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesBesideRay:
     return FilesBesideRay(config, log)
 
 
@@ -175,10 +176,13 @@ def stop_actors() -> None:
             return True
         return False
 
-    for name in (DISPATCHER, EVENT_LOG, LOG_QUEUE):  # it would start the others again
+    def end(name: str) -> None:
         with suppress(ValueError):
             ray.kill(ray.get_actor(name, NAMESPACE))
-        eventually(lambda name=name: is_free(name), 60, lambda name=name: f"{name} does not end")
+        eventually(lambda: is_free(name), 60, lambda: f"{name} does not end")
+
+    for name in (DISPATCHER, EVENT_LOG, LOG_QUEUE):  # it would start the others again
+        end(name)
 
 
 def _environment(address: str) -> dict[str, str]:

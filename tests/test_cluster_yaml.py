@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,10 @@ def test_workers_compute_on_the_cpus_they_hold(cluster: dict[str, Any], tmp_path
     (tmp_path / ".bashrc").touch()
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
 
+    with_interactive: Callable[[str], list[str]] = _with_interactive
+
     def launched(command: str) -> str:
-        bash = ["/bin/bash", "-c", " ".join(_with_interactive(command))]
+        bash = ["/bin/bash", "-c", " ".join(with_interactive(command))]
         return subprocess.run(bash, env=environment, capture_output=True, text=True, check=True).stdout
 
     assert "OMP_NUM_THREADS=1" in launched("env")

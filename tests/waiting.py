@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TypeVar, overload
 
 T = TypeVar("T")
 
@@ -23,6 +23,12 @@ def eventually(condition: Callable[[], T | None], timeout_s: float, complaint: C
     return value
 
 
+@overload
+async def async_eventually(
+    condition: Callable[[], Awaitable[T | None]], timeout_s: float, complaint: Callable[[], str]
+) -> T: ...
+@overload
+async def async_eventually(condition: Callable[[], T | None], timeout_s: float, complaint: Callable[[], str]) -> T: ...
 async def async_eventually(
     condition: Callable[[], Awaitable[T | None] | T | None], timeout_s: float, complaint: Callable[[], str]
 ) -> T:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
-from events.actors import EventLogClient
+from events.actors import AnyLog
 from events.decide import Refused
 from events.facts import (
     CancelRequested,
@@ -30,7 +30,7 @@ from events.facts import (
 )
 from events.ids import new_event_id
 from events.job import FineTuningJob, evolve
-from events.log import EventLog, LogUnavailable
+from events.log import LogUnavailable
 from events.store import Recorded
 from trainers import admission, leftovers
 from trainers.admission import Capacity, Waiting
@@ -62,7 +62,7 @@ DRAIN_LASTS_S = 600.0
 class Dispatcher:
     """Acts on the difference between `log` and `cluster`. See the module for its guarantees."""
 
-    def __init__(self, log: EventLog | EventLogClient, cluster: Cluster, settings: Settings) -> None:
+    def __init__(self, log: AnyLog, cluster: Cluster, settings: Settings) -> None:
         self._log = log
         self._cluster = cluster
         self._settings = settings

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import ray
 from pydantic import ValidationError
 
-from events.actors import NAMESPACE, EventLogClient, connect
+from events.actors import NAMESPACE, AnyLog, connect
 from events.decide import Refused
 from events.facts import (
     DataRejected,
@@ -99,7 +99,7 @@ def run(job_id: str, settings: Settings) -> int:
     return 0 if isinstance(outcome, JobSucceeded) else 1
 
 
-def _outcome(job: FineTuningJob, log: EventLogClient, tenure: Tenure, settings: Settings) -> Event | None:
+def _outcome(job: FineTuningJob, log: AnyLog, tenure: Tenure, settings: Settings) -> Event | None:
     """Do the job's work, through as many attempts as it is allowed; returns the event that ends it. None: it is to
     pause, and stands at a checkpoint, or it is being cancelled (the dispatcher records either once this process is
     gone), or it is another runner's by now.
@@ -157,7 +157,7 @@ def _its_plan(job: FineTuningJob) -> Plan:
 
 
 def _its_model(
-    job: FineTuningJob, plan: Plan, log: EventLogClient, tenure: Tenure, settings: Settings
+    job: FineTuningJob, plan: Plan, log: AnyLog, tenure: Tenure, settings: Settings
 ) -> tuple[FineTuningJob, PinnedModel]:
     """The model that the job is on, and the job: of one whose data is ready it is an interruption when the model's disk
     or hub doesn't answer for `MODEL_AWAY_S`, and it stands in line again. Raises as `pinned_model`, or Superseded."""
@@ -243,7 +243,7 @@ def _make_data_ready(
     return tenure.append(DataValidated(data=data, validation_data=validation_data))
 
 
-def _wait_until_admitted(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
+def _wait_until_admitted(job: FineTuningJob, log: AnyLog, tenure: Tenure) -> FineTuningJob:
     """Returns once the dispatcher has admitted the job. Raises Superseded."""
     if not job.admitted:
         logger.info("waiting for resources: %s", describe(needed(job)))
@@ -309,7 +309,7 @@ def latest_checkpoint(job: FineTuningJob) -> Path | None:
     return None
 
 
-def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, tenure: Tenure) -> FineTuningJob:
+def _record_interruption(job: FineTuningJob, reason: str, log: AnyLog, tenure: Tenure) -> FineTuningJob:
     """Send the job back to the queue. Raises InfrastructureError once it was interrupted more often than it may, or
     Superseded."""
     job = tenure.append(RunInterrupted(attempt=retrying(lambda: log.job(job.job_id)).attempt, reason=reason))
@@ -322,7 +322,7 @@ def _record_interruption(job: FineTuningJob, reason: str, log: EventLogClient, t
     return job
 
 
-def _success(job: FineTuningJob, log: EventLogClient, tenure: Tenure) -> JobSucceeded:
+def _success(job: FineTuningJob, log: AnyLog, tenure: Tenure) -> JobSucceeded:
     job = retrying(lambda: log.job(job.job_id))
     tenure.check(job)
     model = f"; the model: {model_dir_of(job.checkpoints[-1])}" if job.checkpoints else ""

@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from events.actors import EventLogClient, blocking
+from events.actors import AnyLog, blocking
 from events.decide import Refused
 from events.facts import Event
 from events.ids import new_event_id
 from events.job import FineTuningJob
-from events.log import EventLog, LogUnavailable
+from events.log import LogUnavailable
 from events.store import ExpectedVersionError
 from trainers.retrying import retrying
 
@@ -35,7 +35,7 @@ class Superseded(Exception):
 class Tenure:
     """One runner's hold on its job, and that of its workers: what they append is written only while it lasts."""
 
-    def __init__(self, log: EventLog | EventLogClient, job_id: str, interruptions: int) -> None:
+    def __init__(self, log: AnyLog, job_id: str, interruptions: int) -> None:
         """`interruptions`: those the job had when the runner took it."""
         self._log = log
         self._job_id = job_id
@@ -79,7 +79,7 @@ class Watch:
 
     def __init__(
         self,
-        log: EventLogClient,
+        log: AnyLog,
         job_id: str,
         attempt: int,
         tenure: Tenure,

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray.train
 
-from events.actors import EventLogClient, connect
+from events.actors import AnyLog, connect
 from events.decide import Refused
 from events.facts import CheckpointSaved, CheckpointsDeleted, Event, MetricsRecorded, RunStarted, StepMetrics
 from events.ids import new_event_id
@@ -121,7 +121,7 @@ class RayReporter:
         self,
         assignment: Assignment,
         rank: int,
-        log: EventLogClient,
+        log: AnyLog,
         tenure: Tenure,
         flush_output: Callable[[], None],
     ) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from torch._inductor.exc import InductorError
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
@@ -26,6 +28,8 @@ from trainers.recipe import training_step
 COMPILING = 3
 """Steps in which code is compiled for what is new to it."""
 WIDTH = 2048
+PATCH = pytest.MonkeyPatch()
+"""Nothing is undone: the process ends."""
 
 
 def train(family: str, method: str, changes: dict[str, Any], *, pairs: bool = False, **sizes: Any) -> list[list[str]]:
@@ -37,7 +41,7 @@ def train(family: str, method: str, changes: dict[str, Any], *, pairs: bool = Fa
         changes["optimizer"] = ComponentSpec(component=changes["optimizer"])
     _ignore_values()
     if method != "qlora":  # whose checkpoints are made of what is on the device, by another thread, meanwhile
-        recipe.training_step = _not_waiting(training_step)
+        PATCH.setattr(recipe, "training_step", _not_waiting(training_step))
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         model = make_tiny_model(scratch / "model", family, **sizes)
@@ -62,20 +66,25 @@ def flex(head_dim: int, dtype: str, window: int | None, softcap: float | None) -
     layout = Layout(segments, torch.arange(WIDTH, device=device)[None], ends)
     rules = Rules(window, head_dim**-0.5, softcap, 0.0)
     try:
-        flex_attend(q, k, v, block_mask(WIDTH, window, device, layout), rules).sum().backward()
+        torch.autograd.backward(flex_attend(q, k, v, block_mask(WIDTH, window, device, layout), rules).sum())
     except InductorError as error:
         if "out of resource" not in str(error):
             raise
-    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's types lack the field
+    there = properties.shared_memory_per_block_optin
     return {"used": _flex_works(device, head_dim, kind), "taken": max(taken), "there": there}
 
 
 def _ignore_values() -> None:
-    recipe._check_weights = lambda *_: None
-    recipe._check_finite = lambda *_: None
     add_up = Ranks.sum_
-    # What an evaluation divides by.
-    Ranks.sum_ = lambda ranks, tensor: torch.ones_like(tensor, device="cpu") if tensor.ndim else add_up(ranks, tensor)
+
+    def counts_of_one(ranks: Ranks, tensor: Tensor) -> Tensor:
+        """An evaluation divides by them."""
+        return torch.ones_like(tensor, device="cpu") if tensor.ndim else add_up(ranks, tensor)
+
+    PATCH.setattr(recipe, "_check_weights", lambda *_: None)
+    PATCH.setattr(recipe, "_check_finite", lambda *_: None)
+    PATCH.setattr(Ranks, "sum_", counts_of_one)
 
 
 def _not_waiting(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,16 +105,17 @@ def _not_waiting(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _shared_memory_of_what_is_compiled() -> list[int]:
     found: list[int] = []
-    launch = CachingAutotuner._make_launchers
+    launch: Callable[[CachingAutotuner], None] = CachingAutotuner._make_launchers
 
     def noting(tuner: CachingAutotuner) -> None:
         found.extend(result.kernel.shared for result in tuner.compile_results)
         launch(tuner)
 
-    CachingAutotuner._make_launchers = noting
+    PATCH.setattr(CachingAutotuner, "_make_launchers", noting)
     return found
 
 
 if __name__ == "__main__":
-    answer = {"train": train, "flex": flex}[sys.argv[1]](**json.loads(sys.argv[2]))
+    programs: dict[str, Callable[..., object]] = {"train": train, "flex": flex}
+    answer = programs[sys.argv[1]](**json.loads(sys.argv[2]))
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -25,9 +25,10 @@ from tests.waiting import WAIT_S, async_eventually
 def stride(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Where the events of each job are is known by heart, or written down for the first twelve of fifteen. A check
     takes four at a time."""
-    monkeypatch.setattr(sqlite, "_STRIDE", request.param)
+    stride: int = request.param
+    monkeypatch.setattr(sqlite, "_STRIDE", stride)
     monkeypatch.setattr(sqlite, "_CHECKED_AT_ONCE", 4)
-    return request.param
+    return stride
 
 
 def checked(file: Path) -> dict[int, tuple[str, ...]]:

@@ -26,7 +26,8 @@ from tests.waiting import WAIT_S, async_eventually
 
 def stored(histories: list[list[Event]]) -> tuple[MemoryStore, list[FineTuningJob]]:
     """One job a history, one event of each in turn; and the jobs they make."""
-    store, jobs = MemoryStore(), {}
+    store = MemoryStore()
+    jobs: dict[int, FineTuningJob] = {}
     for number in range(max(map(len, histories), default=0)):
         for job_id, history in enumerate(histories):
             if number < len(history):
@@ -166,7 +167,7 @@ def test_no_snapshot_is_written_of_a_log_with_damage(monkeypatch: pytest.MonkeyP
 
 
 def test_progress_and_the_last_checkpoint_are_in_a_snapshot() -> None:
-    history = [*RUNNING, measured(1, step(5)), saved(1, 5), measured(1, step(7, loss=float("nan")))]
+    history: list[Event] = [*RUNNING, measured(1, step(5)), saved(1, 5), measured(1, step(7, loss=float("nan")))]
     store, [job] = stored([history])
     [again] = restore(take([job], store.read_all()[-1]), store).all()
     assert (again.saved, again.progress, again.version, again.admitted) == (job.saved, job.progress, 6, True)

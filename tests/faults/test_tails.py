@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -57,7 +58,7 @@ def _read_in_pieces(faults: Faults, job_id: str, rng: random.Random) -> tuple[li
     after = cuts = 0
     while True:
         want = len(seen) + rng.randrange(1, 20)
-        parameters = {"job_id": job_id, "after": after}
+        parameters: dict[str, str | int] = {"job_id": job_id, "after": after}
         with faults.api.http.stream("GET", "/fine_tuning/jobs/tail", params=parameters, timeout=120) as stream:
             for text in stream.iter_lines():
                 line = json.loads(text)
@@ -82,7 +83,7 @@ def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults) 
     before = _own_memory(servers)
     stalled = [_ask_and_read_nothing(service.url, job_id) for _ in range(STALLED)]
     for reader in stalled:
-        eventually(lambda reader=reader: _readable(reader), 60, lambda: "nothing was sent to the reader")
+        eventually(partial(_readable, reader), 60, lambda: "nothing was sent to the reader")
     longest: list[float] = []
     done = threading.Event()
     other = threading.Thread(target=_ask_for_status, args=(faults, job_id, done, longest))

@@ -23,8 +23,10 @@ def test_kills_lose_no_webhook_and_change_none(seed: int, long: bool) -> None:
     chance = random.Random(seed)  # noqa: S311  -- no secret
     fails = random.Random(seed + 1)  # noqa: S311  -- in other threads
 
+    failures: list[Answer] = [500, "drop", "hang"]
+
     def answer(_: int) -> Answer:
-        return fails.choice([500, "drop", "hang"]) if fails.random() < 0.3 else 200
+        return fails.choice(failures) if fails.random() < 0.3 else 200
 
     async def end_jobs(directory: Path) -> None:
         client = Client(directory)

@@ -17,10 +17,10 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
-def load(case: dict[str, Any]) -> torch.nn.Module:
+def load(case: dict[str, Any]) -> PreTrainedModel | peft.PeftModel:
     model, report = AutoModelForCausalLM.from_pretrained(
         case["model"],
         dtype=torch.float32,

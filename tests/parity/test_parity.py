@@ -42,7 +42,7 @@ import torch
 from events.facts import StepMetrics
 from tests.parity.stock import StockProcess, StockRun, StockStep, prepare_stock_run
 from tests.tiny_models import make_tiny_model
-from tests.trainers.recipe_support import Case, TwoRanks, make_plan_for, write_rows
+from tests.trainers.recipe_support import Case, TwoRanks, known, make_plan_for, write_rows
 from trainers.batches import pack
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
@@ -226,7 +226,7 @@ def assert_alike(ours: list[StepMetrics], stock: list[StockStep], plan: Plan) ->
 
 def gaps(ours: list[StepMetrics], stock: list[StockStep]) -> list[float]:
     """How far apart the losses of each step are."""
-    return [abs(mine.loss - theirs.loss) for mine, theirs in zip(ours, stock, strict=True)]
+    return [abs(known(mine.loss) - theirs.loss) for mine, theirs in zip(ours, stock, strict=True)]
 
 
 def table(ours: list[StepMetrics], stock: list[StockStep], bound: float) -> str:

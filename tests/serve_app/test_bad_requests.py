@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -97,7 +98,8 @@ def test_a_body_that_says_it_is_too_large_gets_413(http: httpx.Client) -> None:
 
 def test_a_body_that_does_not_say_how_large_it_is_gets_413_once_it_is_too_large(server: Server) -> None:
     """Sent chunk by chunk and never ended: the answer comes when the limit is passed."""
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
+    where = urlsplit(server.url)
+    with socket.create_connection((where.hostname, where.port)) as connection:
         connection.settimeout(5)
         connection.sendall(
             f"POST {SUBMIT} HTTP/1.1\r\nHost: x\r\n"

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -26,15 +27,16 @@ QUESTION = {"model": "smollm2-135m-instruct", "messages": [{"role": "user", "con
 def busy(ray_cluster: RayCluster) -> Iterator[DeploymentHandle[Any]]:
     """Works on one question for ever; one more may wait."""
 
-    @ray_serve.deployment(max_ongoing_requests=1, max_queued_requests=1, ray_actor_options={"num_cpus": 0})
     class Busy:
         async def answer(self, _question: Question) -> AsyncGenerator[Part, None]:
             yield Accepted()
             await asyncio.Event().wait()
 
-    ray_serve.start(proxy_location="Disabled")
-    yield ray_serve.run(Busy.bind(), name="busy", route_prefix=None)
-    ray_serve.shutdown()
+    one = ray_serve.deployment(max_ongoing_requests=1, max_queued_requests=1, ray_actor_options={"num_cpus": 0})(Busy)
+    with ExitStack() as stack:
+        stack.callback(ray_serve.shutdown)
+        ray_serve.start(proxy_location="Disabled")
+        yield ray_serve.run(one.bind(), name="busy", route_prefix=None)
 
 
 def test_a_question_that_nobody_has_time_for_is_a_429_that_says_when_to_come_back(
@@ -72,13 +74,12 @@ def test_a_question_that_nobody_has_time_for_is_a_429_that_says_when_to_come_bac
 def test_a_dispatcher_that_does_not_answer_is_a_503(
     serve: Serve, ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @ray.remote(num_cpus=0, name=NAME, namespace=NAMESPACE)
     class Stuck:
         async def webhooks(self, _method: str, *_arguments: object) -> None:
             await asyncio.Event().wait()
 
-    stuck = Stuck.remote()  # type: ignore[attr-defined]  # Ray's types can't tell
-
+    make: Any = ray.remote(Stuck)  # Ray's types can't tell that it is a class
+    stuck = make.options(num_cpus=0, name=NAME, namespace=NAMESPACE).remote()
     server = serve()
     dispatcher = DispatcherClient(server.parts.settings)
     monkeypatch.setattr("trainers.webhooks.client.CALL_S", 0.1)

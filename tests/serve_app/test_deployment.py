@@ -37,16 +37,20 @@ def test_hundreds_of_tails_leave_room_for_short_requests() -> None:
 
 
 def test_the_door_takes_no_cpu_from_training() -> None:
+    assert deployment.ray_actor_options is not None
     assert deployment.ray_actor_options["num_cpus"] == 0
 
 
 def test_nobody_who_asks_means_no_replica_for_chat_and_no_cpu_either() -> None:
     idle = Settings(chat_idle_s=60)
     chat = chat_deployment(idle, gpus(idle))
-    scaling = chat._deployment_config.autoscaling_config
+    scaling, options = chat._deployment_config.autoscaling_config, chat.ray_actor_options
+    assert scaling is not None
+    assert options is not None
     assert (scaling.min_replicas, scaling.look_back_period_s + scaling.downscale_delay_s) == (0, 60)
-    assert chat.ray_actor_options["num_cpus"] == chat.ray_actor_options["num_gpus"] == 0
+    assert options["num_cpus"] == options["num_gpus"] == 0
     reserved = chat_deployment(Settings(chat_cpus=2), 0.5).ray_actor_options
+    assert reserved is not None
     assert (reserved["num_cpus"], reserved["num_gpus"]) == (2, 0.5)
     assert (gpus(Settings(use_gpu=True)), gpus(Settings(use_gpu=True, chat_gpus=0))) == (1, 0)
 

@@ -48,6 +48,7 @@ def test_following_a_job_outlasts_a_restart_of_the_service(restarting: Server, m
     restarting.append(job_id, WORKER_DIED)
     first = httpx.get(f"{restarting.url}/fine_tuning/jobs/tail", params={"job_id": job_id})
     assert first.status_code == 503
+    assert isinstance(restarting.parts, Restarting)
     restarting.parts.asked = 0
     assert [line["message"] for line in Client(restarting.url).tail(job_id)] == ["one", "two"]
 

@@ -69,6 +69,7 @@ def test_only_the_api_listens_where_it_was_put_also_after_a_reload(proxy: Proxy)
 
     async def look() -> None:
         assert proxy.api.count_haproxy_processes() >= 1  # Ray recognises it by its command line
+        assert proxy.api._proc is not None
         seen.append(listening(psutil.Process(proxy.api._proc.pid)))
 
     proxy.run(look, proxy.api.reload, look)

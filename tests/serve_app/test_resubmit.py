@@ -186,7 +186,7 @@ def test_a_retry_with_the_key_gets_its_job_also_when_the_checkpoint_is_gone_and_
     http: httpx.Client, earlier: Earlier, checkpoint: int | str | None
 ) -> None:
     changes = {"fine_tuning_options": {"lr": 1e-5, "extras": None}}
-    body = {"job_id": earlier.job_id, "config": changes}
+    body: dict[str, object] = {"job_id": earlier.job_id, "config": changes}
     if checkpoint is not None:
         body["checkpoint"] = earlier.uri(20) if checkpoint == "uri" else checkpoint
     headers = {"Idempotency-Key": f"gone {checkpoint}"}
@@ -196,7 +196,8 @@ def test_a_retry_with_the_key_gets_its_job_also_when_the_checkpoint_is_gone_and_
     make_tiny_model(later)
     earlier.server.append(earlier.job_id, CheckpointSaved(attempt=1, step=30, epoch=0, uri=later.as_uri()))
     assert http.post(RESUBMIT, json=body, headers=headers).json() == first
-    for other in ({"checkpoint": 10}, {"config": {}}, {"config": {**changes, "model": "m"}}):
+    others: list[dict[str, object]] = [{"checkpoint": 10}, {"config": {}}, {"config": {**changes, "model": "m"}}]
+    for other in others:
         answer = http.post(RESUBMIT, json=body | other, headers=headers)
         assert answer.json()["error"]["code"] == "idempotency_key_reused"
 

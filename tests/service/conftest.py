@@ -136,7 +136,7 @@ def free_cpus(api: Api) -> float:
     nodes = dashboard(api, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
     total: float = sum(node["resources_total"].get("CPU", 0) for node in nodes if node["state"] == "ALIVE")
     groups = dashboard(api, "/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
-    held = sum(
+    held: float = sum(
         bundle["unit_resources"].get("CPU", 0)
         for group in groups
         if group["state"] == "CREATED"

@@ -6,12 +6,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import psutil
 import pytest
 
-from tests.asking import ASKED, MAX_TOKENS, ask, streamed
+from tests.asking import ASKED, MAX_TOKENS, ask, client_of, streamed
 from tests.generated import generated
 from tests.service.conftest import CPUS, Api
 from tests.tiny_models import make_tiny_model
@@ -20,9 +19,7 @@ from tests.waiting import WAIT_S, eventually
 
 @pytest.fixture(scope="module")
 def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.service.url}/v1", api_key="none", timeout=2 * WAIT_S, http_client=httpx.Client(trust_env=False)
-    )
+    return client_of(api.service.url, 2 * WAIT_S)
 
 
 @pytest.fixture(scope="module")

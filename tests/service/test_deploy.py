@@ -21,7 +21,7 @@ def deploy(service: LocalService, **settings: str) -> None:
     def deployed() -> bool:
         (application,) = service._applications().values()
         assert application["status"] != "DEPLOY_FAILED", application
-        return (
+        return bool(
             application["status"] == "RUNNING"
             and application["deployed_app_config"]["runtime_env"]["env_vars"] == settings
         )

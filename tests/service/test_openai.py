@@ -4,17 +4,12 @@ import csv
 import io
 import json
 
-import httpx
-import openai
-
+from tests.asking import client_of
 from tests.service.conftest import Api
-from tests.waiting import WAIT_S
 
 
 def test_a_job_of_uploaded_files_ends_with_its_metrics_as_a_file(api: Api) -> None:
-    client = openai.OpenAI(
-        base_url=f"{api.service.url}/v1", api_key="none", timeout=WAIT_S, http_client=httpx.Client(trust_env=False)
-    )
+    client = client_of(api.service.url)
     dialogs = [json.loads(line)["dialog"] for line in api.data.read_text().splitlines()]
     rows = "".join(json.dumps({"messages": dialog}) + "\n" for dialog in dialogs).encode()
     files = [client.files.create(file=(f"{name}.jsonl", rows), purpose="fine-tune") for name in ("train", "valid")]

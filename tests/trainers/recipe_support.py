@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +21,17 @@ from trainers.plan import ComponentSpec, LoraSpec, Plan
 from trainers.recipe import train
 from trainers.reporting import SavedCheckpoint, Stopped
 
+T = TypeVar("T")
+
 QUANTIZER = ComponentSpec(
     component="torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer", kwargs={"groupsize": 32}
 )
+
+
+def known(value: T | None) -> T:
+    """The value, which is there."""
+    assert value is not None
+    return value
 
 
 def write_rows(directory: Path, rows: Iterable[tuple[list[int], list[bool]]]) -> Path:
@@ -121,8 +129,8 @@ class Recorder:
         return self.asked == self.stop_at
 
     @property
-    def losses(self) -> dict[int, float | None]:
-        return {metrics.step: metrics.loss for metrics in self.steps}
+    def losses(self) -> dict[int, float]:
+        return {metrics.step: known(metrics.loss) for metrics in self.steps}
 
 
 @dataclass

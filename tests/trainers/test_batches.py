@@ -49,7 +49,7 @@ def test_the_order_is_that_of_torchs_distributed_sampler() -> None:
             return 12
 
     for rank in range(2):
-        sampler = DistributedSampler(Indices(), num_replicas=2, rank=rank, shuffle=True, seed=7)
+        sampler = DistributedSampler[int](Indices(), num_replicas=2, rank=rank, shuffle=True, seed=7)
         ours = schedule(12, n_epochs=2, batch_size=3, shuffle_seed=7, rank=rank, world=2)
         for epoch in range(2):
             sampler.set_epoch(epoch)
@@ -102,7 +102,8 @@ def grouped(**options: Any) -> Schedule:
 def padding(steps: list[list[list[int]]]) -> float:
     """The part of the batches that is padding."""
     shares = [LENGTHS[share] for step in steps for share in step if share]
-    return 1 - sum(lengths.sum() for lengths in shares) / sum(len(lengths) * lengths.max() for lengths in shares)
+    full: float = sum(len(lengths) * lengths.max() for lengths in shares)
+    return 1 - sum(int(lengths.sum()) for lengths in shares) / full
 
 
 def test_grouping_by_length_saves_most_of_the_padding() -> None:

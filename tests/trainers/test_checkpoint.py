@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import (
     Case,
     Recorder,
+    known,
     make_plan_for,
     random_rows,
     saved_weights,
@@ -127,13 +129,13 @@ def test_full_fine_tuning_on_the_cpu_keeps_no_second_copy_and_waits(case: Case) 
 
 
 def test_older_checkpoints_than_the_last_n_are_deleted_and_the_best_one_stays(case: Case) -> None:
-    rising = {"lr": 1.0, "lr_scheduler": None}  # far too high: the first epoch is the best
+    rising: dict[str, Any] = {"lr": 1.0, "lr_scheduler": None}  # far too high: the first epoch is the best
     case.plan = make_plan_for(n_epochs=4, save_every_n_steps=6, keep_last_n_checkpoints=2, **rising)
     run = case.run()
-    losses = {m.step: m.valid_loss for m in run.evaluations if m.step}
-    best = min(losses, key=lambda step: losses[step] or 0)
+    losses = {m.step: known(m.valid_loss) for m in run.evaluations if m.step}
+    best = min(losses, key=lambda step: losses[step])
     assert [c.step for c in run.checkpoints if c.best] == [
-        step for step in losses if losses[step] == min(losses[s] or 0 for s in losses if s <= step)
+        step for step in losses if losses[step] == min(losses[s] for s in losses if s <= step)
     ]
     left = sorted(path.name for path in (case.output_dir / "checkpoints").iterdir())
     assert left == sorted({checkpoint_path(case.output_dir, step).name for step in (best, 42, 44)})
@@ -175,7 +177,7 @@ def test_evaluations_within_an_epoch_find_the_best_checkpoint_and_it_stays(case:
 
 
 def test_early_stopping_within_an_epoch_counts_evaluations_across_an_interruption(case: Case) -> None:
-    still = {"lr": 1e-30, "early_stopping_patience": 3, "run_val_every_n_steps": 2}  # nothing is learnt
+    still: dict[str, Any] = {"lr": 1e-30, "early_stopping_patience": 3, "run_val_every_n_steps": 2}  # nothing is learnt
     case.plan = make_plan_for(n_epochs=6, **still)
     run = case.run()
     assert [(c.step, c.best) for c in run.checkpoints] == [(2, True), (8, False)]

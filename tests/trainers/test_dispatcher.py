@@ -11,7 +11,7 @@ from events.store import Damage
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import InMemoryCluster, World, in_world
 from trainers import dispatcher
-from trainers.cluster import RunnerState
+from trainers.cluster import Cluster, RunnerState
 from trainers.dispatcher import PATIENCE
 from trainers.plan import COMPILED
 from trainers.settings import Settings
@@ -270,7 +270,7 @@ def test_a_job_lost_too_often_does_not_run_once_more_though_everything_went_down
     @in_world
     async def scenario(world: World) -> None:
         job_id = await world.running(max_restarts=0)
-        lost = [RunInterrupted(attempt=1, reason="the cluster was restarted while it ran")]
+        lost: list[Event] = [RunInterrupted(attempt=1, reason="the cluster was restarted while it ran")]
         ids = [f"{job_id}-runner-1-lost" if then == "ended" else f"{job_id}-attempt-1-lost"]
         await world.log.append(job_id, lost, ids)
         world.cluster.runners = {job_id: then} if then != "absent" else {}
@@ -613,7 +613,5 @@ def test_passes_after_the_end_change_nothing(event: Event) -> None:
 
 
 def test_the_in_memory_cluster_of_these_tests_answers_every_call_of_the_real_one() -> None:
-    from trainers.cluster import Cluster
-
     calls = {name for name, value in vars(Cluster).items() if callable(value) and not name.startswith("_")}
-    assert calls <= set(dir(InMemoryCluster))
+    assert calls <= vars(InMemoryCluster).keys()

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from events.actors import EVENT_LOG, NAMESPACE, Handles, blocking
@@ -71,6 +74,12 @@ def pid_of(dispatcher: DispatcherClient) -> int:
     return pid
 
 
+def ask(actor: ActorHandle[DispatcherActor], method: str, *arguments: object) -> ObjectRef[Any]:
+    """By its name, as Ray's types can't tell which methods an actor has."""
+    answer: ObjectRef[Any] = getattr(actor, method).remote(*arguments)
+    return answer
+
+
 def test_a_deploy_brings_its_settings_to_the_dispatcher_that_is_there_and_its_restarts_keep_them(
     deploys: Deploys,
 ) -> None:
@@ -90,7 +99,7 @@ def test_a_dispatcher_that_starts_again_without_its_log_waits_for_it_and_goes_on
     deploys: Deploys, tmp_path: Path
 ) -> None:
     actor = start_dispatcher(deploys.new, FIRST)
-    pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    pid: int = ray.get(ask(actor, "__ray_call__", lambda _: os.getpid()))
     with log_away(tmp_path):
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: not psutil.pid_exists(pid), WAIT_S, lambda: "the dispatcher goes on")
@@ -98,15 +107,15 @@ def test_a_dispatcher_that_starts_again_without_its_log_waits_for_it_and_goes_on
             started = tmp_path / "events.db.lock"
             started.unlink(missing_ok=True)
             eventually(started.exists, WAIT_S, lambda: "nobody starts the log")
-    assert ray.get(actor.deployed_at.remote(), timeout=WAIT_S) == FIRST
-    assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != pid
+    assert ray.get(ask(actor, "deployed_at"), timeout=WAIT_S) == FIRST
+    assert ray.get(ask(actor, "__ray_call__", lambda _: os.getpid())) != pid
 
 
 def test_a_drain_that_a_dispatcher_without_its_log_does_not_answer_fails_and_does_not_begin_later(
     deploys: Deploys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     actor = start_dispatcher(deploys.new, FIRST)
-    pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    pid: int = ray.get(ask(actor, "__ray_call__", lambda _: os.getpid()))
     monkeypatch.setattr("trainers.drain.ANSWER_S", 1.0)
     with log_away(tmp_path):
         os.kill(pid, signal.SIGKILL)
@@ -116,7 +125,7 @@ def test_a_drain_that_a_dispatcher_without_its_log_does_not_answer_fails_and_doe
 
     def looks_and_drains() -> tuple[int, bool]:
         told: tuple[int, bool] = ray.get(
-            actor.__ray_call__.remote(lambda self: (self._dispatcher._looks, self._dispatcher._draining))
+            ask(actor, "__ray_call__", lambda self: (self._dispatcher._looks, self._dispatcher._draining))
         )
         return told
 
@@ -167,7 +176,7 @@ def test_a_dispatcher_that_another_replica_starts_and_ends_while_its_name_is_loo
     started = start_dispatcher(deploys.new, deployed_at)
     assert race.looks > 3
     assert started != race.other
-    assert ray.get(started.whys.remote(), timeout=WAIT_S) == {}
+    assert ray.get(ask(started, "whys"), timeout=WAIT_S) == {}
 
 
 def test_a_dispatcher_of_a_version_that_knew_nothing_of_deploys_is_replaced(
@@ -186,7 +195,8 @@ def test_a_dispatcher_that_was_killed_for_good_is_started_again_by_who_calls_it(
     ray.kill(start_dispatcher(deploys.new))
 
     async def calls() -> list[dict[str, str]]:
-        return await asyncio.gather(*(client.call("whys") for _ in range(3)))
+        answers: list[dict[str, str]] = await asyncio.gather(*(client.call("whys") for _ in range(3)))
+        return answers
 
     assert asyncio.run(calls()) == [{}] * 3
     assert deploys.takes_webhooks_here(client)
@@ -210,7 +220,7 @@ def test_callers_who_give_up_on_a_dispatcher_that_is_being_started_leave_one_thr
 
     async def ask_until_it_is_noticed() -> None:
         while True:
-            await actor.whys.remote()
+            await ask(actor, "whys")
 
     async def scenario() -> None:
         with log_away(tmp_path):

@@ -8,8 +8,6 @@ from events.facts import CancelRequested, JobResumed, PauseRequested
 from events.log import LiveJobs, LogUnavailable
 from tests.events.facts_of_a_job import VALIDATED, started
 from tests.trainers.world import World, in_world
-from trainers.dispatcher import Dispatcher
-from trainers.settings import Settings
 
 
 @in_world
@@ -139,7 +137,7 @@ async def test_a_drain_lets_running_jobs_reach_a_checkpoint_and_starts_none(worl
     assert not (await world.job(waiting)).admitted
     assert "being shut down" in world.dispatcher.whys()[late]
 
-    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    after = world.another_dispatcher()
     for _ in range(3):
         await after.reconcile()
     assert world.cluster.started == [running, waiting, running, late]
@@ -170,7 +168,7 @@ async def test_a_drain_starts_no_job_that_waits_inside_ray_for_what_a_running_on
     assert world.cluster.groups[admitted] == []
     assert (job.status, job.admitted, job.interruptions) == ("queued", False, 0)
 
-    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    after = world.another_dispatcher()
     for _ in range(3):
         await after.reconcile()
     assert [(await world.job(job_id)).admitted for job_id in (running, admitted)] == [True, False]
@@ -185,7 +183,7 @@ async def test_a_job_that_was_admitted_asks_again_after_a_restart_of_the_cluster
     assert (await world.job(younger)).admitted
     world.cluster.runners.clear()
     world.cluster.free(older)
-    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    after = world.another_dispatcher()
     for _ in range(3):
         await after.reconcile()
         assert not (await world.job(younger)).admitted
@@ -229,7 +227,7 @@ async def test_a_job_that_was_killed_before_it_reached_its_checkpoint_goes_on_al
     await world.tell(job_id, PauseRequested(by="shutdown"))
     del world.cluster.runners[job_id]
     world.cluster.free(job_id)
-    after = Dispatcher(world.log, world.cluster, Settings())  # type: ignore[arg-type]
+    after = world.another_dispatcher()
     for _ in range(3):
         await after.reconcile()
     job = await world.job(job_id)

@@ -38,7 +38,7 @@ def test_a_problem_crosses_processes_whole(problem: JobProblem) -> None:
     assert type(back) is type(problem)
     assert back.error == problem.error
     assert str(back) == problem.error.message
-    if isinstance(problem, DataInvalid):
+    if isinstance(back, DataInvalid):
         assert back.report == REPORT
 
 

@@ -19,7 +19,7 @@ from trainers.data.chat import ChatTokenizer
 from trainers.data.prepare import NO_END
 from trainers.errors import ConfigProblems, InfrastructureError
 from trainers.estimate import Asked, Estimator, answer, read_sample
-from trainers.models import resolve
+from trainers.models import smollm2
 from trainers.plan import Plan, make_plan
 from trainers.settings import Settings
 
@@ -172,7 +172,7 @@ def test_a_disk_that_is_full_ends_an_estimate_by_the_storage_s_fault(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedded model's, which is converted into the cache."""
-    monkeypatch.setattr(resolve.smollm2, "convert", lambda _, out: (out / "config.json").write_text(100 * " "))
+    monkeypatch.setattr(smollm2, "convert", lambda _, out: (out / "config.json").write_text(100 * " "))
     asked = plan(settings).model_copy(update={"model": "smollm2-135m-instruct"})
     with full_disk():
         error = answer(Asked(plan=asked, device="cpu"), settings).error

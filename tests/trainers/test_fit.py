@@ -56,7 +56,8 @@ def test_a_log_that_was_away_for_too_long_interrupts_the_run() -> None:
 
 
 def test_a_worker_that_ray_killed_for_memory_says_what_to_change() -> None:
-    killed = WorkerHealthCheckFailedError("Worker 1 failed", ray.exceptions.OutOfMemoryError("killed"))
+    out_of_memory: type[Exception] = ray.exceptions.OutOfMemoryError
+    killed = WorkerHealthCheckFailedError("Worker 1 failed", out_of_memory("killed"))
     cause = cause_of({0: COLLATERAL, 1: killed})
     assert isinstance(cause, CapacityError)
     assert (cause.error.code, cause.error.rank, cause.error.fault) == ("out_of_memory", 1, "capacity")

@@ -18,6 +18,11 @@ def inputs() -> tuple[Tensor, Tensor]:
     return hidden, torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
 
 
+def output_of(kind: str, matrix: nn.Module) -> nn.Module:
+    tied: nn.Module = TiedLinear(matrix)
+    return {"head": matrix, "tied": tied, "module": nn.Sequential(matrix)}[kind]
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunks", [None, 1, 3, 50])
 @pytest.mark.parametrize(("tied", "softcap"), [(False, None), (True, None), (True, 0.5)])
@@ -55,9 +60,7 @@ def test_hits_are_the_labels_that_are_the_likeliest_token(kind: str, softcap: fl
     matrix = nn.Embedding(VOCABULARY, WIDTH) if kind == "tied" else Head(WIDTH, VOCABULARY, bias=False)
     likeliest = functional.linear(hidden, matrix.weight).argmax(1)
     labels = torch.where(torch.arange(ROWS) < 4, likeliest, (likeliest + 1) % VOCABULARY)
-    output = {"head": lambda: matrix, "tied": lambda: TiedLinear(matrix), "module": lambda: nn.Sequential(matrix)}[
-        kind
-    ]()
+    output = output_of(kind, matrix)
     _, hits = HeadLoss(output, VOCABULARY, softcap=softcap, chunks=chunks)(hidden, labels)
     assert hits.item() == 4
     assert not hits.requires_grad
@@ -66,7 +69,7 @@ def test_hits_are_the_labels_that_are_the_likeliest_token(kind: str, softcap: fl
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_get_theirs() -> None:
     hidden, labels = inputs()
     matrix = Head(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
-    HeadLoss(matrix, VOCABULARY)(hidden, labels)[0].backward()
+    torch.autograd.backward(HeadLoss(matrix, VOCABULARY)(hidden, labels)[0])
     assert matrix.weight.grad is None
     assert hidden.grad is not None
 
@@ -86,7 +89,7 @@ def test_no_trained_position_is_a_loss_of_zero_with_zero_gradients(own_layers: b
     matrix: nn.Module = Head(WIDTH, VOCABULARY, bias=False)
     head = HeadLoss(nn.Sequential(matrix) if own_layers else matrix, VOCABULARY)
     loss, hits = head(hidden[:0], labels[:0])
-    loss.backward()
+    torch.autograd.backward(loss)
     assert (loss.item(), hits.item()) == (0, 0)
     assert [p.grad.abs().sum().item() for p in matrix.parameters() if p.grad is not None] == [0]
 
@@ -95,13 +98,14 @@ def test_no_trained_position_is_a_loss_of_zero_with_zero_gradients(own_layers: b
 def test_the_next_gradient_takes_the_memory_of_the_last_one_where_that_is_gone(each: bool) -> None:
     hidden, labels = inputs()
     matrix = Head(WIDTH, VOCABULARY, bias=False)
-    gradients = []
+    gradients: list[Tensor] = []
     for gone in (True, False):
         head = HeadLoss(matrix, VOCABULARY, chunks=2, gone_by_next=gone)
         for factor in (1, 3):
-            matrix.weight.grad = None
+            matrix.zero_grad()
             loss = head.log_probabilities(hidden, labels).sum() if each else head(hidden, labels)[0]
-            (factor * loss).backward()
+            torch.autograd.backward(factor * loss)
+            assert matrix.weight.grad is not None
             gradients.append(matrix.weight.grad)
     first, second, first_alone, second_alone = gradients
     assert first.data_ptr() == second.data_ptr() != first_alone.data_ptr() != second_alone.data_ptr()
@@ -115,7 +119,9 @@ def test_without_gradients_nothing_but_the_loss_is_computed() -> None:
     asked: list[bool] = []
     measure = head.measure
 
-    def watched(logits: Tensor, targets: Tensor, of: HeadLoss, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def watched(
+        logits: Tensor, targets: Tensor, of: HeadLoss, with_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         asked.append(with_gradient)
         return measure(logits, targets, of, with_gradient)
 
@@ -132,9 +138,7 @@ def test_log_probabilities_and_their_weighted_gradients_are_those_of_plain_autog
 ) -> None:
     hidden, labels = inputs()
     matrix = nn.Embedding(VOCABULARY, WIDTH) if kind == "tied" else Head(WIDTH, VOCABULARY, bias=False)
-    output = {"head": lambda: matrix, "tied": lambda: TiedLinear(matrix), "module": lambda: nn.Sequential(matrix)}[
-        kind
-    ]()
+    output = output_of(kind, matrix)
     weights = torch.linspace(-1, 1, ROWS)
     logits = functional.linear(hidden, matrix.weight)
     if softcap is not None:
@@ -150,7 +154,7 @@ def test_no_trained_position_has_no_log_probability_and_zero_gradients() -> None
     hidden, labels = inputs()
     matrix = Head(WIDTH, VOCABULARY, bias=False)
     logps = HeadLoss(matrix, VOCABULARY).log_probabilities(hidden[:0], labels[:0])
-    logps.sum().backward()
+    torch.autograd.backward(logps.sum())
     assert logps.shape == (0,)
     assert matrix.weight.grad is not None
     assert not matrix.weight.grad.any()
@@ -182,7 +186,7 @@ def test_a_tied_matrix_gets_the_gradients_of_the_head_and_of_what_is_looked_up(t
     hidden = torch.tanh(rows)[0, :trained]
     loss = -head.log_probabilities(hidden, labels).sum() if each else head(hidden, labels)[0]
     torch.testing.assert_close(loss, plain)
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.testing.assert_close(matrix.weight.grad, expected)
 
 
@@ -191,6 +195,6 @@ def test_gradients_of_a_token_that_stands_often_are_not_lost_in_bf16() -> None:
     matrix = nn.Embedding(VOCABULARY, WIDTH, dtype=torch.bfloat16)
     tokens = torch.tensor([[3, 1, *[5] * 4000, 1]])
     rows, again = look_up(matrix.weight, tokens)
-    ((rows.float() * 0.01).sum() + (again * torch.zeros_like(again)).sum()).backward()
+    torch.autograd.backward((rows.float() * 0.01).sum() + (again * torch.zeros_like(again)).sum())
     assert matrix.weight.grad is not None
     assert matrix.weight.grad[[5, 3, 1, 0], 0].tolist() == pytest.approx([40, 0.01, 0.02, 0], rel=0.005)

@@ -171,7 +171,7 @@ def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> Non
         ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum", "; it is an argument of torch.optim.SGD"),
         ({"loss": {"label_smoothing": 0.1}}, "loss.label_smoothing", "; it is an argument of torch.nn.CrossEntropy"),
         ({"lr_scheduler.num_warmup_step": 1}, "lr_scheduler.num_warmup_step", "lr_scheduler.num_warmup_steps?"),
-        ({"checkpointer": {"checkpoint_dir": "/"}}, "checkpointer", "the service decides where a job's files are stored"),
+        ({"checkpointer": {"checkpoint_dir": "/"}}, "checkpointer", "the service decides where a job's files are"),
         ({"model": "other"}, "model", "it is a field of the request"),
         ({"model": {"vocab_size": 1}}, "model.vocab_size", "unknown key"),
         ({"loss": {"ignore_index": 0}}, "loss.ignore_index", "the loss mask"),

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from events.actors import EventLogClient
 from events.config import Config
 from events.facts import (
     CancelRequested,
@@ -84,8 +83,7 @@ class Runner:
 
     def outcome(self, job: FineTuningJob, log: EventLog | None = None) -> Event | None:
         settings = self.settings.model_copy(update={"model_roots": (self.model,)})
-        client: EventLogClient = log or self.log  # type: ignore[assignment]  # the same methods, without Ray between
-        return _outcome(job, client, Tenure(self.log, job.job_id, 0), settings)
+        return _outcome(job, log or self.log, Tenure(self.log, job.job_id, 0), settings)
 
     def data(self, job: FineTuningJob) -> Path:
         return self.settings.job_dir(job.job_id) / "data" / "train"
@@ -256,9 +254,8 @@ def test_the_log_of_a_job_that_has_trained_ends_with_that_and_the_place_of_its_m
         (tmp_path / f"step {number}" / "merged").mkdir(parents=True)
         uri = (tmp_path / f"step {number}").as_uri()
         scene.tell(CheckpointSaved(attempt=1, step=number, epoch=1, uri=uri, best=number == best))
-    client: EventLogClient = scene.log  # type: ignore[assignment]  # the same methods, without Ray between
     with caplog.at_level(logging.INFO, logger="tunewright.runner"):
-        assert scene.runner().append(_success(scene.job, client, scene.runner())).status == "success"
+        assert scene.runner().append(_success(scene.job, scene.log, scene.runner())).status == "success"
     assert caplog.messages == [f"training is complete; the model: {tmp_path}/step 2/merged{told.format(tmp_path)}"]
 
 
@@ -268,9 +265,8 @@ def test_a_job_that_is_cancelled_right_after_its_training_is_not_said_to_have_su
     scene = JobOnALog()
     scene.tell(started(1))
     runner = scene.runner()
-    client: EventLogClient = scene.log  # type: ignore[assignment]  # the same methods, without Ray between
     with caplog.at_level(logging.INFO, logger="tunewright.runner"):
-        outcome = _success(scene.job, client, runner)
+        outcome = _success(scene.job, scene.log, runner)
         scene.tell(CancelRequested())
         with pytest.raises(Superseded):
             runner.append(outcome)

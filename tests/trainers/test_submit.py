@@ -189,7 +189,8 @@ def test_a_signal_during_the_submit_cancels_the_job_once_it_is_in_the_log(
 
         async def submit(self, *arguments: Any) -> FineTuningJob:
             os.kill(os.getpid(), signal.SIGINT)
-            return await super().__getattr__("submit")(*arguments)
+            job: FineTuningJob = await super().__getattr__("submit")(*arguments)
+            return job
 
         async def append(self, job_id: str, *arguments: Any) -> FineTuningJob:
             await command_line.log.append(job_id, *arguments)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import ray.train
 
-from events.actors import EventLogClient
 from events.facts import MetricsRecorded, PauseRequested
 from tests.events.facts_of_a_job import started, step
 from tests.trainers.job_on_a_log import JOB, JobOnALog
@@ -30,9 +29,8 @@ class Running(JobOnALog):
         self.tell(started(1))
         places = dict.fromkeys(("storage", "job_dir", "model_dir"), "")
         assignment = Assignment(JOB, attempt=1, interruptions=0, plan={}, resume_from=None, **places)
-        self.client: EventLogClient = self.log  # type: ignore[assignment]  # the same methods, without Ray between
         self.tenure = self.runner()
-        self.reporter = RayReporter(assignment, 0, self.client, self.tenure, lambda: None)
+        self.reporter = RayReporter(assignment, 0, self.log, self.tenure, lambda: None)
 
     def step(self, number: int) -> None:
         self.reporter.metrics(step(number))
@@ -55,7 +53,7 @@ def test_a_worker_whose_steps_are_short_learns_of_a_pause_as_it_reports_them(run
 
 def test_a_worker_in_a_long_step_asks(monkeypatch: pytest.MonkeyPatch, running: Running) -> None:
     monkeypatch.setattr(tenure, "WATCH_S", 0.05)
-    watch = Watch(running.client, JOB, 1, running.tenure, running.reporter.look)
+    watch = Watch(running.log, JOB, 1, running.tenure, running.reporter.look)
     try:
         assert not running.reporter.should_stop()
         running.tell(PauseRequested(by="node_drain"))
@@ -101,7 +99,7 @@ def test_the_logger_hears_whether_the_run_failed(
     rank = SimpleNamespace(get_world_rank=lambda: 0)
     monkeypatch.setattr(recipe, "train", train)
     monkeypatch.setattr(ray.train, "get_context", lambda: rank)
-    monkeypatch.setattr(worker, "connect", lambda _: SimpleNamespace(log=running.client, lines=None))
+    monkeypatch.setattr(worker, "connect", lambda _: SimpleNamespace(log=running.log, lines=None))
     monkeypatch.setattr(worker, "OutputCapture", lambda *_, **__: nothing)
     monkeypatch.setattr(worker, "give_way", lambda: None)
     monkeypatch.setattr(worker, "log_to_stdout", lambda: None)

@@ -13,13 +13,13 @@ from events.log import EventLog
 from events.memory import MemoryStore
 from tests.events.facts_of_a_job import VALIDATED, started
 from trainers.admission import Capacity, Node, for_workers
-from trainers.cluster import Runner, RunnerState
+from trainers.cluster import Cluster, Runner, RunnerState
 from trainers.dispatcher import Dispatcher
 from trainers.settings import Settings
 
 
 @dataclass
-class InMemoryCluster:
+class InMemoryCluster(Cluster):
     """A cluster of `cpus` CPUs whose runners do what the test says. Stopping takes until the test lets go."""
 
     cpus: float = 2

@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import openai
 import psutil
 import pytest
 
-from tests.asking import ASKED, MAX_TOKENS, ask, streamed
+from tests.asking import ASKED, MAX_TOKENS, ask, client_of, streamed
 from tests.generated import generated
 from tests.service.conftest import Api, local_service, make_inputs
 from tests.tiny_models import make_tiny_model
@@ -29,8 +28,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 
 @pytest.fixture(scope="module")
 def client(api: Api) -> openai.OpenAI:
-    http = httpx.Client(trust_env=False)
-    return openai.OpenAI(base_url=f"{api.service.url}/v1", api_key="none", timeout=WAIT_S, http_client=http)
+    return client_of(api.service.url)
 
 
 def of_vllm(api: Api) -> list[psutil.Process]:

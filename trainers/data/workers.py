@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import IO, cast
@@ -33,8 +33,9 @@ def usable_cores() -> int:
 
 def encode_in_parallel(
     chunks: Iterable[Sequence[Line]], tokenizer: ChatTokenizer, max_seq_len: int, pairs: bool = False
-) -> Iterator[Chunk]:
-    """`encode_lines` of every chunk, in order. Takes only so many chunks ahead as keep the processes busy.
+) -> Generator[Chunk, None, None]:
+    """`encode_lines` of every chunk, in order. Takes only so many chunks ahead as keep the processes busy. They end
+    with it, also where it is closed early.
 
     Raises InfrastructureError `tokenising_failed` where one of them dies.
     """

@@ -24,9 +24,9 @@ from uuid import uuid4
 import httpx
 from standardwebhooks import Webhook
 
-from events.actors import EventLogClient
+from events.actors import AnyLog
 from events.facts import DataRejected, JobCancelled, JobFailed, JobSucceeded
-from events.log import EventLog, LogUnavailable
+from events.log import LogUnavailable
 from events.store import Recorded
 from trainers.errors import UserError
 from trainers.settings import Settings
@@ -103,7 +103,7 @@ class Webhooks:
 
     def __init__(
         self,
-        log: EventLog | EventLogClient,
+        log: AnyLog,
         settings: Settings,
         pace: Pace | None = None,
         resolve: Resolve | None = None,

@@ -31,6 +31,7 @@ from trainers.models import chat_model
 from trainers.models.chat_model import Answering, ChatModel
 
 ASKED: list[Any] = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "What is the capital?"}]
+GREEDY: dict[str, Any] = {"messages": ASKED, "temperature": 0, "max_completion_tokens": 24}
 WAIT_S = 60.0
 
 
@@ -50,13 +51,18 @@ def greedy(model: str, messages: Sequence[Any] = ASKED, max_new_tokens: int = 24
 
 
 def ask(client: openai.OpenAI, model: str, **changes: Any) -> ChatCompletion:
-    asked: dict[str, Any] = {"messages": ASKED, "temperature": 0, "max_completion_tokens": 24, **changes}
-    completion: ChatCompletion = client.chat.completions.create(model=model, **asked)
+    completion: ChatCompletion = client.chat.completions.create(model=model, **GREEDY | changes)
     return completion
 
 
+def stream(client: openai.OpenAI, model: str, **changes: Any) -> openai.Stream[ChatCompletionChunk]:
+    chunks: openai.Stream[ChatCompletionChunk]
+    chunks = client.chat.completions.create(model=model, stream=True, **GREEDY | changes)
+    return chunks
+
+
 def streamed(client: openai.OpenAI, model: str, **changes: Any) -> list[ChatCompletionChunk]:
-    return list(ask(client, model, stream=True, **changes))  # type: ignore[call-overload]
+    return list(stream(client, model, **changes))
 
 
 def text_of(chunks: Sequence[ChatCompletionChunk]) -> str:
@@ -105,9 +111,9 @@ def test_a_bug_in_the_middle_of_a_stream_is_an_error_that_the_client_raises(
         raise ZeroDivisionError("in the decoder")
 
     monkeypatch.setattr(ChatModel, "advance", broken)
-    chunks = ask(client, model, stream=True)
+    chunks = stream(client, model)
     with pytest.raises(openai.APIError, match="on our side") as caught:
-        list(chunks)  # type: ignore[call-overload]
+        list(chunks)
     assert "decoder" not in str(caught.value)
     assert "in the decoder" in caplog.text
 

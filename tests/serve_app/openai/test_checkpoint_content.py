@@ -40,7 +40,7 @@ def job_id(server: Server) -> str:
 def checkpoint(client: openai.OpenAI, job_id: str, step: int) -> tuple[str, Path]:
     """Its id and its directory."""
     (found,) = (one for one in client.fine_tuning.jobs.checkpoints.list(job_id) if one.step_number == step)
-    return found.id, Path(found.uri.removeprefix("file://"))  # type: ignore[attr-defined]
+    return found.id, Path(found.model_dump()["uri"].removeprefix("file://"))
 
 
 def grow(path: Path) -> None:

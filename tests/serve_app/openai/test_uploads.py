@@ -43,6 +43,7 @@ def test_parts_stand_in_the_order_that_completing_names(client: openai.OpenAI) -
     upload = begin(client, 7)
     parts = [client.uploads.parts.create(upload.id, data=data).id for data in (b":1}", b'{"a"')]
     done = client.uploads.complete(upload.id, part_ids=parts[::-1])
+    assert done.file is not None
     assert client.files.content(done.file.id).read() == b'{"a":1}'
     assert client.uploads.complete(upload.id, part_ids=parts[::-1]) == done  # a retry
 
@@ -56,7 +57,7 @@ def test_a_wrong_md5_size_or_part_is_a_400_and_the_upload_can_still_be_completed
         ({"part_ids": ["part_none"]}, "unknown_part"),
     ):
         with pytest.raises(openai.BadRequestError) as refused:
-            client.uploads.complete(upload.id, **wrong)  # type: ignore[arg-type]
+            client.uploads.complete(upload.id, **wrong)
         assert refused.value.code == code
     assert client.uploads.complete(upload.id, part_ids=[part.id]).status == "completed"
 
@@ -93,10 +94,12 @@ def test_an_upload_that_is_being_completed_can_not_be_cancelled(
             wait([cancelling], timeout=2)  # it has no answer yet, however long that takes
         finally:
             goes_on.set()
-        assert completing.result().status == "completed"
+        completed = completing.result()
+        assert completed.status == "completed"
         with pytest.raises(openai.ConflictError):
             cancelling.result()
-    assert client.files.content(completing.result().file.id).read() == ROWS
+    assert completed.file is not None
+    assert client.files.content(completed.file.id).read() == ROWS
 
 
 def new_content(server: Server, before: set[str]) -> list[str]:

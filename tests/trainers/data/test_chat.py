@@ -111,7 +111,7 @@ class TestEveryFormat:
         text = tokenizer.render(row.messages)
         ((ids, mask),) = tokenizer.encode([row])
         assert ids.tolist() == plain_tokenizer(tmp_path).encode(text, add_special_tokens=False).ids
-        assert (ids.dtype, mask.dtype, ids.shape) == (np.int32, np.bool_, mask.shape)
+        assert (ids.dtype, mask.dtype, ids.shape) == (np.dtype(np.int32), np.dtype(np.bool_), mask.shape)
         assert list(ids).count(tokenizer._tokenizer.token_to_id("<s>")) <= 1
 
     def test_the_slow_path_gives_the_same_tokens_and_mask(self, name: str, make: Make) -> None:

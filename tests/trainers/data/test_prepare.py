@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,11 +34,11 @@ Prepare = Callable[..., DataReport]
 def run(tmp_path: Path, tokenizer: ChatTokenizer) -> Prepare:
     """Prepares these lines into tmp_path/out; keyword arguments replace those of `prepare`."""
 
-    def prepare_lines(lines: list[str], **arguments: object) -> DataReport:
+    def prepare_lines(lines: list[str], **arguments: Any) -> DataReport:
         file = tmp_path / "data.jsonl"
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         cache = DataCache(tmp_path / "cache", 1 << 30)
-        defaults = {
+        defaults: dict[str, Any] = {
             "tokenizer": tokenizer,
             "max_seq_len": 4096,
             "out_dir": tmp_path / "out",
@@ -60,7 +61,7 @@ def test_every_row_is_there_in_order_with_its_tokens_and_mask(
     assert dataset.lengths.tolist() == [len(ids) for ids, _ in expected]
     for i, (ids, mask) in enumerate(expected):
         tokens, trained = dataset[i]
-        assert (tokens.dtype, trained.dtype) == (np.int32, np.bool_)
+        assert (tokens.dtype, trained.dtype) == (np.dtype(np.int32), np.dtype(np.bool_))
         assert np.array_equal(tokens, ids)
         assert np.array_equal(trained, mask)
     assert report.tokens == dataset.lengths.sum()

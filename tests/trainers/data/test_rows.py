@@ -11,7 +11,9 @@ from trainers.data.rows import parse_pair, parse_row
 
 ASK, ANSWER = user("How many?"), assistant("Seven.")
 TOOLS = [{"type": "function", "function": {"name": "count", "parameters": {"type": "object", "properties": {}}}}]
-AS_THE_CLIENT_DUMPS_IT = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+AS_THE_CLIENT_DUMPS_IT: dict[str, object] = {
+    "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None
+}  # fmt: skip
 
 
 def row(value: object) -> Dialog:

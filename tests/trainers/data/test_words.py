@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tests.trainers.data.support import CONTROL, tokenizer_json
 from trainers.data import words as words_module
 from trainers.data.chat import _mask_one
-from trainers.data.words import _CUTTING_PATTERNS, Span, WordTokenizer, cuts_between_words
+from trainers.data.spans import Span
+from trainers.data.words import _CUTTING_PATTERNS, WordTokenizer, cuts_between_words
 
 LLAMA_3, QWEN_2 = sorted(_CUTTING_PATTERNS, key=lambda pattern: "1,3" not in pattern)
 BYTES = {"add_prefix_space": False, "use_regex": False}

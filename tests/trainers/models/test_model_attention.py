@@ -22,16 +22,16 @@ HEAD_DIM = 16
 ROPE = RotaryEmbedding(RopeParams(theta=100.0), head_dim=HEAD_DIM, max_seq_len=700)
 
 
-Tree = tuple[int, list["Tree"]]
-"""Tokens of a segment, and what goes on after it."""
+Tree = int | tuple[int, list["Tree"]]
+"""Tokens of a segment, and what goes on after it, if anything does."""
 
 
-def line(*trees: int | Tree, width: int) -> Layout:
+def line(*trees: Tree, width: int) -> Layout:
     """The segments of `trees` one behind the other, then padding."""
     segments: list[Segment] = []
     positions, until = torch.zeros(1, width, dtype=torch.int64), torch.arange(1, width + 1)[None]
 
-    def grow(tree: int | Tree, before: tuple[tuple[int, int], ...]) -> int:
+    def grow(tree: Tree, before: tuple[tuple[int, int], ...]) -> int:
         length, children = (tree, []) if isinstance(tree, int) else tree
         start = segments[-1].end if segments else 0
         end = start + length
@@ -130,10 +130,10 @@ def test_lines_without_a_layout_are_one_document_each(rules: Rules) -> None:
 @pytest.mark.parametrize("rules", RULES)
 def test_flex_attention_computes_the_same(rules: Rules, layout: Layout | None) -> None:
     """Uncompiled, which runs anywhere: it weighs each pair as compiled, but looks at no block."""
-    qkv = [x.detach() for x in random_qkv(1, 341)]  # there is no backward on the CPU
-    outputs = flex_attend(*qkv, block_mask(341, rules.window, CPU, layout), rules, flex=flex_attention)
+    q, k, v = (x.detach() for x in random_qkv(1, 341))  # there is no backward on the CPU
+    outputs = flex_attend(q, k, v, block_mask(341, rules.window, CPU, layout), rules, flex=flex_attention)
     of = slice(None) if layout is None else real(layout)
-    torch.testing.assert_close(outputs[of], by_definition(*qkv, layout, rules)[of])
+    torch.testing.assert_close(outputs[of], by_definition(q, k, v, layout, rules)[of])
     assert outputs.isfinite().all()
 
 
@@ -151,16 +151,18 @@ def test_flex_attention_computes_the_same(rules: Rules, layout: Layout | None) -
     ],
 )
 def test_flex_attention_visits_every_block_in_which_something_is_seen(
-    trees: list[int | Tree] | None, window: int | None
+    trees: list[Tree] | None, window: int | None
 ) -> None:
     width = 700
     layout = None if trees is None else line(*trees, width=width)
     mask = block_mask(width, window, CPU, layout)
     seen = seen_by_definition(layout, width, window)
-    beyond = -width % BLOCK
-    blocks = torch.nn.functional.pad(seen, (0, beyond, 0, beyond)).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    beyond, count = -width % BLOCK, -(-width // BLOCK)
+    blocks = torch.nn.functional.pad(seen, (0, beyond, 0, beyond)).reshape(count, BLOCK, count, BLOCK)
     some, whole = blocks.any(3).any(1), blocks.all(3).all(1)
     listed = mask.to_dense()[0, 0].bool()  # with those that are looked at pair by pair
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_indices is not None
     entire = torch.zeros_like(listed)
     for row in range(len(listed)):
         entire[row, mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].long()] = True
@@ -213,18 +215,18 @@ def test_dropout_drops_weights_and_keeps_their_mean(softcap: float | None) -> No
 def test_compiled_code_serves_packs_of_any_documents(flex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.models.attention._flex_works", lambda *_: flex)
     counter = CompileCounter()
-    qkv = [x.requires_grad_(not flex) for x in random_qkv(1, 256)]  # on a CPU FlexAttention has no gradient
+    q, k, v = (x.requires_grad_(not flex) for x in random_qkv(1, 256))  # on a CPU FlexAttention has no gradient
 
     @torch.compile(backend=counter)
     def layer(q: Tensor, k: Tensor, v: Tensor, mask: Causal) -> Tensor:
         return mask(q * 2, k, v, still(q.shape[1]), PLAIN) + 1
 
     counts = []
-    trees: list[list[int | Tree]] = [[100, 20], [5, (5, [30, 9]), 7], [256], [1, 2, (3, [4, 5]), 6, 7]]
+    trees: list[list[Tree]] = [[100, 20], [5, (5, [30, 9]), 7], [256], [1, 2, (3, [4, 5]), 6, 7]]
     for lengths in trees:
         layout = line(*lengths, width=256)
-        outputs = layer(*qkv, mask=Causal(256, {PLAIN}, CPU, layout, head_dim=HEAD_DIM, dtype=torch.float32))
-        expected = by_definition(qkv[0] * 2, *qkv[1:], layout, PLAIN) + 1
+        outputs = layer(q, k, v, mask=Causal(256, {PLAIN}, CPU, layout, head_dim=HEAD_DIM, dtype=torch.float32))
+        expected = by_definition(q * 2, k, v, layout, PLAIN) + 1
         torch.testing.assert_close(outputs[real(layout)], expected[real(layout)])
         counts.append(counter.frame_count)
     assert counts == counts[:1] * 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, ValueType, set_model_state_dict
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
 from torchtune.training import get_shard_conditions, set_activation_checkpointing, shard_model
@@ -215,7 +215,8 @@ def test_a_model_on_the_meta_device_can_be_sharded_and_then_filled(
     assert initial_adapter(model, seed=0).keys() == adapter.keys()
     model.to_empty(device="cpu")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, load_weights(model_dir, arch) | adapter, options=options)
+    weights: dict[str, ValueType] = {**load_weights(model_dir, arch), **adapter}
+    set_model_state_dict(model, weights, options=options)
     init_rope(model, "cpu")
     expected = build_model(model_dir, lora=lora, adapter=adapter)(TOKENS)
     torch.testing.assert_close(model.eval()(TOKENS), expected, rtol=0, atol=1e-6)

@@ -15,7 +15,7 @@ from tests.small_hub import SmallHub
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.resolving import failure
 from trainers.errors import InfrastructureError, UserError
-from trainers.models import resolve, smollm2
+from trainers.models import smollm2
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.cache import make_once
 from trainers.models.hub import download
@@ -355,7 +355,7 @@ def test_the_demo_alias_means_the_installed_package(
 def test_without_the_package_the_demo_alias_means_the_hub(
     tmp_path: Path, settings: Settings, hub: SmallHub, log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resolve.smollm2, "packaged_gguf", lambda: None)
+    monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
     commit = hub.add("HuggingFaceTB/SmolLM2-135M-Instruct", make_tiny_model(tmp_path / "source"))
     assert resolve_model("smollm2-135m-instruct", settings, log.append).name == commit
     assert log[0] == "smollm2-135m-instruct stands for HuggingFaceTB/SmolLM2-135M-Instruct"

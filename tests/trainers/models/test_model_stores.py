@@ -27,7 +27,7 @@ def bucket(tmp_path: Path) -> Iterator[Path]:
     """A directory that answers to s3://; the store's own client is not what is tested here."""
     root = tmp_path / "store"
 
-    class Bucket(DirFileSystem):
+    class Bucket(DirFileSystem):  # type: ignore[misc]  # fsspec has no types
         cachable = False
 
         def __init__(self, **_: Any) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from events.actors import EventLogClient
+from events.actors import AnyLog
+from events.facts import Event
 from events.ids import new_event_id
 from events.log import EventLog
 from events.sqlite import SqliteStore
@@ -18,7 +19,7 @@ from trainers.webhooks.deliverer import Pace, Webhooks
 from trainers.webhooks.store import Delivery, Endpoint, EventType, new_endpoint_id, new_secret
 from trainers.webhooks.targets import Resolve
 
-ENDS = {
+ENDS: dict[str, list[Event]] = {
     "succeeded": [*BEGUN, SUCCEEDED],
     "failed": [*BEGUN, FAILED],
     "rejected": [REJECTED],
@@ -47,7 +48,7 @@ async def end_job(log: Any, job_id: str, how: str = "succeeded") -> None:
 
 @asynccontextmanager
 async def delivering(
-    log: EventLog | EventLogClient, settings: Settings, pace: Pace = FAST, resolve: Resolve | None = None
+    log: AnyLog, settings: Settings, pace: Pace = FAST, resolve: Resolve | None = None
 ) -> AsyncIterator[Webhooks]:
     webhooks = Webhooks(log, settings, pace, resolve)
     running = asyncio.create_task(webhooks.run())

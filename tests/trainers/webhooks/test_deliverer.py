@@ -65,9 +65,10 @@ def test_a_thousand_jobs_reach_a_receiver_that_fails_every_third_time(play: Play
     chance = random.Random(7)  # noqa: S311  -- no secret
     jobs = [f"ftjob-{number}" for number in range(1000)]
     ways = ["succeeded", "failed", "rejected", "cancelled"]
+    failures: list[Answer] = [500, 503, 429, "drop", "hang"]
 
     def answer(_: int) -> Answer:
-        return chance.choice([500, 503, 429, "drop", "hang"]) if chance.random() < 0.3 else 200
+        return chance.choice(failures) if chance.random() < 0.3 else 200
 
     async def scenario(log: EventLog) -> None:
         with Receiver(answer) as receiver:
