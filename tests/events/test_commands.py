@@ -208,7 +208,7 @@ def test_a_command_without_the_token_that_its_cluster_asks_for_says_so(file: Pat
             env=env | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 1
-    assert f"{file} is in use, and no Ray cluster can be asked" in done.stderr
+    assert f"{file} is in use, and no Ray cluster answers" in done.stderr
     assert "no authentication token was found" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -222,5 +222,5 @@ def test_a_cluster_that_keeps_another_log_is_not_asked_for_this_one(
     with closing(SqliteStore(elsewhere / "events.db")):
         assert main(["export"]) == 1
     said = capsys.readouterr().err
-    assert f"{elsewhere}/events.db is in use, but not by the Ray cluster found: set RAY_ADDRESS" in said
+    assert f"{elsewhere}/events.db is in use, but not by the Ray cluster that was found: set RAY_ADDRESS" in said
     assert f"keeps its jobs in {tmp_path}, not in {elsewhere}" in said
