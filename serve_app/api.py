@@ -53,7 +53,7 @@ def build_api(
     for router in ROUTERS:
         app.include_router(router)
 
-    @cache
+    @cache  # it and the pages take a good part of a second, so the routes are plain functions, each with a thread
     def document() -> dict[str, Any]:
         return openapi.describe([route for router in ROUTERS for route in router.routes])
 
@@ -62,11 +62,11 @@ def build_api(
         return reference.page(document(), base_url)
 
     @app.get("/openapi.json", include_in_schema=False)
-    async def openapi_json() -> Response:
+    def openapi_json() -> Response:
         return JSONResponse(document())
 
     @app.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> Response:
+    def docs(request: Request) -> Response:
         return HTMLResponse(page(str(request.base_url)))
 
     app.openapi = document  # type: ignore[method-assign]

@@ -31,9 +31,8 @@ _OWNER = "tunewright"
 async def list_models(backend: TheBackend) -> Response:
     """Models of jobs that have succeeded and checkpoints, newest job first; directories of TUNEWRIGHT_MODEL_ROOTS;
     aliases. Hugging Face ids and URIs, which are models as well, aren't listed."""
-    tuned = [model for job in await all_jobs(backend.log) for model in _models_of(job)]
-    base = await asyncio.to_thread(_base_models, backend.settings)
-    return JSONResponse(OpenAIModelList(data=[*tuned, *base]).model_dump(mode="json"))
+    models = await asyncio.to_thread(_models, await all_jobs(backend.log), backend.settings)
+    return JSONResponse(OpenAIModelList(data=models).model_dump(mode="json"))
 
 
 @router.get(
@@ -55,6 +54,10 @@ async def source_of(log: JobLog, settings: Settings, name: str) -> str:
     """What `trainers.models.resolve.resolve_model` takes for the model of that name. Raises RequestRefused."""
     found = await checkpoint_of(log, name)
     return await asyncio.to_thread(_base_source, name, settings) if found is None else await directory_of(found)
+
+
+def _models(jobs: list[FineTuningJob], settings: Settings) -> list[OpenAIModel]:
+    return [*(model for job in jobs for model in _models_of(job)), *_base_models(settings)]
 
 
 def _models_of(job: FineTuningJob) -> list[OpenAIModel]:

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import yaml
 
 from events.config import Config
+from serve_app import reference
 from trainers.data.rows import parse_row
 
 CONTRACT = yaml.safe_load((Path(__file__).parent / "fine_tuning_api.yaml").read_text())
@@ -125,6 +128,25 @@ def test_the_page_shows_every_route_and_schema_and_loads_nothing(http: httpx.Cli
     assert {link[1:] for link in links if link.startswith("#")} <= targets
     assert len(targets) == page.count(" id=")
     assert "`" not in page  # code is set as code
+
+
+def test_others_are_answered_while_the_page_is_made(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def page(_document: dict[str, Any], _base_url: str) -> str:
+        begun.set()
+        assert go_on.wait(30)
+        return "the page"
+
+    monkeypatch.setattr(reference, "page", page)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(http.get, "/docs", headers={"Host": "127.0.0.2"})  # whose page nobody has asked for
+        assert begun.wait(30)
+        try:
+            assert http.get("/healthz", timeout=10).status_code == 200
+        finally:
+            go_on.set()
+        assert asked.result().text == "the page"
 
 
 def test_the_example_of_a_row_is_one_that_can_be_trained_on(served: dict[str, Any]) -> None:
