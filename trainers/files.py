@@ -240,7 +240,8 @@ class FileStore:
         if file is None or file.expired(time.time()):
             raise UserError(
                 "file_not_found",
-                f"there is no file {file_id} (it was deleted, has expired, or never was)",
+                f"there is no file {ascii(file_id)[1:-1]} (it was deleted, has expired, or never was)",
+                "file_id",
                 suggestion="upload it again",
             )
         return file

@@ -54,7 +54,7 @@ async def receive(request: Request, file_field: str, sink: Sink, limit: Limit) -
 async def _receive(request: Request, file_field: str, sink: Sink, limit: Limit) -> Form:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        message = "send the body as multipart/form-data"
+        message = "send the body as multipart/form-data, with its boundary: clients make that header by themselves"
         raise RequestRefused(Answer(415, "invalid_request_error", "unsupported_media_type", message))
     declared = request.headers.get("content-length", "")
     most = limit.max_bytes + MAX_FIELD_BYTES

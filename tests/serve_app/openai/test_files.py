@@ -86,6 +86,13 @@ def test_the_next_page_comes_also_after_a_file_that_was_deleted_meanwhile(
     assert listed == expected
 
 
+def test_a_file_that_is_not_there_is_named_without_what_a_terminal_would_obey(server: Server) -> None:
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/content")):
+        error = httpx.request(method, f"{server.url}/v1/files/x%1B[2J{path}").json()["error"]
+        assert (error["code"], error["param"]) == ("file_not_found", "file_id")
+        assert r"no file x\x1b[2J (" in error["message"]
+
+
 @pytest.mark.parametrize("after", ["file-x", "file-" + "Z" * 26, str(ULID()), f"file-results-ftjob-{ULID()}"])
 def test_what_is_no_id_of_a_file_ends_no_page(client: openai.OpenAI, after: str) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
@@ -236,7 +243,10 @@ def test_a_form_that_is_none_is_a_400(server: Server, body: bytes, code: str) ->
     answer = httpx.post(f"{server.url}/v1/files", content=body, headers=headers)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["code"] == code
-    assert httpx.post(f"{server.url}/v1/files", json={}).status_code == 415
+    for headers in ({}, {"Content-Type": "multipart/form-data"}):  # without the boundary, as one makes it by hand
+        answer = httpx.post(f"{server.url}/v1/files", content=b"x", headers=headers)
+        assert answer.status_code == 415
+        assert "with its boundary" in answer.json()["error"]["message"]
     assert stored(server) == before
 
 
