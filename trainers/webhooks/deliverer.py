@@ -121,6 +121,7 @@ class Webhooks:
         self._in_flight: Counter[str] = Counter()
         self._attempts: set[asyncio.Task[None]] = set()
         self._pruned = float("-inf")
+        self._looked = float("inf")  # for what is due; the clock may have been set back while nothing ran
 
     # --- what the API offers
 
@@ -217,7 +218,7 @@ class Webhooks:
             notices = [_notice(recorded) for recorded in page if type(recorded.event) in TOLD]
             if notices or position - kept > _CURSOR_LAG:
                 cursor = Cursor(position, page[-1].event_id)
-                await self._do(lambda store: store.note(notices, cursor))  # noqa: B023  -- awaited in this round
+                await self._do(lambda store: store.note(notices, cursor, time.time()))  # noqa: B023  -- awaited in this round
                 kept = position
                 self._due.set()
             if len(page) < _PAGE:
@@ -246,6 +247,9 @@ class Webhooks:
         while True:
             self._due.clear()
             now = time.time()
+            if now < self._looked:
+                await self._do(lambda store: store.set_clock_back(now))  # noqa: B023  -- awaited in this round
+            self._looked = now
             if now - self._pruned > _PRUNE_EVERY_S:
                 await self._do(lambda store: store.prune(now - self._pace.kept_s))  # noqa: B023  -- awaited in this round
                 self._pruned = now

@@ -268,8 +268,9 @@ class WebhookStore:
         row = self._one("SELECT position, event_id FROM cursor")
         return Cursor(0, "") if row is None else Cursor(*row)
 
-    def note(self, notices: Sequence[Notice], cursor: Cursor) -> None:
-        """What the log says up to `cursor`. A notice that is known already, or older than an endpoint, is none."""
+    def note(self, notices: Sequence[Notice], cursor: Cursor, now: float) -> None:
+        """What the log says up to `cursor`, due now. A notice that is known already, or older than an endpoint, is
+        none. (Its time may be ahead of `now`: the log's never goes back, whatever the clock does.)"""
         with self._db:
             for row in self._db.execute("SELECT * FROM endpoints WHERE enabled").fetchall():
                 endpoint = _endpoint(row)
@@ -277,12 +278,21 @@ class WebhookStore:
                     "INSERT OR IGNORE INTO deliveries (endpoint_id, event_id, event_type, job_id, created_at, "
                     "next_attempt_at) VALUES (?, ?, ?, ?, ?, ?)",
                     [
-                        (endpoint.id, *notice, notice.time)
+                        (endpoint.id, *notice, min(notice.time, now))
                         for notice in notices
                         if notice.event_type in endpoint.event_types and notice.time >= endpoint.created_at
                     ],
                 )
             self._move(cursor)
+
+    def set_clock_back(self, now: float) -> None:
+        """What waits by a clock that was ahead is due now: that clock's pause would last longer by as much."""
+        with self._db:
+            self._db.execute(
+                "UPDATE deliveries SET next_attempt_at = ? "
+                "WHERE status = 'pending' AND ifnull(last_attempt_at, next_attempt_at) > ?",
+                (now, now),
+            )
 
     def claim(
         self, now: float, in_flight: Mapping[str, int], most: int, hold_s: Callable[[int], float]

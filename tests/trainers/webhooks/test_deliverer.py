@@ -167,6 +167,80 @@ def test_a_restart_keeps_the_pause_that_a_delivery_has_earned(play: Play, tmp_pa
     play(scenario)
 
 
+class Clock:
+    """The machine's, set forward by `ahead_s`."""
+
+    ahead_s = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.ahead_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What the deliverer goes by."""
+    clock = Clock()
+    monkeypatch.setattr("trainers.webhooks.deliverer.time", clock)
+    return clock
+
+
+def test_a_clock_that_is_set_back_a_day_puts_no_attempt_off_by_a_day(play: Play, tmp_path: Path, clock: Clock) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver(lambda number: 500 if number < 2 else 200) as receiver:
+            async with delivering(log, settings_in(tmp_path), SLOW) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                clock.ahead_s = 86400
+                for job_id in ("ftjob-1", "ftjob-2"):
+                    await end_job(log, job_id)
+
+                async def have_failed() -> bool:
+                    deliveries = await all_deliveries(webhooks, created.endpoint.id)
+                    return [one.last_error for one in deliveries] == ["answered 500"] * 2
+
+                await async_eventually(have_failed, WAIT_S, lambda: "the first attempts do not fail")
+                clock.ahead_s = 0
+                await end_job(log, "ftjob-3")
+                await until_settled(webhooks, created.endpoint.id, "delivered", 3)
+
+    play(scenario)
+
+
+def test_a_clock_that_was_set_back_while_nothing_ran_puts_no_attempt_off(
+    play: Play, tmp_path: Path, clock: Clock
+) -> None:
+    async def scenario(log: EventLog) -> None:
+        with Receiver(lambda number: 500 if number < 1 else 200) as receiver:
+            async with delivering(log, settings_in(tmp_path), SLOW) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                clock.ahead_s = 86400
+                await end_job(log, "ftjob-1")
+
+                async def has_failed() -> bool:
+                    deliveries = await all_deliveries(webhooks, created.endpoint.id)
+                    return [one.last_error for one in deliveries] == ["answered 500"]
+
+                await async_eventually(has_failed, WAIT_S, lambda: "the first attempt does not fail")
+            clock.ahead_s = 0
+            async with delivering(log, settings_in(tmp_path), SLOW) as webhooks:
+                await until_settled(webhooks, created.endpoint.id, "delivered")
+
+    play(scenario)
+
+
+def test_what_a_log_dates_ahead_of_the_clock_is_told_at_once(play: Play, tmp_path: Path, clock: Clock) -> None:
+    """It was written to while the clock was ahead, and its time never goes back."""
+
+    async def scenario(log: EventLog) -> None:
+        clock.ahead_s = -86400
+        with Receiver() as receiver:
+            async with delivering(log, settings_in(tmp_path)) as webhooks:
+                created = await endpoint(webhooks, receiver.url)
+                await end_job(log, "ftjob-1")
+                await until_settled(webhooks, created.endpoint.id, "delivered")
+
+    play(scenario)
+
+
 def test_pauses_grow_to_half_a_day_and_the_attempts_last_three_days() -> None:
     pace = Pace(jitter=0)
     pauses = [pace.pause_s(attempts) for attempts in range(1, pace.attempts)]

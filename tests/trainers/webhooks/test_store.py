@@ -16,7 +16,7 @@ def with_a_notice(tmp_path: Path) -> tuple[WebhookStore, Endpoint]:
     """A store with one endpoint, which is to be told of one event."""
     store = WebhookStore(tmp_path / "webhooks.db")
     created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
-    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"))
+    store.note([Notice("evt_1", "fine_tuning.job.failed", "ftjob-1", 101.0)], Cursor(9, "e"), 101.0)
     return store, created
 
 
@@ -39,7 +39,7 @@ def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path)
     store = WebhookStore(tmp_path / "webhooks.db")
     created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
     notices = [Notice(f"evt_{n}", "fine_tuning.job.failed", "ftjob-1", 101.0) for n in range(3)]
-    store.note(notices, Cursor(9, "e"))
+    store.note(notices, Cursor(9, "e"), 101.0)
     (first, second), _ = store.claim(200.0, {}, 2, lambda _: 10.0)
     webhooks = Webhooks.__new__(Webhooks)
     webhooks._pace = Pace()
@@ -162,7 +162,7 @@ def test_what_is_over_is_forgotten_after_a_month_and_what_is_not_is_kept(tmp_pat
     store = WebhookStore(tmp_path / "webhooks.db")
     created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 0.0)
     times = {"evt_old": 100.0, "evt_pending": 100.0, "evt_young": 200.0}
-    store.note([Notice(name, "fine_tuning.job.failed", "j", at) for name, at in times.items()], Cursor(1, "e"))
+    store.note([Notice(name, "fine_tuning.job.failed", "j", at) for name, at in times.items()], Cursor(1, "e"), 300.0)
     webhooks = Webhooks.__new__(Webhooks)
     webhooks._pace = Pace()
     for attempt in store.claim(300.0, {}, 8, lambda _: 10.0)[0]:
