@@ -113,9 +113,9 @@ _REFUSALS: dict[str, tuple[int, ErrorType, str | None]] = {
 
 
 _NEXT = {
-    "unknown_job": "GET /fine_tuning/jobs lists those there are",
+    "unknown_job": "GET /fine_tuning/jobs lists the jobs",
     "cancelling": "it can be neither paused nor resumed",
-    "job_is_over": "POST /fine_tuning/jobs/resubmit starts another one from one of its checkpoints",
+    "job_is_over": "POST /fine_tuning/jobs/resubmit starts a new one from one of its checkpoints",
 }
 """What the log can't say: it knows no routes."""
 
@@ -177,7 +177,9 @@ def _infrastructure_error(exc: InfrastructureError) -> Answer:
 def _http(exc: HTTPException) -> Answer:
     headers = dict(exc.headers or {})
     if exc.status_code == 404:
-        return Answer(404, "not_found_error", "unknown_route", "there is no such route; GET /docs lists them", None)
+        return Answer(
+            404, "not_found_error", "unknown_route", "there is no such route; GET /docs lists all routes", None
+        )
     if exc.status_code == 405:
         message = f"this route answers {headers.get('Allow', 'other methods')} only"
         return Answer(405, "invalid_request_error", "method_not_allowed", message, headers=headers)
@@ -227,5 +229,5 @@ def _methods(request: Request) -> list[str]:
 
 def unexpected(request_id: str) -> Answer:
     """The answer to a bug. The traceback is in the operator's log under `request_id`."""
-    message = f"something went wrong on our side; the operator finds it in the log as request {request_id}"
+    message = f"something went wrong on our side; the operator can find it in the log as request {request_id}"
     return Answer(500, "server_error", "internal_error", message)

@@ -34,14 +34,14 @@ _FROM_ANOTHER_SITE = Answer(
     403,
     "invalid_request_error",
     "cross_site",
-    "a page of another site may not change anything here: call the API from a program, or from a page of its own site",
+    "a page of another site may not change anything here: call the API from a program, or from a page on its own site",
 )
 _MISDIRECTED = Answer(
     421,
     "invalid_request_error",
     "misdirected_request",
-    "the service doesn't go by the name that this request is for: ask for it by its IP address, as localhost, or by a "
-    "name that its operator has put into TUNEWRIGHT_HOSTS",
+    "the service doesn't answer for the host that this request names: use its IP address, localhost, or a host name "
+    "that its operator has added to TUNEWRIGHT_HOSTS",
 )
 
 

@@ -94,25 +94,25 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 _REF = "#/components/schemas/{model}"
 _WHEN = {
     400: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
-    403: "`invalid_request_error`: a browser sent it for a page of another site.",
+    403: "`invalid_request_error`: a browser sent the request for a page of another site.",
     404: "`not_found_error`: there is no such job, file, upload, model, checkpoint or webhook endpoint.",
     409: "`conflict_error`: the job is over, or being cancelled; the file is in use; the upload is over; the job has "
     "no model yet; the endpoint is disabled.",
-    413: "`invalid_request_error`: JSON is larger than TUNEWRIGHT_MAX_BODY_BYTES (1 MiB), a file than "
+    413: "`invalid_request_error`: the JSON is larger than TUNEWRIGHT_MAX_BODY_BYTES (1 MiB), a file than "
     "TUNEWRIGHT_MAX_FILE_BYTES (512 MiB), a part than 64 MiB, or an upload than TUNEWRIGHT_MAX_UPLOAD_BYTES (8 GiB).",
     415: "`invalid_request_error`: the body is of another type than the route takes: `application/json` in UTF-8, or "
     "for files and parts `multipart/form-data`.",
     416: "`invalid_request_error`: the `Range` begins beyond the end.",
     421: "`invalid_request_error`: the request is for a host that TUNEWRIGHT_HOSTS doesn't name.",
     422: "`invalid_request_error`: the request is wrong; `errors` lists everything that is.",
-    429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already, or too many "
-    "questions or estimates to answer. Without a Retry-After: the files hold TUNEWRIGHT_FILES_QUOTA_BYTES, there are "
-    "fifty webhook endpoints, or one has ten old secrets.",
-    500: "`server_error`: a bug; the operator finds it in the log under the request's id.",
-    503: "`service_unavailable_error`: the event log, the storage of files or the process of a model can't be "
-    "reached; try again. `job_damaged`: the job's history can't be read as it was written; only its operator can help.",
+    429: "`rate_limit_error`: there are TUNEWRIGHT_MAX_LIVE_JOBS (1000) unfinished jobs already, or too many questions "
+    "or estimates. Without a Retry-After: the files hold TUNEWRIGHT_FILES_QUOTA_BYTES, there are fifty webhook "
+    "endpoints, or one has ten old secrets.",
+    500: "`server_error`: a bug; the operator can find it in the log under the request's id.",
+    503: "`service_unavailable_error`: the event log, the storage of files or the process of a model can't be reached; "
+    "try again. `job_damaged`: the job's history is damaged, and only the operator can help.",
 }
-_RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait before the next try.", "schema": {"type": "integer"}}}
+_RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait before trying again.", "schema": {"type": "integer"}}}
 
 
 def documented(model: type[BaseModel], description: str, *errors: int) -> Responses:

@@ -26,7 +26,7 @@ async def time_of(plan: Plan, resources: Resources, found: Found, log: JobLog) -
     """The steps' tokens and those of the evaluations, at the median speed of the last jobs like it, or at the one that
     is assumed of the device."""
     speeds = [] if plan.packed else await _speeds(plan, resources, log)
-    unknown = "the speed of packed jobs is not measured" if plan.packed else "no job like it has run here"
+    unknown = "the speed of packed jobs isn't measured" if plan.packed else "no similar job has run here"
     if speeds:
         speed = median(speeds)
         basis = f"measured on {len(speeds)} {'job' if len(speeds) == 1 else 'jobs'}"

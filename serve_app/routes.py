@@ -54,7 +54,7 @@ TheBackend = Annotated[Backend, Depends(_backend)]
 JobId = Annotated[str, Query(min_length=1, max_length=128)]
 After = Annotated[
     Annotated[str, Field(min_length=1, max_length=128)] | SkipJsonSchema[None],
-    Query(description="Only jobs older than this one: the last id of the page before."),
+    Query(description="Only jobs older than this one: the last id of the previous page."),
 ]
 Key = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[ -~]+$")] | SkipJsonSchema[None]
 
@@ -68,8 +68,8 @@ def idempotency_header(retried: str) -> Any:  # noqa: ANN401  -- Header() of any
 IdempotencyKey = Annotated[
     Key,
     idempotency_header(
-        "returns the job that the first request made. Without a key, an identical request within 60 s does so as long "
-        "as the first answer was not delivered, or when `x-stainless-retry-count` says that it is a retry."
+        "returns the job that the first request made. Without a key, an identical request within 60 s does so, too, if "
+        "the first answer was not delivered or if `x-stainless-retry-count` says that it is a retry."
     ),
 ]
 
@@ -158,7 +158,9 @@ async def cancel(request: Request, backend: TheBackend) -> Response:
     f"{JOBS}/pause",
     summary="Pause a job",
     openapi_extra=json_body(PauseRequest),
-    responses=documented(FineTuningJob, "The job will pause, or is paused.", 404, 409, 413, 415, 422),
+    responses=documented(
+        FineTuningJob, "The job will stop at a checkpoint, or is paused already.", 404, 409, 413, 415, 422
+    ),
 )
 async def pause(request: Request, backend: TheBackend) -> Response:
     """Stop the job at a checkpoint until it is resumed.
@@ -176,7 +178,7 @@ async def pause(request: Request, backend: TheBackend) -> Response:
     f"{JOBS}/resume",
     summary="Resume a paused job",
     openapi_extra=json_body(ResumeRequest),
-    responses=documented(FineTuningJob, "The job goes on.", 404, 409, 413, 415, 422),
+    responses=documented(FineTuningJob, "The job goes on, when it is its turn.", 404, 409, 413, 415, 422),
 )
 async def resume(request: Request, backend: TheBackend) -> Response:
     """Put a paused job back in line, in the order in which jobs were submitted.
@@ -230,10 +232,13 @@ async def tail_logs(
     backend: TheBackend,
     job_id: Annotated[JobId, Query(description="The ID of the job to tail logs for.")],
     after: Annotated[
-        int, Query(ge=0, lt=2**53, description="Offset to start from: 0, or the `next` of the last line you got.")
+        int, Query(ge=0, lt=2**53, description="Offset to start at: 0, or the `next` of the last line you received.")
     ] = 0,
     follow: Annotated[
-        bool, Query(description="Go on with new lines until the job ends; `false`: end with the lines there are now.")
+        bool,
+        Query(
+            description="`true`: wait for new lines until the job ends. `false`: return only the lines there are now."
+        ),
     ] = True,
 ) -> Response:
     """Stream the logs of a particular job in real-time. This endpoint supports streaming responses.
@@ -269,7 +274,7 @@ async def list_jobs(
 
 @router.get(
     "/healthz",
-    summary="Whether the service can work",
+    summary="Check that the service works",
     responses=documented(Health, "The event log answers."),
 )
 async def healthz(backend: TheBackend) -> Response:

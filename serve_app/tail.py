@@ -147,7 +147,7 @@ async def _read(backend: Backend, job_id: str, after: int, patience_s: float) ->
         async with asyncio.timeout(patience_s):
             return _as_read(await backend.logs.read(job_id, after, BATCH_LINES, 0.0))
     except TimeoutError:
-        raise LogUnavailable("the log lines don't come") from None
+        raise LogUnavailable("the log queue doesn't answer") from None
 
 
 def _as_read(batch: LogBatch) -> _Read:

@@ -28,8 +28,8 @@ class _Wire(BaseModel):
 class ProblemDetail(_Wire):
     """One of the things wrong with a request."""
 
-    param: str | None = Field(description="Dotted path of the field; null when it is no single field.")
-    message: str = Field(description="What is wrong and what would be right, for people.")
+    param: str | None = Field(description="Dotted path of the field; null if no single field is to blame.")
+    message: str = Field(description="What is wrong, and what would be right, for people.")
     code: str = Field(description="A stable word for programs.")
 
 
@@ -38,7 +38,7 @@ class ErrorBody(_Wire):
 
     message: str = Field(description="What happened and what to do next, for people. Names every problem.")
     type: ErrorType = Field(description="The class of the error; it goes with the status code.")
-    param: str | None = Field(description="The field to blame: the first one where several are.")
+    param: str | None = Field(description="The field to blame; the first one, if there are several.")
     code: str | None = Field(description="A stable word for programs: `unknown_job`, `unknown_field`, ...")
     errors: list[ProblemDetail] | None = optional("Every problem of the request. With status 422, or 400 under /v1.")
 
@@ -64,7 +64,7 @@ class PauseRequest(_Wire):
 class ResumeRequest(_Wire):
     """What POST /fine_tuning/jobs/resume takes."""
 
-    job_id: str = Field(min_length=1, max_length=128, description="The job to go on with.")
+    job_id: str = Field(min_length=1, max_length=128, description="The job to resume.")
 
 
 class ResubmitRequest(_Wire):
@@ -73,13 +73,13 @@ class ResubmitRequest(_Wire):
     job_id: str = Field(min_length=1, max_length=128, description="The job that made the checkpoint.")
     checkpoint: Annotated[int, Field(ge=0)] | str | SkipJsonSchema[None] = Field(
         default=None,
-        description="One of the job's `checkpoints`, or the number of the step it was written after. Left out: the "
-        "last one.",
+        description="One of the job's `checkpoints`, or the number of the step it was written after. Default: the last "
+        "one.",
     )
     config: dict[str, JsonValue] = Field(
         default={},
-        description="What is to be different from the job's `input_config`: objects are merged, null removes a field. "
-        "An object whose `finetuning_type` or `log_type` changes is replaced. `model` is the checkpoint.",
+        description="Changes to the job's `input_config`: objects are merged, null removes a field, and an object "
+        "whose `finetuning_type` or `log_type` changes is replaced. `model` can't be set: it is the checkpoint.",
     )
 
 
@@ -88,7 +88,7 @@ class FineTuningJobList(_Wire):
 
     object: Literal["list"] = "list"
     data: list[FineTuningJob] = Field(description="Newest first.")
-    has_more: bool = Field(description="There are older jobs: ask again with `after` = the last job's id.")
+    has_more: bool = Field(description="Whether there are older jobs: ask again with `after` = the last job's id.")
 
 
 class Log(_Wire):
@@ -99,13 +99,13 @@ class Log(_Wire):
 
 
 class TailLine(_Wire):
-    """One line of the NDJSON stream. An empty `logs` is a heartbeat, or the last line: a stream that ends without a
-    `status` ends because the service is being restarted; go on from `next`."""
+    """One line of the NDJSON stream. An empty `logs` is a heartbeat, or the last line. If a stream ends without a
+    `status`, the service is being restarted: reconnect with `after` = `next`."""
 
     logs: list[Log]
-    next: int = Field(ge=0, description="Offset after these lines: `after` for a reader that reconnects.")
+    next: int = Field(ge=0, description="Offset after these lines: send it as `after` when you reconnect.")
     status: Literal["failed", "success", "cancelled"] | None = optional(
-        "Only on the last line of a job that has ended."
+        "Only in the last line of a job that has ended."
     )
 
 

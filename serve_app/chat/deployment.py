@@ -128,10 +128,10 @@ class RemoteAnswers:
             async for part in parts:
                 yield part
         except BackPressureError:
-            raise _refused(429, f"{QUEUED} questions wait already; try again") from None
+            raise _refused(429, f"{QUEUED} questions are already waiting; try again") from None
         except TimeoutError:
-            message = f"nobody could take the question within {START_S:.0f} s: others are worked on, or jobs hold the "
-            message += "GPU or the CPUs that the model's process needs"
+            message = f"no process could take the question within {START_S:.0f} s: it answers others, or jobs hold the "
+            message += "GPU or the CPUs that it needs; try again"
             raise _refused(503, message) from None
         except RayTaskError:
             raise  # a bug of ours, which nobody mends by asking again
@@ -181,7 +181,9 @@ def _share(settings: Settings, reserved: float) -> Share | None:
     """What vLLM gives each model, of a replica's `reserved` GPUs. None: torchtune's components answer."""
     installed = importlib.util.find_spec("vllm") is not None
     if settings.chat_engine == "vllm" and not installed:
-        raise ValueError("TUNEWRIGHT_CHAT_ENGINE is vllm, which is not installed (docs/openai.md says how)")
+        raise ValueError(
+            "TUNEWRIGHT_CHAT_ENGINE is vllm, which is not installed; docs/openai.md says how to install it"
+        )
     if settings.chat_engine == "torchtune" or not installed or (settings.chat_engine == "auto" and not reserved):
         return None
     memory = OF_GPU * min(1.0, reserved) / settings.chat_models

@@ -110,5 +110,7 @@ class TorchtuneEngine(Engine["ChatModel"]):
 
 
 def _no_room() -> InfrastructureError:
-    message = "there is not enough memory for as long a dialog as this and its answer"
-    return InfrastructureError("no_room", message, suggestion="ask again when fewer do, or with a shorter dialog")
+    message = "there is not enough memory for a dialog as long as this one and its answer"
+    return InfrastructureError(
+        "no_room", message, suggestion="try again when fewer questions are being answered, or with a shorter dialog"
+    )

@@ -108,8 +108,8 @@ class VllmModels:
         InfrastructureError `no_room` where it doesn't fit beside the others, or vLLM can't start with it."""
         directory = await asyncio.to_thread(self._resolve, name)
         if not await asyncio.to_thread(self._room.acquire, timeout=_ROOM_S):
-            message = "as many models as there is room for are being asked already"
-            raise InfrastructureError("no_room", message, suggestion="try again when one has answered")
+            message = "other models are being asked, and there is no room for one more"
+            raise InfrastructureError("no_room", message, suggestion="try again when one of them has answered")
         try:
             llm, tokenizer = await asyncio.to_thread(_start, directory, self._share, self._answers)
         except BaseException:
@@ -173,7 +173,8 @@ def _start(directory: Path, share: Share, answers: int) -> tuple["AsyncLLM", Cha
         logger.exception("vLLM could not start with %s", directory)
         raise InfrastructureError(
             "no_room",
-            f"vLLM could not start with this model ({type(error).__name__}), most often for want of memory",
+            f"vLLM could not start with this model ({type(error).__name__}), most often because there is not enough "
+            "memory",
             suggestion="the log of the chat replica says why; TUNEWRIGHT_CHAT_MODELS=1 gives one model all of the GPU, "
             "and TUNEWRIGHT_CHAT_ENGINE=torchtune does without vLLM",
         ) from error

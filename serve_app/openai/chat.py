@@ -153,9 +153,9 @@ def _read(document: dict[str, object]) -> OpenAIChatRequest:
     except ConfigProblems as found:
         raise ConfigProblems(found.problems + problems) from None
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
-        problems.append(Problem("max_tokens", "is the old name of max_completion_tokens: leave one of the two out"))
+        problems.append(Problem("max_tokens", "is the old name of max_completion_tokens: send only one of the two"))
     if asked.stream_options is not None and not asked.stream:
-        problems.append(Problem("stream_options", "goes with stream: true"))
+        problems.append(Problem("stream_options", "needs stream: true"))
     if problems:
         raise ConfigProblems(problems)
     return asked

@@ -26,12 +26,12 @@ class OpenAIModel(_Answer):
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="Seconds since 1970; 0 for a model that wasn't fetched yet.")
+    created: int = Field(description="Seconds since 1970; 0 for a model that hasn't been fetched yet.")
     owned_by: str
 
 
 class OpenAIModelList(_Answer):
-    """Every model with a name of its own here."""
+    """Every model that has a name of its own here."""
 
     object: Literal["list"] = "list"
     data: list[OpenAIModel]
@@ -51,11 +51,11 @@ class OpenAIChatMessage(Message):
 
 
 class OpenAIStreamOptions(BaseModel):
-    """What a stream has besides the answer."""
+    """What a stream sends besides the answer."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    include_usage: bool | None = optional("A last chunk with the number of tokens.")
-    include_obfuscation: Literal[False] | None = optional("There is none.")
+    include_usage: bool | None = optional("Send a last chunk with the number of tokens. Default: false.")
+    include_obfuscation: Literal[False] | None = optional("Only `false`: streams are never obfuscated.")
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -70,25 +70,31 @@ class OpenAIChatRequest(BaseModel):
     """What POST /v1/chat/completions takes. A field that isn't here is refused by name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    model: str = Field(min_length=1, max_length=1024, description="One of GET /v1/models, or a base model's name.")
+    model: str = Field(
+        min_length=1, max_length=1024, description="A name from GET /v1/models, or any base model that jobs take."
+    )
     messages: list[OpenAIChatMessage] = Field(
-        min_length=1, max_length=10_000, description="The dialog, in order. A system message may only be the first."
+        min_length=1, max_length=10_000, description="The dialog, in order. A system message must come first."
     )
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = optional(
-        "Of the answer. Default: what the model's context leaves."
+        "Most tokens in the answer. Default: all that the model's context leaves."
     )
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = optional("The old name of max_completion_tokens.")
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = optional("0: the likeliest token. Default: 1.")
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = optional("Share of the probability to draw from. Default: 1.")
-    stop: Annotated[StopTexts, BeforeValidator(_as_list, json_schema_input_type=StopText | StopTexts)] = Field(
-        default=[], description="Texts that end the answer, before them. Default: none."
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = optional("0: always the likeliest token. Default: 1.")
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = optional(
+        "Draw from the likeliest tokens that hold this share of the probability. Default: 1."
     )
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = optional("For the same answer again. Default: none.")
-    n: Literal[1] | None = optional("One answer.")
-    stream: bool | None = optional("Server-sent events. Default: false.")
-    stream_options: OpenAIStreamOptions | None = optional("With `stream`. Default: none.")
-    user: str | None = optional("Yours; nothing is done with it.")
-    metadata: dict[str, str] | None = optional("Yours; nothing is done with it.")
+    stop: Annotated[StopTexts, BeforeValidator(_as_list, json_schema_input_type=StopText | StopTexts)] = Field(
+        default=[], description="Texts before which the answer ends. Default: none."
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = optional(
+        "The same seed gives the same answer. Default: none."
+    )
+    n: Literal[1] | None = optional("Only 1: there is one answer.")
+    stream: bool | None = optional("Send the answer as server-sent events while it is made. Default: false.")
+    stream_options: OpenAIStreamOptions | None = optional("Only with `stream`. Default: none.")
+    user: str | None = optional("Accepted and ignored.")
+    metadata: dict[str, str] | None = optional("Accepted and ignored.")
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -184,10 +190,10 @@ class OpenAIChatCompletion(_Answer):
 
 
 class OpenAIChatDelta(_Answer):
-    """What is new. Without fields in the chunk that ends the answer."""
+    """What is new. The chunk that ends the answer has no fields here."""
 
-    role: Literal["assistant"] | None = optional("In the first chunk.")
-    content: str | None = optional("Of the answer.")
+    role: Literal["assistant"] | None = optional("Only in the first chunk.")
+    content: str | None = optional("The next piece of the answer.")
 
     @model_serializer(mode="wrap")
     def _without_nulls(self, serialise: SerializerFunctionWrapHandler) -> dict[str, str]:
@@ -210,5 +216,5 @@ class OpenAIChatChunk(_Answer):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
-    choices: list[OpenAIChunkChoice] = Field(description="None in the chunk with the usage.")
+    choices: list[OpenAIChunkChoice] = Field(description="Empty in the chunk with the usage.")
     usage: OpenAIUsage | None = None

@@ -34,7 +34,7 @@ _DIRECTORIES = ("additional_chat_templates",)
 @router.get(
     "/fine_tuning/checkpoints/{checkpoint_id:path}/content",  # the suffix in a model's name may have a '/'
     summary="Download a checkpoint's weights",
-    responses=documented_bytes("A tar of the model's directory.", 400, 404, 409, media_type=MEDIA_TYPE),
+    responses=documented_bytes("A tar of the checkpoint's directory.", 400, 404, 409, media_type=MEDIA_TYPE),
 )
 async def content(
     request: Request,
@@ -124,7 +124,7 @@ def _open(found: Checkpoint, variant: Variant) -> _Archive:
 
 
 def _no_adapter(found: Checkpoint) -> RequestRefused:
-    message = f"{found.job.job_id} was no LoRA job: its checkpoints have no adapter; leave variant out for the model"
+    message = f"{found.job.job_id} did not train an adapter; leave variant out to download the model"
     problem = Problem("variant", message, "no_adapter")
     return RequestRefused(Answer(400, "invalid_request_error", "no_adapter", message, "variant", [problem]))
 

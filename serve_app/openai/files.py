@@ -40,7 +40,7 @@ OCTETS = "application/octet-stream"
 PAGE_S = 10.0
 """How long a page of files may take: to know the size of a result file, its job's whole history is read once."""
 FileId = Annotated[str, Path(min_length=1, max_length=256, description="The file's id.")]
-After = Annotated[Cursor, Query(description="Only what comes after this one: the last id of the page before.")]
+After = Annotated[Cursor, Query(description="Only entries after this one: the last id of the previous page.")]
 
 
 @router.post(
@@ -61,7 +61,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
     size = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
     await room_for(store, backend.settings, min(size, backend.settings.max_file_bytes))
     new = await asyncio.to_thread(store.new)
-    limit = Limit(backend.settings.max_file_bytes, "send larger files in parts, through /v1/uploads")
+    limit = Limit(backend.settings.max_file_bytes, "upload larger files in parts, through /v1/uploads")
     form = await receive(request, "file", new, limit)
     try:
         expiry = _expiry(form)
@@ -85,7 +85,9 @@ async def list_files(
     ] = None,
     limit: Annotated[int, Query(ge=1, le=10_000, description="How many.")] = 10_000,
     after: After = None,
-    order: Annotated[Literal["asc", "desc"], Query(description="By creation: oldest or newest first.")] = "desc",
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="By time of creation: `asc` is oldest first, `desc` newest first.")
+    ] = "desc",
 ) -> Response:
     """Uploaded files, and the result files of jobs. A page that takes long has fewer than `limit`, and `has_more`."""
     found: list[File | FineTuningJob] = []
@@ -118,16 +120,16 @@ async def retrieve(backend: TheBackend, file_id: FileId) -> Response:
 @router.delete(
     "/files/{file_id}",
     summary="Delete a file",
-    responses=documented(OpenAIFileDeleted, "The file is gone.", 400, 404, 409),
+    responses=documented(OpenAIFileDeleted, "The file was deleted.", 400, 404, 409),
 )
 async def delete(backend: TheBackend, file_id: FileId) -> Response:
     """Delete a file. One that an unfinished job works with can't be deleted, nor can a result file."""
     if await results.job_of(backend.log, file_id) is not None:
-        raise _conflict("is the result of a job, and stays with it", "result_file")
+        raise _conflict("is the result of a job, and can't be deleted", "result_file")
     store = await store_of(backend.settings)
     file = await asyncio.to_thread(store.get, file_id)
     if file_id in await in_use(backend.log):
-        raise _conflict("is in use by a job that is not over: cancel the job first, or wait for its end", "file_in_use")
+        raise _conflict("is used by an unfinished job: cancel the job first, or wait until it is over", "file_in_use")
     await asyncio.to_thread(store.delete, file)
     return JSONResponse(OpenAIFileDeleted(id=file_id).model_dump(mode="json"))
 

@@ -28,7 +28,7 @@ JobId = Annotated[str, Path(min_length=1, max_length=128, description="The job's
     JOBS,
     summary="Create a fine-tuning job",
     openapi_extra=json_body(OpenAIJobRequest),
-    responses=documented(OpenAIJob, "The job is on disk.", 400, 404, 409, 413, 415, 429),
+    responses=documented(OpenAIJob, "The job was created.", 400, 404, 409, 413, 415, 429),
 )
 async def create(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
     """Create a job from an uploaded file. It trains a LoRA adapter; docs/openai.md says what becomes of each field."""
@@ -75,7 +75,7 @@ async def retrieve(backend: TheBackend, job_id: JobId) -> Response:
 @router.post(
     f"{JOBS}/{{job_id}}/cancel",
     summary="Cancel a job",
-    responses=documented(OpenAIJob, "The job will end.", 400, 404, 409),
+    responses=documented(OpenAIJob, "The job is being cancelled.", 400, 404, 409),
 )
 async def cancel(backend: TheBackend, job_id: JobId) -> Response:
     """Answers as soon as the wish is on disk; the job reads `cancelled` within seconds."""
@@ -85,7 +85,7 @@ async def cancel(backend: TheBackend, job_id: JobId) -> Response:
 @router.post(
     f"{JOBS}/{{job_id}}/pause",
     summary="Pause a job",
-    responses=documented(OpenAIJob, "The job will stop at a checkpoint.", 400, 404, 409),
+    responses=documented(OpenAIJob, "The job will stop at a checkpoint, or is paused already.", 400, 404, 409),
 )
 async def pause(backend: TheBackend, job_id: JobId) -> Response:
     """Answers as soon as the wish is on disk. The job reads `paused` once it stands at a checkpoint."""
@@ -95,7 +95,7 @@ async def pause(backend: TheBackend, job_id: JobId) -> Response:
 @router.post(
     f"{JOBS}/{{job_id}}/resume",
     summary="Resume a paused job",
-    responses=documented(OpenAIJob, "The job goes on.", 400, 404, 409),
+    responses=documented(OpenAIJob, "The job goes on, when it is its turn.", 400, 404, 409),
 )
 async def resume(backend: TheBackend, job_id: JobId) -> Response:
     """It stands in line again, and goes on from the checkpoint it paused at."""

@@ -80,13 +80,13 @@ def _method(asked: OpenAIJobRequest) -> tuple[Literal["supervised", "dpo"], Open
     kind = asked.method.type if asked.method else "supervised"
     given = {name: getattr(asked.method, name) for name in ("supervised", "dpo")} if asked.method else {}
     problems = [
-        Problem(f"method.{name}", f"goes with type {name!r}, and the type is {kind!r}")
+        Problem(f"method.{name}", f"needs type {name!r}, and the type is {kind!r}")
         for name, part in given.items()
         if part is not None and name != kind
     ]
     chosen = getattr(given.get(kind), "hyperparameters", None)
     if chosen is not None and asked.hyperparameters is not None:
-        problems.append(Problem("hyperparameters", f"stand in method.{kind} already: leave one of the two out"))
+        problems.append(Problem("hyperparameters", f"are given in method.{kind} as well: send only one of the two"))
     if problems:
         raise ConfigProblems(problems)
     defaults = OpenAIDpoHyperparameters() if kind == "dpo" else OpenAIHyperparameters()

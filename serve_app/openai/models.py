@@ -119,7 +119,7 @@ def _base_model(name: str, settings: Settings) -> OpenAIModel:
         return _alias(name, settings).model_copy(update={"id": name})
     if kind == "hub" and (created := _fetched(hub_model(name).repo, settings)) is not None:
         return OpenAIModel(id=name, created=created, owned_by=name.partition("/")[0])
-    raise unknown_model(f"{name[:300]!a} was not fetched yet: that happens when it is first trained or asked")
+    raise unknown_model(f"{name[:300]!a} has not been fetched yet: that happens when it is first trained or asked")
 
 
 def _base_source(name: str, settings: Settings) -> str:
@@ -130,7 +130,7 @@ def _base_source(name: str, settings: Settings) -> str:
     except UserError as error:
         raise unknown_model(error.error.message, error.error.code) from None
     if not _is_model(directory):
-        raise unknown_model(f"{directory} holds no model, or can't be read: GET /v1/models lists those there are")
+        raise unknown_model(f"{directory} holds no model, or can't be read; GET /v1/models lists all models")
     return str(directory)
 
 

@@ -172,7 +172,7 @@ class _Parser:
     def _counted(self, data: bytes) -> bytes:
         self._small += len(data)
         if self._small > MAX_FIELD_BYTES:
-            raise _bad_form(f"the form's fields are longer than {MAX_FIELD_BYTES} bytes together")
+            raise _bad_form(f"the form's fields are together longer than {MAX_FIELD_BYTES} bytes")
         return data
 
 

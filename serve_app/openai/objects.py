@@ -20,23 +20,23 @@ class _Answer(BaseModel):
 
 
 class OpenAIExpiresAfter(_Request):
-    """When a file goes by itself. A file that a job works with stays until the job is over."""
+    """When a file is deleted by itself. A file that a job uses stays until the job is over."""
 
     anchor: Literal["created_at"]
-    seconds: int = Field(ge=HOUR, le=MONTH, description="After its creation: an hour to 30 days.")
+    seconds: int = Field(ge=HOUR, le=MONTH, description="Seconds after its creation: an hour to 30 days.")
 
 
 class OpenAIFileForm(_Request):
     """What POST /v1/files takes, as multipart/form-data."""
 
-    file: str = Field(description="The file: JSONL.", json_schema_extra={"format": "binary"})
+    file: str = Field(description="The file, in JSONL.", json_schema_extra={"format": "binary"})
     purpose: Literal["fine-tune"]
 
 
 class OpenAIPartForm(_Request):
     """What POST /v1/uploads/{upload_id}/parts takes, as multipart/form-data."""
 
-    data: str = Field(description="The bytes of the part, 64 MiB at most.", json_schema_extra={"format": "binary"})
+    data: str = Field(description="The bytes of the part, at most 64 MiB.", json_schema_extra={"format": "binary"})
 
 
 class OpenAIFile(_Answer):
@@ -64,7 +64,7 @@ class OpenAIFileDeleted(_Answer):
 class OpenAIUploadRequest(_Request):
     """What POST /v1/uploads takes."""
 
-    bytes: int = Field(ge=1, description="Of the whole file.")
+    bytes: int = Field(ge=1, description="Size of the whole file.")
     filename: str = Field(min_length=1, max_length=1024)
     mime_type: str = Field(max_length=255)
     purpose: Literal["fine-tune"]
@@ -75,9 +75,9 @@ class OpenAIUploadCompletion(_Request):
     """What POST /v1/uploads/{upload_id}/complete takes."""
 
     part_ids: list[Annotated[str, Field(max_length=64)]] = Field(
-        min_length=1, max_length=10_000, description="In the order of the file."
+        min_length=1, max_length=10_000, description="The ids of all parts, in the order of the file."
     )
-    md5: str | None = optional("Of the whole file, in hexadecimal: it is compared.")
+    md5: str | None = optional("Of the whole file, in hexadecimal; refused if the bytes that arrived have another one.")
 
 
 class OpenAIUpload(_Answer):
@@ -114,7 +114,7 @@ class OpenAIHyperparameters(_Request):
 
     batch_size: Auto | BatchSize = Field(default="auto", description="Rows (pairs, with DPO) in each step.")
     learning_rate_multiplier: Auto | Multiplier = Field(
-        default="auto", description="Of the service's own rate for LoRA: 6e-4, with DPO 1e-5."
+        default="auto", description="Times the service's default rate for LoRA: 6e-4, with DPO 1e-5."
     )
     n_epochs: Auto | Epochs = Field(default="auto", description="Passes over the file.")
 
@@ -123,7 +123,7 @@ class OpenAIDpoHyperparameters(OpenAIHyperparameters):
     """`auto` as for supervised fine-tuning, but 4 pairs in a batch; a beta of 0.1."""
 
     beta: Auto | Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = Field(
-        default="auto", description="Weight of the penalty for leaving the initial model."
+        default="auto", description="Weight of the penalty for moving away from the initial model."
     )
 
 
@@ -143,17 +143,17 @@ class OpenAIMethod(_Request):
     """How to train. `reinforcement` is not offered."""
 
     type: Literal["supervised", "dpo"]
-    supervised: OpenAISupervised | None = optional("With type `supervised`.")
-    dpo: OpenAIDpo | None = optional("With type `dpo`.")
+    supervised: OpenAISupervised | None = optional("Only with type `supervised`.")
+    dpo: OpenAIDpo | None = optional("Only with type `dpo`.")
 
 
 class OpenAIWandb(_Request):
     """Where metrics go. The API key comes from the workers' environment."""
 
     project: str = Field(min_length=1, max_length=128)
-    name: str | None = optional("Of the run. Default: the job's id.", maxLength=128)
-    entity: str | None = optional("Team or user. Default: that of the API key.", maxLength=128)
-    tags: list[str] | None = optional("Of the run.")
+    name: str | None = optional("The run's name. Default: the job's id.", maxLength=128)
+    entity: str | None = optional("The W&B team or user. Default: that of the API key.", maxLength=128)
+    tags: list[str] | None = optional("The run's tags.")
 
 
 class OpenAIIntegration(_Request):
@@ -171,16 +171,20 @@ MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 class OpenAIJobRequest(_Request):
     """What POST /v1/fine_tuning/jobs takes."""
 
-    model: str = Field(min_length=1, max_length=1024, description="One of GET /v1/models, or a base model's name.")
+    model: str = Field(
+        min_length=1, max_length=1024, description="A name from GET /v1/models, or any base model that jobs take."
+    )
     training_file: str = Field(min_length=1, max_length=4096, description="The id of an uploaded file, or a URI.")
-    validation_file: Annotated[str, Field(min_length=1, max_length=4096)] | None = optional("As training_file.")
+    validation_file: Annotated[str, Field(min_length=1, max_length=4096)] | None = optional(
+        "The same, for validation. Default: none."
+    )
     method: OpenAIMethod | None = optional("Default: supervised.")
     hyperparameters: OpenAIHyperparameters | None = optional("The old place of `method.supervised.hyperparameters`.")
-    suffix: Suffix | None = optional("Part of the model's name.")
+    suffix: Suffix | None = optional("Becomes part of the model's name.")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = optional("Default: 42.")
     integrations: Annotated[list[OpenAIIntegration], Field(max_length=1)] | None = optional("At most one.")
     metadata: Annotated[dict[MetadataKey, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = (
-        optional("Yours: 16 pairs of strings at most.")
+        optional("Stored with the job and returned with it: up to 16 pairs of strings.")
     )
 
 
@@ -215,7 +219,7 @@ class OpenAIJob(_Answer):
     training_file: str
     validation_file: str | None
     user_provided_suffix: str | None
-    checkpoints: list[str] = Field(description="URIs, oldest first.")
+    checkpoints: list[str] = Field(description="URIs of its checkpoints, oldest first.")
 
 
 class OpenAIJobEvent(_Answer):
@@ -252,24 +256,24 @@ WebhookUrl = Annotated[str, Field(min_length=1, max_length=2048)]
 class OpenAIWebhookRequest(_Request):
     """What POST /v1/webhook_endpoints takes."""
 
-    name: WebhookName = Field(description="Yours.")
-    url: WebhookUrl = Field(description="Where events are sent to: http or https, a public host, no credentials.")
-    event_types: WebhookEventTypes = Field(description="What is sent.")
+    name: WebhookName = Field(description="A name of your choice.")
+    url: WebhookUrl = Field(description="Where events are sent: http or https, a public host, no credentials.")
+    event_types: WebhookEventTypes = Field(description="The types of event to send.")
 
 
 class OpenAIWebhookUpdate(_Request):
-    """What POST /v1/webhook_endpoints/{webhook_endpoint_id} takes. What is left out stays."""
+    """What POST /v1/webhook_endpoints/{webhook_endpoint_id} takes. What you leave out stays as it is."""
 
     name: WebhookName | None = optional("A new name.")
     url: WebhookUrl | None = optional("A new URL.")
-    event_types: WebhookEventTypes | None = optional("All that is sent from now on.")
+    event_types: WebhookEventTypes | None = optional("The types of event to send from now on.")
 
 
 class OpenAIWebhookRotation(_Request):
     """What POST /v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret takes."""
 
     keep_old_secret_active_for_24_hours: bool | None = optional(
-        "Sign with the old secret as well for a day. Default: false."
+        "Also sign with the old secret, for a day. Default: false."
     )
 
 
@@ -280,7 +284,7 @@ class OpenAIWebhookTest(_Request):
 
 
 class OpenAIWebhookEndpoint(_Answer):
-    """Who is told when a job is over. `status` is this service's own: `disabled` has answered 410 Gone."""
+    """A URL that is called when a job is over. `status` is this service's own: it is `disabled` after a 410 Gone."""
 
     id: str
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
@@ -294,13 +298,13 @@ class OpenAIWebhookEndpoint(_Answer):
 
 
 class OpenAIWebhookEndpointWithSecret(OpenAIWebhookEndpoint):
-    """The same, this once with its secret."""
+    """The same with its secret, which is shown only this once."""
 
     signing_secret: str
 
 
 class OpenAIWebhookEndpointDeleted(_Answer):
-    """The endpoint is gone, and with it all that was to be sent to it."""
+    """The endpoint is deleted, and with it whatever was still to be sent to it."""
 
     id: str
     object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
@@ -308,7 +312,7 @@ class OpenAIWebhookEndpointDeleted(_Answer):
 
 
 class OpenAIWebhookTestResult(_Answer):
-    """How the endpoint has answered."""
+    """How the endpoint answered."""
 
     object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
     webhook_endpoint_id: str
@@ -318,7 +322,7 @@ class OpenAIWebhookTestResult(_Answer):
 
 
 class OpenAIWebhookEventTypeList(_Answer):
-    """What can be sent."""
+    """The types of event that can be sent."""
 
     object: Literal["list"] = "list"
     data: list[WebhookEventType]
@@ -327,13 +331,13 @@ class OpenAIWebhookEventTypeList(_Answer):
 class OpenAIWebhookDelivery(_Answer):
     """An event on its way to an endpoint. This service's own."""
 
-    id: str = Field(description="Of the event: what the receiver gets as `id` and as the header `webhook-id`.")
+    id: str = Field(description="The event's id: the receiver gets it as `id` and as the header `webhook-id`.")
     object: Literal["webhook_endpoint.delivery"] = "webhook_endpoint.delivery"
     created_at: int = Field(description="When the job was over.")
     event_type: WebhookEventType
     job_id: str
     status: Literal["pending", "delivered", "failed"] = Field(
-        description="`failed`: no more attempts are made, unless it is sent again by /redeliver."
+        description="`failed`: no more attempts are made; POST .../redeliver sends it again."
     )
     attempts: int
     last_attempt_at: int | None
@@ -346,7 +350,7 @@ class _Page(_Answer):
     object: Literal["list"] = "list"
     first_id: str | None
     last_id: str | None
-    has_more: bool = Field(description="Ask again with `after` = last_id.")
+    has_more: bool = Field(description="Whether there are more: ask again with `after` = last_id.")
 
 
 class OpenAIFileList(_Page):

@@ -11,7 +11,7 @@ from serve_app.errors import Answer, RequestRefused
 
 Limit = Annotated[int, Query(ge=1, le=100, description="How many.")]
 Cursor = Annotated[str, Field(min_length=1, max_length=256)] | SkipJsonSchema[None]
-After = Annotated[Cursor, Query(description="Only what is older than this: the last id of the page before.")]
+After = Annotated[Cursor, Query(description="Only entries older than this one: the last id of the previous page.")]
 
 
 def page(data: Sequence[BaseModel], has_more: bool) -> dict[str, Any]:

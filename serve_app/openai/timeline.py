@@ -12,8 +12,8 @@ from serve_app.openai.paging import unknown_after
 
 _PAUSING = {
     "user": "Pausing",
-    "shutdown": "The service is shut down. The job goes on by itself when it is back",
-    "node_drain": "A node of the job's is about to go. The job goes on by itself on others",
+    "shutdown": "Pausing: the service is being shut down. The job goes on by itself when it is back",
+    "node_drain": "Pausing: one of the job's nodes is being drained. The job goes on by itself on other nodes",
 }
 """By whom the pause is wanted."""
 
@@ -73,7 +73,7 @@ def _told(job: FineTuningJob, event: object) -> list[str]:
         case facts.DataValidated():
             return [f"Data validated: {event.data.rows:,} rows, {event.data.tokens:,} tokens. The job is queued"]
         case facts.RunStarted():
-            return [f"Training started on {event.workers} worker(s), {event.device}: run {event.attempt}"]
+            return [f"Training started (attempt {event.attempt}) on {event.workers} worker(s): {event.device}"]
         case facts.CheckpointSaved():
             return [f"Checkpoint saved at step {event.step}"]
         case facts.RunInterrupted():
@@ -81,7 +81,7 @@ def _told(job: FineTuningJob, event: object) -> list[str]:
         case facts.PauseRequested():
             return [_PAUSING[event.by]]
         case facts.JobPaused():
-            return ["The job has stopped and holds nothing"]
+            return ["The job has stopped at a checkpoint and holds no resources"]
         case facts.JobResumed():
             return ["Resumed"]
         case facts.CancelRequested():

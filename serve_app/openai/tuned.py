@@ -49,14 +49,16 @@ async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
     job = await _job(log, of_name[1])
     step = None if of_name[2] is None else int(of_name[2])
     if job is None or mapping.model_name(job, step) != name:
-        raise unknown_model(f"there is no tuned model {name[:300]!a}; GET /v1/models lists those there are")
+        raise unknown_model(f"there is no tuned model {name[:300]!a}; GET /v1/models lists all models")
     if step is not None:
         uris = [uri for uri in job.checkpoints if step_of(uri) == step]
         if not uris:
             raise await _no_checkpoint(log, job, step)
         return Checkpoint(job, uris[-1])
     if job.status != "success":
-        message = f"job {job.job_id} is {mapping.status_of(job)}: its model has this name once it has succeeded"
+        message = (
+            f"job {job.job_id} is {mapping.status_of(job)}: its model exists under this name once the job has succeeded"
+        )
         if job.checkpoints:
             message += f"; the last checkpoint is {mapping.model_name(job, step_of(job.checkpoints[-1]))}"
         raise RequestRefused(Answer(409, "conflict_error", "job_not_succeeded", message, "model"))

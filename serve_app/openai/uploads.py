@@ -57,7 +57,7 @@ _tasks: set[asyncio.Task[_Upload]] = set()
     "/uploads",
     summary="Begin an upload in parts",
     openapi_extra=json_body(OpenAIUploadRequest),
-    responses=documented(OpenAIUpload, "The upload takes parts.", 400, 413, 415, 429),
+    responses=documented(OpenAIUpload, "The upload was created, and takes parts.", 400, 413, 415, 429),
 )
 async def create(request: Request, backend: TheBackend) -> Response:
     """Begin a file that comes in parts of 64 MiB at most, TUNEWRIGHT_MAX_UPLOAD_BYTES (8 GiB) together.
@@ -89,7 +89,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
     "/uploads/{upload_id}/parts",
     summary="Add a part",
     openapi_extra=form_body(OpenAIPartForm),
-    responses=documented(OpenAIUploadPart, "The part is on disk.", 400, 404, 409, 413, 415, 429),
+    responses=documented(OpenAIUploadPart, "The part was stored.", 400, 404, 409, 413, 415, 429),
 )
 async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -> Response:
     """Add bytes, as multipart/form-data. Parts may be sent at the same time; `part_ids` says their order, later.
@@ -99,7 +99,7 @@ async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -
     store = await store_of(backend.settings)
     await asyncio.to_thread(store.sweep, await in_use(backend.log))
     most = min(PART_BYTES, await _left(store, upload_id))
-    limit = Limit(most, "the parts of an upload may hold twice what it announced, together")
+    limit = Limit(most, "the parts of an upload may together hold twice the bytes it announced")
     await room_for(store, backend.settings, 0)
     part_id = f"part_{ULID()}"
     new = await asyncio.to_thread(NewObject, store.objects, f"{upload_id}.{part_id}")
@@ -153,7 +153,7 @@ async def _complete(store: FileStore, settings: Settings, upload_id: str, asked:
 @router.post(
     "/uploads/{upload_id}/cancel",
     summary="Cancel an upload",
-    responses=documented(OpenAIUpload, "The upload takes no more parts.", 400, 404, 409),
+    responses=documented(OpenAIUpload, "The upload was cancelled.", 400, 404, 409),
 )
 async def cancel(backend: TheBackend, upload_id: UploadId) -> Response:
     """Throw the parts away. Cancelling it again returns it."""
@@ -224,7 +224,9 @@ def _joined(store: FileStore, upload: OpenAIUpload, asked: OpenAIUploadCompletio
         raise
     if asked.md5 is not None and new.md5.hexdigest() != asked.md5.lower():
         new.abandon()
-        raise _wrong("md5", f"the md5 of the bytes that arrived is {new.md5.hexdigest()}", "wrong_md5")
+        raise _wrong(
+            "md5", f"the bytes that arrived have the md5 {new.md5.hexdigest()}: upload the parts again", "wrong_md5"
+        )
     return new
 
 

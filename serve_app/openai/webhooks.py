@@ -53,7 +53,7 @@ async def create(request: Request, backend: TheBackend, key: IdempotencyKey = No
     endpoint = await backend.webhooks.create(endpoint_id, secret, asked.name, asked.url, types)
     if key is not None:
         if (endpoint.name, endpoint.url, list(endpoint.event_types)) != (asked.name, asked.url, types):
-            message = f"this Idempotency-Key has made {endpoint_id}, which is another endpoint: take a new one"
+            message = f"this Idempotency-Key was used for {endpoint_id}, which is a different endpoint: take a new key"
             raise Refused("idempotency_key_reused", message)
         secret = await backend.webhooks.secret(endpoint_id)
     return _with_secret(endpoint, secret)
@@ -106,7 +106,7 @@ async def update(request: Request, backend: TheBackend, endpoint_id: EndpointId)
 @router.delete(
     ENDPOINT,
     summary="Delete a webhook endpoint",
-    responses=documented(OpenAIWebhookEndpointDeleted, "The endpoint is gone.", 400, 404),
+    responses=documented(OpenAIWebhookEndpointDeleted, "The endpoint was deleted.", 400, 404),
 )
 async def delete(backend: TheBackend, endpoint_id: EndpointId) -> Response:
     """Delete the endpoint, its secret and its deliveries. What is on its way just now may still arrive."""
@@ -134,7 +134,7 @@ async def rotate_secret(request: Request, backend: TheBackend, endpoint_id: Endp
     f"{ENDPOINT}/test",
     summary="Test a webhook endpoint",
     openapi_extra=json_body(OpenAIWebhookTest),
-    responses=documented(OpenAIWebhookTestResult, "The endpoint has answered.", 400, 404, 413, 415),
+    responses=documented(OpenAIWebhookTestResult, "The endpoint answered with a 2xx.", 400, 404, 413, 415),
 )
 async def test(request: Request, backend: TheBackend, endpoint_id: EndpointId) -> Response:
     """Send an event of a job that isn't one, `ftjob-test`, once, and tell the status of the endpoint's answer."""
@@ -161,8 +161,8 @@ async def list_deliveries(
 
 @router.post(
     f"{ENDPOINT}/deliveries/{{delivery_id}}/redeliver",
-    summary="Send an event again",
-    responses=documented(OpenAIWebhookDelivery, "It will be sent.", 400, 404, 409),
+    summary="Send a delivery again",
+    responses=documented(OpenAIWebhookDelivery, "It will be sent again.", 400, 404, 409),
 )
 async def redeliver(backend: TheBackend, endpoint_id: EndpointId, delivery_id: DeliveryId) -> Response:
     """Send an event again at once, under the same id, whatever became of it, and try as often as with a new one."""

@@ -290,4 +290,4 @@ def test_the_time_of_a_packed_job_is_said_to_be_assumed_whatever_has_run_here(
 ) -> None:
     packed = {"extras": {"packed": True, "max_seq_len": MAX_SEQ_LEN}}
     basis = estimate(http, config | {"fine_tuning_options": packed})["time"]["basis"]
-    assert basis == "assumed: 2e+10 operations a second on each CPU, the speed of packed jobs is not measured"
+    assert basis == "assumed: 2e+10 operations a second on each CPU, the speed of packed jobs isn't measured"

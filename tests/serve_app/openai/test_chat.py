@@ -335,7 +335,7 @@ def test_a_tuned_model_and_its_checkpoints_answer_under_every_name_they_have(
             assert client.models.retrieve(name).id == name
     last = checkpoints[30].fine_tuned_model_checkpoint
     tuned = last.removesuffix(":ckpt-step-30")
-    with pytest.raises(openai.ConflictError, match="once it has succeeded") as refused:
+    with pytest.raises(openai.ConflictError, match="once the job has succeeded") as refused:
         ask(client, tuned)
     assert refused.value.code == "job_not_succeeded"
     assert last in refused.value.message

@@ -145,7 +145,7 @@ def test_a_job_is_paused_and_resumed(client: openai.OpenAI, server: Server, crea
     assert status_of(client.fine_tuning.jobs.pause(job.id)) == "paused"
     assert status_of(client.fine_tuning.jobs.resume(job.id)) == "queued"
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
-    assert messages[:3] == ["Resumed", "The job has stopped and holds nothing", "Pausing"]
+    assert messages[:3] == ["Resumed", "The job has stopped at a checkpoint and holds no resources", "Pausing"]
 
 
 @pytest.mark.parametrize("by", ["shutdown", "node_drain"])
@@ -155,7 +155,7 @@ def test_the_events_of_a_job_that_is_paused_for_a_while_say_that_it_goes_on_by_i
     job = create()
     server.append(job.id, *running(), PauseRequested(by=by), JobPaused(attempt=1))
     paused, why = client.fine_tuning.jobs.list_events(job.id, limit=2).data
-    assert paused.message == "The job has stopped and holds nothing"
+    assert paused.message == "The job has stopped at a checkpoint and holds no resources"
     assert "The job goes on by itself" in why.message
     assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
 
@@ -388,7 +388,7 @@ def test_a_tuned_model_and_a_checkpoint_are_trained_by_the_names_they_are_listed
     make_tiny_model(directories[10])  # all of it was trained
     make_tiny_model(directories[20] / "merged")  # of LoRA
     last, whole = client.fine_tuning.jobs.checkpoints.list(first.id).data
-    with pytest.raises(openai.ConflictError, match="once it has succeeded"):
+    with pytest.raises(openai.ConflictError, match="once the job has succeeded"):
         create(model=last.fine_tuned_model_checkpoint.removesuffix(":ckpt-step-20"))
     server.append(first.id, JobSucceeded())
     tuned = client.fine_tuning.jobs.retrieve(first.id).fine_tuned_model
