@@ -24,6 +24,8 @@ from trainers.data.source import check_data_uri, open_lines
 from trainers.errors import InfrastructureError
 from trainers.files import LEFT_OVER_S, FileStore, NewObject, file_store
 
+SOME_ULID = "01M8PYMR9ZB3488KSZ26EYG9R2"
+
 
 @pytest.fixture
 def upload(client: openai.OpenAI) -> Callable[..., Any]:
@@ -93,7 +95,7 @@ def test_a_file_that_is_not_there_is_named_without_what_a_terminal_would_obey(se
         assert r"no file x\x1b[2J (" in error["message"]
 
 
-@pytest.mark.parametrize("after", ["file-x", "file-" + "Z" * 26, str(ULID()), f"file-results-ftjob-{ULID()}"])
+@pytest.mark.parametrize("after", ["file-x", "file-" + "Z" * 26, SOME_ULID, f"file-results-ftjob-{SOME_ULID}"])
 def test_what_is_no_id_of_a_file_ends_no_page(client: openai.OpenAI, after: str) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.files.list(after=after)
