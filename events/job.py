@@ -193,6 +193,8 @@ class FineTuningJob(BaseModel):
     device: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     pace: SkipJsonSchema[Pace | None] = Field(default=None, exclude=True)
     saved: SkipJsonSchema[_Saved] = Field(default=_Saved(), exclude=True)
+    checkpoint_versions: SkipJsonSchema[dict[str, int]] = Field(default={}, exclude=True)
+    """By URI, the version of the event that each of `checkpoints` was saved with: so nobody has to look for it."""
     version: SkipJsonSchema[int] = Field(default=-1, exclude=True)
     """Version of the last event in the job's stream."""
 
@@ -281,7 +283,8 @@ def _changes(job: FineTuningJob, event: AnyEvent, time: datetime) -> dict[str, A
         case CheckpointSaved() if event.attempt == job.attempt:
             return _saved(job, event)
         case CheckpointsDeleted():
-            return {"checkpoints": [uri for uri in job.checkpoints if uri not in event.uris]}
+            versions = {uri: version for uri, version in job.checkpoint_versions.items() if uri not in event.uris}
+            return {"checkpoints": list(versions), "checkpoint_versions": versions}
         case RunInterrupted():
             return _interrupted(job, event)
         case PauseRequested():
@@ -403,8 +406,10 @@ def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
     epoch = event.epoch if progress is None else _epoch_of(event.step, progress)
     if progress is not None and event.step > progress.step:
         progress = progress.model_copy(update={"step": event.step, "epoch": epoch})
+    versions = job.checkpoint_versions | {event.uri: job.version + 1}
     return {
-        "checkpoints": job.checkpoints if event.uri in job.checkpoints else [*job.checkpoints, event.uri],
+        "checkpoints": list(versions),
+        "checkpoint_versions": versions,
         "progress": progress,
         "best_checkpoint": event.uri if event.best else job.best_checkpoint,
         "saved": _Saved(step=event.step, epoch=epoch, metrics=metrics),

@@ -6,14 +6,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from events.facts import CancelRequested, CheckpointSaved, JobResumed, PauseRequested
+from events.facts import CancelRequested, JobResumed, PauseRequested
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from events.jobs import same_request
-from serve_app.openai import mapping, results, timeline
+from serve_app.openai import mapping, timeline
 from serve_app.openai.objects import OpenAICheckpointList, OpenAIEventList, OpenAIJob, OpenAIJobList, OpenAIJobRequest
 from serve_app.openai.paging import After, Limit, page, unknown_after
-from serve_app.openai.tuned import checkpoint_of, directory_of
+from serve_app.openai.tuned import checkpoint_of, directory_of, saved_as, saved_at
 from serve_app.openapi import documented, json_body
 from serve_app.routes import IdempotencyKey, TheBackend, begun, examined, made_before, received
 from trainers.errors import ConfigProblems
@@ -127,18 +127,15 @@ async def list_checkpoints(
 ) -> Response:
     """The checkpoints that are on disk, newest first."""
     job = await backend.log.job(job_id)
-    newest = [
-        mapping.checkpoint(job, recorded, recorded.event)
-        async for recorded in results.history(backend.log, job_id)
-        if isinstance(recorded.event, CheckpointSaved)
-    ][::-1]
+    newest = sorted(job.checkpoint_versions.values(), reverse=True)
     if after is not None:  # which may have been deleted since it ended a page
-        ids = [checkpoint.id for checkpoint in newest]
-        if after not in ids:
+        end = await saved_as(backend.log, job_id, after)
+        if end is None:
             raise unknown_after(after, "checkpoint")
-        newest = newest[ids.index(after) + 1 :]
-    newest = [checkpoint for checkpoint in newest if checkpoint.uri in job.checkpoints]
-    return JSONResponse(page(newest[:limit], len(newest) > limit))
+        newest = [version for version in newest if version < end[0].version]
+    saved = [await saved_at(backend.log, job_id, version) for version in newest[:limit]]
+    checkpoints = [mapping.checkpoint(job, *one) for one in saved if one is not None]
+    return JSONResponse(page(checkpoints, len(newest) > limit))
 
 
 def _answer(job: FineTuningJob) -> Response:

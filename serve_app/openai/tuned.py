@@ -11,6 +11,7 @@ from typing import NamedTuple
 from events.decide import Refused
 from events.facts import CheckpointSaved
 from events.job import FineTuningJob
+from events.store import Recorded
 from serve_app.backend import JobLog
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai import mapping, results
@@ -87,13 +88,28 @@ async def _no_checkpoint(log: JobLog, job: FineTuningJob, step: int) -> RequestR
 
 async def _by_id(log: JobLog, name: str, ulid: str, version: int) -> Checkpoint:
     job = await _job(log, ulid)
-    found = await log.read(job.job_id, version - 1, 1) if job is not None else []
-    event = found[0].event if found and found[0].version == version else None
-    if job is None or not isinstance(event, CheckpointSaved):
+    found = None if job is None else await saved_at(log, job.job_id, version)
+    if job is None or found is None:
         raise unknown_model(f"there is no checkpoint {name}")
-    if event.uri not in job.checkpoints:
+    if found[1].uri not in job.checkpoints:
         raise unknown_model(f"job {job.job_id} has deleted checkpoint {name}", "checkpoint_deleted")
-    return Checkpoint(job, event.uri)
+    return Checkpoint(job, found[1].uri)
+
+
+async def saved_as(log: JobLog, job_id: str, checkpoint_id: str) -> tuple[Recorded, CheckpointSaved] | None:
+    """What saved the job's checkpoint of that id; None where it has none. It may have been deleted since."""
+    named = _CHECKPOINT.fullmatch(checkpoint_id)
+    if named is None or f"ftjob-{named[1]}" != job_id:
+        return None
+    return await saved_at(log, job_id, int(named[2]))
+
+
+async def saved_at(log: JobLog, job_id: str, version: int) -> tuple[Recorded, CheckpointSaved] | None:
+    """The event of that version, where it saved a checkpoint."""
+    for recorded in await log.read(job_id, version - 1, 1):
+        if recorded.version == version and isinstance(recorded.event, CheckpointSaved):
+            return recorded, recorded.event
+    return None
 
 
 async def _job(log: JobLog, ulid: str) -> FineTuningJob | None:

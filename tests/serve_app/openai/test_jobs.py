@@ -28,6 +28,7 @@ from events.facts import (
     PauseRequested,
     StepMetrics,
 )
+from events.store import Recorded
 from tests.events.facts_of_a_job import ADMITTED, VALIDATED, started
 from tests.serve_app.live_server import MODEL, Serve, Server
 from tests.serve_app.openai.conftest import ROWS, connected
@@ -230,6 +231,24 @@ def test_the_next_page_of_checkpoints_comes_also_after_one_that_was_deleted_mean
         if checkpoint.step_number == 2:
             server.append(job.id, CheckpointsDeleted(attempt=1, uris=["file:///step-2"]), saved(4))
     assert steps == [3, 2, 1]
+
+
+def test_the_checkpoints_of_a_long_job_are_listed_without_reading_its_history(
+    client: openai.OpenAI, server: Server, create: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, log = create(), server.parts.log
+    between = [MetricsRecorded(attempt=1, steps=[stepped(step, 2.0)]) for step in range(1, 300)]
+    server.append(job.id, *running(), saved(1), *between, saved(300), *between, saved(600))
+    read, events = log.read, []
+
+    async def counted(*arguments: Any) -> list[Recorded]:
+        found = await read(*arguments)
+        events.extend(found)
+        return found
+
+    monkeypatch.setattr(log, "read", counted)
+    assert [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(job.id, limit=2)] == [600, 300, 1]
+    assert len(events) < 10
 
 
 def test_a_job_that_is_over_has_a_result_file(
