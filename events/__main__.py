@@ -12,6 +12,7 @@ open that file, so it is asked through Ray: the cluster is the one at RAY_ADDRES
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -73,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     try:
         code: int = arguments.run(arguments)
+    except BrokenPipeError:  # whoever reads it has enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
+        return 128 + signal.SIGPIPE
     except (StoreFailedError, StoreLockedError, JobDamagedError, Refused, LogUnavailable, OSError) as error:
         _say(str(error))
         return 1

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import closing
@@ -51,6 +52,15 @@ def test_a_storage_that_is_left_empty_is_the_default_as_it_is_for_the_service(
     monkeypatch.setenv("TUNEWRIGHT_STORAGE", "")
     assert main(["export"]) == 1
     assert str(tmp_path / ".tunewright" / "events.db") in capsys.readouterr().err
+
+
+def test_export_ends_without_a_word_when_its_reader_has_enough(file: Path) -> None:
+    exporting = subprocess.Popen(
+        [sys.executable, "-m", "events", "export", "--log", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    exporting.stdout.close()  # type: ignore[union-attr]  # it is a pipe
+    _, said = exporting.communicate()
+    assert (exporting.returncode, said) == (128 + signal.SIGPIPE, b"")
 
 
 def test_export_says_what_it_had_to_leave_out(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
