@@ -113,7 +113,7 @@ def test_what_is_recorded_meanwhile_is_looked_at_before_the_append(scene: JobOnA
 
 
 WATCHED = """
-import asyncio, sys, threading, time
+import threading
 from tests.events.facts_of_a_job import started
 from tests.trainers.job_on_a_log import JOB, JobOnALog
 from events.facts import RunInterrupted
@@ -121,8 +121,10 @@ from trainers import tenure
 tenure.WATCH_S = tenure.LAST_WORDS_S = 0.1
 scene = JobOnALog()
 scene.tell(started(1))
-tenure.Watch(scene.log, JOB, 1, scene.runner(), lambda job: None)
-time.sleep(1)
+looks = threading.Semaphore(0)
+tenure.Watch(scene.log, JOB, 1, scene.runner(), lambda job: looks.release())
+for _ in range(3):
+    looks.acquire()
 print("still here", flush=True)
 scene.tell(RunInterrupted(attempt=1, reason="r"))
 threading.Event().wait(60)  # a collective call whose partner is gone

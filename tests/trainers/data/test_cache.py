@@ -3,13 +3,14 @@
 import errno
 import multiprocessing
 import os
-import time
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from trainers.data.cache import DataCache
+from tests.waiting import WAIT_S
+from trainers.data.cache import DataCache, Make
 
 
 class Maker:
@@ -23,9 +24,9 @@ class Maker:
         (directory / "tokens.bin").write_bytes(self.content)
 
 
-def fetch(cache: DataCache, key: str, make: object, into: Path) -> Path:
+def fetch(cache: DataCache, key: str, make: Make, into: Path) -> Path:
     into.mkdir()
-    cache.fetch(key, make, into, lambda _: None)  # type: ignore[arg-type]
+    cache.fetch(key, make, into, lambda _: None)
     return into / "tokens.bin"
 
 
@@ -107,19 +108,25 @@ def test_an_entry_that_is_evicted_under_a_jobs_hands_is_made_again(
     assert make.made == 2
 
 
-def fetch_slowly(root: Path, number: int) -> None:
+def fetch_together(root: Path, number: int, waiting: Semaphore) -> None:
+    """As one of three: whoever makes the entry is not done before the other two wait for it."""
+
     def make(directory: Path) -> None:
         with (root / "makers").open("a") as file:
             file.write(f"{number}\n")
-        time.sleep(0.3)
+        for _ in range(2):
+            assert waiting.acquire(timeout=WAIT_S)
         Maker()(directory)
 
-    fetch(DataCache(root / "cache", 1000), "a", make, root / f"job{number}")
+    into = root / f"job{number}"
+    into.mkdir()
+    DataCache(root / "cache", 1000).fetch("a", make, into, lambda _: waiting.release())
 
 
 def test_jobs_that_want_the_same_at_once_have_it_made_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=fetch_slowly, args=(tmp_path, number)) for number in range(3)]
+    waiting = context.Semaphore(0)
+    processes = [context.Process(target=fetch_together, args=(tmp_path, number, waiting)) for number in range(3)]
     for process in processes:
         process.start()
     for process in processes:
