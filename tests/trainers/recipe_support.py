@@ -150,17 +150,21 @@ class Case:
         """Trains, here and now; a stop is no failure."""
         reporter = reporter or Recorder(self.stop_at)
         with suppress(Stopped):
-            train(
-                self.plan,
-                model_dir=self.model_dir,
-                train_data=self.train_data,
-                valid_data=self.valid_data,
-                output_dir=self.output_dir,
-                reporter=reporter,
-                resume_from=self.resume_from,
-                attempt=self.attempt,
-            )
+            self.train(reporter)
         return reporter
+
+    def train(self, reporter: Recorder) -> None:
+        """The same; raises Stopped."""
+        train(
+            self.plan,
+            model_dir=self.model_dir,
+            train_data=self.train_data,
+            valid_data=self.valid_data,
+            output_dir=self.output_dir,
+            reporter=reporter,
+            resume_from=self.resume_from,
+            attempt=self.attempt,
+        )
 
 
 def saved_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -31,7 +31,6 @@ from trainers.models.adapters import load_peft_adapter, merge_lora
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.weights import load_weights
 from trainers.plan import LoraSpec
-from trainers.recipe import train
 from trainers.reporting import SavedCheckpoint
 
 
@@ -206,7 +205,7 @@ def test_the_older_training_state_stays_until_the_newer_checkpoint_is_recorded(c
 
     reporter = Crashing()
     with pytest.raises(ConnectionError):
-        run_with(case, reporter)
+        case.run(reporter)
     first = reporter.checkpoints[0].path
     assert load_standing(first).progress.step == 11
     again = replace(case, resume_from=first).run()
@@ -242,7 +241,7 @@ def test_a_later_attempt_writes_under_names_of_its_own_and_clears_up_what_nobody
 
     first = Dying()
     with pytest.raises(ConnectionError):
-        run_with(case, first)
+        case.run(first)
     recorded = [checkpoint.path for checkpoint in first.checkpoints]
     unrecorded = checkpoint_path(case.output_dir, 11)
     assert load_standing(recorded[-1]).progress.step == 8
@@ -380,15 +379,3 @@ def test_resuming_a_run_that_has_ended_does_nothing(case: Case) -> None:
     last = case.run().checkpoints[-1].path
     again = replace(case, resume_from=last).run()
     assert (again.steps, again.checkpoints, again.total_steps) == ([], [], 22)
-
-
-def run_with(case: Case, reporter: Recorder) -> None:
-    train(
-        case.plan,
-        model_dir=case.model_dir,
-        train_data=case.train_data,
-        valid_data=case.valid_data,
-        output_dir=case.output_dir,
-        reporter=reporter,
-        resume_from=case.resume_from,
-    )

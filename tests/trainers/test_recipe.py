@@ -32,7 +32,7 @@ from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder
 from trainers.models.weights import load_weights
 from trainers.plan import ComponentSpec, LoraSpec, Plan
-from trainers.recipe import clip, train
+from trainers.recipe import clip
 from trainers.training_model import build_training_model
 
 
@@ -433,17 +433,8 @@ def test_other_errors_are_left_as_they_are(bench: Bench) -> None:
         def started(self, total_steps: int, device: str) -> None:
             raise RuntimeError("the log is gone")
 
-    case = bench.case()
     with pytest.raises(RuntimeError, match="the log is gone"):
-        train(
-            case.plan,
-            model_dir=case.model_dir,
-            train_data=case.train_data,
-            valid_data=None,
-            output_dir=case.output_dir,
-            reporter=Broken(),
-            resume_from=None,
-        )
+        bench.case().run(Broken())
 
 
 def test_the_log_tells_what_is_trained_how_far_it_is_and_what_has_no_effect(
@@ -501,15 +492,6 @@ def test_a_run_that_stops_after_any_step_goes_on_as_if_it_had_not(bench: Bench, 
 
 
 def test_a_wish_to_stop_after_the_last_step_comes_too_late(bench: Bench) -> None:
-    case = bench.case(n_epochs=1)
     recorder = Recorder(stop_at=11)
-    train(
-        case.plan,
-        model_dir=case.model_dir,
-        train_data=case.train_data,
-        valid_data=None,
-        output_dir=case.output_dir,
-        reporter=recorder,
-        resume_from=None,
-    )  # Stopped would be raised from here
+    bench.case(n_epochs=1).train(recorder)  # which would raise Stopped
     assert [c.step for c in recorder.checkpoints] == [11]
