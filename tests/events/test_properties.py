@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from events.codec import decode, encode
+from events.codec import AnyEvent, decode, encode
 from events.decide import Refused, decide
 from events.facts import Event, JobCancelled, JobSucceeded, RunInterrupted
 from events.job import FineTuningJob, evolve
@@ -34,7 +34,7 @@ def accepted(proposals: list[Event]) -> list[tuple[FineTuningJob, Recorded]]:
     return steps
 
 
-def at(version: int, event: Event) -> Recorded:
+def at(version: int, event: AnyEvent) -> Recorded:
     time: datetime = START + timedelta(seconds=version)
     return Recorded(version + 1, "ftjob-1", version, f"e{version}", time, event)
 
@@ -91,5 +91,5 @@ def test_proposing_an_event_again_never_adds_an_outcome(proposals: list[Event]) 
 def test_a_job_rebuilt_from_what_was_written_is_the_same(proposals: list[Event]) -> None:
     rebuilt: FineTuningJob | None = None
     for job, recorded in accepted(proposals):
-        rebuilt = evolve(rebuilt, at(recorded.version, decode(encode(recorded.event))))  # type: ignore[arg-type]
+        rebuilt = evolve(rebuilt, at(recorded.version, decode(encode(recorded.event))))
         assert repr(rebuilt) == repr(job)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -16,12 +15,13 @@ from examples.client import ApiError, Client
 from tests.events.facts_of_a_job import WORKER_DIED
 from tests.ports import free_ports
 from tests.serve_app.live_server import Parts, Serve, Server
+from trainers.settings import Settings
 
 
 class Restarting(Parts):
     """Its log can't be reached when it is asked for a job the first time."""
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.asked = 0
         log: EventLog = self.log

@@ -7,11 +7,14 @@ import httpx
 import pytest
 from ray.exceptions import ActorDiedError
 
-from events.facts import CancelRequested, JobCancelled
+from events.facts import CancelRequested, JobCancelled, Resources
 from events.job import FineTuningJob
 from events.log import EventLog, LogUnavailable
 from tests.events.facts_of_a_job import WORKER_DIED
 from tests.serve_app.live_server import Parts, Serve, Server
+from trainers.models.architecture import Architecture
+from trainers.plan import Plan
+from trainers.settings import Settings
 
 STATUS = "/fine_tuning/jobs/status"
 CANCEL = "/fine_tuning/jobs/cancel"
@@ -109,11 +112,11 @@ class _Lost(EventLog):
 class _Broken(Parts):
     """Its log can't be reached, and its dispatcher has a bug."""
 
-    def __init__(self, settings: object) -> None:
-        super().__init__(settings)  # type: ignore[arg-type]
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
         self.log.__class__ = _Lost
 
-    async def resources(self, plan: object, architecture: object) -> object:  # type: ignore[override]
+    async def resources(self, plan: Plan, architecture: Architecture | None) -> Resources:
         raise RuntimeError("password=hunter2")
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 
 from events.facts import CancelRequested, JobCancelled
 from events.job import FineTuningJob
@@ -155,7 +156,9 @@ def test_many_readers_each_get_every_line(http: httpx.Client, server: Server, su
             assert reader.result(timeout=60) == [str(number) for number in range(50)]
 
 
-def test_a_reader_that_does_not_read_holds_up_nobody_and_is_not_read_ahead_for(server: Server, submit: Submit) -> None:
+def test_a_reader_that_does_not_read_holds_up_nobody_and_is_not_read_ahead_for(
+    server: Server, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_id = submit()
     asked: list[int] = []
     read = server.parts.logs.read
@@ -166,16 +169,13 @@ def test_a_reader_that_does_not_read_holds_up_nobody_and_is_not_read_ahead_for(s
 
     server.print(job_id, *("x" * 1000 for _ in range(50_000)))
     server.append(job_id, WORKER_DIED)
-    server.parts.logs.read = counted  # type: ignore[method-assign]
-    try:
-        with httpx.Client(base_url=server.url) as slow, slow.stream("GET", TAIL, params={"job_id": job_id}) as answer:
-            assert answer.status_code == 200
-            until_quiet(asked)
-            # 50 MB are there; only what fits into the buffers of two sockets has been asked for.
-            assert max(asked) < 25_000
-            assert httpx.get(server.url + "/healthz").status_code == 200
-    finally:
-        server.parts.logs.read = read  # type: ignore[method-assign]
+    monkeypatch.setattr(server.parts.logs, "read", counted)
+    with httpx.Client(base_url=server.url) as slow, slow.stream("GET", TAIL, params={"job_id": job_id}) as answer:
+        assert answer.status_code == 200
+        until_quiet(asked)
+        # 50 MB are there; only what fits into the buffers of two sockets has been asked for.
+        assert max(asked) < 25_000
+        assert httpx.get(server.url + "/healthz").status_code == 200
 
 
 def test_readers_at_the_same_place_share_one_read_which_ends_when_the_last_of_them_leaves() -> None:

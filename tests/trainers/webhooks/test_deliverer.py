@@ -52,7 +52,9 @@ def test_a_job_that_is_over_is_told_as_openai_tells_it(play: Play, tmp_path: Pat
         event = verified(got, created.secret)
         assert (event.type, event.object, event.data.id) == (kind, "event", "ftjob-1")
         assert event.id.startswith("evt_")
-        assert event.created_at == int((await log.job("ftjob-1")).finished_at.timestamp())  # type: ignore[union-attr]
+        finished_at = (await log.job("ftjob-1")).finished_at
+        assert finished_at is not None
+        assert event.created_at == int(finished_at.timestamp())
         assert got.path == "/hook?token=mine"
         assert got.headers["content-type"] == "application/json"
         assert got.headers["host"] == f"127.0.0.1:{receiver.port}"
