@@ -121,8 +121,11 @@ def _curl(method: str, url: str, operation: dict[str, Any], schemas: dict[str, A
     words = [shlex.quote(f"{url}?{query}" if query else url), *body]
     if method != ("POST" if body else "GET"):  # what curl would send
         words = ["-X", method, *words]
-    if any("ndjson" in media_type for media_type in operation["responses"]["200"]["content"]):
+    content = operation["responses"]["200"]["content"]
+    if any("ndjson" in media_type for media_type in content):
         words = ["-N", *words]
+    if any(answer["schema"].get("format") == "binary" for answer in content.values()):
+        words = ["-fOJ", *words]  # to a file of its own name: curl shows no bytes on a terminal
     return " ".join(words)
 
 
