@@ -181,6 +181,8 @@ class Draft:
             raise ExpectedVersionError(job_id, expected_version, actual)
         accepted: list[tuple[Recorded, str]] = []
         for event_id, event, body in fresh.values():
+            if job is None and not isinstance(event, JobSubmitted):
+                break  # `decide` would refuse it too, but without a name
             if decide(job, event):  # type: ignore[arg-type]  # only Event comes in here
                 version = NO_STREAM + 1 if job is None else job.version + 1
                 recorded = Recorded(self.position + len(accepted) + 1, job_id, version, event_id, time, event)

@@ -128,16 +128,10 @@ def _refused(exc: Refused) -> Answer:
     return Answer(status, kind, exc.code, message, param, problems, headers)
 
 
-def _log_unavailable(_: LogUnavailable) -> Answer:
-    message = "the event log can't be reached right now; try again"
+def _unavailable(what: str, code: str) -> Callable[[object], Answer]:
+    message = f"{what} can't be reached right now; try again"
     headers = {"Retry-After": str(RETRY_AFTER_S)}
-    return Answer(503, "service_unavailable_error", "log_unavailable", message, headers=headers)
-
-
-def _dispatcher_unavailable(_: RayActorError) -> Answer:
-    message = "the dispatcher can't be reached right now; try again"
-    headers = {"Retry-After": str(RETRY_AFTER_S)}
-    return Answer(503, "service_unavailable_error", "dispatcher_unavailable", message, headers=headers)
+    return lambda _: Answer(503, "service_unavailable_error", code, message, headers=headers)
 
 
 _USER_ERRORS: dict[str, tuple[int, ErrorType]] = {
@@ -152,12 +146,6 @@ _USER_ERRORS: dict[str, tuple[int, ErrorType]] = {
 """Those that are not a 422."""
 _INFRASTRUCTURE_ERRORS: dict[str, tuple[int, ErrorType]] = {"too_many_estimates": (429, "rate_limit_error")}
 """Those that are not a 503."""
-
-
-def _webhooks_unavailable(_: WebhooksUnavailable) -> Answer:
-    message = "the webhook endpoints can't be reached right now; try again"
-    headers = {"Retry-After": str(RETRY_AFTER_S)}
-    return Answer(503, "service_unavailable_error", "webhooks_unavailable", message, headers=headers)
 
 
 def _user_error(exc: UserError) -> Answer:
@@ -197,9 +185,9 @@ TABLE: dict[type[Exception], Callable[[Any], Answer]] = {
     InfrastructureError: _infrastructure_error,
     RequestValidationError: _parameters,
     Refused: _refused,
-    LogUnavailable: _log_unavailable,
-    RayActorError: _dispatcher_unavailable,
-    WebhooksUnavailable: _webhooks_unavailable,
+    LogUnavailable: _unavailable("the event log", "log_unavailable"),
+    RayActorError: _unavailable("the dispatcher", "dispatcher_unavailable"),
+    WebhooksUnavailable: _unavailable("the store of webhook endpoints", "webhooks_unavailable"),
     HTTPException: _http,
     ClientDisconnect: _disconnected,
 }

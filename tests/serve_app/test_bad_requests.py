@@ -386,8 +386,13 @@ def test_a_job_nobody_submitted_gets_404(http: httpx.Client, job_id: str) -> Non
 
 
 def test_an_error_repeats_no_job_id_unescaped_and_says_what_to_do(http: httpx.Client) -> None:
-    message = refused(http.get("/fine_tuning/jobs/status?job_id=a%0Ab%E2%80%AE"), 404)["message"]
-    assert message == r"no job a\nb\u202e; GET /fine_tuning/jobs lists the jobs"
+    for answer in (
+        http.get("/fine_tuning/jobs/status?job_id=a%0Ab%E2%80%AE"),
+        http.post("/fine_tuning/jobs/cancel", json={"job_id": "a\nb\u202e"}),
+        http.post("/v1/fine_tuning/jobs/a%0Ab%E2%80%AE/pause"),
+    ):
+        message = refused(answer, 404)["message"]
+        assert message == r"no job a\nb\u202e; GET /fine_tuning/jobs lists the jobs"
 
 
 @pytest.mark.parametrize("body", [{}, {"job_id": 7}, {"job_id": ""}, {"job_id": None}, {"job_id": "x", "force": True}])
