@@ -37,6 +37,7 @@ RunnerState = Literal["absent", "alive", "stopped", "ended", "unknown"]
 # and the workers through the Ray Job's runtime_env.
 RUN_ENV = {
     "RAY_JOB_STOP_SIGNAL": "SIGINT",  # the runner stops its workers on SIGINT; Ray's SIGTERM handler would exit at once
+    "RAY_JOB_STOP_WAIT_TIME_S": "10",  # before SIGKILL; its workers may have to tell W&B that they were stopped
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's /api/train/v2/runs/v1 shows the run
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of a run is noticed in 0.2 s instead of 2 s
@@ -132,7 +133,7 @@ class Cluster:
                 return Runner("ended", message, info.start_time or 0)
 
     def stop_runner(self, job_id: str) -> None:
-        """Ask the job's Ray Job to stop: SIGINT now, SIGKILL after Ray's grace period of 3 s. Returns at once."""
+        """Ask the job's Ray Job to stop: SIGINT now, SIGKILL after ten seconds. Returns at once."""
         self._jobs.stop_job(job_id)
 
     def forget_runner(self, job_id: str) -> bool:

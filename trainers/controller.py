@@ -43,7 +43,9 @@ from ray.train.v2.api.result import Result
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.annotations import RayDeprecationWarning
 
+from trainers.loggers import End
 from trainers.replacing import replace
+from trainers.worker import LEAVE_S, leave
 
 logger = logging.getLogger(__name__)
 
@@ -135,10 +137,29 @@ def _controller_of(job_id: str, nodes: int) -> type[TrainController]:
             )
             self._decorate_worker_log_file_paths(workers)
 
+        def shutdown(self) -> None:
+            _let_speak(self, "failed")  # unless it has told its own end
+            super().shutdown()  # type: ignore[no-untyped-call]
+
+        def abort(self) -> None:
+            _let_speak(self, "cancelled")
+            super().abort()  # type: ignore[no-untyped-call]
+
     class Controller(TrainController):
         worker_group_cls = Workers
 
     return Controller
+
+
+def _let_speak(group: WorkerGroup, end: End) -> None:
+    """Ray kills workers without a word, at whatever they are: before that, the first one says how its run ended."""
+    if not group.has_started():
+        return
+    try:
+        first: Any = group.get_workers()[0].actor
+        ray.get(first.execute.remote(leave, end), timeout=LEAVE_S + 1)
+    except ray.exceptions.RayError as error:  # it has died, or hangs
+        logger.info("the first worker could not say that its run was %s: %s", end, error)
 
 
 def _stop(controller: Any) -> None:  # noqa: ANN401  -- partly untyped in Ray

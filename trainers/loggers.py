@@ -11,7 +11,7 @@ import netrc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from events.disk import sync_path
@@ -29,6 +29,12 @@ FINISH_S = 60.0
 """For W&B to upload what is left at the end. Its own default is to wait for ever, with the job's GPUs."""
 
 
+End = Literal["finished", "failed", "cancelled", "paused", "replaced"]
+"""How a run of a job ends. `replaced`: another run of the job goes on in its place, and may have begun."""
+_EXIT_CODES: dict[End, int] = {"finished": 0, "failed": 1, "cancelled": 255, "paused": 1}
+"""What W&B makes a run's state of. 255 is its own for Ctrl-C; of one that fails it has to be told that it is paused."""
+
+
 class Logger(Protocol):
     @property
     def uri(self) -> str:
@@ -37,8 +43,8 @@ class Logger(Protocol):
     def log(self, metrics: StepMetrics) -> None:
         """Takes one step's metrics; they are visible soon, and in any case after `close`."""
 
-    def close(self, *, failed: bool = False) -> None:
-        """`failed`: the run didn't come to its end, nor to a pause."""
+    def close(self, end: End) -> None:
+        """To be called once, with how the run ended."""
 
 
 def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Logger:
@@ -76,7 +82,7 @@ class DiskLogger:
         except OSError as error:
             self._tell(error)
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self, end: End = "finished") -> None:
         try:
             if self._file is not None:
                 self._file.close()
@@ -115,7 +121,7 @@ def _step_of(line: str) -> float:
 
 
 class WandBLogger:
-    """A W&B run whose id is the job's: an attempt that resumes goes on in the same run, and one that fails fails it.
+    """A W&B run whose id is the job's: an attempt that resumes goes on in the same run, and how one ends is its state.
 
     Offline where WANDB_MODE says so, without an API key, and where the server can't be reached: the job's log says how
     to upload the run. What goes wrong later is told there too, and neither ends nor delays the job.
@@ -175,10 +181,13 @@ class WandBLogger:
             self._kept.log(metrics)
         self._send(metrics)
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self, end: End) -> None:
         if self._kept is not None:
             self._kept.close()
-        self._try(lambda: self._run.finish(exit_code=int(failed)))
+        if end == "paused":
+            self._try(self._run.mark_preempting)
+        if end != "replaced":  # the run is the other one's by now
+            self._try(lambda: self._run.finish(exit_code=_EXIT_CODES[end]))
 
     def _send(self, metrics: StepMetrics) -> None:
         if not self._broken:

@@ -24,12 +24,14 @@ logger = logging.getLogger("tunewright.train")
 
 WATCH_S = 5.0
 """How often a worker asks whether it is still the one. A call to the log that hangs may add its time-out to it."""
-LAST_WORDS_S = 1.0
-"""For the line that says why to get out, before the process ends."""
 
 
 class Superseded(Exception):
     """The job is over, being cancelled, or goes on without this runner: whatever that one has to say counts no more."""
+
+
+class Cancelled(Superseded):
+    """The job is cancelled, or is about to be."""
 
 
 class Tenure:
@@ -53,7 +55,8 @@ class Tenure:
             state = "paused"
         else:
             return
-        raise Superseded(f"job {self._job_id} is {state}")
+        kind = Cancelled if job.cancel_requested else Superseded
+        raise kind(f"job {self._job_id} is {state}")
 
     def append(self, event: Event) -> FineTuningJob:
         """Appends the event if the tenure lasts at that very moment; the tenure goes on after an interruption that it
@@ -75,7 +78,8 @@ class Watch:
     it is doing then: a step may take minutes, and a collective call whose partner is gone may never return. Until
     `close`.
 
-    Before that, `look` is called every few seconds with the job as the log has it."""
+    Before that, `look` is called every few seconds with the job as the log has it, and `leave` at the end, with the
+    reason."""
 
     def __init__(
         self,
@@ -84,12 +88,14 @@ class Watch:
         attempt: int,
         tenure: Tenure,
         look: Callable[[FineTuningJob], None],
+        leave: Callable[[Exception], None],
     ) -> None:
         self._log = log
         self._job_id = job_id
         self._attempt = attempt
         self._tenure = tenure
         self._look = look
+        self._leave = leave
         self._done = threading.Event()
         threading.Thread(target=self._watch, name="tenure", daemon=True).start()
 
@@ -108,7 +114,7 @@ class Watch:
                 if self._done.is_set():
                     return
                 logger.warning("attempt %d ends here: %s", self._attempt, reason)
-                self._done.wait(LAST_WORDS_S)
+                self._leave(reason)
                 os._exit(1)
 
     def _check(self, job: FineTuningJob) -> None:

@@ -23,13 +23,13 @@ from events.facts import CheckpointSaved, CheckpointsDeleted, Event, MetricsReco
 from events.ids import new_event_id
 from events.job import FineTuningJob
 from trainers.job_output import LineWriter, log_to_stdout
-from trainers.loggers import Logger, open_logger
+from trainers.loggers import End, Logger, open_logger
 from trainers.output import OutputCapture
 from trainers.plan import COMPILED, Plan
 from trainers.priority import give_way
 from trainers.reporting import SavedCheckpoint, Stopped
 from trainers.retrying import retrying
-from trainers.tenure import Superseded, Tenure, Watch
+from trainers.tenure import Cancelled, Superseded, Tenure, Watch
 
 logger = logging.getLogger("tunewright.train")
 
@@ -40,6 +40,8 @@ An aborted run returns nothing."""
 
 METRICS_FLUSH_S = 0.5
 """Metrics are gathered this long into one event."""
+LEAVE_S = 4.0
+"""For what a worker has yet to say before it is killed: W&B may have to upload it."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,18 @@ class Assignment:
         return asdict(self)
 
 
+_reporter: "RayReporter | None" = None  # of the rank that this process is
+
+
+def leave(end: End) -> None:
+    """Called in a worker that is about to be killed, whatever it is doing: see `RayReporter.leave`."""
+    if _reporter is not None:
+        _reporter.leave(end)
+
+
 def train_worker(config: dict[str, Any]) -> str:
     """One rank of one attempt. Raises what the recipe raises, after printing it to the job's log."""
+    global _reporter
     give_way()
     assignment = Assignment(**config)
     handles = connect(Path(assignment.storage))
@@ -70,8 +82,16 @@ def train_worker(config: dict[str, Any]) -> str:
     capture = OutputCapture(LineWriter(handles.lines, assignment.job_id, rank), tee=True)
     tenure = Tenure(handles.log, assignment.job_id, assignment.interruptions)
     reporter = RayReporter(assignment, rank, handles.log, tenure, capture.flush)
-    watch = Watch(handles.log, assignment.job_id, assignment.attempt, tenure, reporter.look)
-    failed = True
+    _reporter = reporter
+    watch = Watch(
+        handles.log,
+        assignment.job_id,
+        assignment.attempt,
+        tenure,
+        reporter.look,
+        lambda reason: reporter.leave(_end_of(reason)),
+    )
+    end: End = "failed"
     try:
         log_to_stdout()
         from trainers.recipe import train  # torchtune takes seconds to import: its warnings belong to the job's log
@@ -90,12 +110,13 @@ def train_worker(config: dict[str, Any]) -> str:
             resume_from=Path(assignment.resume_from) if assignment.resume_from else None,
             attempt=assignment.attempt,
         )
-        failed = False
+        end = "finished"
     except Superseded as reason:
+        end = _end_of(reason)
         logger.warning("attempt %d ends here: %s", assignment.attempt, reason)
         raise
     except Stopped as stopped:
-        failed = False
+        end = "paused"
         logger.info("%s, to pause", stopped)
         return PAUSED
     except BaseException:
@@ -103,11 +124,16 @@ def train_worker(config: dict[str, Any]) -> str:
         raise
     finally:
         try:
-            reporter.close(failed=failed)
+            reporter.close(end)
         finally:
             watch.close()
             capture.close()  # the lines that say what went wrong must get out
     return FINISHED
+
+
+def _end_of(reason: Exception) -> End:
+    """Of a run that its job goes on without."""
+    return "cancelled" if isinstance(reason, Cancelled) else "replaced"
 
 
 class RayReporter:
@@ -131,6 +157,7 @@ class RayReporter:
         self._speaks = rank == 0
         self._log = log
         self._logger: Logger | None = None
+        self._logging = threading.Lock()
         self._queue: queue.SimpleQueue[StepMetrics | threading.Event | None] = queue.SimpleQueue()
         self._pausing = threading.Event()
         self._failure: BaseException | None = None
@@ -166,8 +193,9 @@ class RayReporter:
             return
         if self._failure is not None:
             raise self._failure
-        if self._logger is not None:
-            self._logger.log(metrics)
+        with self._logging:
+            if self._logger is not None:
+                self._logger.log(metrics)
         self._queue.put(metrics)
 
     def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
@@ -200,14 +228,31 @@ class RayReporter:
         if job.pausing and job.attempt == self._assignment.attempt:
             self._pausing.set()
 
-    def close(self, *, failed: bool = False) -> None:
-        """Everything reported is in the log, and the logger is closed, when this returns. `failed`: see `Logger`."""
+    def close(self, end: End) -> None:
+        """Everything reported is in the log, and the logger is closed, when this returns."""
         if not self._speaks or not self._thread.is_alive():
             return
         self._queue.put(None)
         self._thread.join()
-        if self._logger is not None:
-            self._logger.close(failed=failed)
+        self._close_logger(end)
+
+    def leave(self, end: End) -> None:
+        """As `close`, amid the run and within `LEAVE_S`, after which the process is killed; lines that were printed
+        get out, too. Whatever is reported later is lost."""
+        leaving = threading.Thread(target=self._leave, args=(end,), name="leave", daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_S)
+
+    def _leave(self, end: End) -> None:
+        self._close_logger(end)  # first: it needs neither of the log's actors
+        self._flush_output()
+        self.close(end)
+
+    def _close_logger(self, end: End) -> None:
+        with self._logging:
+            logger, self._logger = self._logger, None
+            if logger is not None:
+                logger.close(end)
 
     def _flush(self) -> None:
         done = threading.Event()
@@ -249,8 +294,9 @@ class RayReporter:
 
     def _append(self, event: Event) -> None:
         """Raises Superseded where the log refuses it: the job is over, or goes on without this attempt."""
-        event_id = new_event_id()
+        job_id, event_id = self._assignment.job_id, new_event_id()
         try:
-            self.look(retrying(lambda: self._log.append(self._assignment.job_id, [event], [event_id])))
+            self.look(retrying(lambda: self._log.append(job_id, [event], [event_id])))
         except Refused as refusal:
+            self._tenure.check(retrying(lambda: self._log.job(job_id)))
             raise Superseded(str(refusal)) from refusal

@@ -184,6 +184,7 @@ def local_service(storage: Path, inputs: Path, **changes: str) -> LocalService:
         "TUNEWRIGHT_HEARTBEAT_S": "1",
         "TUNEWRIGHT_WEBHOOK_NETWORKS": "127.0.0.0/8",
         "TUNEWRIGHT_CHAT_IDLE_S": "15",
+        "WANDB_MODE": "offline",
         "OMP_NUM_THREADS": "1",
     }
     return LocalService(storage, num_cpus=CPUS, env=env | changes)

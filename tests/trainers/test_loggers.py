@@ -21,8 +21,10 @@ from events.facts import StepMetrics
 from tests.full_disk import full_disk
 from tests.power_cut import PowerCut
 from tests.trainers.recipe_support import make_plan_for
+from tests.waiting import WAIT_S, eventually
+from tests.wandb_file import end_of
 from trainers import loggers
-from trainers.loggers import open_logger
+from trainers.loggers import End, open_logger
 from trainers.plan import DiskLog, WandBLog
 
 TIME = "2026-11-22T20:00:00Z"
@@ -36,7 +38,7 @@ def write(job_dir: Path, steps: list[StepMetrics], resumed_step: int = 0) -> Pat
     logger = open_logger(make_plan_for(logger=DiskLog(filename="m.jsonl")), "ftjob-1", job_dir, resumed_step)
     for metrics in steps:
         logger.log(metrics)
-    logger.close()
+    logger.close("finished")
     return Path(urlsplit(logger.uri).path)
 
 
@@ -85,7 +87,7 @@ def test_a_file_name_may_be_as_long_as_a_request_may_say(tmp_path: Path) -> None
     for resumed_step in (0, 1):
         logger = open_logger(plan, "ftjob-1", tmp_path, resumed_step)
         logger.log(step(resumed_step + 1, loss=0.5))
-        logger.close()
+        logger.close("finished")
     assert [line["step"] for line in lines(tmp_path / ("m" * 255))] == [1, 2]
 
 
@@ -93,7 +95,7 @@ def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     logger = open_logger(make_plan_for(logger=DiskLog(filename="m.jsonl")), "ftjob-1", tmp_path, 0)
     logger.log(step(1, loss=0.5))
     assert len(lines(tmp_path / "m.jsonl")) == 1
-    logger.close()
+    logger.close("finished")
 
 
 def test_a_resumed_run_repeats_no_line(tmp_path: Path) -> None:
@@ -113,10 +115,10 @@ def test_whoever_has_the_file_open_when_a_newer_run_takes_it_over_writes_nothing
     old.log(step(3, loss=3))
     new.log(step(3, loss=30))
     assert [line["loss"] for line in lines(tmp_path / "m.jsonl")] == [1, 20, 30]
-    open_logger(plan, "ftjob-1", tmp_path, 0).close()  # a late one that never gets to a step
+    open_logger(plan, "ftjob-1", tmp_path, 0).close("finished")  # a late one that never gets to a step
     assert len(lines(tmp_path / "m.jsonl")) == 3
-    old.close()
-    new.close()
+    old.close("finished")
+    new.close("finished")
 
 
 def test_a_run_that_begins_again_begins_a_new_file(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_a_full_disk_takes_lines_from_the_file_and_not_the_job_whose_log_says_so
         for number in range(2, 1000):  # more than a buffer holds
             logger.log(step(number, loss=0.5))
     logger.log(step(1000, loss=0.5))
-    logger.close()
+    logger.close("finished")
     steps = [line["step"] for line in lines(tmp_path / "m.jsonl")]
     assert steps[:3] + steps[-1:] == [1, 2, 3, 1000]
     assert steps == sorted(set(steps))
@@ -153,7 +155,7 @@ def test_a_run_that_resumes_on_a_full_disk_leaves_the_file_of_its_metrics_as_it_
     logger.log(step(5, loss=50))
     with full_disk():
         logger.log(step(6, loss=60))
-        logger.close()
+        logger.close("finished")
     assert [line["loss"] for line in lines(path)] == [1, 2, 3, 50]
 
 
@@ -182,7 +184,7 @@ def test_wandb_without_a_key_or_a_wish_for_the_server_runs_offline_and_says_how_
         logger = open_logger(make_plan_for(logger=WandBLog(project="p")), "ftjob-1", tmp_path, 0)
         logger.log(step(1, loss=0.5))
         logger.log(step(1, valid_loss=0.5))
-        logger.close()
+        logger.close("finished")
     run = Path(urlsplit(logger.uri).path)
     assert run.is_relative_to(tmp_path)
     assert run.name.endswith("ftjob-1")
@@ -217,28 +219,32 @@ def test_an_offline_wandb_run_that_goes_on_after_a_kill_has_all_steps_once(
         logger = open_logger(make_plan_for(logger=WandBLog(project="p")), "ftjob-1", tmp_path, resumed_step)
         logger.log(step(resumed_step + 1, loss=1))
         logger.log(step(resumed_step + 2, loss=1))
-        logger.close()
+        logger.close("finished")
     assert [at for at, _ in sent] == [0, 1, 2, 3, 4, 5, 6]
     assert sent[0][1]["valid_loss"] == 9
     assert [data.get("loss") for _, data in sent] == [None, 4, 3, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("failed", [False, True])
-def test_wandb_hears_whether_the_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    codes: list[int | None] = []
-    finish = wandb.Run.finish
-
-    def heard(run: wandb.Run, exit_code: int | None = None) -> None:
-        codes.append(exit_code)
-        finish(run, exit_code)
-
-    monkeypatch.setattr(wandb.Run, "finish", heard)
+@pytest.mark.parametrize(
+    ("end", "heard"),
+    [
+        ("finished", (0, False)),
+        ("failed", (1, False)),
+        ("cancelled", (255, False)),
+        ("paused", (1, True)),
+        ("replaced", (None, False)),
+    ],
+)
+def test_wandb_hears_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: End, heard: tuple[int | None, bool]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     logger = open_logger(make_plan_for(logger=WandBLog(project="p")), "ftjob-1", tmp_path, 0)
     logger.log(step(1, loss=0.5))
-    logger.close(failed=failed)
-    assert codes == [int(failed)]
+    logger.close(end)
+    run = Path(urlsplit(logger.uri).path)
+    eventually(lambda: end_of(run) == heard, WAIT_S, lambda: f"it has {end_of(run)}")  # W&B's process writes it
+    wandb.teardown()
 
 
 class WandBServer(ThreadingHTTPServer):
@@ -316,7 +322,7 @@ def _log_a_step(server: str, job_dir: Path, init_s: float, meanwhile: str) -> tu
             process.wait()
     logger.log(step(1, loss=0.5))
     logger.log(step(2, loss=0.5))
-    logger.close()
+    logger.close("finished")
     return logger.uri, messages.told
 
 

@@ -13,7 +13,7 @@ from events.job import FineTuningJob
 from events.log import EventLog
 from tests.events.facts_of_a_job import ADMITTED, CANCEL, FAILED, PAUSE, measured, paused, started, step
 from tests.trainers.job_on_a_log import JOB, JobOnALog
-from trainers.tenure import Superseded, Tenure
+from trainers.tenure import Cancelled, Superseded, Tenure
 
 
 @pytest.fixture
@@ -75,8 +75,9 @@ def test_the_runner_of_a_job_that_is_being_cancelled_or_is_paused_is_told_that_i
     runner = scene.runner()
     scene.tell(*facts)
     before = scene.job
-    with pytest.raises(Superseded, match=r"is (being cancelled|paused)$"):
+    with pytest.raises(Superseded, match=r"is (being cancelled|paused)$") as told:
         runner.append(late)
+    assert isinstance(told.value, Cancelled) is (CANCEL in facts)
     assert scene.job == before
 
 
@@ -118,11 +119,13 @@ from tests.events.facts_of_a_job import started
 from tests.trainers.job_on_a_log import JOB, JobOnALog
 from events.facts import RunInterrupted
 from trainers import tenure
-tenure.WATCH_S = tenure.LAST_WORDS_S = 0.1
+tenure.WATCH_S = 0.1
 scene = JobOnALog()
 scene.tell(started(1))
 looks = threading.Semaphore(0)
-tenure.Watch(scene.log, JOB, 1, scene.runner(), lambda job: looks.release())
+tenure.Watch(
+    scene.log, JOB, 1, scene.runner(), lambda job: looks.release(), lambda reason: print(reason, flush=True)
+)
 for _ in range(3):
     looks.acquire()
 print("still here", flush=True)
@@ -135,5 +138,5 @@ print("hung to the end", flush=True)
 def test_a_worker_that_hangs_ends_soon_after_it_was_replaced_and_not_before() -> None:
     root = Path(__file__).parents[2]
     ran = subprocess.run([sys.executable, "-c", WATCHED], cwd=root, capture_output=True, text=True, timeout=120)
-    assert ran.stdout == "still here\n", ran.stderr
+    assert ran.stdout == "still here\njob ftjob-1 is after interruption 1, another runner's\n", ran.stderr
     assert ran.returncode == 1

@@ -1,6 +1,7 @@
 """How a worker learns from the log that its job is to pause, or is no longer its own; and what its logger learns of its
 end."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ from tests.trainers.job_on_a_log import JOB, JobOnALog
 from tests.trainers.recipe_support import make_plan_for
 from tests.waiting import WAIT_S, eventually
 from trainers import recipe, tenure, worker
-from trainers.loggers import DiskLogger
+from trainers.loggers import DiskLogger, End
 from trainers.reporting import Stopped
 from trainers.retrying import retrying
-from trainers.tenure import Superseded, Watch
+from trainers.tenure import Cancelled, Superseded, Watch
 from trainers.worker import FINISHED, PAUSED, Assignment, RayReporter, train_worker
 
 
@@ -40,7 +41,7 @@ class Running(JobOnALog):
 def running() -> Iterator[Running]:
     running = Running()
     yield running
-    running.reporter.close()
+    running.reporter.close("finished")
 
 
 def test_a_worker_whose_steps_are_short_learns_of_a_pause_as_it_reports_them(running: Running) -> None:
@@ -53,7 +54,7 @@ def test_a_worker_whose_steps_are_short_learns_of_a_pause_as_it_reports_them(run
 
 def test_a_worker_in_a_long_step_asks(monkeypatch: pytest.MonkeyPatch, running: Running) -> None:
     monkeypatch.setattr(tenure, "WATCH_S", 0.05)
-    watch = Watch(running.log, JOB, 1, running.tenure, running.reporter.look)
+    watch = Watch(running.log, JOB, 1, running.tenure, running.reporter.look, lambda _: None)
     try:
         assert not running.reporter.should_stop()
         running.tell(PauseRequested(by="node_drain"))
@@ -79,19 +80,64 @@ def test_a_worker_that_was_replaced_is_told_when_it_reports(running: Running) ->
     assert not running.reporter.should_stop()
 
 
-@pytest.mark.parametrize(("end", "returns"), [(None, FINISHED), (Stopped(3), PAUSED), (ValueError("a bug"), None)])
-def test_the_logger_hears_whether_the_run_failed(
-    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Exception | None, returns: str | None
-) -> None:
-    heard: list[bool] = []
+class Listening(DiskLogger):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, 0)
+        self.heard: list[End] = []
 
-    class Listening(DiskLogger):
-        def close(self, *, failed: bool = False) -> None:
-            heard.append(failed)
-            super().close()
+    def close(self, end: End = "finished") -> None:
+        self.heard.append(end)
+        super().close(end)
+
+
+def test_a_worker_that_is_about_to_be_killed_says_so_and_what_it_has_reported_is_in_the_log(
+    running: Running, tmp_path: Path
+) -> None:
+    listening = Listening(tmp_path / "metrics.jsonl")
+    running.reporter._logger = listening
+    running.step(1)
+    running.reporter.leave("cancelled")
+    assert listening.heard == ["cancelled"]
+    assert running.job.metrics is not None
+    running.step(2)  # training goes on until it is killed
+    running.reporter.close("failed")
+    assert listening.heard == ["cancelled"]
+    assert listening.uri.endswith("metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_a_worker_that_can_not_say_how_it_ends_is_not_waited_for(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LEAVE_S", 0.1)
+    flushed = threading.Event()
+    monkeypatch.setattr(running.reporter, "_flush_output", flushed.wait)
+    running.reporter.leave("cancelled")
+    flushed.set()
+
+
+@pytest.mark.parametrize(
+    ("end", "returns", "hears"),
+    [
+        (None, FINISHED, "finished"),
+        (Stopped(3), PAUSED, "paused"),
+        (ValueError("a bug"), None, "failed"),
+        (Cancelled("it is being cancelled"), None, "cancelled"),
+        (Superseded("it is another runner's"), None, "replaced"),
+    ],
+)
+def test_the_logger_hears_how_the_run_ended(
+    running: Running,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: Exception | None,
+    returns: str | None,
+    hears: End,
+) -> None:
+    listening = Listening(tmp_path / "metrics.jsonl")
 
     def train(plan: object, *, reporter: RayReporter, **_: object) -> None:
-        reporter._logger = Listening(tmp_path / "metrics.jsonl", 0)
+        reporter._logger = listening
         if end is not None:
             raise end
 
@@ -107,9 +153,10 @@ def test_the_logger_hears_whether_the_run_failed(
     places = dict.fromkeys(("storage", "job_dir", "model_dir"), "")
     plan = make_plan_for().model_dump(mode="json")
     assignment = Assignment(JOB, attempt=1, interruptions=0, plan=plan, resume_from=None, **places).as_dict()
-    if returns is None:
-        with pytest.raises(ValueError, match="a bug"):
-            train_worker(assignment)
-    else:
+    if returns is not None:
         assert train_worker(assignment) == returns
-    assert heard == [returns is None]
+    else:
+        assert end is not None
+        with pytest.raises(type(end), match=str(end)):
+            train_worker(assignment)
+    assert listening.heard == [hears]
