@@ -10,9 +10,10 @@ import logging
 import re
 import time
 from collections.abc import Coroutine, Mapping
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from events.actors import AnyLog
+from events.actors import AnyLog, LogQueueClient
 from events.decide import Refused
 from events.facts import (
     CancelRequested,
@@ -31,11 +32,13 @@ from events.facts import (
 from events.ids import new_event_id
 from events.job import FineTuningJob, evolve
 from events.log import LogUnavailable
+from events.log_queue import LogQueue
 from events.store import Recorded
 from trainers import admission, leftovers
 from trainers.admission import Capacity, Waiting
 from trainers.cluster import Cluster, Runner
 from trainers.errors import AGAIN, InfrastructureError, write_details
+from trainers.last_line import last_line
 from trainers.settings import Settings
 from trainers.sight import Sight
 
@@ -52,6 +55,8 @@ SETTLING_TICK_S = 0.2
 PATIENCE = 10
 """So many passes in a row may fail to act on a job before it loses its place in the line: a hiccup of Ray's is not to
 change the order, and nobody is to wait for ever for a job for which Ray always fails."""
+SAY_S = 5.0
+"""For the log queue to take a line; passes wait for it."""
 LEAVING_S = 60.0
 """The runner of a job that is over ends by itself within seconds. One that still runs after so many is stopped."""
 SHUTTING_DOWN = "the service is being shut down; the job goes on when it is back"
@@ -62,8 +67,9 @@ DRAIN_LASTS_S = 600.0
 class Dispatcher:
     """Acts on the difference between `log` and `cluster`. See the module for its guarantees."""
 
-    def __init__(self, log: AnyLog, cluster: Cluster, settings: Settings) -> None:
+    def __init__(self, log: AnyLog, lines: LogQueue | LogQueueClient, cluster: Cluster, settings: Settings) -> None:
         self._log = log
+        self._lines = lines
         self._cluster = cluster
         self._settings = settings
         self._whys: dict[str, str] = {}
@@ -360,11 +366,23 @@ class Dispatcher:
         self, job: FineTuningJob, *events: Event, event_ids: list[str] | None = None
     ) -> FineTuningJob | None:
         """The job as it then is. None: it moved on between this pass's look and now; the next pass looks again."""
+        if (line := last_line(job, events[-1])) is not None:
+            await self._say(job, line, f"{events[-1].type}-{event_ids[-1] if event_ids else job.version}")
         try:
             return await self._log.append(job.job_id, list(events), event_ids or [new_event_id() for _ in events])
         except Refused as refusal:
             logger.info("%s: %s", job.job_id, refusal)
             return None
+
+    async def _say(self, job: FineTuningJob, line: str, source: str) -> None:
+        """In the job's log, and before the event: whoever follows the log may stop at that. Once for each `source`. A
+        job must be able to end without it."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        try:
+            async with asyncio.timeout(SAY_S):
+                await self._lines.append(job.job_id, source, 0, [(now, line)])
+        except (LogUnavailable, OSError) as error:
+            logger.warning("%s: not in its log: %s (%s)", job.job_id, line, error or "no answer in time")
 
     async def _alone(self, job_id: str, work: Coroutine[Any, Any, T]) -> T | None:
         """A job for which Ray fails must not keep a pass from all the others: None then, and the next pass tries

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from events.actors import NAMESPACE, EventLogClient, connect, log_with_times
+from events.actors import NAMESPACE, Handles, connect, log_with_times
 from events.log import LogUnavailable
 from trainers.admission import Capacity
 from trainers.cluster import Cluster
@@ -39,10 +39,10 @@ class DispatcherActor:
     # Ray awaits it, on the actor's loop.
     async def __init__(self, settings: Settings, deployed_at: float) -> None:  # type: ignore[misc]
         log_with_times()
-        log = await _log(settings)
+        handles = await _handles(settings)
         self._deployed_at = deployed_at
-        self._dispatcher = Dispatcher(log, Cluster(), settings)
-        self._webhooks = Webhooks(log, settings)
+        self._dispatcher = Dispatcher(handles.log, handles.lines, Cluster(), settings)
+        self._webhooks = Webhooks(handles.log, settings)
         self._work = [asyncio.create_task(self._dispatcher.run()), asyncio.create_task(self._webhooks.run())]
 
     async def deployed_at(self) -> float:
@@ -62,12 +62,12 @@ class DispatcherActor:
         return await getattr(self._webhooks, method)(*arguments, **options)
 
 
-async def _log(settings: Settings) -> EventLogClient:
-    """The event log, however long it needs to answer: Ray would not try a failed start of the dispatcher again. Raises
-    StorageMismatchError."""
+async def _handles(settings: Settings) -> Handles:
+    """Of the log's actors, however long they need to answer: Ray would not try a failed start of the dispatcher again.
+    Raises StorageMismatchError."""
     while True:
         try:
-            return (await asyncio.to_thread(connect, settings.storage)).log
+            return await asyncio.to_thread(connect, settings.storage)
         except LogUnavailable as error:
             logger.warning("%s; the dispatcher waits for it", error)
             await asyncio.sleep(LOG_AGAIN_S)

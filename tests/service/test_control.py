@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.service.conftest import CPUS, FP32, Api, dashboard, free_cpus, losses, step_of, workers_of
+from tests.service.conftest import CPUS, FP32, Api, dashboard, free_cpus, losses, path_of, step_of, workers_of
 from tests.service.nodes import another_node, held_by, nodes, submit_to
 from tests.waiting import WAIT_S, eventually
+from tests.wandb_file import end_of
 
 pytestmark = pytest.mark.timeout(900)  # each wait in these has a limit of its own
 
@@ -63,6 +64,31 @@ def test_a_paused_job_holds_nothing_and_goes_on_as_if_it_had_not_been_paused(api
     }
     assert job["progress"]["step"] == 2
     assert losses(job)[1] < ours[1] - 0.5  # of the same rows: it starts from what the first job has learnt
+
+
+def test_the_log_and_wandb_tell_how_a_run_ended_that_was_paused_or_cancelled(api: Api) -> None:
+    job_id = api.submit(api.endless(logger={"log_type": "wandb", "project": "p"}))
+
+    def last_line() -> str:
+        return str([log["message"] for line in api.tail(job_id, follow=False) for log in line["logs"]][-1])
+
+    api.until(job_id, lambda job: step_of(job) > 0)
+    post(api, "pause", job_id=job_id)
+    paused = until_paused(api, job_id)
+    assert end_of(path_of(paused["logs"])) == (1, True)
+    assert last_line().startswith(f"stopped after step {step_of(paused)} of ")
+    assert last_line().endswith("; it goes on once it is resumed")
+
+    post(api, "resume", job_id=job_id)
+    api.until(job_id, lambda job: step_of(job) > step_of(paused))
+    api.cancel(job_id)
+    job = api.until_status(job_id, "cancelled")
+    assert end_of(path_of(job["logs"])) == (255, False)
+    left = path_of(job["checkpoints"][-1])
+    assert (
+        last_line()
+        == f"cancelled after step {step_of(job)} of {job['progress']['total_steps']} (its last checkpoint: {left})"
+    )
 
 
 def test_workers_stand_in_equal_shares_of_the_nodes_and_move_at_a_checkpoint_from_one_that_is_drained(api: Api) -> None:

@@ -10,6 +10,7 @@ from events.facts import Event, JobSubmitted
 from events.ids import new_event_id, new_job_id
 from events.job import FineTuningJob
 from events.log import EventLog
+from events.log_queue import LogQueue
 from events.memory import MemoryStore
 from tests.events.facts_of_a_job import VALIDATED, started
 from trainers.admission import Capacity, Node, for_workers
@@ -112,6 +113,10 @@ class World:
     async def job(self, job_id: str) -> FineTuningJob:
         return await self.log.job(job_id)
 
+    async def lines(self, job_id: str) -> list[str]:
+        """What the job's log has by now."""
+        return [line["message"] for line in (await LogQueue(self.storage).read(job_id)).lines]
+
     def another_dispatcher(self) -> Dispatcher:
         """As one that is started anew finds the log and the cluster."""
         return dispatcher_of(self.log, self.cluster, self.storage)
@@ -136,7 +141,7 @@ class World:
 
 
 def dispatcher_of(log: EventLog, cluster: InMemoryCluster, storage: Path) -> Dispatcher:
-    return Dispatcher(log, cluster, Settings(storage=storage))
+    return Dispatcher(log, LogQueue(storage), cluster, Settings(storage=storage))
 
 
 def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
