@@ -13,6 +13,7 @@ second one ends it at once.
 """
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return run(_runner_arguments(arguments[1:]), settings())
         except KeyboardInterrupt:  # the dispatcher stops it, and records why
-            return INTERRUPTED
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)  # not waiting for threads, which may download a model
     if arguments[:1] == ["drain"]:
         timeout_s = _drain_arguments(arguments[1:])
         try:

@@ -102,14 +102,23 @@ def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Lo
 
 
 def _get(repo: str, commit: str, names: list[str], partial: Path) -> None:
-    """Not by `snapshot_download`, which asks for the names once more and waits for the answer for ever."""
+    """Not by `snapshot_download`, which asks for the names once more and waits for the answer for ever. After SIGINT
+    its threads go on until the process has ended."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # they redraw themselves, which makes no sense in a log
     get = functools.partial(hf_hub_download, repo, revision=commit, local_dir=partial, endpoint=_endpoint())
-    with _hub_errors(HubModel(repo, commit)), ThreadPoolExecutor(AT_A_TIME) as threads:
-        list(threads.map(get, names))
+    threads = ThreadPoolExecutor(AT_A_TIME)
+    stopped = False
+    try:
+        with _hub_errors(HubModel(repo, commit)):
+            list(threads.map(get, names))
+    except KeyboardInterrupt:  # what is under way may take hours
+        stopped = True
+        raise
+    finally:
+        threads.shutdown(wait=not stopped)
 
 
 def _endpoint() -> str | None:

@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from tests.power_cut import PowerCut
 from tests.small_hub import SmallHub
 from tests.tiny_models import make_tiny_model
 from tests.trainers.models.resolving import failure
+from tests.waiting import WAIT_S, eventually
 from trainers.errors import InfrastructureError, UserError
 from trainers.models import smollm2
 from trainers.models.architecture import inspect_model_dir
@@ -22,6 +26,8 @@ from trainers.models.hub import download
 from trainers.models.names import ALIASES, HubModel, hub_model
 from trainers.models.resolve import classify_model, resolve_model
 from trainers.settings import Settings
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -339,6 +345,38 @@ def test_what_a_branch_meant_last_outlasts_a_power_cut(
     remembered = settings.model_cache / "hub" / "acme--tiny" / "refs" / "main"
     assert remembered.read_text().strip() == commit
     assert power_cut.leaves_content(remembered)
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from trainers import __main__, runner
+from trainers.models.resolve import resolve_model
+from trainers.settings import Settings
+
+def run(job_id, settings):
+    resolve_model("acme/tiny", settings, print)
+
+runner.run = run  # without Ray
+sys.exit(__main__.main(["run", "ftjob-1"]))
+"""
+
+
+def test_a_runner_that_is_stopped_does_not_wait_for_what_it_downloads(tmp_path: Path, hub: SmallHub) -> None:
+    hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+    hub.silent = "model.safetensors"
+    env = os.environ | {"TUNEWRIGHT_STORAGE": str(tmp_path / "storage"), "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
+    with subprocess.Popen([sys.executable, "-c", STOPPED], cwd=ROOT, env=env) as process:
+        eventually(
+            lambda: any("model.safetensors" in request for request in hub.requests),
+            WAIT_S,
+            lambda: f"it downloads nothing: {hub.requests}",
+        )
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(WAIT_S) == 130
+        finally:
+            process.kill()
 
 
 def test_the_demo_alias_means_the_installed_package(
