@@ -360,7 +360,8 @@ def _service_on(storage: Path) -> int | None:
             is_head = "--head" in process.cmdline() and "RAY_TMPDIR" in process.environ()
             if is_head and process.environ().get("TUNEWRIGHT_STORAGE") == str(storage):
                 starter = process.parent()
-                return int(starter.pid if starter and "serve_app.local" in starter.cmdline() else process.pid)
+                pid: int = starter.pid if starter and "serve_app.local" in starter.cmdline() else process.pid
+                return pid
     return None
 
 
@@ -390,6 +391,8 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(highlight=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops it as Ctrl-C does
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)  # so does closing its terminal
     try:
         storage = settings().storage
     except InvalidSettingsError as error:
@@ -408,9 +411,10 @@ def main() -> int:
         console.print("Ctrl-C stops it. Jobs that are running then go on at the next start.")
         service.wait()
     except KeyboardInterrupt:
-        console.print(
-            f"Stopping running jobs at a checkpoint, within {DRAIN_TIMEOUT_S:.0f} s (Ctrl-C again: stop at once) ..."
-        )
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            console.print(
+                f"Stopping running jobs at a checkpoint, within {DRAIN_TIMEOUT_S:.0f} s (Ctrl-C again: stop at once) ..."
+            )
         with contextlib.suppress(KeyboardInterrupt):
             service.drain()
     except CannotStartError as error:
@@ -420,6 +424,8 @@ def main() -> int:
         console.print(f"[red]The service failed:[/red] {escape(str(error))}", soft_wrap=True)
         return 1
     finally:
+        for impatience in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(impatience, signal.SIG_IGN)  # it takes seconds, and who interrupts it leaves Ray behind
         service.stop()
     return 0
 

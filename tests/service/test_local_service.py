@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,35 @@ def is_up(service: LocalService) -> bool:
         return httpx.get(f"{service.url}/healthz", timeout=5, trust_env=False).is_success
     except httpx.HTTPError:
         return False
+
+
+@pytest.mark.parametrize("how", [[signal.SIGHUP], [signal.SIGINT] * 4], ids=["a closed terminal", "four Ctrl-C"])
+def test_a_service_leaves_nothing_running_however_it_is_told_to_end(tmp_path: Path, how: list[signal.Signals]) -> None:
+    ports = ["--port", str(_free_block(1)), "--dashboard-port", str(_free_block(1))]
+    env = os.environ | {"TUNEWRIGHT_STORAGE": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "serve_app.local", *ports],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # what the tests run in may not
+    ) as process:
+        started = psutil.Process(process.pid)
+        (head,) = eventually(started.children, WAIT_S, lambda: "it starts nothing")
+        eventually(head.children, WAIT_S, lambda: "Ray starts nothing")
+        begun = [head, *head.children(recursive=True)]
+        assert process.stdout is not None
+        process.stdout.close()
+        for signal_ in how:
+            process.send_signal(signal_)
+            time.sleep(0.5)  # a user's pace: it is amid its stop
+        try:
+            process.wait(WAIT_S)
+            assert psutil.wait_procs(begun, timeout=1)[1] == []
+        finally:
+            for left in begun:
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
 
 
 def test_a_port_that_is_taken_is_named_and_nothing_is_started(tmp_path: Path) -> None:
