@@ -81,18 +81,22 @@ class _ClusterConfig(BaseModel):
     """What is read of Ray's cluster config. What is null is not set."""
 
     max_workers: int | None = None
+    head_node_type: str | None = None
     available_node_types: dict[str, _NodeType | None] | None = None
 
 
 def node_groups(config: object) -> tuple[NodeGroup, ...]:
-    """Of a cluster's config, as Ray's launcher takes it. Raises ValueError when it is none."""
+    """Of a cluster's config, as Ray's launcher takes it: there is one head, unless it says otherwise. Raises ValueError
+    when it is none."""
     cluster = _ClusterConfig.model_validate(config)
     most = sys.maxsize if cluster.max_workers is None else cluster.max_workers
-    kinds = [kind or _NodeType() for kind in (cluster.available_node_types or {}).values()]
-    return tuple(
-        NodeGroup(node_of(kind.resources or {}), most if kind.max_workers is None else min(most, kind.max_workers))
-        for kind in kinds
-    )
+    groups = []
+    for name, given in (cluster.available_node_types or {}).items():
+        kind = given or _NodeType()
+        unsaid = 0 if name == cluster.head_node_type else most
+        count = unsaid if kind.max_workers is None else min(most, kind.max_workers)
+        groups.append(NodeGroup(node_of(kind.resources or {}), count))
+    return tuple(groups)
 
 
 def node_of(resources: Mapping[str, Any]) -> Node:

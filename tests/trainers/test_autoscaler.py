@@ -110,6 +110,13 @@ def test_the_launcher_s_file_says_how_many_nodes_of_which_kind() -> None:
     assert node_groups({}) == ()
 
 
+def test_no_second_head_is_counted_on_where_the_file_does_not_say_that_there_may_be_one() -> None:
+    silent: dict[str, Any] = {"head_node_type": "head", "available_node_types": {"head": {"resources": {"CPU": 4}}}}
+    assert node_groups(silent) == (NodeGroup(Node(4, 0), 0),)
+    silent["available_node_types"]["head"]["max_workers"] = 1
+    assert node_groups(silent) == (NodeGroup(Node(4, 0), 1),)
+
+
 @contextmanager
 def monitor(address: str, file: Path) -> Iterator[None]:
     """A process that looks like an autoscaler's, of that cluster and with that file."""
