@@ -10,8 +10,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import table
-from benchmarks.service import machine
+from benchmarks.report import heading, table
 from benchmarks.workload import smollm2
 from serve_app.chat.engine import Engine, Share
 from serve_app.chat.torchtune_engine import TorchtuneEngine
@@ -33,7 +32,7 @@ def main() -> None:
     cores = max(1, int(settings().chat_cpus))
     rows = asyncio.run(_by_vllm(cores) if with_vllm else _by_torchtune(cores))
     command = "python -m benchmarks.chat" + " --vllm" * with_vllm
-    print(f"{machine()}, `{command}`, {cores} {'core' if cores == 1 else 'cores'}.\n")
+    print(f"{heading(command, 'one core' if cores == 1 else f'{cores} cores')}\n")
     print(table(("answers at a time", "tokens/s, all together", "of each"), rows))
 
 

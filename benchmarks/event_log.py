@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 import psutil
 import ray
 
-from benchmarks.report import table, write_section
-from benchmarks.service import machine
+from benchmarks.report import SERVICE, heading, table, write_section
 from events.actors import AnyLog, EventLogClient, blocking, collect_rarely, connect
 from events.codec import encode
 from events.facts import (
@@ -47,7 +46,6 @@ from events.sqlite import SqliteStore
 from events.store import Recorded
 from tests.conftest import a_ray_cluster
 
-README = Path(__file__).parent / "README.md"
 JOBS = 1000
 PROCESSES = 4
 SNAPSHOT_S = 300.0
@@ -226,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1_000_000, help="events of the log that is opened")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of appends")
     arguments = parser.parse_args(argv)
-    header = [f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, `python -m benchmarks.event_log`."]
+    head = heading("python -m benchmarks.event_log")  # now: the load is that of others
     rows: list[tuple[str, Speed]] = []
     collect_rarely()  # as the log's own process
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-", dir=Path.cwd()) as folder:
@@ -251,15 +249,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     text = "\n".join(
         [
-            *header,
-            "",
+            f"{head}\n",
             table(["", "durable events/s", "p50", "p99", "CPU per event"], cells),
             f"Opening a log of {arguments.rows:,} events of {JOBS:,} jobs ({size:,.0f} MiB), until it answers: "
             f"{with_snapshot:.2f} s with a snapshot (goal: under 5 s), {without:.1f} s without one.",
         ]
     )
     print(text)
-    write_section("the event log", text, README)
+    write_section("the event log", text, SERVICE)
     return 0
 
 

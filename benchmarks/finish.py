@@ -13,8 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.report import table
-from benchmarks.service import machine
+from benchmarks.report import heading, table
 from examples.client import TERMINAL, Client
 from serve_app.local import LocalService
 
@@ -38,7 +37,7 @@ def main() -> int:
     wrong = [(share, abs(estimate - ended) / (ended - began)) for share, estimate in seen if share >= FROM]
     rows = [(f"{at:.0%}", f"{next(off for share, off in wrong if share >= at):.1%}") for at in SHARES]
     worst = max(off for _, off in wrong)
-    print(f"{machine()}, `python -m benchmarks.finish`, {ended - began:.0f} s of training.\n")
+    print(f"{heading('python -m benchmarks.finish', f'{ended - began:.0f} s of training')}\n")
     print(table(("after this share of the steps", "wrong by"), rows))
     print(f"\nAt worst {worst:.1%} after {FROM:.0%} of the steps (goal: under {GOAL:.0%}), of {len(wrong)} looks.")
     return 0 if worst < GOAL else 1

@@ -24,15 +24,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks import workload
 from benchmarks.contender import Task
 from benchmarks.contest import OURS, TORCHTUNE, TRL, Contender, ContenderFailed, Standing, contest, run_once
-from benchmarks.report import TRAINING, table, write_section
-from benchmarks.service import machine
+from benchmarks.report import TRAINING, heading, machine, table, write_section
 from trainers.plan import LoraSpec
 
 CURVE_STEPS = 200
@@ -103,11 +101,10 @@ def main() -> int:
         else:
             name, (text, failed) = "recipe", contests(_chosen(options.only, quick=options.quick), material)
     command = " ".join(["python -m benchmarks.recipe", *sys.argv[1:]])
-    head = f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, `{command}`, {(time.monotonic() - began) / 60:.0f} minutes."
-    text = f"{head}\n\n{text}"
+    text = f"{heading(command, f'{(time.monotonic() - began) / 60:.0f} minutes')}\n\n{text}"
     print(f"\n{text}")
     if not (options.quick or options.only):
-        write_section(name, text)
+        write_section(name, text, TRAINING)
         print(f"-> {TRAINING}")
     return 1 if failed else 0
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.report import table
 from serve_app.local import LocalService
 from tests.faults.killing import INTERVAL, OTHERS, OWNERS, Faults, Recovery, a_service, inputs_in, step_of
 from tests.service.conftest import Api
@@ -32,13 +33,13 @@ def main() -> int:
         inputs_in(inputs)
         with a_service(Path(folder) / "storage", inputs) as service:
             recoveries = measure(service, inputs, kinds * arguments.times)
-    print("| killed | times | no longer `running` after | trains again after | door shut for | load |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for kind in kinds:
         of_kind = [recovery for recovery in recoveries if recovery.kind == kind]
-        unowned, resumed, door = (statistics.median(values) for values in list(zip(*of_kind, strict=True))[1:])
-        numbers = f"{_seconds(unowned)} | {_seconds(resumed)} | {_seconds(door)} | {os.getloadavg()[1]:.0f}"
-        print(f"| {kind} | {len(of_kind)} | {numbers} |")
+        stood_still = [_seconds(statistics.median(values)) for values in list(zip(*of_kind, strict=True))[1:]]
+        rows.append((kind, str(len(of_kind)), *stood_still, f"{os.getloadavg()[1]:.0f}"))
+    header = ("killed", "times", "no longer `running` after", "trains again after", "door shut for", "load")
+    print(table(header, rows))
     return 0
 
 

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import tempfile
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -21,8 +21,7 @@ from urllib.parse import unquote, urlsplit
 from benchmarks import workload
 from benchmarks.contest import OURS, run_once
 from benchmarks.recipe import Material
-from benchmarks.report import TRAINING, table, write_section
-from benchmarks.service import machine
+from benchmarks.report import TRAINING, heading, machine, table, write_section
 from events.facts import StepMetrics
 from examples.client import Client
 from serve_app.local import LocalService
@@ -51,12 +50,10 @@ def main() -> int:
         ("job of the service", _speeds(served), f"{share:.1%}", verdict),
     ]
     header = ("135M LoRA, defaults", "tok/s (lowest, highest)", "of the bare recipe", "goal")
-    head = (
-        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, `python -m benchmarks.served`, {CORES} of the cores for training."
-    )
+    head = heading("python -m benchmarks.served", f"{CORES} of the cores for training")
     text = f"{head}\n\n{table(header, rows)}"
     print(f"\n{text}")
-    write_section("served", text)
+    write_section("served", text, TRAINING)
     print(f"-> {TRAINING}")
     return 0
 

@@ -6,8 +6,6 @@ three minutes.
 
 import argparse
 import asyncio
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,20 +14,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from benchmarks.load import Latency, status_load, submit_latency, tail_latency
 from benchmarks.material import job, make_material
-from benchmarks.memory import footprints
+from benchmarks.memory import Footprint, footprints
 from benchmarks.phases import PHASES, phases
+from benchmarks.report import SERVICE, heading, table, write_section
 from benchmarks.tune_run import seconds_to_first_step
 from events.sqlite import LOG_FILE, SqliteStore
 from examples.client import TERMINAL, Client
 from serve_app.local import LocalService
 
-README = Path(__file__).parent / "README.md"
-MARK = "<!-- results: written by `make bench` -->\n"
 SUBMITS = 200
 CONNECTIONS = 8
 STATUS_S = 10.0
@@ -62,7 +58,9 @@ def main() -> int:
             store.close()
         console.print("the stock recipe ...")
         stock = seconds_to_first_step(model, data, scratch)
-    write(render(results, runs, stock))
+    text = render(results, runs, stock)
+    console.print(f"\n{text}\n-> {SERVICE}", markup=False)
+    write_section("the service", text, SERVICE)
     return 0
 
 
@@ -118,46 +116,28 @@ def render(results: dict[str, Any], runs: dict[str, dict[str, float]], stock: fl
         "status": (f"status, {CONNECTIONS} connections", "500/s, p99 < 50 ms"),
         "tail": ("log line: written by the worker until it is at a tail client", "p99 < 200 ms"),
     }
-    lines = [
-        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, `make bench`.",
-        "",
-        "| | p50 | p99 | rate | n | goal |",
-        "|---|---|---|---|---|---|",
-    ]
+    latencies: list[tuple[str, ...]] = []
     for key, (what, goal) in goals.items():
         latency: Latency = results[key]
-        lines.append(
-            f"| {what} | {latency.p50_ms:.1f} ms | {latency.p99_ms:.1f} ms | {latency.per_second:.0f}/s "
-            f"| {latency.n} | {goal} |"
-        )
-    lines += ["", "Submit to first training step, tiny model, one CPU worker (goal: under 15 s warm):", ""]
+        p50, p99, rate = f"{latency.p50_ms:.1f} ms", f"{latency.p99_ms:.1f} ms", f"{latency.per_second:.0f}/s"
+        latencies.append((what, p50, p99, rate, str(latency.n), goal))
     warm = sorted((runs[name] for name in WARM), key=lambda run: run["total"])[len(WARM) // 2]
-    lines += ["| phase | cold | warm |", "|---|---|---|"]
-    lines += [f"| {phase} | {runs['cold'][phase]:.2f} s | {warm[phase]:.2f} s |" for phase in PHASES]
-    lines.append(f"| *`tune run` of the stock recipe, same model and rows, no Ray* | | {stock:.2f} s |")
-    memory = results["memory"]
-    lines += ["", "Memory at idle, no job running:", "", "| process | n | RSS MiB | PSS MiB |", "|---|---|---|---|"]
-    lines += [f"| {row.name} | {row.processes} | {row.rss_mib:.0f} | {row.pss_mib:.0f} |" for row in memory]
+    taken = [(phase, f"{runs['cold'][phase]:.2f} s", f"{warm[phase]:.2f} s") for phase in PHASES]
+    taken.append(("*`tune run` of the stock recipe, same model and rows, no Ray*", "", f"{stock:.2f} s"))
+    memory: list[Footprint] = results["memory"]
+    sizes = [(row.name, str(row.processes), f"{row.rss_mib:.0f}", f"{row.pss_mib:.0f}") for row in memory]
     total = sum(row.pss_mib for row in memory)
-    lines.append(f"| **all** | {sum(row.processes for row in memory)} | | **{total:.0f}** |")
-    return "\n".join(lines) + "\n"
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
-    memory = psutil.virtual_memory().total / 2**30
-    load = os.getloadavg()[0]
-    name = names[0] if names else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, load {load:.1f}"
-
-
-def write(results: str) -> None:
-    text = README.read_text(encoding="utf-8")
-    README.write_text(text.split(MARK, 1)[0] + MARK + "\n" + results, encoding="utf-8")
-    console.print(f"\n{results}\n-> {README}", markup=False)
+    sizes.append(("**all**", str(sum(row.processes for row in memory)), "", f"**{total:.0f}**"))
+    return "\n".join(
+        [
+            f"{heading('make bench')}\n",
+            table(("", "p50", "p99", "rate", "n", "goal"), latencies),
+            "Submit to first training step, tiny model, one CPU worker (goal: under 15 s warm):\n",
+            table(("phase", "cold", "warm"), taken),
+            "Memory at idle, no job running:\n",
+            table(("process", "n", "RSS MiB", "PSS MiB"), sizes),
+        ]
+    )
 
 
 if __name__ == "__main__":

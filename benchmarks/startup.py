@@ -15,13 +15,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.contest import OURS, ROOT, TORCHTUNE, TRL, ContenderFailed, Run, run_once
 from benchmarks.recipe import Material
-from benchmarks.report import TRAINING, table, write_section
-from benchmarks.service import machine
+from benchmarks.report import TRAINING, heading, machine, table, write_section
 
 ROUNDS = 3
 PACKAGES = 12
@@ -48,13 +46,13 @@ def main() -> int:
     imports = [(name, f"{seconds:.2f} s") for name, seconds in import_seconds().most_common(PACKAGES)]
     text = "\n".join(
         [
-            f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, `python -m benchmarks.startup`.\n",
+            f"{heading('python -m benchmarks.startup')}\n",
             table(("phase", *taken), rows),
             table(("package that our recipe imports", "its own modules"), imports),
         ]
     )
     print(f"\n{text}")
-    write_section("startup", text)
+    write_section("startup", text, TRAINING)
     print(f"-> {TRAINING}")
     return 0
 

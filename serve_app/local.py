@@ -413,7 +413,7 @@ def main() -> int:
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # the terminal may be gone
             console.print(
-                f"Stopping running jobs at a checkpoint, within {DRAIN_TIMEOUT_S:.0f} s (Ctrl-C again: stop at once) ..."
+                f"Stopping running jobs at a checkpoint, within {DRAIN_TIMEOUT_S:.0f} s (Ctrl-C again: at once) ..."
             )
         with contextlib.suppress(KeyboardInterrupt):
             service.drain()
