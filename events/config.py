@@ -58,7 +58,7 @@ def _check_json(value: object, depth: int) -> None:
                 _check_json(item, depth + 1)
         case str():
             if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-                raise ValueError("a string holds half of a surrogate pair")
+                raise ValueError("a string contains half of a surrogate pair")
         case float():
             if not math.isfinite(value):
                 raise ValueError(f"{value} is not JSON")
@@ -86,11 +86,11 @@ class _Wire(BaseModel):
 class FullFineTuneOptions(_Wire):
     """Every weight is trained."""
 
-    finetuning_type: FullTag | None = optional("Tag of the union. May be left out: then the fields decide.")
+    finetuning_type: FullTag | None = optional("Which of the two this is. May be left out if the other fields tell.")
     enable_activation_checkpointing: bool = Field(
         default=True,
-        description="Recompute activations in the backward pass: less memory, about a third more time. On CPUs only "
-        "where a worker's share of its node's memory could be too small for them.",
+        description="Recompute activations in the backward pass: less memory, about a third more time. On CPUs, done "
+        "only if a worker's share of its node's memory could be too small otherwise.",
     )
     memory_efficient_fsdp_wrap: bool = Field(
         default=True,
@@ -107,14 +107,15 @@ class FullFineTuneOptions(_Wire):
 class LoraFineTuneOptions(_Wire):
     """Low-rank adapters on the chosen linear layers; the base model stays frozen."""
 
-    finetuning_type: LoraTag | None = optional("Tag of the union. May be left out: then the fields decide.")
+    finetuning_type: LoraTag | None = optional("Which of the two this is. May be left out if the other fields tell.")
     lora_attn_modules: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "output_proj"],
         description="Attention layers that get an adapter: any of q_proj, k_proj, v_proj, output_proj.",
     )
-    apply_lora_to_mlp: bool = Field(default=False, description="Adapters on the feed-forward layers too.")
+    apply_lora_to_mlp: bool = Field(default=False, description="Put adapters on the feed-forward layers, too.")
     apply_lora_to_output: bool = Field(
-        default=False, description="An adapter on the output head too. Refused for a head tied to the embedding."
+        default=False,
+        description="Put an adapter on the output head, too. Refused if the head is tied to the embedding.",
     )
     lora_rank: int = Field(default=8, ge=1, le=1024, description="Rank r of the update B·A.")
     lora_alpha: int = Field(default=16, ge=1, description="Scale: the update is multiplied by alpha / rank.")
@@ -123,7 +124,7 @@ class LoraFineTuneOptions(_Wire):
 class DiskLogger(_Wire):
     """Metrics as JSON lines in the job's directory."""
 
-    log_type: DiskTag | None = optional("Tag of the union. May be left out: then the fields decide.")
+    log_type: DiskTag | None = optional("Which of the two this is. May be left out if the other fields tell.")
     filename: str = Field(
         default="metrics.jsonl",
         min_length=1,
@@ -135,7 +136,7 @@ class DiskLogger(_Wire):
 class WandBLogger(_Wire):
     """Metrics to Weights & Biases. The API key comes from the workers' environment; without one the run is offline."""
 
-    log_type: WandBTag | None = optional("Tag of the union. May be left out: then the fields decide.")
+    log_type: WandBTag | None = optional("Which of the two this is. May be left out if the other fields tell.")
     project: str = Field(default="tunewright", min_length=1, max_length=128, description="The W&B project.")
     entity: Annotated[str, Field(min_length=1, max_length=128)] | None = optional(
         "The W&B team or user. Default: that of the API key."
@@ -226,7 +227,10 @@ class FineTuningOptions(_Wire):
     seed: int = Field(
         default=42, ge=0, le=2**32 - 1, description="Seeds initialisation of adapters, data order and dropout."
     )
-    shuffle: bool = Field(default=True, description="A new order of the rows in each epoch, fixed by seed and epoch.")
+    shuffle: bool = Field(
+        default=True,
+        description="Put the rows into a new order in each epoch, which follows from the seed and the epoch.",
+    )
     custom_training_options: CustomTrainingOptions = Field(
         default_factory=LoraFineTuneOptions,
         description="Full or LoRA fine-tuning. Default: LoRA of rank 8 on all attention layers.",
@@ -270,4 +274,6 @@ class Config(_Wire):
         "torchrun flags (`--nproc_per_node 2 --nnodes 1 --max-restarts 3`) and `key=value` settings as `tune run` "
         "takes them. Default: one worker, three restarts."
     )
-    metadata: JsonObject = Field(default_factory=dict, description="Yours: stored with the job and given back with it.")
+    metadata: JsonObject = Field(
+        default_factory=dict, description="Anything of yours: stored with the job and returned with it."
+    )

@@ -59,20 +59,20 @@ class DataReport(_Value):
     """What validation found in one data file. Every count is of rows or tokens of the whole file."""
 
     uri: str
-    rows: int = Field(description="Rows that will be trained on (or evaluated); a row of preferences is one.")
+    rows: int = Field(description="Rows that will be trained on (or evaluated); a pair of preferences counts as one.")
     invalid_rows: int
     tokens: int = Field(description="Tokens after truncation.")
     trained_tokens: int = Field(description="Tokens that carry loss, after truncation.")
     truncated_rows: int
     partly_shown_rows: int = Field(
         default=0,
-        description="Rows with a message to train on of which the model's chat template shows only a part (it may drop "
-        "reasoning): the rest isn't trained.",
+        description="Rows where the model's chat template shows only part of a message to train on (it may drop "
+        "reasoning); the rest isn't trained.",
     )
     unprompted_rows: int = Field(
         default=0,
-        description="Rows with an answer to train on that doesn't go on from the model's prompt for generation (which "
-        "may begin it with `<think>`).",
+        description="Rows with an answer to train on that doesn't continue the model's generation prompt (which may "
+        "begin it with `<think>`).",
     )
     max_seq_len: int = Field(description="Longest row allowed, in tokens.")
     length_histogram: dict[str, int] = Field(
@@ -85,7 +85,7 @@ class Resources(_Value):
     """What a job holds while it trains: `workers` bundles of one placement group."""
 
     workers: int = Field(ge=1)
-    nodes: int = Field(ge=1, description="Workers are spread over exactly this many nodes when it is more than one.")
+    nodes: int = Field(ge=1, description="With more than one, workers are spread over exactly this many nodes.")
     cpus_per_worker: float = Field(gt=0)
     gpus_per_worker: float = Field(ge=0)
 
@@ -105,7 +105,7 @@ class StepMetrics(_Value):
     tokens_per_second: float | None = Field(default=None, description="All workers together.")
     peak_memory_bytes: int | None = Field(default=None, description="Of rank 0: device memory on CUDA, RSS on CPU.")
     token_accuracy: float | None = Field(
-        default=None, description="Share of the step's trained tokens that the model found likeliest. Not with DPO."
+        default=None, description="Share of the step's trained tokens that were the model's likeliest. Absent with DPO."
     )
     valid_loss: float | None = Field(
         default=None, description="Mean over the trained tokens of validation_data; over its pairs with DPO."
@@ -128,8 +128,10 @@ class Origin(_Value):
 
     job_id: str = Field(description="The job that made the checkpoint.")
     checkpoint: str = Field(description="Its URI.", json_schema_extra={"format": "uri"})
-    base_model: str | None = Field(default=None, description="The model that the first of the jobs began with.")
-    suffix: str | None = Field(default=None, description="Of the earlier job's model: this job's has it too.")
+    base_model: str | None = Field(default=None, description="The model that the first job of the chain began with.")
+    suffix: str | None = Field(
+        default=None, description="The suffix in the name of the earlier job's model, which this job's model keeps."
+    )
 
 
 class Defaults(_Value):

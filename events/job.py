@@ -70,7 +70,7 @@ class Metrics(_Part):
     tokens_per_second: float | None = optional("All workers together.")
     peak_memory_bytes: int | None = optional("Of rank 0: device memory on CUDA, RSS on CPU.")
     token_accuracy: float | None = optional("Share of the last step's trained tokens that were the likeliest.")
-    valid_loss: float | None = optional("The last evaluation on validation_data.")
+    valid_loss: float | None = optional("Loss of the last evaluation on validation_data.")
     valid_token_accuracy: float | None = optional("token_accuracy of the last evaluation.")
     rewards_chosen: float | None = optional(
         "DPO: beta times the gain of the chosen answers' log-probability over the initial model, in the last step."
@@ -79,7 +79,7 @@ class Metrics(_Part):
     rewards_accuracy: float | None = optional("DPO: share of the last step's pairs whose chosen answer gained more.")
     rewards_margin: float | None = optional("DPO: rewards_chosen - rewards_rejected.")
     first_valid_loss: float | None = optional(
-        "The first evaluation on validation_data, before the first step: what training started from."
+        "Loss on validation_data before the first step: what training started from."
     )
 
 
@@ -158,7 +158,7 @@ class FineTuningJob(BaseModel):
     created: datetime = Field(description="The creation date and time of the job.")
     finished_at: datetime | None = optional("The completion date and time of the job.")
     status: Status = Field(description="The current status of the job.")
-    why: str | None = optional("What the job waits for, or what is being done about it.")
+    why: str | None = optional("What the job is waiting for, or what is being done for it.")
     error: JobError | None = optional("Why the job failed and who can act on it.")
     error_path: str | None = optional("Path to the error log file.", format="uri")
     checkpoints: list[Annotated[str, Field(json_schema_extra={"format": "uri"})]] = Field(
@@ -171,15 +171,21 @@ class FineTuningJob(BaseModel):
 
     progress: Progress | None = optional("Present once training has started.")
     metrics: Metrics | None = optional("Present once the first step or evaluation was recorded.")
-    attempt: int = Field(default=0, description="Runs of the training function so far.")
-    interruptions: int = Field(default=0, description="Runs and waiting runners lost without an outcome.")
-    max_restarts: int = Field(default=0, description="How many interruptions the job survives.")
-    pause_requested: bool = Field(default=False, description="The job stops at a checkpoint until it is resumed.")
-    cancel_requested: bool = Field(default=False, description="A cancelled job never succeeds.")
+    attempt: int = Field(default=0, description="How often training was started, so far.")
+    interruptions: int = Field(
+        default=0, description="How often a run, or a runner that waited, was lost without an outcome."
+    )
+    max_restarts: int = Field(default=0, description="How many interruptions the job may have and still go on.")
+    pause_requested: bool = Field(
+        default=False, description="A pause was asked for: the job stops at a checkpoint until it is resumed."
+    )
+    cancel_requested: bool = Field(
+        default=False, description="Cancelling was asked for: the job can't succeed any more."
+    )
     resubmitted_from: Origin | None = optional("The checkpoint of an earlier job that this one starts from.")
     data: DataReport | None = optional("What validation found in the training data.")
     validation_data: DataReport | None = optional("What validation found in the validation data.")
-    resources: Resources | None = optional("What the job holds while it trains.")
+    resources: Resources | None = optional("What the job reserves while it trains.")
     submission_id: str | None = optional("Id of the Ray Job that runs it.")
 
     validated: SkipJsonSchema[bool] = Field(default=False, exclude=True)

@@ -52,7 +52,8 @@ class Jobs:
         """Raises Refused `job_damaged`."""
         if (why := self._damaged.get(job_id)) is not None:
             raise Refused(
-                "job_damaged", f"the history of job {job_id} is damaged: {why}; its operator has to restore it"
+                "job_damaged",
+                f"the history of job {job_id} is damaged: {why}; the operator has to restore it from a backup",
             )
 
     def any_damaged(self) -> bool:
@@ -165,7 +166,7 @@ class Draft:
             if live >= max_live_jobs:
                 raise Refused(
                     "too_many_jobs",
-                    f"{live} jobs are unfinished, the limit is {max_live_jobs}: try again when one has ended",
+                    f"{live} jobs are unfinished, and the limit is {max_live_jobs}: try again when one has ended",
                 )
         return self.append(job_id, [new], None, time)
 
@@ -242,7 +243,7 @@ def same_request(job: FineTuningJob, config: Mapping[str, Any], openai: Mapping[
 def key_reused(job: FineTuningJob) -> Refused:
     return Refused(
         "idempotency_key_reused",
-        f"this Idempotency-Key was used for job {job.job_id}, with another config: take a new one for a new job",
+        f"this Idempotency-Key was used for job {job.job_id}, with another config: use a new key for a new job",
     )
 
 

@@ -52,7 +52,7 @@ class Autoscaler:
         except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError: no UTF-8, or not as _ClusterConfig
             if str(error) != self._complaint:
                 self._complaint = str(error)
-                logger.warning("what the autoscaler may add is taken from before: %s can't be read: %s", file, error)
+                logger.warning("%s can't be read, so what the autoscaler may add is assumed unchanged: %s", file, error)
         return self._groups
 
     def _file(self) -> Path | None:

@@ -21,7 +21,7 @@ def drain(timeout_s: float) -> int:
     try:
         dispatcher: Any = ray.get_actor(NAME, NAMESPACE)
     except ValueError:
-        return _say("there is no dispatcher on this cluster: nothing runs", 0)
+        return _say("there is no dispatcher on this cluster, so no job is running", 0)
     call = dispatcher.drain.remote(timeout_s)
     try:
         running: list[str] = ray.get(call, timeout=timeout_s + ANSWER_S)
@@ -34,8 +34,8 @@ def drain(timeout_s: float) -> int:
     except RayActorError as error:
         return _say(f"the dispatcher does not answer: {error}", 1)
     if running:
-        return _say(f"after {timeout_s:g} s these still run: {' '.join(running)}", 1)
-    return _say("every job stands at a checkpoint", 0)
+        return _say(f"still running after {timeout_s:g} s: {' '.join(running)}", 1)
+    return _say("every running job has stopped at a checkpoint", 0)
 
 
 def _say(text: str, code: int) -> int:

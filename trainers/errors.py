@@ -15,7 +15,10 @@ logger = logging.getLogger("tunewright.errors")
 
 REPORT = "the traceback is in the job's error.txt: give it to whoever runs the service"
 """The suggestion for an error that nobody foresaw."""
-AGAIN = "submit it again, or go on from its last checkpoint with /fine_tuning/jobs/resubmit; --max-restarts allows more"
+AGAIN = (
+    "submit it again, or go on from its last checkpoint with /fine_tuning/jobs/resubmit; a larger --max-restarts "
+    "allows more interruptions"
+)
 """The suggestion for a job that was interrupted too often."""
 
 
@@ -116,7 +119,7 @@ def storage_full(error: BaseException) -> InfrastructureError | None:
         return None
     return InfrastructureError(
         "storage_full",
-        f"the storage takes no more: {error}",
+        f"the storage is full, or a quota is reached: {error}",
         suggestion="once there is room in TUNEWRIGHT_STORAGE, go on from the job's last checkpoint with "
         "/fine_tuning/jobs/resubmit, or submit it again",
     )

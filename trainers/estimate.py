@@ -70,7 +70,7 @@ class _Wire(BaseModel):
 class PreviewToken(_Wire):
     """One token."""
 
-    text: str = Field(description="Empty where its character ends with a later token.")
+    text: str = Field(description="Empty if its character is completed by a later token.")
     id: int
     trained: bool = Field(description="Whether predicting it counts in the loss.")
 
@@ -79,16 +79,16 @@ class PreviewRow(_Wire):
     """A row of the data as it will be trained on: template applied, truncated, with its loss mask."""
 
     line: int = Field(description="Line number in the file, from 1.")
-    side: Literal["chosen", "rejected"] | None = optional("With DPO: which of the row's two answers it has.")
-    n_tokens: int = Field(description="Of the row, after truncation.")
-    truncated: bool = Field(description="Its end is cut off at `max_seq_len`.")
-    tokens: list[PreviewToken] = Field(description=f"The first {PREVIEW_TOKENS}.")
+    side: Literal["chosen", "rejected"] | None = optional("With DPO: which of the row's two answers this is.")
+    n_tokens: int = Field(description="Tokens in the row, after truncation.")
+    truncated: bool = Field(description="Whether its end is cut off at `max_seq_len`.")
+    tokens: list[PreviewToken] = Field(description=f"The first {PREVIEW_TOKENS} tokens.")
 
 
 class DataEstimate(_Wire):
     """One data file. Counts are of the whole file: exact, or with `sampled` extrapolated."""
 
-    rows: int = Field(description="Rows that will be trained on (or evaluated); a row of preferences is one.")
+    rows: int = Field(description="Rows that will be trained on (or evaluated); a pair of preferences counts as one.")
     invalid_rows: int
     tokens: int = Field(description="Tokens after truncation.")
     trained_tokens: int = Field(description="Tokens that carry loss, after truncation.")
@@ -96,27 +96,31 @@ class DataEstimate(_Wire):
     truncated_lines: list[int] = Field(description="Line numbers of the first 20 truncated rows that were seen.")
     max_seq_len: int = Field(description="Longest row allowed, in tokens.")
     longest_row: int = Field(description="Tokens of the longest row that was seen, after truncation.")
-    sampled: bool = Field(description="Only some of the rows were looked at.")
+    sampled: bool = Field(
+        description="Whether only some of the rows were looked at, and the counts extrapolated from them."
+    )
     rows_seen: int = Field(description="Rows that were looked at, invalid ones included.")
 
 
 class MemoryEstimate(Memory):
-    """What each worker will need, and what there is for it."""
+    """What each worker will need, and what it can have."""
 
-    available_bytes: int | None = optional("Of a worker, on the roomiest node. Absent where nobody knows: on GPUs.")
+    available_bytes: int | None = optional(
+        "What a worker can have on the roomiest node. Absent if unknown, as on GPUs."
+    )
     fits: bool | None = optional(
-        f"Whether that is enough. A job is refused only where it needs {MARGIN} times as much as there is."
+        f"Whether that is enough. A job is refused only if it needs more than {MARGIN} times as much as there is."
     )
 
 
 class TimeEstimate(_Wire):
-    """How long the job will train, its waiting and starting left out."""
+    """How long the job will train, not counting the time it waits and starts."""
 
     seconds: float
-    tokens_per_second: float = Field(description="All workers together; what `seconds` is made of.")
+    tokens_per_second: float = Field(description="All workers together; `seconds` is computed from it.")
     basis: str = Field(
-        description="How this is known: `measured on 3 jobs` of the same model, method, type and workers, or what is "
-        "assumed where there are none, and of `packed` jobs."
+        description="How this is known: `measured on 3 jobs` with the same model, method, type and workers, or what "
+        "was assumed because there are none (always for `packed` jobs)."
     )
 
 
@@ -124,9 +128,9 @@ class Estimate(_Wire):
     """What a job would take. Nothing runs, and nothing is recorded."""
 
     data: DataEstimate
-    validation_data: DataEstimate | None = optional("Present where the request names such a file.")
+    validation_data: DataEstimate | None = optional("Present if the request names such a file.")
     steps: int = Field(description="Optimizer steps.")
-    warnings: list[str] = Field(default=[], description="What is allowed, and hardly meant.")
+    warnings: list[str] = Field(default=[], description="Settings and rows that are allowed, but probably a mistake.")
     resources: Resources
     memory: MemoryEstimate
     time: TimeEstimate
@@ -197,7 +201,7 @@ class Estimator:
         and InfrastructureError `estimate_failed` or `too_many_estimates`."""
         if self._here >= AT_A_TIME + WAITING:
             raise InfrastructureError(
-                "too_many_estimates", f"{self._here} estimates are under way or wait", suggestion="try again"
+                "too_many_estimates", f"{self._here} estimates are running or waiting already", suggestion="try again"
             )
         self._here += 1
         try:
@@ -221,13 +225,13 @@ class Estimator:
         else:
             if process.returncode == 0:
                 return Answer.model_validate_json(out)
-            why = f"its process ended with {process.returncode}"
+            why = f"its process ended with exit code {process.returncode}"
         finally:
             process.kill()  # also when nobody waits for the answer any more; no matter where it has ended
         raise InfrastructureError(
             "estimate_failed",
-            f"the estimate was given up, {why}",
-            suggestion="try again, or submit the job: its own validation has no limit of time",
+            f"the estimate was given up: {why}",
+            suggestion="try again, or submit the job: its own validation has no time limit",
         )
 
 

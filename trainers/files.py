@@ -83,8 +83,8 @@ def _storage() -> Iterator[None]:
         raise InfrastructureError(
             "files_unreachable",
             f"the storage of uploaded files doesn't work: {why}.",
-            suggestion="try again; if it goes on, the operator finds the reason in the log, and in what "
-            "TUNEWRIGHT_FILES names: its room, network or credentials",
+            suggestion="try again; if that doesn't help, the operator finds the reason in the log: the room, network "
+            "or credentials of what TUNEWRIGHT_FILES names",
         ) from error
 
 

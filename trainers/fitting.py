@@ -114,7 +114,7 @@ def _does_not_fit(
             enough[change.kind] = change.advice
     return CapacityError(
         "does_not_fit",
-        f"a worker needs about {_gib(needed)} of memory {when}, and there are {_gib(worker_bytes)} for it at most",
+        f"a worker needs about {_gib(needed)} of memory {when}, and can have {_gib(worker_bytes)} at most",
         param="fine_tuning_options",
         suggestion="; or ".join(enough.values() or ["take a smaller model, or larger nodes"]),
     )

@@ -91,7 +91,7 @@ class DiskLogger:
 
     def _tell(self, error: OSError) -> None:
         if not self._told:
-            _log.warning("%s lacks metrics, which the service has all the same: %s", self._path, error)
+            _log.warning("metrics could not be written to %s (the service's own log has them): %s", self._path, error)
         self._told = True
 
 
@@ -164,7 +164,9 @@ class WandBLogger:
                 wandb.teardown()  # W&B's own process may still wait for the server, with a run of this id
         if reason is not None:
             self._run = start("offline")
-            _log.warning("W&B runs offline: %s. To upload it later: wandb sync %s", reason, Path(self._run.dir).parent)
+            _log.warning(
+                "the W&B run is offline: %s. To upload it later: wandb sync %s", reason, Path(self._run.dir).parent
+            )
         kept = job_dir / "wandb" / "metrics.jsonl"
         for line in _lines_up_to(resumed_step, kept):
             metrics = StepMetrics.model_validate_json(line)
@@ -201,7 +203,9 @@ class WandBLogger:
         except self._errors as error:
             self._broken = True
             reason, directory = f"{type(error).__name__}: {error}", Path(self._run.dir).parent
-            _log.warning("W&B lacks the last metrics (%s). To upload what is there: wandb sync %s", reason, directory)
+            _log.warning(
+                "the last metrics did not reach W&B (%s). To upload what was saved: wandb sync %s", reason, directory
+            )
 
 
 def _why_offline() -> str | None:

@@ -44,8 +44,7 @@ def build_optimizer(
     if not shardable(name) and any(isinstance(parameter, DTensor) for parameter in parameters):
         raise UserError(
             "optimizer_not_sharded",
-            f"the model takes too much of a worker's memory for each to hold all of it, and the state of {name} isn't "
-            "sharded",
+            f"the model is too large for each worker to hold all of it, and the state of {name} can't be sharded",
             param=f"{EXTRAS}.optimizer",
             suggestion="use torch.optim.AdamW, or quantize_base",
         )

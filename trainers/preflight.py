@@ -142,16 +142,16 @@ def _unknown_field(detail: Mapping[str, Any], homes: _Homes) -> str:
     for home, models in homes.items():
         if any(setting in model.model_fields for model in models):
             named = f", as {setting}" if setting != name else ""
-            return f"unknown field; it belongs {f'into {home}' if home else 'to the top level'}{named}"
+            return f"unknown field; it belongs {f'in {home}' if home else 'at the top level'}{named}"
     if ours and (name in BY_NAME or name.partition(".")[0] in SECTIONS):
-        return f"unknown field; it belongs into {EXTRAS}"
+        return f"unknown field; it belongs in {EXTRAS}"
     if close := get_close_matches(name, known, 1):
         return f"unknown field; did you mean {close[0]}?"
     if close := get_close_matches(name, of_others, 1):
         return f"unknown field; did you mean {close[0]}, of {of_others[close[0]]}?"
     if ours and (close := get_close_matches(name, BY_NAME, 1)):
         return f"unknown field; did you mean {close[0]}, in {EXTRAS}?"
-    return f"unknown field; known here: {', '.join(known)}" if known else "unknown field"
+    return f"unknown field; known fields: {', '.join(known)}" if known else "unknown field"
 
 
 def without_nulls(document: Mapping[str, Any]) -> dict[str, Any]:

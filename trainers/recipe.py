@@ -324,7 +324,12 @@ def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ran
         width = 2 if plan.pairs else 1
         numbers = dict.fromkeys(row // width + 1 for item in items.micro_batches[number] for row in item)
         rows = ", ".join(map(str, numbers))
-        _log.error("the loss of step %d is %s; it comes from the valid rows %s", items.after.step, outcome.loss, rows)
+        _log.error(
+            "the loss of step %d is %s; it comes from rows %s (counting only the valid ones)",
+            items.after.step,
+            outcome.loss,
+            rows,
+        )
     raise UserError(
         "loss_not_finite",
         f"the loss of step {items.after.step} is {outcome.loss}: training has diverged, first in micro-batch "
@@ -344,7 +349,7 @@ def _check_weights(model: TrainingModel, step: int, lr: float, ranks: Ranks) -> 
     if ranks.sum([not torch.stack(norms).isfinite().all()])[0]:
         raise UserError(
             "loss_not_finite",
-            f"training has diverged: the update of step {step} left weights that are no numbers.",
+            f"training has diverged: the update of step {step} left weights that are not numbers.",
             param="fine_tuning_options.lr",
             suggestion=_calmer(lr),
         )

@@ -46,7 +46,7 @@ def reference_of(
     complete = all(name in kept and len(kept[name]) == len(rows) for name, rows in data.items())
     found = ranks.sum([ranks.first and complete])[0] == 1
     if not found and trained:
-        message = f"{file} is gone: the initial model's log-probabilities, which DPO compares with."
+        message = f"{file} is gone; it had the initial model's log-probabilities, which DPO compares with."
         raise InfrastructureError("reference_missing", message, suggestion="submit the job again")
     if found:  # rank 0 has read it; the others need not see the same files yet
         return {

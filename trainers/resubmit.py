@@ -37,7 +37,9 @@ def resubmission(job: FineTuningJob, checkpoint: str | int | None, changes: Mapp
     problems = []
     if "model" in changes:
         problems.append(
-            Problem("config.model", "the checkpoint is the model; to train another one, submit a job", "not_allowed")
+            Problem(
+                "config.model", "the checkpoint is the model; to train another model, submit a new job", "not_allowed"
+            )
         )
     document = _merged(job.input_config, {key: value for key, value in changes.items() if key != "model"})
     chosen = _chosen(job, checkpoint)

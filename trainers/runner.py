@@ -171,7 +171,7 @@ def _its_model(
             reason = problem.error.message.removesuffix(".")
         if since is None:
             since = time.monotonic()
-            logger.warning("the model can't be reached: %s; trying for %g s", reason, MODEL_AWAY_S)
+            logger.warning("the model can't be reached: %s; trying again for up to %g s", reason, MODEL_AWAY_S)
         if time.monotonic() - since < MODEL_AWAY_S:
             job = retrying(partial(log.wait, job.job_id, job.version, MODEL_PAUSE_S))
             tenure.check(job)
@@ -201,7 +201,9 @@ def _make_data_ready(
         out_dir = settings.job_dir(job.job_id) / "data" / name
         # A resumed job goes on with the data it started with, whatever has become of the file.
         report = prepared(out_dir, max_seq_len)
-        logger.info("validating %s" if report is None else "validated before, and kept as it was then: %s", uri)
+        logger.info(
+            "validating %s" if report is None else "already validated; going on with the data as it was then: %s", uri
+        )
         try:
             report = report or prepare(
                 check_data_uri(uri, settings),
@@ -294,7 +296,7 @@ def needed(job: FineTuningJob) -> Resources:
         raise InfrastructureError(
             "damaged_log",
             f"the log of {job.job_id} does not begin with its submission",
-            suggestion="have a backup of the event log restored, or submit the job anew",
+            suggestion="ask the operator to restore a backup of the event log, or submit the job again",
             retryable=False,
         )
     return job.resources
@@ -325,9 +327,9 @@ def _record_interruption(job: FineTuningJob, reason: str, log: AnyLog, tenure: T
 def _success(job: FineTuningJob, log: AnyLog, tenure: Tenure) -> JobSucceeded:
     job = retrying(lambda: log.job(job.job_id))
     tenure.check(job)
-    model = f"; the model: {model_dir_of(job.checkpoints[-1])}" if job.checkpoints else ""
+    model = f"; the model is in {model_dir_of(job.checkpoints[-1])}" if job.checkpoints else ""
     if job.best_checkpoint is not None and job.best_checkpoint != job.checkpoints[-1]:
-        model += f"; that of the lowest validation loss: {model_dir_of(job.best_checkpoint)}"
+        model += f"; the one with the lowest validation loss is in {model_dir_of(job.best_checkpoint)}"
     logger.info("training is complete%s", model)  # not that the job has succeeded: it may yet be cancelled
     return JobSucceeded(attempt=job.attempt)
 

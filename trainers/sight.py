@@ -64,9 +64,9 @@ class Sight:
         if self.runner.state == "ended":
             return "its runner ended without an outcome and is being replaced"
         if self.runner.state == "unknown" and self.job.status != "running":
-            return "Ray does not say how its runner is, and is asked again"
+            return "Ray doesn't say whether its runner is alive, and is being asked again"
         if self.job.status == "validation" and self.runner.state == "alive":
-            return "its model is being fetched and its data read, checked and tokenised; its log says how far that is"
+            return "its model is being fetched and its data read, checked and tokenised; its log shows the progress"
         return None
 
     @property

@@ -55,7 +55,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(document) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _refuse(f"the key {shown(twice)} stands twice in one object")
+        raise _refuse(f"the key {shown(twice)} appears twice in one object")
     return document
 
 

@@ -49,8 +49,8 @@ def submit_and_follow(path: Path, settings: Settings) -> int:
         return asyncio.run(_submit_and_follow(path, job_id, document, settings))
     except Unrecorded as error:
         _say(
-            f"{job_id} may have been submitted, and may go on: {error}. Once the log can be reached, the API's "
-            f"GET /fine_tuning/jobs/status?job_id={job_id} tells, and POST /fine_tuning/jobs/cancel ends it"
+            f"{job_id} may have been submitted, and may go on: {error}. Once the log can be reached, the API's GET "
+            f"/fine_tuning/jobs/status?job_id={job_id} shows it, and POST /fine_tuning/jobs/cancel cancels it"
         )
         return CANCELLED
 

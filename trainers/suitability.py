@@ -40,8 +40,8 @@ def _check_nf4(arch: Architecture) -> None:
             if part.name != "output" and part.rows * linear.columns % NF4_BLOCK:
                 raise _unsuitable(
                     f"{EXTRAS}.quantize_base",
-                    f"quantize_base can't be used with this model: NF4 is made of blocks of {NF4_BLOCK:,} numbers, and "
-                    f"the layer {part.name} with its {part.rows} x {linear.columns} is no multiple of that.",
+                    f"quantize_base can't be used with this model: NF4 works on blocks of {NF4_BLOCK:,} numbers, and "
+                    f"the layer {part.name} ({part.rows} x {linear.columns}) is not a multiple of that.",
                     "train it with plain LoRA",
                 )
 
@@ -53,7 +53,7 @@ def _check_groups(plan: Plan, arch: Architecture) -> None:
             raise _unsuitable(
                 f"{EXTRAS}.quantizer.groupsize",
                 f"groupsize {size} can't be used with this model: the layer {linear.parts[0].name} has "
-                f"{linear.columns} inputs, no multiple of it.",
+                f"{linear.columns} inputs, which is not a multiple of it.",
                 "choose one that divides the inputs of every layer",
             )
 

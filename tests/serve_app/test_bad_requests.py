@@ -59,7 +59,7 @@ def refused(answer: httpx.Response, status: int = 422) -> dict[str, Any]:
         (b'{"metadata": {"x": 1e999}}', "metadata.x: is a number beyond double precision"),
         (b'{"metadata": {"x": 9223372036854775808}}', "metadata.x: is an integer beyond 64 bits"),
         (b'{"metadata": {"x": ' + b"9" * 5000 + b"}}", "an integer beyond 64 bits"),
-        (b'{"metadata": {"x": 1, "x": 2}}', "the key 'x' stands twice"),
+        (b'{"metadata": {"x": 1, "x": 2}}', "the key 'x' appears twice"),
         (b'{"model": "a\\u0000b"}', "model: contains a NUL character"),
         (b'{"metadata": {"x": ["\\ud800"]}}', "metadata.x.0: contains a lone surrogate"),
         (b'{"metadata": {"\\udfff": 1}}', "metadata: the key '\\udfff' contains a lone surrogate"),
@@ -188,7 +188,7 @@ def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config
     ("changes", "param", "says"),
     [
         ({"modle": "m"}, "modle", "did you mean model?"),
-        ({"lora_rank": 8}, "lora_rank", "it belongs into fine_tuning_options.custom_training_options"),
+        ({"lora_rank": 8}, "lora_rank", "it belongs in fine_tuning_options.custom_training_options"),
         ({"fine_tuning_options": {"batchsize": 8}}, "fine_tuning_options.batchsize", "did you mean batch_size?"),
         ({"model": 7}, "model", "valid string"),
         ({"model": ""}, "model", "at least 1 character"),
@@ -228,12 +228,12 @@ def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config
         (
             {"fine_tuning_options": {"custom_training_options": {"use_dora": True}}},
             "fine_tuning_options.custom_training_options.use_dora",
-            "it belongs into fine_tuning_options.extras",
+            "it belongs in fine_tuning_options.extras",
         ),
         (
             {"fine_tuning_options": {"custom_training_options": {"finetuning_type": "lora", "sparsity": 1}}},
             "fine_tuning_options.custom_training_options.sparsity",
-            "known here: finetuning_type, lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output, lora_rank, "
+            "known fields: finetuning_type, lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output, lora_rank, "
             "lora_alpha",
         ),
         ({"fine_tuning_options": {"packed": True}}, "fine_tuning_options.packed", "into fine_tuning_options.extras"),
@@ -243,7 +243,7 @@ def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config
             "packed, in fine_tuning_options.extras",
         ),
         ({"fine_tuning_options": {"epochs": 3}}, "fine_tuning_options.epochs", "did you mean n_epochs?"),
-        ({"epochs": 3}, "epochs", "it belongs into fine_tuning_options, as n_epochs"),
+        ({"epochs": 3}, "epochs", "it belongs in fine_tuning_options, as n_epochs"),
         (
             {"fine_tuning_options": {"custom_training_options": {"lora_rank": 0}}},
             "fine_tuning_options.custom_training_options.lora_rank",

@@ -41,7 +41,7 @@ def test_a_submitted_job_trains_and_hands_over_its_checkpoints(api: Api) -> None
     assert [entry["step"] for entry in logged if "loss" in entry] == list(range(1, 13))
     messages = [log["message"] for line in lines for log in line["logs"]]
     assert any(message.startswith("step 12/12") for message in messages)
-    assert messages[-1] == f"training is complete; the model: {path_of(job['checkpoints'][-1])}/merged"
+    assert messages[-1] == f"training is complete; the model is in {path_of(job['checkpoints'][-1])}/merged"
 
     answer = api.http.post("/fine_tuning/jobs/estimate", json=config, timeout=WAIT_S)
     assert answer.status_code == 200, answer.text
@@ -67,7 +67,7 @@ def test_a_full_fine_tuning_on_two_workers_trains(api: Api) -> None:
     assert job["resources"]["workers"] == 2
     assert any("fsdp_cpu_offload has no effect" in message for message in messages)
     assert any("enable_activation_checkpointing has no effect" in message for message in messages)
-    assert any("W&B runs offline" in message for message in messages)
+    assert any("the W&B run is offline" in message for message in messages)
     assert path_of(job["logs"]).is_dir()
     assert (path_of(job["checkpoints"][0]) / "model.safetensors").exists()
 

@@ -77,8 +77,12 @@ def test_what_the_jobs_log_will_warn_of_is_warned_of(settings: Settings) -> None
 @pytest.mark.parametrize(
     ("context", "asked", "told"),
     [
-        (5000, None, ["rows lose their ends; extras.max_seq_len keeps up to 5,000 tokens of each"]),
-        (20, 40, ["rows lose their ends: the model takes 20 tokens of each, though max_seq_len is 40"]),
+        (
+            5000,
+            None,
+            ["1 of 1 rows are cut off at 4,096 tokens; set extras.max_seq_len to keep up to 5,000 tokens of each"],
+        ),
+        (20, 40, ["1 of 1 rows are cut off at 20 tokens, which is all the model takes, though max_seq_len is 40"]),
         (20, 20, []),
         (20, None, []),
         (5000, 9000, []),

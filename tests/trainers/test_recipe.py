@@ -393,7 +393,7 @@ def test_an_update_that_breaks_the_model_leaves_no_checkpoint_of_it(
     recorder = Recorder()
     few: dict[str, Any] = {"n_epochs": 1, "max_steps_per_epoch": 2, "valid_data": valid}
     case = bench.case("full", lr=1e30, optimizer=sgd, lr_scheduler=None, **(few | changes))
-    with pytest.raises(UserError, match=r"the update of step \d left weights that are no numbers") as caught:
+    with pytest.raises(UserError, match=r"the update of step \d left weights that are not numbers") as caught:
         case.run(recorder)
     assert caught.value.error.code == "loss_not_finite"
     assert recorder.checkpoints == []

@@ -110,7 +110,7 @@ def test_the_log_says_what_keeps_more_of_rows_that_the_model_could_take(
 ) -> None:
     monkeypatch.setattr("trainers.suitability.MAX_SEQ_LEN", 40)
     runner.make_ready(*runner.submit("ftjob-1", max_seq_len=None))
-    assert "extras.max_seq_len keeps up to 512 tokens of each" in caplog.text
+    assert "set extras.max_seq_len to keep up to 512 tokens of each" in caplog.text
 
 
 def test_the_report_and_the_log_say_of_how_many_rows_an_answer_is_trained_in_part(
@@ -121,7 +121,7 @@ def test_the_report_and_the_log_say_of_how_many_rows_an_answer_is_trained_in_par
     job = runner.make_ready(*runner.submit("ftjob-1"))
     assert job.data is not None
     assert (job.data.rows, job.data.partly_shown_rows) == (3, 1)
-    assert "of 1 rows the model's chat template shows a message to train on only in part" in caplog.text
+    assert "in 1 of 3 rows the model's chat template shows only part of a message to train on" in caplog.text
 
 
 def test_the_report_and_the_log_say_how_many_rows_do_not_go_on_from_the_prompt(
@@ -132,7 +132,7 @@ def test_the_report_and_the_log_say_how_many_rows_do_not_go_on_from_the_prompt(
     job = runner.make_ready(*runner.submit("ftjob-1"))
     assert job.data is not None
     assert (job.data.rows, job.data.unprompted_rows) == (2, 1)
-    assert "in 1 rows an answer to train on is not what the model is asked for" in caplog.text
+    assert "in 1 of 2 rows an answer to train on doesn't continue the model's generation prompt" in caplog.text
     assert r"ends in '<|im_start|>assistant\n<think>\n'" in caplog.text
 
 
@@ -163,7 +163,7 @@ def test_a_resumed_job_goes_on_with_the_data_it_started_with_and_says_so(
     assert [row.tolist() for row in TokenisedDataset(runner.data(job))[0]] == before
     assert caplog.messages[::2] == [
         f"validating {runner.file}",
-        f"validated before, and kept as it was then: {runner.file}",
+        f"already validated; going on with the data as it was then: {runner.file}",
     ]
 
 
@@ -243,7 +243,7 @@ def test_a_job_that_is_cancelled_as_its_validation_ends_is_not_said_to_have_fail
 
 
 @pytest.mark.parametrize(
-    ("best", "told"), [(None, ""), (2, ""), (1, "; that of the lowest validation loss: {}/step 1/merged")]
+    ("best", "told"), [(None, ""), (2, ""), (1, "; the one with the lowest validation loss is in {}/step 1/merged")]
 )
 def test_the_log_of_a_job_that_has_trained_ends_with_that_and_the_place_of_its_model_and_of_a_better_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, best: int | None, told: str
@@ -256,7 +256,7 @@ def test_the_log_of_a_job_that_has_trained_ends_with_that_and_the_place_of_its_m
         scene.tell(CheckpointSaved(attempt=1, step=number, epoch=1, uri=uri, best=number == best))
     with caplog.at_level(logging.INFO, logger="tunewright.runner"):
         assert scene.runner().append(_success(scene.job, scene.log, scene.runner())).status == "success"
-    assert caplog.messages == [f"training is complete; the model: {tmp_path}/step 2/merged{told.format(tmp_path)}"]
+    assert caplog.messages == [f"training is complete; the model is in {tmp_path}/step 2/merged{told.format(tmp_path)}"]
 
 
 def test_a_job_that_is_cancelled_right_after_its_training_is_not_said_to_have_succeeded(

@@ -27,7 +27,7 @@ def test_a_layer_that_is_no_multiple_of_nf4s_blocks_is_refused_by_name_and_shape
     """With the widths of SmolLM2-135M."""
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     arch = inspect_model_dir(make_tiny_model(tmp_path, "llama", **sizes))
-    with pytest.raises(UserError, match=r"layers\.0\.attn\.q_proj with its 576 x 576") as caught:
+    with pytest.raises(UserError, match=r"layers\.0\.attn\.q_proj \(576 x 576\)") as caught:
         check_suitable(make_plan_for("qlora"), arch)
     assert caught.value.error.param == "fine_tuning_options.extras.quantize_base"
 

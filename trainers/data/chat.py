@@ -196,8 +196,8 @@ class ChatTokenizer:
         if self.vocab_size is not None and (beyond := ids[ids >= self.vocab_size]).size:
             first = int(beyond[0])
             raise RowError(
-                f"the token {self._tokenizer.id_to_token(first)!r} ({first}) has no row in the embedding of "
-                f"{self.vocab_size}: resize the model's embeddings"
+                f"the token {self._tokenizer.id_to_token(first)!r} ({first}) is beyond the model's embedding, which "
+                f"has {self.vocab_size} rows: resize the model's embeddings"
             )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -259,7 +259,7 @@ class ChatTokenizer:
 
         def stand_in(match: re.Match[str]) -> str:
             if match.group() not in self._ids:
-                raise RowError(f"the text holds the noncharacter U+{ord(match.group()):04X}, which is reserved")
+                raise RowError(f"the text contains the noncharacter U+{ord(match.group()):04X}, which is reserved")
             return _ESCAPE.format(self._ids[match.group()])
 
         return (control or self._user_control).sub(stand_in, text)
@@ -479,7 +479,7 @@ def _check_takes_any_text(tokenizer: Tokenizer) -> None:
         tokenizer.encode(_UNUSUAL, add_special_tokens=False)
     except Exception as error:  # noqa: BLE001  -- it raises nothing else
         message = f"the model's tokenizer.json can't encode every text: {error}"
-        raise UserError("model_unsupported", message, "model", suggestion="give it an unk_token") from None
+        raise UserError("model_unsupported", message, "model", suggestion="add an unk_token to it") from None
 
 
 def _adds_bos(tokenizer: Tokenizer, bos: str | None) -> bool:

@@ -35,13 +35,13 @@ _WORTH_PROCESSES = 4 << 20  # bytes of a file that take longer to tokenise than 
 _PROGRESS_S = 5.0
 
 _SUGGESTION = (
-    "mend the lines that the job's log lists (GET /fine_tuning/jobs/tail), or let /fine_tuning/jobs/submit allow some "
-    "with extras.max_invalid_fraction"
+    "fix the lines that the job's log lists (GET /fine_tuning/jobs/tail), or submit it through "
+    "/fine_tuning/jobs/submit with extras.max_invalid_fraction, which allows some"
 )
 
 NO_END = (
-    "the model's chat template ends an assistant's turn with no token of its own: no end is trained, and the model "
-    "won't learn to stop. Let the template write the tokenizer's eos_token there"
+    "the model's chat template doesn't end an assistant's turn with a token of its own, so the model won't learn to "
+    "stop. Make the template write the tokenizer's eos_token there"
 )
 """What is to be said where a tokenizer's `ends_turns` is false."""
 
@@ -67,21 +67,22 @@ def hardly_meant(report: DataReport, tokenizer: ChatTokenizer, asked: int | None
     """What is to be said of rows that can be trained on, though hardly as they were meant. `asked`: the tokens that the
     user would keep of each row, where that was said; `taken`: those that the model takes."""
     told = []
+    cut = f"{report.truncated_rows:,} of {report.rows:,} rows are cut off at {report.max_seq_len:,} tokens"
     if report.truncated_rows and asked is None and report.max_seq_len < taken:
-        told.append(f"rows lose their ends; extras.max_seq_len keeps up to {taken:,} tokens of each")
+        told.append(f"{cut}; set extras.max_seq_len to keep up to {taken:,} tokens of each")
     if report.truncated_rows and asked is not None and asked > taken:
-        told.append(f"rows lose their ends: the model takes {taken:,} tokens of each, though max_seq_len is {asked:,}")
+        told.append(f"{cut}, which is all the model takes, though max_seq_len is {asked:,}")
     if report.partly_shown_rows:
         told.append(
-            f"of {report.partly_shown_rows:,} rows the model's chat template shows a message to train on only in part "
-            "(it may drop reasoning): the rest isn't trained"
+            f"in {report.partly_shown_rows:,} of {report.rows:,} rows the model's chat template shows only part of a "
+            "message to train on (it may drop reasoning); the rest isn't trained"
         )
     if report.unprompted_rows:
         told.append(
-            f"in {report.unprompted_rows:,} rows an answer to train on is not what the model is asked for: its prompt "
-            f"for generation ends in {tokenizer.cue!r}, and the row doesn't go on from there. Put the reasoning that "
-            "this begins into the last answer of each row and train on that one alone (keep_loss), or start from a "
-            "model whose chat template neither begins nor drops reasoning"
+            f"in {report.unprompted_rows:,} of {report.rows:,} rows an answer to train on doesn't continue the model's "
+            f"generation prompt, which ends in {tokenizer.cue!r}. Put the reasoning that it begins into the last "
+            "answer of each row and train on that answer only (keep_loss), or start from a model whose chat template "
+            "neither begins nor drops reasoning"
         )
     return told
 
@@ -123,7 +124,7 @@ def prepare(
             _key(digest, tokenizer, max_seq_len, pairs),
             partial(_tokenise, uri, digest, tokenizer, max_seq_len, pairs, progress),
             scratch,
-            lambda _: progress("another job is tokenising the same data right now: waiting for it"),
+            lambda _: progress("another job is tokenising the same data; waiting for it"),
         )
         # The cached report names the URI that was tokenised first.
         report = DataReport.model_validate_json((scratch / REPORT).read_bytes()).model_copy(update={"uri": uri})
@@ -198,7 +199,7 @@ def judge(report: DataReport, max_invalid_fraction: float) -> None:
     total = report.rows + report.invalid_rows
     if total == 0:
         raise UserError(
-            "data_empty", f"{report.uri} has only blank lines", suggestion="write a JSON object a line into it"
+            "data_empty", f"{report.uri} has only blank lines", suggestion="write one JSON object per line into it"
         )
     if report.rows and report.invalid_rows <= max_invalid_fraction * total:
         return

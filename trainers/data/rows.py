@@ -33,7 +33,7 @@ def parse_row(raw: bytes) -> Dialog:
     row = _read_object(raw)
     if preferences := [key for key in _PREFERENCE_KEYS if key in row]:
         raise RowError(
-            f"the row has '{preferences[0]}': it is one of preferences, which only DPO trains on (set extras.loss to "
+            f"the row has '{preferences[0]}': it is a preference pair, which only DPO trains on (set extras.loss to "
             "torchtune.rlhf.loss.DPOLoss)"
         )
     field = "dialog"
@@ -67,7 +67,7 @@ def parse_pair(raw: bytes) -> Pair:
 def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The row with the keys of PreferenceDataItem, and what the row itself calls each of them."""
     if "keep_loss" in row:
-        raise RowError("keep_loss has no place in a row of preferences: what the two dialogs don't share is trained on")
+        raise RowError("a row of preferences can't have keep_loss: what the two dialogs don't share is trained on")
     names = {name: name for name in PreferenceDataItem.model_fields}
     if row.keys() & {"preferred_output", "non_preferred_output"}:
         names |= {"chosen": "preferred_output", "rejected": "non_preferred_output"}
@@ -84,7 +84,8 @@ def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]
         names["dialog"] = next((name for name in ("messages", "prompt") if name in row), "dialog")
     if not row.keys() & {names["chosen"], names["rejected"]}:
         raise RowError(
-            "the row has no 'chosen' and 'rejected', which DPO trains on: for rows of one dialog leave extras.loss out"
+            "the row has no 'chosen' and 'rejected', which DPO trains on: to train on rows with a single dialog, leave "
+            "extras.loss out"
         )
     _refuse_texts(row, names)
     for ours, theirs in names.items():
@@ -130,8 +131,8 @@ def _refuse_texts(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
         first = chosen[0] if isinstance(chosen, list) and chosen else chosen
         if isinstance(first, dict) and first.get("role") != "assistant":
             raise RowError(
-                f"the row has '{question}' as a string beside whole dialogs: leave out what is not "
-                f"{names['chosen']} or {names['rejected']}"
+                f"the row has '{question}' as a string, but {names['chosen']} and {names['rejected']} are whole "
+                f"dialogs: leave out everything but {names['chosen']} and {names['rejected']}"
             )
         raise RowError(f"the row has '{question}' as a string: write it as the user's message in dialog")
 
@@ -156,8 +157,8 @@ def _check_pair(item: PreferenceDataItem, names: Mapping[str, str]) -> None:
         if not rest or rest[0].role != "assistant":
             what = f"is {_article(rest[0].role)} message" if rest else "is missing"
             raise RowError(
-                f"{chosen} and {rejected} must part with an assistant message: the first message of {name} that they "
-                f"don't share {what}"
+                f"{chosen} and {rejected} must differ from an assistant message on: the first message of {name} that "
+                f"they don't share {what}"
             )
         try:
             check_order(messages)

@@ -57,7 +57,7 @@ def check_data_uri(uri: str, settings: Settings) -> str:
         raise UserError(
             "credentials_in_uri",
             "the URI holds credentials",
-            suggestion="give them to the workers' environment instead",
+            suggestion="put them into the workers' environment instead",
         )
     if "::" in rest:
         raise UserError("unsupported_scheme", f"{uri}: '::' would chain file systems; data is one object of one store")
@@ -112,10 +112,12 @@ def _check_local(path: str, settings: Settings) -> Path:
         raise UserError("data_not_a_file", f"{path} is not a regular file")
     if not os.access(found, os.R_OK):
         raise UserError(
-            "data_not_readable", f"{path} can't be read, permission is denied", suggestion="let the service read it"
+            "data_not_readable",
+            f"{path} can't be read, permission is denied",
+            suggestion="give the service permission to read it",
         )
     if info.st_size == 0:
-        raise UserError("data_empty", f"{path} is empty", suggestion="write a JSON object a line into it")
+        raise UserError("data_empty", f"{path} is empty", suggestion="write one JSON object per line into it")
     return found
 
 
@@ -128,8 +130,9 @@ def _resolve(path: str, settings: Settings) -> Path:
     if found is None and len(inside) < len(candidates):
         raise UserError(
             "path_outside_roots",
-            f"{path} lies outside the directories that data may be read from",
-            suggestion="move it into one, upload it, or have its directory added to TUNEWRIGHT_DATA_ROOTS",
+            f"{path} is outside the directories that data may be read from",
+            suggestion="move it into one of them, upload it, or ask the operator to add its directory to "
+            "TUNEWRIGHT_DATA_ROOTS",
         )
     return found or inside[0]
 
@@ -168,7 +171,9 @@ def _blocks(uri: str, digest: Hash | None) -> Iterator[bytes]:
         raise UserError("data_is_directory", f"{uri} is a directory", suggestion="name a JSONL file in it") from None
     except PermissionError:
         raise UserError(
-            "data_not_readable", f"{uri} can't be read, permission is denied", suggestion="let the nodes read it"
+            "data_not_readable",
+            f"{uri} can't be read, permission is denied",
+            suggestion="give the nodes permission to read it",
         ) from None
     except Exception as error:  # noqa: BLE001  -- storage libraries raise what they like, and put signed URLs into it
         raise InfrastructureError(
@@ -177,7 +182,7 @@ def _blocks(uri: str, digest: Hash | None) -> Iterator[bytes]:
             suggestion="check the workers' network and credentials, and submit the job again",
         ) from None
     if empty:
-        raise UserError("data_empty", f"{uri} is empty", suggestion="write a JSON object a line into it")
+        raise UserError("data_empty", f"{uri} is empty", suggestion="write one JSON object per line into it")
 
 
 def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:

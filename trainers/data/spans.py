@@ -312,7 +312,7 @@ class SpanFinder:
         if mark not in self._template.render(marked, dialog.tools):
             raise RowError(
                 f"this model's chat template leaves out the text beside the tool calls of message {i} "
-                f"({message['role']}): empty its content"
+                f"({message['role']}): leave its content empty"
             )
 
 
@@ -370,7 +370,7 @@ def _left_out(i: int, message: Turn) -> RowError:
 
 def _rewritten(i: int, message: Turn) -> RowError:
     return RowError(
-        f"this model's chat template rewrites message {i} ({message['role']}): what to train on can't be told"
+        f"this model's chat template rewrites message {i} ({message['role']}): what to train on can't be determined"
     )
 
 

@@ -21,8 +21,8 @@ def encode_question(question: Question, tokenizer: ChatTokenizer, context: int) 
     except RowError as error:
         raise UserError("invalid_messages", f"{error}", "messages") from None
     if len(prompt) + (question.max_tokens or 1) > context:
-        answer = f" and up to {question.max_tokens} of the answer" if question.max_tokens else ""
-        message = f"the model takes {context} tokens; the messages are {len(prompt)}{answer}: send less"
+        answer = f", the answer up to {question.max_tokens}" if question.max_tokens else ""
+        message = f"the model's context is {context} tokens, and the messages take {len(prompt)}{answer}: send less"
         raise UserError("context_length_exceeded", message, "messages")
     return prompt
 

@@ -169,12 +169,14 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     head_dim = _head_dim(config, family, hidden, heads)
     layers = _count(config, "num_hidden_layers")
     if layers > MAX_LAYERS:
-        raise unsupported(f"config.json has num_hidden_layers {layers}; more than {MAX_LAYERS} are not built.")
+        raise unsupported(f"config.json has num_hidden_layers {layers}; more than {MAX_LAYERS} are not supported.")
     rope, local_rope = read_layer_ropes(config, family.rope_theta, family.local_rope_theta)
     tied = _flag(config, "tie_word_embeddings", default=family.tied)
     final_softcap = _softcap(config, family, "final_logit_softcapping")
     if final_softcap and not tied:
-        raise unsupported("config.json has final_logit_softcapping without tie_word_embeddings, which is not built.")
+        raise unsupported(
+            "config.json has final_logit_softcapping without tie_word_embeddings, which is not supported."
+        )
     attention_bias = _flag(config, "attention_bias", default=False)
     return Architecture(
         family=name,
@@ -244,13 +246,13 @@ def _refuse_what_is_not_built(config: Mapping[str, Any], family: _Family) -> Non
         raise unsupported("config.json asks for use_bidirectional_attention; only causal models can be trained.")
     for key in ("resid_pdrop", "embd_pdrop"):
         if config.get(key):
-            raise unsupported(f"config.json sets {key}={config[key]}; this dropout is not built.")
+            raise unsupported(f"config.json sets {key}={config[key]}; this dropout is not supported.")
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(key) and key not in family.softcaps:
-            raise unsupported(f"config.json sets {key}={config[key]}; this soft-cap is not built for this family.")
+            raise unsupported(f"config.json sets {key}={config[key]}; this soft-cap is not supported for this family.")
     kinds = set(_names(config, "layer_types")) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise unsupported(f"config.json has layer_types {', '.join(sorted(kinds))}, which are not built.")
+        raise unsupported(f"config.json has layer_types {', '.join(sorted(kinds))}, which are not supported.")
 
 
 def _kv_heads(config: Mapping[str, Any], family: _Family, heads: int) -> int:
@@ -258,7 +260,7 @@ def _kv_heads(config: Mapping[str, Any], family: _Family, heads: int) -> int:
     given_as_null = "num_key_value_heads" in config and config["num_key_value_heads"] is None
     kv_heads = heads if absent or given_as_null else _count(config, "num_key_value_heads")
     if heads % kv_heads:
-        raise unsupported(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}.")
+        raise unsupported(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.")
     return kv_heads
 
 
@@ -268,7 +270,7 @@ def _head_dim(config: Mapping[str, Any], family: _Family, hidden: int, heads: in
     elif family.default_head_dim:
         head_dim = family.default_head_dim
     elif hidden % heads:
-        raise unsupported(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}.")
+        raise unsupported(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
     else:
         head_dim = hidden // heads
     if head_dim % 2:
@@ -312,7 +314,7 @@ def _sliding_layers(config: Mapping[str, Any], family: _Family, layers: int, win
     every = _count(config, "sliding_window_pattern", default=family.full_every)
     if every != family.full_every and family.local_rope_theta is None:  # Gemma 2 doesn't read that key
         raise unsupported(
-            f"config.json has sliding_window_pattern {every}; built for this family: {family.full_every}."
+            f"config.json has sliding_window_pattern {every}; supported for this family: {family.full_every}."
         )
     return [(i + 1) % every != 0 for i in range(layers)]
 
@@ -333,7 +335,7 @@ def _activation(config: Mapping[str, Any], family: _Family) -> Activation:
     unknown = [name for name in asked if name is not None and str(name) not in family.activations]
     if unknown:
         known = ", ".join(family.activations)
-        raise unsupported(f"config.json asks for the activation {unknown[0]!r}; built for this family: {known}.")
+        raise unsupported(f"config.json asks for the activation {unknown[0]!r}; supported for this family: {known}.")
     return family.activations[str(asked[0])]
 
 

@@ -32,7 +32,7 @@ def _make(final: Path, make: Callable[[Path], None], log: Callable[[str], None])
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log(f"another job is getting {final.name} right now: waiting for it")
+        log(f"another process is fetching {final.name}; waiting for it")
         lock.acquire()
     try:
         if not final.is_dir():

@@ -118,5 +118,5 @@ def _check_room(stored: Mapping[str, Tensor], device: torch.device, dtype: torch
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > FITS * free:
         message = f"the model needs {needed / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free"
-        suggestion = "ask again when less runs on that machine, or ask a smaller model"
+        suggestion = "try again when less is running on that machine, or ask a smaller model"
         raise InfrastructureError("no_room", message, suggestion=suggestion)

@@ -155,7 +155,7 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
     except JobProblem:
         raise
     except HFValidationError as error:
-        message = f"{model.repo} can be no model's name on a hub: {_reason(error)}"
+        message = f"{model.repo} is not a valid name on a hub: {_reason(error)}"
         raise UserError("invalid_value", message, param="model", suggestion="check the name") from error
     except GatedRepoError as error:
         raise UserError(

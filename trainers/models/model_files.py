@@ -72,7 +72,7 @@ def storage_of(path: Path) -> Iterator[None]:
         raise InfrastructureError(
             "model_unreachable",
             f"{path} can't be read: {error.strerror or error}",
-            suggestion="have the disk that the model is on checked",
+            suggestion="ask the operator to check the disk that the model is on",
         ) from error
 
 

@@ -109,14 +109,15 @@ def classify_model(model: str) -> ModelKind:
         )
     if "/" in model:
         raise _refused(
-            f"{model!r} is no Hugging Face id, 'org/name' or 'org/name@revision': {_HUB_RULE}. A directory is "
-            "given as a path that starts with '/' or './'."
+            f"{model!r} is not a Hugging Face id, 'org/name' or 'org/name@revision': {_HUB_RULE}. A directory is given "
+            "as a path that starts with '/' or './'."
         )
     close = get_close_matches(model.lower(), ALIASES)
     meant = f" (did you mean {' or '.join(close)}?)" if close else ""
     raise _refused(
-        f"{model!r} is no model name{meant}: give an alias (GET /v1/models lists all), a Hugging Face id 'org/name' or "
-        "'org/name@revision', a directory path that starts with '/' or './', or an s3:// or gs:// URI of a directory."
+        f"{model!r} is not a model name{meant}: give an alias (GET /v1/models lists all), a Hugging Face id 'org/name' "
+        "or 'org/name@revision', a directory path that starts with '/' or './', or an s3:// or gs:// URI of a "
+        "directory."
     )
 
 
@@ -124,7 +125,7 @@ def hub_model(model: str) -> HubModel:
     """The repository that a hub id or an alias stands for."""
     match = _hub_id(model)
     if match is None:
-        raise _refused(f"{model!r} is no Hugging Face id: {_HUB_RULE}.")
+        raise _refused(f"{model!r} is not a Hugging Face id: {_HUB_RULE}.")
     return HubModel(match["repo"], match["revision"] or "main")
 
 
@@ -150,14 +151,14 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
     try:
         path = Path(unquote(urlsplit(model).path) if "://" in model else model).expanduser().resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, `~nobody`
-        raise UserError("model_not_found", f"{model!r} is no usable path: {error}.", param="model") from None
+        raise UserError("model_not_found", f"{model!r} is not a usable path: {error}.", param="model") from None
     if not any(path.is_relative_to(root) for root in allowed):
         raise UserError(
             "path_not_allowed",
-            f"{model!r} is outside the directories that local models may lie in",
+            f"{model!r} is outside the directories that local models may be in",
             param="model",
-            suggestion="move it into one (GET /v1/models lists what is there), or have its directory added to "
-            "TUNEWRIGHT_MODEL_ROOTS",
+            suggestion="move it into one of them (GET /v1/models lists what is there), or ask the operator to add its "
+            "directory to TUNEWRIGHT_MODEL_ROOTS",
         )
     if not _is_directory(path):
         raise UserError("model_not_found", f"there is no model directory {path}.", param="model")
@@ -165,9 +166,10 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
         if not any(link.resolve().is_relative_to(root) for root in allowed):
             raise UserError(
                 "path_not_allowed",
-                f"{link.relative_to(path)} of {model!r} is a link to outside the directories that models may lie in",
+                f"{link.relative_to(path)} of {model!r} is a link that leads outside the directories that models may "
+                "be in",
                 param="model",
-                suggestion="put a copy there, or have the link's target added to TUNEWRIGHT_MODEL_ROOTS",
+                suggestion="put a copy there, or ask the operator to add the link's target to TUNEWRIGHT_MODEL_ROOTS",
             )
     return path
 
@@ -199,9 +201,9 @@ def _classify_uri(model: str) -> ModelKind:
     try:
         uri = urlsplit(model)
     except ValueError as error:
-        raise _refused(f"{model!r} is no valid URI: {error}.") from None
+        raise _refused(f"{model!r} is not a valid URI: {error}.") from None
     if uri.username or uri.password:
-        raise _refused("the model's URI holds credentials: give them to the workers' environment instead.")
+        raise _refused("the model's URI holds credentials: put them into the workers' environment instead.")
     if uri.query or uri.fragment:
         raise _refused(f"{model!r}: a model URI has no '?' or '#' part.")
     if "::" in model:

@@ -122,6 +122,6 @@ def _changed(pinned: PinnedModel, evidence: str) -> UserError:
         f"the model {pinned.name} is not what it was when the job began ({evidence})",
         param="model",
         suggestion="submit the job again to train what it is now, or go on from the job's last checkpoint with "
-        "/fine_tuning/jobs/resubmit, which needs this model no more",
+        "/fine_tuning/jobs/resubmit, which no longer needs this model",
         retryable=True,
     )

@@ -60,7 +60,7 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
                 "model_changed",
                 f"{uri} changed while it was copied",
                 param="model",
-                suggestion="try again once all of it is there",
+                suggestion="try again once it is complete",
                 retryable=True,
             )
 
@@ -110,7 +110,7 @@ def _store_errors(uri: str) -> Iterator[None]:
             "model_access_denied",
             f"the workers' credentials don't open {uri}",
             param="model",
-            suggestion="have the nodes' credentials changed, or use a model that they open",
+            suggestion="ask the operator for credentials that open it, or use another model",
         ) from error
     except Exception as error:  # each store's client has errors of its own, and may put signed URLs into them
         raise storage_full(error) or InfrastructureError(

@@ -65,7 +65,7 @@ def read_layer_ropes(
 
 def _read(config: Mapping[str, Any], values: Mapping[str, Any]) -> RopeParams:
     if any(isinstance(value, Mapping) for value in values.values()):
-        raise _refused("they differ between layers, which is not built for this family")
+        raise _refused("they differ between layers, which is not supported for this family")
     _refuse_partial_rotation(config, values)
     kind = _kind(values)
     theta = _positive(values, "rope_theta")
@@ -86,14 +86,14 @@ def _kind(values: Mapping[str, Any]) -> RopeKind:
     kind = values.get("rope_type") or values.get("type") or "default"
     kind = "longrope" if kind == "su" else kind  # the name LongRoPE had when Phi-3 came out
     if kind not in get_args(RopeKind):
-        raise _refused(f"rope type {kind!r} is not built; supported are: {', '.join(get_args(RopeKind))}")
+        raise _refused(f"rope type {kind!r} is not supported; these are: {', '.join(get_args(RopeKind))}")
     return cast(RopeKind, kind)
 
 
 def _refuse_partial_rotation(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     fraction = values.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if fraction != 1.0:
-        raise _refused(f"partial_rotary_factor {fraction} is not built, only 1.0")
+        raise _refused(f"partial_rotary_factor {fraction} is not supported; only 1.0 is")
 
 
 def _llama3(config: Mapping[str, Any], values: Mapping[str, Any], theta: float) -> RopeParams:

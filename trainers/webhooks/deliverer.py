@@ -197,10 +197,10 @@ class Webhooks:
             try:
                 await work()
             except (LogUnavailable, WebhooksUnavailable) as error:
-                logger.error("webhooks wait: %s", error)  # noqa: TRY400  -- where it was raised tells nothing
+                logger.error("webhooks are not sent for now: %s", error)  # noqa: TRY400  -- where it was raised tells nothing
                 await asyncio.sleep(_AFTER_FAILURE_S)
             except Exception:
-                logger.exception("webhooks stumbled; they go on in %s s", _AFTER_FAILURE_S)
+                logger.exception("sending webhooks failed; trying again in %s s", _AFTER_FAILURE_S)
                 await asyncio.sleep(_AFTER_FAILURE_S)
 
     async def _follow(self) -> None:

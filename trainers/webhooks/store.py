@@ -214,8 +214,8 @@ class WebhookStore:
                 if count >= MOST_OLD_SECRETS:
                     raise UserError(
                         "too_many_webhook_secrets",
-                        f"the endpoint has {count} old secrets that are still signed with: wait until one is too old, "
-                        "or rotate without keep_old_secret_active_for_24_hours, which ends them all",
+                        f"the endpoint has {count} old secrets that are still signed with: wait until one expires, or "
+                        "rotate without keep_old_secret_active_for_24_hours, which ends them all",
                     )
                 self._db.execute("INSERT INTO old_secrets VALUES (?, ?, ?)", (endpoint_id, old, old_secret_until))
             self._db.execute("UPDATE endpoints SET secret = ?, updated_at = ? WHERE id = ?", (secret, now, endpoint_id))

@@ -17,7 +17,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 """A host and a port to addresses, in the order to try them. Raises OSError, or ValueError for what is no host."""
 
 NOT_PUBLIC = (
-    "its host resolves to an address that is not public (private, loopback, link-local, reserved), and not in "
+    "its host resolves to an address that is not public (private, loopback, link-local, reserved), and is not in "
     "TUNEWRIGHT_WEBHOOK_NETWORKS"
 )
 _THREADS = 64
@@ -38,7 +38,7 @@ def parse(text: str) -> httpx.URL:
     if url.userinfo:
         raise TargetRefused("must not contain credentials: verify the signature instead")
     if not 0 < port_of(url) < 1 << 16:
-        raise TargetRefused("has a port that is none")
+        raise TargetRefused("has an invalid port")
     return url
 
 
@@ -55,7 +55,7 @@ async def addresses_of(url: httpx.URL, allowed: Sequence[Network], resolve: Reso
     except (OSError, ValueError):
         addresses = []
     if not addresses:
-        raise TargetRefused("its host can't be resolved")
+        raise TargetRefused("its host can't be resolved: check the name")
     if not all(_is_allowed(ip_address(address), allowed) for address in addresses):
         raise TargetRefused(NOT_PUBLIC)
     return addresses

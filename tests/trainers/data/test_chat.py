@@ -355,7 +355,7 @@ class TestTools:
         )
         with pytest.raises(RowError) as caught:
             make(name).encode([row])
-        said = "leaves out the text beside the tool calls of message 1 (assistant): empty its content"
+        said = "leaves out the text beside the tool calls of message 1 (assistant): leave its content empty"
         assert str(caught.value) == f"this model's chat template {said}"
 
     def test_control_tokens_in_arguments_and_tools_stay_text(self, make: Make) -> None:

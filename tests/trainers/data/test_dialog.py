@@ -299,7 +299,8 @@ def test_tools_of_preferences_reach_both_dialogs() -> None:
 BAD_PREFERENCES: dict[str, tuple[Any, str]] = {
     "a supervised row": (
         {"dialog": [ASK, ANSWER]},
-        "the row has no 'chosen' and 'rejected', which DPO trains on: for rows of one dialog leave extras.loss out",
+        "the row has no 'chosen' and 'rejected', which DPO trains on: to train on rows with a single dialog, leave "
+        "extras.loss out",
     ),
     "one side": ({"chosen": [ASK, ANSWER]}, "rejected is missing"),
     "the same twice": (
@@ -312,13 +313,13 @@ BAD_PREFERENCES: dict[str, tuple[Any, str]] = {
     ),
     "prompts that part later": (
         {"chosen": [system("x"), ASK, ANSWER], "rejected": [system("x"), user("Why?"), WORSE]},
-        "chosen and rejected must part with an assistant message: the first message of chosen that they don't share is "
-        "a user message",
+        "chosen and rejected must differ from an assistant message on: the first message of chosen that they don't "
+        "share is a user message",
     ),
     "one that stops": (
         {"chosen": [ASK, ANSWER, ASK, ANSWER], "rejected": [ASK, ANSWER]},
-        "chosen and rejected must part with an assistant message: the first message of chosen that they don't share is "
-        "a user message",
+        "chosen and rejected must differ from an assistant message on: the first message of chosen that they don't "
+        "share is a user message",
     ),
     "no prompt": ({"dialog": [], "chosen": ANSWER, "rejected": WORSE}, "dialog is empty"),
     "no answer": ({"dialog": [ASK], "chosen": [], "rejected": WORSE}, "chosen is empty"),
@@ -376,7 +377,7 @@ BAD_PREFERENCES: dict[str, tuple[Any, str]] = {
     ),
     "keep_loss": (
         {"dialog": [ASK], "chosen": ANSWER, "rejected": WORSE, "keep_loss": [True, False]},
-        "keep_loss has no place in a row of preferences: what the two dialogs don't share is trained on",
+        "a row of preferences can't have keep_loss: what the two dialogs don't share is trained on",
     ),
     "an unknown key": ({"score": 1, "chosen": [ASK, ANSWER], "rejected": [ASK, WORSE]}, "unknown key 'score'"),
     "the prompt by two names": (
@@ -399,7 +400,7 @@ def test_preferences_that_can_not_be_trained_on_say_why(value: object, sentence:
 
 @pytest.mark.parametrize("value", PREFERENCES.values(), ids=PREFERENCES)
 def test_preferences_in_a_supervised_job_are_told_of_dpo(value: dict[str, Any]) -> None:
-    with pytest.raises(RowError, match=r"preferences, which only DPO trains on \(set extras.loss"):
+    with pytest.raises(RowError, match=r"preference pair, which only DPO trains on \(set extras.loss"):
         row(value)
 
 

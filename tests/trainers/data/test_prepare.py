@@ -93,8 +93,8 @@ def test_rows_in_error_keep_their_line_numbers_and_order(run: Prepare) -> None:
     assert (report.rows, report.invalid_rows) == (602, 3)
     assert str(caught.value) == (
         "3 of 605 rows are invalid; the first is line 3: the line is not JSON: expected ident at column 2. "
-        "Mend the lines that the job's log lists (GET /fine_tuning/jobs/tail), or let /fine_tuning/jobs/submit allow "
-        "some with extras.max_invalid_fraction."
+        "Fix the lines that the job's log lists (GET /fine_tuning/jobs/tail), or submit it through "
+        "/fine_tuning/jobs/submit with extras.max_invalid_fraction, which allows some."
     )
 
 
@@ -107,8 +107,8 @@ def test_a_token_that_the_embedding_has_no_row_for_makes_a_bad_row(run: Prepare,
     (error,) = report.errors
     assert error.line == 2
     assert error.message == (
-        f"the token '<late>' ({late}) has no row in the embedding of {tokenizer.vocab_size}: resize the model's "
-        "embeddings"
+        f"the token '<late>' ({late}) is beyond the model's embedding, which has {tokenizer.vocab_size} rows: "
+        "resize the model's embeddings"
     )
     assert TokenisedDataset(tmp_path / "out")[1][0].max() < tokenizer.vocab_size
 

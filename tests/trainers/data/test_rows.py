@@ -129,7 +129,8 @@ REFUSED_PREFERENCES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "ultrafeedback": (
         {"prompt": "How many?", "prompt_id": "1", "chosen": [ASK, ANSWER], "rejected": [ASK, assistant("Eight.")]},
-        "the row has 'prompt' as a string beside whole dialogs: leave out what is not chosen or rejected",
+        "the row has 'prompt' as a string, but chosen and rejected are whole dialogs: leave out everything but chosen "
+        "and rejected",
     ),
     "a question of text": (
         {"input": "How many?", "chosen": ANSWER, "rejected": assistant("Eight.")},

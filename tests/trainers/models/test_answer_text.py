@@ -79,5 +79,5 @@ def test_a_question_with_a_token_that_the_embedding_has_no_row_for_is_refused(tm
     with pytest.raises(UserError) as caught:
         encode_question(Question("mine", (user("a <late> b"),)), tokenizer, 64)
     assert (caught.value.error.code, caught.value.error.param) == ("invalid_messages", "messages")
-    assert "has no row in the embedding" in caught.value.error.message
+    assert "is beyond the model's embedding" in caught.value.error.message
     assert encode_question(Question("mine", (user("a b"),)), tokenizer, 64)
