@@ -65,8 +65,8 @@ def test_what_the_jobs_log_will_warn_of_is_warned_of(settings: Settings) -> None
     found = answer(asked, settings).found
     assert found is not None
     assert [warning.partition(" an answer")[0] for warning in found.warnings] == [
-        f"{root}/rows.jsonl: in {ROWS:,} rows",
-        f"{root}/valid.jsonl: in 1 rows",
+        f"{root}/rows.jsonl: in {ROWS:,} of {ROWS:,} rows",
+        f"{root}/valid.jsonl: in 1 of 1 rows",
     ]
     template.write_text("{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}")
     found = answer(asked, settings).found
