@@ -31,7 +31,7 @@ class Fact(_Value):
 
 
 class JobError(_Value):
-    """Why a job failed. `fault` says who can act: the `user`; whoever runs the `infrastructure`; or either, where a
+    """Why a job failed. `fault` says who can act: the `user`; whoever runs the `infrastructure`; or either, if a
     smaller job or larger machines would do (`capacity`). docs/errors.md lists the codes."""
 
     code: str = Field(description="A stable word for programs: `invalid_data`, `model_not_found`, `runner_died`, ...")

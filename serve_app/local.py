@@ -406,7 +406,7 @@ def main() -> int:
             service.start()
         console.print(f"API        {service.url}   (documented at {service.url}/docs)")
         console.print(f"Dashboard  {service.dashboard_url}")
-        console.print(f"Ray        {service.ray_address}   (RAY_ADDRESS for python -m events and python -m trainers)")
+        console.print(f"Ray        {service.ray_address}   (the RAY_ADDRESS of python -m events and trainers)")
         console.print(f"Storage    {escape(str(service.storage))}", soft_wrap=True)
         console.print("Ctrl-C stops it. Jobs that are running then go on at the next start.")
         service.wait()

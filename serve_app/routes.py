@@ -83,8 +83,8 @@ IdempotencyKey = Annotated[
 async def submit(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
     """Submit a fine tuning job with the specified configuration.
 
-    Answers as soon as the job is on disk, with status `validation`. What can be known to be wrong with the request is
-    reported now, all of it at once; the rows of the data are validated by the job itself.
+    Answers as soon as the job is on disk, with status `validation`. Whatever can be found wrong with the request is
+    reported now, all of it at once; the job itself validates the rows of the data.
     """
     document = await read_object(request, backend.settings.max_body_bytes)
     config = without_nulls(document)
@@ -103,12 +103,12 @@ async def submit(request: Request, backend: TheBackend, idempotency_key: Idempot
     responses=documented(Estimate, "What the job would take.", 404, 409, 413, 415, 422, 429),
 )
 async def estimate(request: Request, backend: TheBackend) -> Response:
-    """Say what a job of this configuration would take. Nothing runs, and nothing is recorded.
+    """Say what a job with this configuration would take. No job is created, and nothing is recorded.
 
-    The rows of the data are read and tokenised (of a large file a sample: `sampled`), as the job's own validation does
-    it, and what is wrong with them is answered with their line numbers. That takes seconds, a minute at most. A model
-    that isn't here yet is looked at without its weights. `model` may also name a tuned model or a checkpoint, as POST
-    /v1/fine_tuning/jobs takes them.
+    The rows of the data are read and tokenised as in the job's own validation (of a large file, only a sample of them:
+    `sampled`), and what is wrong with them is reported by line number. That takes seconds, a minute at most. A model
+    that isn't here yet is examined without downloading its weights. `model` may also name a tuned model or a
+    checkpoint, as in POST /v1/fine_tuning/jobs.
     """
     document = await read_object(request, backend.settings.max_body_bytes)
     if isinstance(name := document.get("model"), str) and (tuned := await checkpoint_of(backend.log, name)) is not None:
@@ -123,7 +123,7 @@ async def estimate(request: Request, backend: TheBackend) -> Response:
 
 @router.get(
     f"{JOBS}/status",
-    summary="Gets last N fine tuning jobs",
+    summary="Retrieve the status of a job",
     responses=documented(FineTuningJob, "Successfully retrieved the job status.", 404, 422),
 )
 async def status(
@@ -146,8 +146,8 @@ async def status(
 async def cancel(request: Request, backend: TheBackend) -> Response:
     """Cancel the fine tuning job with the specified job ID.
 
-    Answers as soon as the wish is on disk. The job reads `cancelled` once its workers are gone and what they held is
-    free, within seconds. Cancelling it again returns it.
+    Answers as soon as the request is on disk. Within seconds the job reads `cancelled`: its workers are gone then, and
+    what they held is free. Cancelling a cancelled job returns it.
     """
     asked = await received(CancelRequest, request, backend)
     job = await backend.log.append(asked.job_id, [CancelRequested()], [f"{asked.job_id}:cancel"])
@@ -165,9 +165,9 @@ async def cancel(request: Request, backend: TheBackend) -> Response:
 async def pause(request: Request, backend: TheBackend) -> Response:
     """Stop the job at a checkpoint until it is resumed.
 
-    Answers as soon as the wish is on disk. A running job takes the step it is in to its end, writes a checkpoint and
-    frees what it holds; it then reads `queued`, with the pause as its `why`. Pausing it again returns it. A pause is
-    no interruption: it doesn't count against --max-restarts.
+    Answers as soon as the request is on disk. A running job finishes its current step, writes a checkpoint and frees
+    what it holds; it then reads `queued`, with the pause as its `why`. Pausing a paused job returns it. A pause doesn't
+    count as an interruption (--max-restarts).
     """
     asked = await received(PauseRequest, request, backend)
     job = await backend.log.append(asked.job_id, [PauseRequested()], [new_event_id()])
@@ -200,9 +200,9 @@ async def resume(request: Request, backend: TheBackend) -> Response:
 async def resubmit(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
     """Start a new job from a checkpoint of an earlier one, with changed options.
 
-    The new job has the earlier one's config with `config` laid over it, and the checkpoint as its model (of an adapter:
-    the merged model). Weights are all it takes over: optimizer, learning rate schedule and data start anew. It is
-    checked like any submit, and `resubmitted_from` says where it came from.
+    The new job has the earlier one's config with the changes in `config`, and the checkpoint as its model (for an
+    adapter, the merged model). It takes over the weights only: optimizer, learning rate schedule and data start anew.
+    It is checked like any submit, and `resubmitted_from` says where it came from.
     """
     document = await read_object(request, backend.settings.max_body_bytes)
     asked = parsed(ResubmitRequest, {key: value for key, value in document.items() if value is not None})
@@ -244,8 +244,8 @@ async def tail_logs(
     """Stream the logs of a particular job in real-time. This endpoint supports streaming responses.
 
     Works before the job starts and after it has ended. An idle stream gets an empty line (`"logs": []`) at least every
-    TUNEWRIGHT_HEARTBEAT_S seconds (15). The last line of a job that has ended carries `status`. A stream that ends
-    without one ends because the service is being restarted: go on from its last `next`.
+    TUNEWRIGHT_HEARTBEAT_S seconds (15). The last line of a job that has ended carries `status`. If a stream
+    ends without one, the service is being restarted: reconnect with `after` = the last `next`.
     """
     job = await backend.log.job(job_id)
     state, heartbeat_s = request.app.state, backend.settings.heartbeat_s

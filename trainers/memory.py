@@ -101,15 +101,16 @@ class Memory(BaseModel):
 
     peak_bytes: int
     moment: Moment = Field(
-        description="When that is: as a backward pass begins, as gradients are complete, or as a checkpoint is written."
+        description="When the peak is: as a backward pass begins, when all gradients are there, or while a checkpoint "
+        "is written."
     )
     weights: int
     optimizer: int = Field(description="Its states.")
     gradients: int
     activations: int
     output_head: int = Field(description="Chunks of logits, and the gradients they leave.")
-    checkpoint: int = Field(description="What is gathered, merged or copied to be written.")
-    overhead: int = Field(description="Buffers of libraries, and memory that the allocator can't use.")
+    checkpoint: int = Field(description="What is gathered, merged or copied to write a checkpoint.")
+    overhead: int = Field(description="Buffers of libraries, and memory that the allocator wastes.")
 
 
 class Load(Protocol):

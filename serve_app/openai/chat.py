@@ -49,8 +49,8 @@ async def create(request: Request, backend: TheBackend) -> Response:
     """Ask a base model, the model of a job that has succeeded, or a checkpoint.
 
     The prompt is what the model's chat template makes of `messages`, as in training. The first question to a model
-    waits until it is loaded. With `stream` the answer comes as server-sent events of `OpenAIChatChunk`s, the last one
-    `[DONE]`; an answer that can't be ended ends with an event that has the error.
+    waits until it is loaded. With `stream`, the answer comes as server-sent events, each an `OpenAIChatChunk`, the last
+    one `[DONE]`; if an answer can't be completed, its last event has the error.
     """
     document = await read_object(request, backend.settings.max_body_bytes)
     asked = _read(document)

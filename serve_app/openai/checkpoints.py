@@ -48,8 +48,8 @@ async def content(
 ) -> Response:
     """A directory in Hugging Face layout, as a tar: weights in safetensors, configs, tokenizer. No training state.
 
-    What is sent was there, all of it, when the first byte was: deleting the checkpoint meanwhile changes nothing. A
-    download that broke off goes on with `Range`, as `curl -C -` has it.
+    A download that has begun is not affected if the checkpoint is deleted meanwhile. One that broke off resumes with
+    `Range`, as `curl -C -` does it.
     """
     found = await checkpoint_of(backend.log, checkpoint_id)
     if found is None:

@@ -52,8 +52,8 @@ After = Annotated[Cursor, Query(description="Only entries after this one: the la
 async def create(request: Request, backend: TheBackend) -> Response:
     """Upload a JSONL file, as multipart/form-data.
 
-    It may hold TUNEWRIGHT_MAX_FILE_BYTES (512 MiB); larger ones come in parts, through /v1/uploads. The rows are
-    validated by the job that uses it, but for the first one.
+    It may have TUNEWRIGHT_MAX_FILE_BYTES (512 MiB); upload a larger one in parts, through /v1/uploads. Only the first
+    row is checked now; the job that uses the file validates all of them.
     """
     store = await store_of(backend.settings)
     await asyncio.to_thread(store.sweep, await in_use(backend.log))
@@ -89,7 +89,7 @@ async def list_files(
         Literal["asc", "desc"], Query(description="By time of creation: `asc` is oldest first, `desc` newest first.")
     ] = "desc",
 ) -> Response:
-    """Uploaded files, and the result files of jobs. A page that takes long has fewer than `limit`, and `has_more`."""
+    """Uploaded files, and the result files of jobs. A page that takes too long ends early, with `has_more`."""
     found: list[File | FineTuningJob] = []
     if purpose in (None, PURPOSE):
         found += await asyncio.to_thread((await store_of(backend.settings)).files)
@@ -110,7 +110,7 @@ async def list_files(
 
 @router.get("/files/{file_id}", summary="Retrieve a file", responses=documented(OpenAIFile, "The file.", 400, 404))
 async def retrieve(backend: TheBackend, file_id: FileId) -> Response:
-    """What is known of a file."""
+    """A file's name, size, purpose and dates."""
     if (job := await results.job_of(backend.log, file_id)) is not None:
         return JSONResponse((await results.result_file(backend.log, job)).model_dump(mode="json"))
     file = await asyncio.to_thread((await store_of(backend.settings)).get, file_id)
@@ -123,7 +123,7 @@ async def retrieve(backend: TheBackend, file_id: FileId) -> Response:
     responses=documented(OpenAIFileDeleted, "The file was deleted.", 400, 404, 409),
 )
 async def delete(backend: TheBackend, file_id: FileId) -> Response:
-    """Delete a file. One that an unfinished job works with can't be deleted, nor can a result file."""
+    """Delete a file. A file that an unfinished job uses can't be deleted, nor can a result file."""
     if await results.job_of(backend.log, file_id) is not None:
         raise _conflict("is the result of a job, and can't be deleted", "result_file")
     store = await store_of(backend.settings)
@@ -140,8 +140,8 @@ async def delete(backend: TheBackend, file_id: FileId) -> Response:
     responses=documented_bytes("The file's bytes.", 400, 404),
 )
 async def content(request: Request, backend: TheBackend, file_id: FileId) -> Response:
-    """The bytes of a file, as they were uploaded; of a result file, CSV. The download of an uploaded file that broke
-    off goes on with `Range`, as `curl -C -` has it."""
+    """The bytes of a file as they were uploaded; a result file is CSV. The download of an uploaded file that broke off
+    resumes with `Range`, as `curl -C -` does it."""
     if (job := await results.job_of(backend.log, file_id)) is not None:
         headers = {"Content-Disposition": attachment(results.FILENAME)}
         return Response(await results.result_csv(backend.log, job), headers=headers, media_type=OCTETS)

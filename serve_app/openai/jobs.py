@@ -31,7 +31,7 @@ JobId = Annotated[str, Path(min_length=1, max_length=128, description="The job's
     responses=documented(OpenAIJob, "The job was created.", 400, 404, 409, 413, 415, 429),
 )
 async def create(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
-    """Create a job from an uploaded file. It trains a LoRA adapter; docs/openai.md says what becomes of each field."""
+    """Create a job from an uploaded file. It trains a LoRA adapter; docs/openai.md says what each field means here."""
     asked = await received(OpenAIJobRequest, request, backend)
     config = mapping.config_of(asked)
     openai = asked.model_dump(mode="json", exclude_none=True)
@@ -55,7 +55,7 @@ async def create(request: Request, backend: TheBackend, idempotency_key: Idempot
 
 @router.get(JOBS, summary="List fine-tuning jobs", responses=documented(OpenAIJobList, "The jobs.", 400, 404))
 async def list_jobs(request: Request, backend: TheBackend, limit: Limit = 20, after: After = None) -> Response:
-    """Jobs, newest first. `metadata[key]=value` leaves only those that have it, `metadata=null` those without any."""
+    """Jobs, newest first. `metadata[key]=value` lists only those that have it, `metadata=null` those without any."""
     wanted = _wanted(request.query_params)
     found: list[FineTuningJob] = []
     more = True
@@ -78,7 +78,7 @@ async def retrieve(backend: TheBackend, job_id: JobId) -> Response:
     responses=documented(OpenAIJob, "The job is being cancelled.", 400, 404, 409),
 )
 async def cancel(backend: TheBackend, job_id: JobId) -> Response:
-    """Answers as soon as the wish is on disk; the job reads `cancelled` within seconds."""
+    """Answers as soon as the request is on disk; the job reads `cancelled` within seconds."""
     return _answer(await backend.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"]))
 
 
@@ -88,7 +88,7 @@ async def cancel(backend: TheBackend, job_id: JobId) -> Response:
     responses=documented(OpenAIJob, "The job will stop at a checkpoint, or is paused already.", 400, 404, 409),
 )
 async def pause(backend: TheBackend, job_id: JobId) -> Response:
-    """Answers as soon as the wish is on disk. The job reads `paused` once it stands at a checkpoint."""
+    """Answers as soon as the request is on disk. The job reads `paused` once it has stopped at a checkpoint."""
     return _answer(await backend.log.append(job_id, [PauseRequested()], [new_event_id()]))
 
 
@@ -98,7 +98,7 @@ async def pause(backend: TheBackend, job_id: JobId) -> Response:
     responses=documented(OpenAIJob, "The job goes on, when it is its turn.", 400, 404, 409),
 )
 async def resume(backend: TheBackend, job_id: JobId) -> Response:
-    """It stands in line again, and goes on from the checkpoint it paused at."""
+    """Put it back in line; it goes on from the checkpoint that it paused at."""
     return _answer(await backend.log.append(job_id, [JobResumed()], [new_event_id()]))
 
 
@@ -108,7 +108,7 @@ async def resume(backend: TheBackend, job_id: JobId) -> Response:
     responses=documented(OpenAIEventList, "The events.", 400, 404),
 )
 async def list_events(backend: TheBackend, job_id: JobId, limit: Limit = 20, after: After = None) -> Response:
-    """What happened to the job, newest first. Events of type `metrics` carry a step's or an evaluation's."""
+    """What happened to the job, newest first. Events of type `metrics` carry those of a step or an evaluation."""
     job = await backend.log.job(job_id)
     events, more = await timeline.events_before(backend.log, job, after, limit)
     return JSONResponse(page(events, more))

@@ -29,8 +29,8 @@ _OWNER = "tunewright"
 
 @router.get("/models", summary="List models", responses=documented(OpenAIModelList, "The models."))
 async def list_models(backend: TheBackend) -> Response:
-    """Models of jobs that have succeeded and checkpoints, newest job first; directories of TUNEWRIGHT_MODEL_ROOTS;
-    aliases. Hugging Face ids and URIs, which are models as well, aren't listed."""
+    """Models of jobs that have succeeded and checkpoints, newest job first; then directories of
+    TUNEWRIGHT_MODEL_ROOTS, and aliases. Hugging Face ids and URIs can be used too, but aren't listed."""
     models = await asyncio.to_thread(_models, await all_jobs(backend.log), backend.settings)
     return JSONResponse(OpenAIModelList(data=models).model_dump(mode="json"))
 
@@ -41,7 +41,7 @@ async def list_models(backend: TheBackend) -> Response:
     responses=documented(OpenAIModel, "The model.", 400, 404, 409),
 )
 async def retrieve(backend: TheBackend, model: ModelName) -> Response:
-    """A model of the list, or a checkpoint by its id. A Hugging Face id is there once it was trained or asked."""
+    """A model of the list, or a checkpoint by its id. A Hugging Face id is found once it has been trained or asked."""
     found = await checkpoint_of(backend.log, model)
     if found is not None:
         shown = OpenAIModel(id=model, created=_created(found.job), owned_by=_OWNER)

@@ -54,7 +54,7 @@ class OpenAIFile(_Answer):
 
 
 class OpenAIFileDeleted(_Answer):
-    """The file is gone."""
+    """The file was deleted."""
 
     id: str
     object: Literal["file"] = "file"
@@ -81,7 +81,7 @@ class OpenAIUploadCompletion(_Request):
 
 
 class OpenAIUpload(_Answer):
-    """A file that comes in parts. It expires an hour after its creation unless it is completed."""
+    """A file that is uploaded in parts. It expires an hour after its creation, unless it is completed."""
 
     id: str
     object: Literal["upload"] = "upload"

@@ -60,9 +60,9 @@ _tasks: set[asyncio.Task[_Upload]] = set()
     responses=documented(OpenAIUpload, "The upload was created, and takes parts.", 400, 413, 415, 429),
 )
 async def create(request: Request, backend: TheBackend) -> Response:
-    """Begin a file that comes in parts of 64 MiB at most, TUNEWRIGHT_MAX_UPLOAD_BYTES (8 GiB) together.
+    """Begin to upload a file in parts of at most 64 MiB each, TUNEWRIGHT_MAX_UPLOAD_BYTES (8 GiB) together.
 
-    The upload expires after an hour. Until it is complete it needs room for its bytes twice: as parts, and joined.
+    The upload expires after an hour. Until it is complete, it needs room for twice its bytes: as parts, and joined.
     """
     asked = await received(OpenAIUploadRequest, request, backend)
     if asked.bytes > backend.settings.max_upload_bytes:
@@ -92,7 +92,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
     responses=documented(OpenAIUploadPart, "The part was stored.", 400, 404, 409, 413, 415, 429),
 )
 async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -> Response:
-    """Add bytes, as multipart/form-data. Parts may be sent at the same time; `part_ids` says their order, later.
+    """Add bytes, as multipart/form-data. Parts may be sent at the same time; `part_ids` gives their order later.
 
     Together they may hold twice what was announced, so that one whose answer was lost can be sent again.
     """
@@ -120,10 +120,10 @@ async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -
     responses=documented(OpenAIUpload, "The upload, with its file.", 400, 404, 409, 413, 415, 429),
 )
 async def complete(request: Request, backend: TheBackend, upload_id: UploadId) -> Response:
-    """Join the parts to a file. Its size must be the announced one, and its md5 the given one; otherwise the upload
-    stays as it was. Completing it again returns it.
+    """Join the parts to a file. If its size is not the announced one, or its md5 not the given one, the upload stays as
+    it was. Completing a completed upload returns it.
 
-    That goes on when the client has given up: ask again, and the answer comes when it is done.
+    If you give up waiting, the work goes on: ask again, and you get the answer when it is done.
     """
     asked = await received(OpenAIUploadCompletion, request, backend)
     store = await store_of(backend.settings)
@@ -156,7 +156,7 @@ async def _complete(store: FileStore, settings: Settings, upload_id: str, asked:
     responses=documented(OpenAIUpload, "The upload was cancelled.", 400, 404, 409),
 )
 async def cancel(backend: TheBackend, upload_id: UploadId) -> Response:
-    """Throw the parts away. Cancelling it again returns it."""
+    """Delete the parts. Cancelling a cancelled upload returns it."""
     store = await store_of(backend.settings)
     upload = await _alone(upload_id, _cancel(store, upload_id))
     return JSONResponse(upload.shown.model_dump(mode="json"))

@@ -45,8 +45,8 @@ IdempotencyKey = Annotated[
     responses=documented(OpenAIWebhookEndpointWithSecret, "The endpoint, with its secret.", 400, 413, 415, 429),
 )
 async def create(request: Request, backend: TheBackend, key: IdempotencyKey = None) -> Response:
-    """Have the jobs that end from now on told to a URL. The secret, which they are signed with, is shown this once, and
-    to a retry with the same Idempotency-Key."""
+    """Have a URL called when a job ends, from now on. The secret that signs the calls is shown only this once, and to
+    a retry with the same Idempotency-Key."""
     asked = await received(OpenAIWebhookRequest, request, backend)
     secret, types = new_secret(), list(asked.event_types)
     endpoint_id = new_endpoint_id() if key is None else _id_of(key)
@@ -76,7 +76,7 @@ async def list_endpoints(backend: TheBackend, limit: Limit = 20, after: After = 
     responses=documented(OpenAIWebhookEventTypeList, "The event types."),
 )
 async def event_types() -> Response:
-    """What an endpoint can be told."""
+    """The types of event that can be sent to an endpoint."""
     return JSONResponse(OpenAIWebhookEventTypeList(data=list(get_args(EventType))).model_dump(mode="json"))
 
 
@@ -97,7 +97,7 @@ async def retrieve(backend: TheBackend, endpoint_id: EndpointId) -> Response:
     responses=documented(OpenAIWebhookEndpoint, "The endpoint.", 400, 404, 413, 415),
 )
 async def update(request: Request, backend: TheBackend, endpoint_id: EndpointId) -> Response:
-    """Change the endpoint. One that has answered 410 Gone, and was disabled for it, is enabled again."""
+    """Change the endpoint. If it was disabled because it answered 410 Gone, it is enabled again."""
     asked = await received(OpenAIWebhookUpdate, request, backend)
     types = None if asked.event_types is None else list(asked.event_types)
     return _answer(await backend.webhooks.update(endpoint_id, asked.name, asked.url, types))
@@ -109,7 +109,7 @@ async def update(request: Request, backend: TheBackend, endpoint_id: EndpointId)
     responses=documented(OpenAIWebhookEndpointDeleted, "The endpoint was deleted.", 400, 404),
 )
 async def delete(backend: TheBackend, endpoint_id: EndpointId) -> Response:
-    """Delete the endpoint, its secret and its deliveries. What is on its way just now may still arrive."""
+    """Delete the endpoint, its secret and its deliveries. A delivery that is on its way may still arrive."""
     await backend.webhooks.delete(endpoint_id)
     return JSONResponse(OpenAIWebhookEndpointDeleted(id=endpoint_id).model_dump(mode="json"))
 
@@ -123,8 +123,8 @@ async def delete(backend: TheBackend, endpoint_id: EndpointId) -> Response:
     ),
 )
 async def rotate_secret(request: Request, backend: TheBackend, endpoint_id: EndpointId) -> Response:
-    """Give the endpoint a new secret, which is shown this once. Each secret that was kept is signed with for its own 24
-    hours, ten of them at most, so it does no harm to try again; to rotate without keeping ends them all."""
+    """Give the endpoint a new secret, which is shown only this once. Each old secret that is kept also signs for 24
+    hours, up to ten of them, so it does no harm to try again. Rotating without keeping the old one ends all of them."""
     asked = await received(OpenAIWebhookRotation, request, backend)
     secret, keep_old = new_secret(), bool(asked.keep_old_secret_active_for_24_hours)
     return _with_secret(await backend.webhooks.rotate(endpoint_id, secret, keep_old=keep_old), secret)
@@ -137,7 +137,7 @@ async def rotate_secret(request: Request, backend: TheBackend, endpoint_id: Endp
     responses=documented(OpenAIWebhookTestResult, "The endpoint answered with a 2xx.", 400, 404, 413, 415),
 )
 async def test(request: Request, backend: TheBackend, endpoint_id: EndpointId) -> Response:
-    """Send an event of a job that isn't one, `ftjob-test`, once, and tell the status of the endpoint's answer."""
+    """Send one event of a made-up job, `ftjob-test`, and return the status code of the endpoint's answer."""
     asked = await received(OpenAIWebhookTest, request, backend)
     status_code = await backend.webhooks.test(endpoint_id, asked.event_type)
     result = OpenAIWebhookTestResult(
@@ -154,7 +154,7 @@ async def test(request: Request, backend: TheBackend, endpoint_id: EndpointId) -
 async def list_deliveries(
     backend: TheBackend, endpoint_id: EndpointId, limit: Limit = 20, after: After = None
 ) -> Response:
-    """What was sent to the endpoint in the last 30 days, and what is still to be, newest first."""
+    """What was sent to the endpoint in the last 30 days, and what is still to be sent, newest first."""
     deliveries, more = await backend.webhooks.deliveries(endpoint_id, limit, after)
     return JSONResponse(page([_delivery(delivery) for delivery in deliveries], more))
 
@@ -165,7 +165,7 @@ async def list_deliveries(
     responses=documented(OpenAIWebhookDelivery, "It will be sent again.", 400, 404, 409),
 )
 async def redeliver(backend: TheBackend, endpoint_id: EndpointId, delivery_id: DeliveryId) -> Response:
-    """Send an event again at once, under the same id, whatever became of it, and try as often as with a new one."""
+    """Send an event again now, with the same id, whatever became of it, and retry as often as for a new one."""
     delivery = await backend.webhooks.redeliver(endpoint_id, delivery_id)
     return JSONResponse(_delivery(delivery).model_dump(mode="json"))
 

@@ -105,10 +105,14 @@ class Message(_Wire):
         description="Who speaks. `ipython` is an alias of `tool`."
     )
     content: Annotated[str | list[TextPart] | None, BeforeValidator(_check_content)] = Field(
-        default=None, description="Text, or a list of text parts. May be null only where there are tool_calls."
+        default=None, description="Text, or a list of text parts. May be null only if there are tool_calls."
     )
-    tool_calls: list[ToolCall] | None = Field(default=None, min_length=1, description="Assistant messages only.")
-    tool_call_id: str | None = Field(default=None, description="Tool messages only: the call this is the result of.")
+    tool_calls: list[ToolCall] | None = Field(
+        default=None, min_length=1, description="Only in an assistant message: the calls it makes."
+    )
+    tool_call_id: str | None = Field(
+        default=None, description="Only in a tool message: the call that this is the result of."
+    )
     name: str | None = Field(default=None, description="Name of the speaker or the tool, for templates that show it.")
 
     @model_validator(mode="after")
@@ -132,11 +136,11 @@ class Message(_Wire):
 class TrainingDataItem(_Wire):
     """One row of a data file, on one line: a whole dialog, and which of its messages are trained on."""
 
-    dialog: list[Message] = Field(description="The whole context, in order. A system message may only be the first.")
+    dialog: list[Message] = Field(description="The whole context, in order. A system message must come first.")
     keep_loss: list[bool] | None = Field(
         default=None,
-        description="keep_loss[i] says whether message i is trained on: its content and its end-of-turn token. As long "
-        "as `dialog`, not all false. Default: the assistant messages.",
+        description="keep_loss[i] says whether message i is trained on: its content and its end-of-turn token. As many "
+        "as there are messages, not all false. Default: the assistant messages.",
     )
     tools: list[Tool] | None = Field(default=None, description="Functions shown to the model, in OpenAI's format.")
 
@@ -192,10 +196,12 @@ class PreferenceDataItem(_Wire):
     """One row of a data file for DPO: two ways a dialog may go on, and which is the better one.
 
     With `dialog`, `chosen` and `rejected` are what follows it; without, each is a whole dialog, and they begin alike.
-    Trained on are the assistant messages behind what they share.
+    What is trained are the assistant messages after what they share.
     """
 
-    dialog: list[Message] | SkipJsonSchema[None] = Field(default=None, description="What both continue, in order.")
+    dialog: list[Message] | SkipJsonSchema[None] = Field(
+        default=None, description="The dialog that both answers continue, in order."
+    )
     chosen: Annotated[list[Message], BeforeValidator(_listed)] = Field(description="The better answer.")
     rejected: Annotated[list[Message], BeforeValidator(_listed)] = Field(description="The worse answer.")
     tools: list[Tool] | SkipJsonSchema[None] = Field(
