@@ -14,6 +14,7 @@ from ray.serve._private import haproxy
 from ray.serve.config import HTTPOptions
 
 import serve_app
+from serve_app.wire import ErrorEnvelope
 from tests.ports import free_ports
 
 WRAPPER = Path(serve_app.__file__).parent / "haproxy-on-loopback"
@@ -64,6 +65,12 @@ def listening(process: psutil.Process) -> set[tuple[str, int]]:
     return {(c.laddr.ip, c.laddr.port) for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
 
 
+def assert_unavailable(answer: httpx.Response) -> None:
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    error = ErrorEnvelope.model_validate_json(answer.content).error
+    assert (error.type, error.code) == ("service_unavailable_error", "service_unavailable")
+
+
 def test_only_the_api_listens_where_it_was_put_also_after_a_reload(proxy: Proxy) -> None:
     seen = []
 
@@ -80,9 +87,7 @@ def test_only_the_api_listens_where_it_was_put_also_after_a_reload(proxy: Proxy)
 def test_before_the_service_is_there_everything_is_a_503_with_the_time_to_try_again(proxy: Proxy) -> None:
     async def ask() -> None:
         for path in ("/fine_tuning/jobs/tail?job_id=ftjob-1", "/v1/models", "/"):
-            answer = await proxy.get(path)
-            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
-            assert "try again" in answer.text
+            assert_unavailable(await proxy.get(path))
         for path in ("/-/healthz", "/-/routes"):  # Ray's own, which have their own answers
             assert "try again" not in (await proxy.get(path)).text
 
@@ -112,7 +117,24 @@ def test_a_404_of_rays_is_a_503_and_one_of_the_services_stays_one(proxy: Proxy, 
         assert (found.status_code, found.headers.get("Retry-After")) == (status, "5" if status == 503 else None)
         server.close()
         await server.wait_closed()
-        gone = await proxy.get("/fine_tuning/jobs/status?job_id=ftjob-1")
-        assert (gone.status_code, gone.headers.get("Retry-After")) == (503, "5")
+        assert_unavailable(await proxy.get("/fine_tuning/jobs/status?job_id=ftjob-1"))
+
+    proxy.run(serve)
+
+
+def test_a_replica_that_dies_with_a_request_is_a_503_and_no_bug(proxy: Proxy) -> None:
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"/-/healthz" in await reader.readuntil(b"\r\n\r\n"):
+            writer.write(b"HTTP/1.1 200 X\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async def serve() -> None:
+        async with await asyncio.start_server(die, "127.0.0.1") as server:
+            port = server.sockets[0].getsockname()[1]
+            replica = haproxy.ServerConfig(name="replica", host="127.0.0.1", port=port)
+            backend = haproxy.BackendConfig(name="api", path_prefix="/", app_name="api", fallback_server=replica)
+            proxy.api.set_backend_configs({"api": backend})
+            await proxy.api.reload()
+            assert_unavailable(await proxy.get("/v1/models"))
 
     proxy.run(serve)
