@@ -94,16 +94,20 @@ def test_before_the_service_is_there_everything_is_a_503_with_the_time_to_try_ag
     proxy.run(ask, proxy.api.reload, ask)
 
 
+@pytest.mark.parametrize("status", [404, 500])
 @pytest.mark.parametrize(
-    ("sent", "status"),
-    [("text/plain\r\ncontent-length: 4\r\n\r\ngone", 503), ("application/json\r\ncontent-length: 2\r\n\r\n{}", 404)],
+    ("sent", "own"),
+    [("text/plain\r\ncontent-length: 4\r\n\r\ngone", False), ("application/json\r\ncontent-length: 2\r\n\r\n{}", True)],
 )
-def test_a_404_of_rays_is_a_503_and_one_of_the_services_stays_one(proxy: Proxy, sent: str, status: int) -> None:
-    """What stands in for a replica that is gone knows no path, and says so in plain text."""
+def test_a_404_or_500_of_rays_is_a_503_and_one_of_the_services_stays_one(
+    proxy: Proxy, status: int, sent: str, *, own: bool
+) -> None:
+    """What stands in for a replica that is gone knows no path, and what asks one that dies knows no reason. Both say so
+    in plain text."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         health = b"/-/healthz" in await reader.readuntil(b"\r\n\r\n")
-        writer.write(f"HTTP/1.1 {200 if health else 404} X\r\nconnection: close\r\ncontent-type: {sent}".encode())
+        writer.write(f"HTTP/1.1 {200 if health else status} X\r\nconnection: close\r\ncontent-type: {sent}".encode())
         writer.close()
 
     async def serve() -> None:
@@ -114,7 +118,10 @@ def test_a_404_of_rays_is_a_503_and_one_of_the_services_stays_one(proxy: Proxy, 
         proxy.api.set_backend_configs({"api": backend})
         await proxy.api.reload()
         found = await proxy.get("/fine_tuning/jobs/status?job_id=ftjob-1")
-        assert (found.status_code, found.headers.get("Retry-After")) == (status, "5" if status == 503 else None)
+        if own:
+            assert (found.status_code, found.text) == (status, "{}")
+        else:
+            assert_unavailable(found)
         server.close()
         await server.wait_closed()
         assert_unavailable(await proxy.get("/fine_tuning/jobs/status?job_id=ftjob-1"))
