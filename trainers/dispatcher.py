@@ -249,17 +249,19 @@ class Dispatcher:
                 await self._append(job, JobPaused(attempt=job.attempt))
         elif sight.runner.state == "stopped":
             # `ray job stop`, or the dashboard's stop button: somebody wanted it to end.
-            await self._end(job, CancelRequested(), JobCancelled())
+            if await self._append(job, CancelRequested()) is not None:  # what could go on from is deleted after that
+                await self._end(job, JobCancelled())
         elif sight.runner.state == "absent" and job.admitted and job.status == "queued":
             # The cluster went down before the job's turn had come to anything: it is back in line.
             await self._append(job, PauseRequested(by="shutdown"), JobPaused(attempt=job.attempt))
         else:
             await self._interrupted(job, sight.runner)
 
-    async def _end(self, job: FineTuningJob, *events: Event) -> None:
-        """In place of its runner, which is gone: what nobody but the job's own runs could use goes with it."""
+    async def _end(self, job: FineTuningJob, outcome: Event) -> None:
+        """In place of its runner, which is gone: what nobody but the job's own runs could use goes with it. There is no
+        other outcome by now."""
         await asyncio.to_thread(leftovers.clear, self._settings.job_dir(job.job_id))
-        await self._append(job, *events)
+        await self._append(job, outcome)
 
     async def _free_groups(self, sight: Sight) -> None:
         """Free what a runner or an attempt that is gone left behind; nobody else will."""

@@ -78,7 +78,7 @@ class Settings(BaseSettings):
         default=20 << 30,
         ge=0,
         description="Tokenised data is kept for later jobs on the same data, up to this size; the least recently used "
-        "is deleted first. A job keeps what it uses.",
+        "is deleted first. An unfinished job keeps what it uses.",
     )
     chat_models: int = Field(
         default=2,
