@@ -204,10 +204,12 @@ class Dispatcher:
         """Once: jobs that are over, and hold resources all the same, are seen off as if they had ended now."""
         if self._looked_back:
             return
-        left = [job_id for job_id in groups if job_id not in self._live]
-        for job in await asyncio.gather(*(self._alone(job_id, self._log.job(job_id)) for job_id in left)):
-            if job is not None:
-                self._ending[job.job_id] = job, time.monotonic()
+        for name in groups.keys() - self._live.keys():
+            try:
+                job = await self._log.job(name)
+            except Refused:  # somebody else's group, or of a job that is damaged
+                continue
+            self._ending[name] = job, time.monotonic()
         self._looked_back = True
 
     async def _see_off(self, job: FineTuningJob, since: float, groups: dict[str, list[tuple[str, str]]]) -> None:

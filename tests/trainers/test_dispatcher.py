@@ -1,5 +1,6 @@
 """The dispatcher against a cluster in memory: whatever the log and the cluster say, passes bring them together."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -575,6 +576,21 @@ def test_a_runner_that_hangs_though_its_job_is_over_is_stopped_and_what_it_held_
         assert (world.cluster.stopping, world.cluster.groups[job_id]) == ([job_id], [])
 
     test()
+
+
+@in_world
+async def test_placement_groups_of_others_are_left_alone_and_nothing_is_said_of_them(world: World) -> None:
+    world.cluster.groups = {"": [("nameless", "CREATED")], "somebody-else": [("theirs", "CREATED")]}
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    dispatcher.logger.addHandler(handler)
+    try:
+        await world.pass_(times=2)
+    finally:
+        dispatcher.logger.removeHandler(handler)
+    assert said == []
+    assert len(world.cluster.groups) == 2
 
 
 def test_a_runner_that_outlived_its_job_is_stopped_by_a_dispatcher_that_was_not_there_when_it_ended(
