@@ -26,7 +26,7 @@ from trainers.errors import (
 from trainers.models.cache import make_once
 from trainers.models.model_files import incomplete
 from trainers.models.names import HubModel
-from trainers.models.wanted_files import choose_files
+from trainers.models.wanted_files import choose_files, may_be_wanted
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -89,8 +89,8 @@ def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
 def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Log, *, weights: bool) -> None:
     for begun in partial.glob(".cache/**/*.incomplete"):  # of a process that was killed: each begins anew
         begun.unlink()
-    for name, size in files.items():  # huggingface_hub syncs no file: a power cut may have left one with its name only
-        if (partial / name).is_file() and (partial / name).stat().st_size != size:
+    for name in filter(may_be_wanted, files):  # huggingface_hub syncs none: a power cut may have left its name only
+        if (partial / name).is_file() and (partial / name).stat().st_size != files[name]:
             (partial / name).unlink()
     names = choose_files(files, partial, lambda name: _get(repo, commit, [name], partial), f"{repo} at {commit}")
     names = [name for name in names if weights or not name.endswith(".safetensors")]
