@@ -66,8 +66,9 @@ def test_a_paused_job_holds_nothing_and_goes_on_as_if_it_had_not_been_paused(api
     assert losses(job)[1] < ours[1] - 0.5  # of the same rows: it starts from what the first job has learnt
 
 
-def test_the_log_and_wandb_tell_how_a_run_ended_that_was_paused_or_cancelled(api: Api) -> None:
-    job_id = api.submit(api.endless(logger={"log_type": "wandb", "project": "p"}))
+def test_the_log_and_wandb_tell_how_a_run_ended_that_was_paused_interrupted_or_cancelled(api: Api) -> None:
+    logger = {"log_type": "wandb", "project": "p"}
+    job_id = api.submit(api.endless(logger=logger, overrides="--nproc_per_node 2"))
 
     def last_line() -> str:
         return str([log["message"] for line in api.tail(job_id, follow=False) for log in line["logs"]][-1])
@@ -80,7 +81,14 @@ def test_the_log_and_wandb_tell_how_a_run_ended_that_was_paused_or_cancelled(api
     assert last_line().endswith("; it goes on once it is resumed")
 
     post(api, "resume", job_id=job_id)
-    api.until(job_id, lambda job: step_of(job) > step_of(paused))
+    job = api.until(job_id, lambda job: step_of(job) > step_of(paused))
+    first, second = sorted(workers_of(api, job_id), key=lambda worker: not worker.children())  # of W&B
+    assert first.children()
+    second.kill()
+    api.until(job_id, lambda job: job["interruptions"] == 1)
+    assert end_of(path_of(job["logs"])) == (1, False)
+
+    api.until(job_id, lambda job: job["attempt"] == 3 and step_of(job) > step_of(paused))
     api.cancel(job_id)
     job = api.until_status(job_id, "cancelled")
     assert end_of(path_of(job["logs"])) == (255, False)
