@@ -247,7 +247,7 @@ class Webhooks:
         while True:
             self._due.clear()
             now = time.time()
-            if now < self._looked:
+            if now < self._looked - self._pace.timeout_s:  # by less, it would hasten what is on its way, for nothing
                 await self._do(lambda store: store.set_clock_back(now))  # noqa: B023  -- awaited in this round
             self._looked = now
             if now - self._pruned > _PRUNE_EVERY_S:
