@@ -7,6 +7,7 @@ logger, and turns the recipe's reports into events.
 import logging
 import os
 import queue
+import socket
 import threading
 import time
 import traceback
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.util
 
 from events.actors import AnyLog, connect
 from events.decide import Refused
 from events.facts import CheckpointSaved, CheckpointsDeleted, Event, MetricsRecorded, RunStarted, StepMetrics
 from events.ids import new_event_id
 from events.job import FineTuningJob
+from trainers.errors import InfrastructureError
 from trainers.job_output import LineWriter, log_to_stdout
 from trainers.loggers import End, Logger, open_logger
 from trainers.output import OutputCapture
@@ -94,16 +97,18 @@ def train_worker(config: dict[str, Any]) -> str:
     end: End = "failed"
     try:
         log_to_stdout()
+        job_dir = Path(assignment.job_dir)
+        train_data = job_dir / "data" / "train"
+        check_storage(train_data)
         from trainers.recipe import train  # torchtune takes seconds to import: its warnings belong to the job's log
 
-        job_dir = Path(assignment.job_dir)
         plan = Plan.model_validate(assignment.plan)
         # Its own: a compilation that was killed leaves broken files, which would fail every later job.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job_dir / COMPILED)
         train(
             plan,
             model_dir=Path(assignment.model_dir),
-            train_data=job_dir / "data" / "train",
+            train_data=train_data,
             valid_data=job_dir / "data" / "valid" if plan.validation_data else None,
             output_dir=job_dir,
             reporter=reporter,
@@ -134,6 +139,19 @@ def train_worker(config: dict[str, Any]) -> str:
 def _end_of(reason: Exception) -> End:
     """Of a run that its job goes on without."""
     return "cancelled" if isinstance(reason, Cancelled) else "replaced"
+
+
+def check_storage(written: Path) -> None:
+    """Raises InfrastructureError where this node doesn't see what the runner has written on the head."""
+    if not written.exists():
+        node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        raise InfrastructureError(
+            "storage_not_shared",
+            f"the node {node} ({socket.gethostname()}) doesn't see {written}, as the head does; the storage directory "
+            "is not mounted there, or another one is",
+            suggestion="mount what TUNEWRIGHT_STORAGE is on the head there, at the same path, or take the node out of "
+            "the cluster; then submit the job again",
+        )
 
 
 class RayReporter:

@@ -1,8 +1,10 @@
 """How a worker learns from the log that its job is to pause, or is no longer its own; and what its logger learns of its
 end."""
 
+import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from tests.trainers.job_on_a_log import JOB, JobOnALog
 from tests.trainers.recipe_support import make_plan_for
 from tests.waiting import WAIT_S, eventually
 from trainers import recipe, tenure, worker
+from trainers.errors import InfrastructureError
 from trainers.loggers import DiskLogger, End
 from trainers.reporting import Stopped
 from trainers.retrying import retrying
@@ -80,6 +83,33 @@ def test_a_worker_that_was_replaced_is_told_when_it_reports(running: Running) ->
     assert not running.reporter.should_stop()
 
 
+@pytest.fixture
+def assignment(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assignment:
+    """Of rank 0 of the job, in this process, without Ray; its data is prepared."""
+    nothing = SimpleNamespace(flush=lambda: None, close=lambda: None)
+    rank = SimpleNamespace(get_world_rank=lambda: 0)
+    monkeypatch.setattr(ray.train, "get_context", lambda: rank)
+    monkeypatch.setattr(worker, "connect", lambda _: SimpleNamespace(log=running.log, lines=None))
+    monkeypatch.setattr(worker, "OutputCapture", lambda *_, **__: nothing)
+    monkeypatch.setattr(worker, "give_way", lambda: None)
+    monkeypatch.setattr(worker, "log_to_stdout", lambda: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    plan = make_plan_for().model_dump(mode="json")
+    places = {"storage": "", "job_dir": str(tmp_path), "model_dir": ""}
+    return Assignment(JOB, attempt=1, interruptions=0, plan=plan, resume_from=None, **places)
+
+
+def test_a_node_that_does_not_see_the_storage_is_named_and_the_model_is_not_blamed(
+    assignment: Assignment, tmp_path: Path
+) -> None:
+    elsewhere = replace(assignment, job_dir=str(tmp_path / "not-mounted"))
+    with pytest.raises(InfrastructureError, match=socket.gethostname()) as failed:
+        train_worker(elsewhere.as_dict())
+    assert failed.value.error.code == "storage_not_shared"
+    assert not Path(elsewhere.job_dir).exists()  # where it is to be mounted, nothing is left
+
+
 class Listening(DiskLogger):
     def __init__(self, path: Path) -> None:
         super().__init__(path, 0)
@@ -127,7 +157,7 @@ def test_a_worker_that_can_not_say_how_it_ends_is_not_waited_for(
     ],
 )
 def test_the_logger_hears_how_the_run_ended(
-    running: Running,
+    assignment: Assignment,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     end: Exception | None,
@@ -141,22 +171,11 @@ def test_the_logger_hears_how_the_run_ended(
         if end is not None:
             raise end
 
-    nothing = SimpleNamespace(flush=lambda: None, close=lambda: None)
-    rank = SimpleNamespace(get_world_rank=lambda: 0)
     monkeypatch.setattr(recipe, "train", train)
-    monkeypatch.setattr(ray.train, "get_context", lambda: rank)
-    monkeypatch.setattr(worker, "connect", lambda _: SimpleNamespace(log=running.log, lines=None))
-    monkeypatch.setattr(worker, "OutputCapture", lambda *_, **__: nothing)
-    monkeypatch.setattr(worker, "give_way", lambda: None)
-    monkeypatch.setattr(worker, "log_to_stdout", lambda: None)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
-    places = dict.fromkeys(("storage", "job_dir", "model_dir"), "")
-    plan = make_plan_for().model_dump(mode="json")
-    assignment = Assignment(JOB, attempt=1, interruptions=0, plan=plan, resume_from=None, **places).as_dict()
     if returns is not None:
-        assert train_worker(assignment) == returns
+        assert train_worker(assignment.as_dict()) == returns
     else:
         assert end is not None
         with pytest.raises(type(end), match=str(end)):
-            train_worker(assignment)
+            train_worker(assignment.as_dict())
     assert listening.heard == [hears]
