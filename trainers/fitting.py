@@ -65,8 +65,7 @@ def surely_fits(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], work
 
 def recomputing_if_needed(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], share: int | None) -> Plan:
     """The plan without activation checkpointing where a worker needn't save memory: all fits its `share` of its node's,
-    with the `MARGIN` to spare, however rows of `lengths` come together. `share` None (on GPUs, whose estimates aren't
-    measured): the plan as it is."""
+    with the `MARGIN` to spare, however rows of `lengths` come together. `share` None (on GPUs): the plan as it is."""
     if not plan.enable_activation_checkpointing or share is None:
         return plan
     keeping = plan.model_copy(update={"enable_activation_checkpointing": False})

@@ -20,7 +20,11 @@ from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, make_plan_for, random_pairs, random_rows, write_rows
 from trainers import recipe
 from trainers.collate import Layout, Segment
+from trainers.data.dataset import TokenisedDataset
 from trainers.distributed import Ranks
+from trainers.load import load_of
+from trainers.memory import memory_of
+from trainers.models.architecture import inspect_model_dir
 from trainers.models.attention import Rules, _flex_works, block_mask, flex_attend
 from trainers.plan import ComponentSpec, LoraSpec
 from trainers.recipe import training_step
@@ -30,6 +34,17 @@ COMPILING = 3
 WIDTH = 2048
 PATCH = pytest.MonkeyPatch()
 """Nothing is undone: the process ends."""
+ROW = 512
+SIZES: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": ROW,
+    "torch_dtype": "bfloat16",
+}
 
 
 def train(family: str, method: str, changes: dict[str, Any], *, pairs: bool = False, **sizes: Any) -> list[list[str]]:
@@ -51,6 +66,22 @@ def train(family: str, method: str, changes: dict[str, Any], *, pairs: bool = Fa
         part = Case(plan, model, rows, scratch / "part", valid, stop_at=4).run()
         rest = Case(plan, model, rows, scratch / "rest", valid, resume_from=part.checkpoints[-1].path).run()
         return [[saved.path.name for saved in run.checkpoints] for run in (part, rest)]
+
+
+def memory(method: str, changes: dict[str, Any]) -> dict[str, int]:
+    """Trains a model of some size: the most that torch's allocator has handed out, checkpoints included, and what
+    the estimate says; both in bytes."""
+    _ignore_values()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        model = make_tiny_model(scratch / "model", **SIZES)
+        arch = inspect_model_dir(model)
+        mask = [i >= ROW // 2 for i in range(ROW)]
+        rows = write_rows(scratch / "rows", [(list(range(start, start + ROW)), mask) for start in range(8)])
+        plan = make_plan_for(method, **({"dtype": "mixed", "batch_size": 4, "save_every_n_steps": 1} | changes))
+        estimated = memory_of(plan, arch, load_of(plan, arch, TokenisedDataset(rows)), "cuda")
+        Case(plan, model, rows, scratch / "run").run()
+        return {"counted": torch.cuda.max_memory_allocated(), "estimated": estimated.peak_bytes}
 
 
 def flex(head_dim: int, dtype: str, window: int | None, softcap: float | None) -> dict[str, Any]:
@@ -116,6 +147,6 @@ def _shared_memory_of_what_is_compiled() -> list[int]:
 
 
 if __name__ == "__main__":
-    programs: dict[str, Callable[..., object]] = {"train": train, "flex": flex}
+    programs: dict[str, Callable[..., object]] = {"train": train, "flex": flex, "memory": memory}
     answer = programs[sys.argv[1]](**json.loads(sys.argv[2]))
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from trainers.memory import TOLERANCE
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 H200, A100, L4, RTX_5090 = "90", "80", "89", "120"
@@ -92,6 +94,20 @@ def test_a_job_trains_stops_and_goes_on_and_no_step_waits_for_the_gpu(
     part, rest = stand_in.dry_run("train", family=family, method=method, **more)
     assert len(part) == 1
     assert rest
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("lora", {}),
+        ("lora", {"enable_activation_checkpointing": True}),
+        ("qlora", {}),
+        ("full", {}),
+    ],
+)
+def test_a_gpu_needs_the_memory_that_the_estimate_says(stand_in: StandIn, method: str, changes: dict[str, Any]) -> None:
+    found = stand_in.dry_run("memory", method=method, changes=changes)
+    assert found["counted"] == pytest.approx(found["estimated"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("capability", [A100, L4, H200, RTX_5090])

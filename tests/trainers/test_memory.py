@@ -14,7 +14,7 @@ from tests.trainers.memory_support import FULL, LOAD, LORA, ROW, ROWS, Rows, pla
 from trainers.collate import collate
 from trainers.distributed import Ranks
 from trainers.load import Load
-from trainers.memory import Size, memory_of
+from trainers.memory import BUFFERS, Size, memory_of, states_of
 from trainers.methods import method_of
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.optimization import build_optimizer
@@ -131,3 +131,16 @@ def test_what_is_said_to_need_less_does(
     plan = plan_for(tmp_path / "m", FULL)
     small, large = (memory_of(plan.model_copy(update=changes), arch, LOAD, "cpu") for changes in (less, more))
     assert small.peak_bytes < large.peak_bytes
+
+
+def test_on_a_gpu_nothing_is_counted_that_lies_in_the_host_s_memory(arch: Architecture, tmp_path: Path) -> None:
+    full, lora = (plan_for(tmp_path / "m", custom, dtype="mixed") for custom in (FULL, LORA))
+    alone = memory_of(lora, arch, LOAD, "cuda")
+    assert (alone.checkpoint, alone.overhead) == (0, BUFFERS)
+    sharded = full.model_copy(update={"nproc_per_node": 2})
+    offloaded = sharded.model_copy(update={"fsdp_cpu_offload": True})
+    here, there = (memory_of(plan, arch, LOAD, "cuda") for plan in (sharded, offloaded))
+    assert Size(sharded, arch, "cuda", None).checkpoint_bytes() == 4 * arch.vocab_size * arch.hidden_size
+    assert (there.optimizer, there.activations) == (0, here.activations)
+    assert here.weights - there.weights == states_of(sharded, arch, "cuda") - here.optimizer
+    assert states_of(offloaded, arch, "cuda") == 0
