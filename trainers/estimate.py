@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +41,6 @@ from trainers.precision import Device
 from trainers.priority import give_way
 from trainers.settings import Settings
 from trainers.suitability import check_suitable, longest_row
-
-if TYPE_CHECKING:
-    from trainers.load import Load
 
 SAMPLE_BYTES = 8 << 20
 READ_S = 20.0
@@ -276,16 +273,19 @@ def _find(asked: Asked, settings: Settings) -> Found:
     if problems:
         raise ConfigProblems(problems)
 
-    from trainers.load import load_of  # torch takes seconds to import: not before all is well
+    from trainers.batches import Progress  # torch takes seconds to import: not before all is well
+    from trainers.load import build_schedule, load_of
     from trainers.optimization import only_warm_up
 
     train = samples["data"]
     plan = recomputing_if_needed(plan, arch, train.lengths, asked.share_bytes)
-    load = load_of(plan, arch, train)
-    memory, there = memory_of(plan, arch, load, asked.device, asked.worker_bytes), asked.worker_bytes
+    there = asked.worker_bytes
+    memory = memory_of(plan, arch, load_of(plan, arch, train), asked.device, there)
     fits = None if there is None else memory.peak_bytes <= there
     valid = samples.get("validation_data")
-    steps = load.steps if train.scale == 1 else _steps(plan, load, train)
+    schedule = build_schedule(plan, train, rank=0, world=plan.workers)
+    items = round(schedule.n_items * train.scale)
+    steps = schedule.total_steps(Progress()) if train.scale == 1 else _steps(plan, items)
     warnings = [] if tokenizer.ends_turns else [NO_END]
     for param, sample in samples.items():
         told = hardly_meant(sample.whole(), tokenizer, plan.max_seq_len, arch.max_seq_len)
@@ -299,7 +299,7 @@ def _find(asked: Asked, settings: Settings) -> Found:
         warnings=warnings,
         memory=MemoryEstimate(**memory.model_dump(), available_bytes=there, fits=fits),
         preview=train.preview,
-        tokens_a_step=float(train.lengths.sum()) / load.items * min(step_items(plan), load.items * train.scale),
+        tokens_a_step=float(train.lengths.sum()) / schedule.n_items * min(step_items(plan), items),
         flops_per_token=_flops_per_token(plan, arch),
     )
 
@@ -314,9 +314,9 @@ def _problems(param: str, sample: "Sample", plan: Plan) -> list[Problem]:
     return []
 
 
-def _steps(plan: Plan, load: "Load", sample: "Sample") -> int:
-    """Of the whole file, of which only a sample was seen."""
-    an_epoch = -(-round(load.items * sample.scale) // step_items(plan))
+def _steps(plan: Plan, items: int) -> int:
+    """Of a file of about so many `items`, of which only a sample was seen."""
+    an_epoch = -(-items // step_items(plan))
     return plan.n_epochs * min(an_epoch, plan.max_steps_per_epoch or an_epoch)
 
 

@@ -23,15 +23,7 @@ MARGIN = 1.25
 """A job is refused only where the estimate exceeds the memory there is by this factor: more than it was ever off by."""
 
 
-class _Load(NamedTuple):
-    """Without torch, as `trainers.load` isn't."""
-
-    positions: int
-    trained: int
-    segment: int
-
-
-_LEAST = _Load(1, 1, 1)
+_LEAST = Load(1, 1, 1)
 """What doesn't fit with this fits with no load."""
 _STATES_ALONE = "for weights and optimizer alone"
 
@@ -87,7 +79,7 @@ def _at_most(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_
     else:
         rows = plan.batch_size * (2 if plan.pairs else 1)
         positions = int(np.sort(lengths)[-rows:].sum())
-    return memory_of(plan, arch, _Load(positions, positions, longest), "cpu", worker_bytes).peak_bytes
+    return memory_of(plan, arch, Load(positions, positions, longest), "cpu", worker_bytes).peak_bytes
 
 
 _Needed = Callable[[Plan, float], int]
@@ -96,7 +88,7 @@ _Needed = Callable[[Plan, float], int]
 
 def _peak_on_cpu(arch: Architecture, load: Load, worker_bytes: int) -> _Needed:
     def peak(plan: Plan, share: float) -> int:
-        left = _Load(max(1, int(load.positions * share)), max(1, int(load.trained * share)), load.segment)
+        left = Load(max(1, int(load.positions * share)), max(1, int(load.trained * share)), load.segment)
         return memory_of(plan, arch, left, "cpu", worker_bytes).peak_bytes
 
     return peak

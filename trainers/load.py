@@ -1,13 +1,14 @@
 """How much a run takes at a time: its steps, and the heaviest micro-batch that any worker will meet."""
 
 import itertools
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainers.batches import Progress, Schedule
 from trainers.collate import Rows, collate
+from trainers.memory import Load
 from trainers.models.architecture import Architecture
 from trainers.plan import Plan
 
@@ -20,17 +21,6 @@ COLLATED = 8
 """The heaviest ones, by the tokens of their rows; what rows share shows only in the line that is made of them."""
 
 
-class Load(NamedTuple):
-    """`items`: rows, pairs or packs of an epoch. Of the widest line `positions`, of those that carry loss in one line
-    `trained`; `segment`: the longest stretch that is attended to as one, what it sees before it included."""
-
-    steps: int
-    items: int
-    positions: int
-    trained: int
-    segment: int
-
-
 class PreparedRows(Rows, Protocol):
     """What `TokenisedDataset` offers."""
 
@@ -39,11 +29,10 @@ class PreparedRows(Rows, Protocol):
 
 
 def load_of(plan: Plan, arch: Architecture, data: PreparedRows) -> Load:
-    """Of a run of `plan` over `data`."""
+    """Of a worker of `plan` over `data`."""
     schedules = [build_schedule(plan, data, rank, plan.workers) for rank in range(min(plan.workers, RANKS))]
     heaviest: list[tuple[int, list[NDArray[np.int64]]]] = []
-    total_steps = schedules[0].total_steps(Progress())
-    looked_at = LOOKED_AT // len(schedules) if plan.shuffle else total_steps // plan.n_epochs
+    looked_at = LOOKED_AT // len(schedules) if plan.shuffle else schedules[0].total_steps(Progress()) // plan.n_epochs
     for schedule in schedules:
         for items in itertools.islice(schedule.steps(Progress()), looked_at):
             for share in items.micro_batches:
@@ -52,8 +41,6 @@ def load_of(plan: Plan, arch: Architecture, data: PreparedRows) -> Load:
                     heaviest = sorted([*heaviest, (tokens, share)], key=lambda one: -one[0])[:COLLATED]
     lines = [collate(data, share, share=not drops(plan, arch)) for _, share in heaviest]
     return Load(
-        total_steps,
-        schedules[0].n_items,
         max(line.tokens.shape[1] for line in lines),
         max(len(line.trained) for line in lines),
         max(segment.seen for line in lines for segment in line.layout.segments),

@@ -60,7 +60,7 @@ says, to 5 %, and with dropout to 15 %. Nothing was counted on several GPUs, nor
 weights and optimizer alone make impossible.
 """
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -116,15 +116,13 @@ class Memory(BaseModel):
     overhead: int = Field(description="Buffers of libraries, and memory that the allocator wastes.")
 
 
-class Load(Protocol):
-    """What `trainers.load` finds out."""
+class Load(NamedTuple):
+    """The heaviest micro-batches, in tokens: `positions` of the widest line, of those that carry loss in one line
+    `trained`; `segment`: the longest stretch that is attended to as one, what it sees before it included."""
 
-    @property
-    def positions(self) -> int: ...
-    @property
-    def trained(self) -> int: ...
-    @property
-    def segment(self) -> int: ...
+    positions: int
+    trained: int
+    segment: int
 
 
 def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker_bytes: int | None = None) -> Memory:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from events.config import Config
-from trainers.load import Load
+from trainers.memory import Load
 from trainers.plan import Plan, make_plan
 
 FULL = {"finetuning_type": "full", "enable_activation_checkpointing": False}
 LORA = {"finetuning_type": "lora", "lora_rank": 8}
 ROW, ROWS = 64, 4
-LOAD = Load(steps=1, items=8, positions=1600, trained=800, segment=400)
+LOAD = Load(positions=1600, trained=800, segment=400)
 
 
 class Rows:

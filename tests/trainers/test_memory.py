@@ -13,8 +13,7 @@ from tests.tiny_models import make_tiny_model
 from tests.trainers.memory_support import FULL, LOAD, LORA, ROW, ROWS, Rows, plan_for
 from trainers.collate import collate
 from trainers.distributed import Ranks
-from trainers.load import Load
-from trainers.memory import BUFFERS, Size, memory_of, states_of
+from trainers.memory import BUFFERS, Load, Size, memory_of, states_of
 from trainers.methods import method_of
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.optimization import build_optimizer
@@ -78,7 +77,7 @@ def test_what_a_layer_keeps_is_what_the_formula_says(
         plan, arch, model = built(folder, family, custom, **extras)
         kept.append(kept_by(model))
     positions, trained = ROWS * (ROW - 1), ROWS * ROW // 2
-    load = Load(steps=1, items=ROWS, positions=positions, trained=trained, segment=ROW - 1)
+    load = Load(positions=positions, trained=trained, segment=ROW - 1)
     saved = Size(plan, arch, "cpu", None).saved_per_position(load)
     assert sum(saved) == pytest.approx((kept[1] - kept[0]) / 2 / positions, rel=0.03)
     left_out = (kept_by(model, wanted=positions) - kept[1]) / (positions - trained)
