@@ -363,9 +363,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
     for step in range(spec.steps + spec.warmup):
         share = packs[step * spec.batch_size : (step + 1) * spec.batch_size]
         batch = collate(data, share, pad_to=spec.seq_len)
-        training_step(
-            model, optimizer, None, [batch], batch.n_trained, ranks, None, False, in_backward=plan.updates_in_backward
-        )
+        training_step(plan, model, optimizer, None, [batch], batch.n_trained, ranks)
         meter.step(batch.n_tokens)
     return sum(parameter.numel() for parameter in model.trainable().values())
 

@@ -106,15 +106,7 @@ def train(
             ]
             seed_step(plan.seed, progress.step, ranks.rank)
             tensors = training_step(
-                model,
-                optimizer,
-                scheduler,
-                micro_batches,
-                items.trained,
-                ranks,
-                plan.clip_grad_norm,
-                reporter.should_stop(),
-                in_backward=plan.updates_in_backward,
+                plan, model, optimizer, scheduler, micro_batches, items.trained, ranks, stop=reporter.should_stop()
             )
             progress = items.after
             under_way.append(Step(items, tensors))
@@ -196,22 +188,21 @@ class Step(NamedTuple):
 
 
 def training_step(
+    plan: Plan,
     model: TrainingModel,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | None,
     micro_batches: Sequence[Batch],
     trained: int,
     ranks: Ranks,
-    clip_grad_norm: float | None,
-    stop: bool,
     *,
-    in_backward: bool = False,
+    stop: bool = False,
 ) -> StepTensors:
     """The training step: one update from the mean loss over all `trained` tokens (or pairs) of all ranks.
 
-    Nothing in it waits for the device. `stop`: whether this rank wishes to stop after it. `in_backward`: the update is
-    done within the backward pass, as `Plan.updates_in_backward` says.
+    Nothing in it waits for the device. `stop`: whether this rank wishes to stop after it.
     """
+    in_backward = plan.updates_in_backward
     losses = torch.zeros(ranks.world, len(micro_batches), dtype=torch.float64, device=ranks.device)
     measures = torch.zeros(len(model.objective.measures), dtype=torch.float64, device=ranks.device)
     lr = float(optimizer.param_groups[0]["lr"])
@@ -233,8 +224,8 @@ def training_step(
         gradients = model.gradients()
         if not model.sharded:
             ranks.sum_all_(gradients)
-        if clip_grad_norm is not None:
-            grad_norm = clip(gradients, clip_grad_norm, ranks, summed=not model.sharded)
+        if plan.clip_grad_norm is not None:
+            grad_norm = clip(gradients, plan.clip_grad_norm, ranks, summed=not model.sharded)
         optimizer.step()
         optimizer.zero_grad()
     if scheduler:
