@@ -248,7 +248,7 @@ class Webhooks:
             self._due.clear()
             now = time.time()
             if now < self._looked - self._pace.timeout_s:  # by less, it would hasten what is on its way, for nothing
-                await self._do(lambda store: store.set_clock_back(now))  # noqa: B023  -- awaited in this round
+                await self._do(lambda store: store.clock_was_set_back(now))  # noqa: B023  -- awaited in this round
             self._looked = now
             if now - self._pruned > _PRUNE_EVERY_S:
                 await self._do(lambda store: store.prune(now - self._pace.kept_s))  # noqa: B023  -- awaited in this round

@@ -285,7 +285,7 @@ class WebhookStore:
                 )
             self._move(cursor)
 
-    def set_clock_back(self, now: float) -> None:
+    def clock_was_set_back(self, now: float) -> None:
         """What waits by a clock that was ahead is due now: that clock's pause would last longer by as much."""
         with self._db:
             self._db.execute(
