@@ -109,7 +109,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     history = list(_with_log(arguments.log, lambda log: list(_history(log, arguments.job_id))))
     job = fold(history)
     if job is None:
-        _say(f"no job {arguments.job_id} in {arguments.log or _storage() / 'events.db'}")
+        _say(f"there is no job {arguments.job_id} in {arguments.log or _storage() / 'events.db'}")
         return 1
     sys.stdout.write(json.dumps(job.wire(), indent=2) + "\n")
     sys.stdout.writelines(map(_line, history))

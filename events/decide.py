@@ -79,7 +79,8 @@ def _after_the_end(job: FineTuningJob, event: Event) -> list[Event]:
             same = False
     if same:
         return []
-    raise Refused("job_is_over", f"job {job.job_id} is over: {job.status}")
+    ended = {"success": "has succeeded", "failed": "has failed"}.get(job.status, "was cancelled")
+    raise Refused("job_is_over", f"job {job.job_id} {ended}")
 
 
 def _while_cancelling(job: FineTuningJob, event: Event) -> list[Event]:

@@ -190,7 +190,7 @@ class Draft:
                 job = evolve(job, recorded)
                 accepted.append((recorded, body))
         if job is None:
-            raise Refused("unknown_job", f"no job {ascii(job_id)[1:-1]}")
+            raise Refused("unknown_job", f"there is no job {ascii(job_id)[1:-1]}")
         if accepted:
             self._put(job, self.position + len(accepted), time)
             self.events += accepted

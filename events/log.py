@@ -222,7 +222,7 @@ class EventLog:
         self._jobs.check(job_id)
         job = self._jobs.get(job_id)
         if job is None:
-            raise Refused("unknown_job", f"no job {ascii(job_id)[1:-1]}")
+            raise Refused("unknown_job", f"there is no job {ascii(job_id)[1:-1]}")
         return job
 
     async def _in_thread(self, call: Callable[[], T]) -> T:

@@ -77,7 +77,7 @@ def test_inspect_shows_a_job_and_its_history(file: Path, capsys: pytest.CaptureF
     assert json.loads(shown + "}")["status"] == "running"
     assert [json.loads(line)["event"]["type"] for line in history.splitlines()][-1] == "MetricsRecorded"
     assert main(["inspect", "z"]) == 1
-    assert capsys.readouterr().err == f"no job z in {file}\n"
+    assert capsys.readouterr().err == f"there is no job z in {file}\n"
 
 
 def test_verify_says_that_all_is_well_or_what_is_not(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,6 +184,20 @@ def test_what_can_not_be_true_is_refused_with_its_reason(
     assert refused.value.code == code
 
 
+@pytest.mark.parametrize(
+    ("history", "ended"),
+    [
+        ((*RUNNING, SUCCEEDED), "has succeeded"),
+        ((*RUNNING, FAILED), "has failed"),
+        ((*CANCELLING, CANCELLED), "was cancelled"),
+    ],
+)
+def test_a_job_that_is_over_says_how_it_ended(history: tuple[AnyEvent, ...], ended: str) -> None:
+    with pytest.raises(Refused) as refused:
+        decide(job_after(history), PAUSE)
+    assert str(refused.value).endswith(f" {ended}")
+
+
 def test_a_refusal_survives_pickling() -> None:
     refused = pickle.loads(pickle.dumps(Refused("job_is_over", "it is over")))  # noqa: S301  -- our own bytes
     assert (refused.code, str(refused)) == ("job_is_over", "it is over")

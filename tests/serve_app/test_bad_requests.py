@@ -392,7 +392,7 @@ def test_an_error_repeats_no_job_id_unescaped_and_says_what_to_do(http: httpx.Cl
         http.post("/v1/fine_tuning/jobs/a%0Ab%E2%80%AE/pause"),
     ):
         message = refused(answer, 404)["message"]
-        assert message == r"no job a\nb\u202e; GET /fine_tuning/jobs lists the jobs"
+        assert message == r"there is no job a\nb\u202e; GET /fine_tuning/jobs lists the jobs"
 
 
 @pytest.mark.parametrize("body", [{}, {"job_id": 7}, {"job_id": ""}, {"job_id": None}, {"job_id": "x", "force": True}])
