@@ -170,10 +170,10 @@ def cancel(client: Client, job_id: str) -> None:
 
 
 def describe_failure(job: Job) -> str:
-    error = job.get("error") or {"code": job["status"], "message": "it was cancelled by somebody else", "fault": "user"}
+    error = job.get("error") or {"code": job["status"], "message": "somebody else cancelled it", "fault": "user"}
     lines = [f"Job {job['job_id']} ended as {job['status']}.", f"{error['code']}: {error['message']}"]
     if job.get("error_path"):
-        lines.append(f"The whole traceback: {path_of(job['error_path'])}")
+        lines.append(f"The traceback is in {path_of(job['error_path'])}")
     return "\n".join(lines)
 
 
@@ -232,10 +232,10 @@ def report(client: Client, job: Job, before: dict[str, Any], after: dict[str, An
 
     line = partial(console.print, soft_wrap=True)  # what is to be copied must not be broken
     line(f"\nCheckpoint  {model_of(job)}")
-    line("            (loads as it is in transformers and vLLM; the adapter alone lies next to it, for peft)")
+    line("            (transformers and vLLM load it as it is; the adapter for PEFT is next to it)")
     line(f"The job     curl '{client.url}/fine_tuning/jobs/status?job_id={job['job_id']}'")
     if "TUNEWRIGHT_URL" not in os.environ:
-        line("            The service ends with the demo, its log stays: after `make serve`, ask port 8000.")
+        line("            The demo stops its service now, but the job stays: run `make serve`, and ask on port 8000.")
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def test_an_error_never_repeats_a_value_that_was_sent(http: httpx.Client, config
             "known fields: finetuning_type, lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output, lora_rank, "
             "lora_alpha",
         ),
-        ({"fine_tuning_options": {"packed": True}}, "fine_tuning_options.packed", "into fine_tuning_options.extras"),
+        ({"fine_tuning_options": {"packed": True}}, "fine_tuning_options.packed", "in fine_tuning_options.extras"),
         (
             {"fine_tuning_options": {"packd": True}},
             "fine_tuning_options.packd",
