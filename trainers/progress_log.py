@@ -82,8 +82,8 @@ class ProgressLog:
     def stopped_early(self, validation: Validation) -> None:
         if self._ranks.first:
             _log.info(
-                "stopped early: no lower validation loss in %d evaluation(s); the best, %.4f, was after step %d",
-                *(validation.without_gain, validation.best_loss, validation.best_step),
+                "stopped early: no lower validation loss in %s; the lowest, %.4f, was after step %d",
+                *(_counted(validation.without_gain, "evaluation"), validation.best_loss, validation.best_step),
             )
 
     def interrupted(self) -> None:
@@ -109,8 +109,9 @@ def log_summary(
         *(plan.model, arch.family, f"{parameter_count(model.parameters()):,}", f"{trained:,}", plan.method),
     )
     _log.info(
-        "%d worker(s) on %s, %s | %d steps in %d epoch(s), %d of them warm-up%s",
-        *(ranks.world, ranks.device_name(), dtype, total_steps, plan.n_epochs),
+        "%s on %s, %s | %s in %s, %d of them warm-up%s",
+        *(_counted(ranks.world, "worker"), ranks.device_name(), dtype),
+        *(_counted(total_steps, "step"), _counted(plan.n_epochs, "epoch")),
         min(warmup_steps(plan, total_steps), total_steps),
         f" | going on after step {progress.step}" if progress.step else "",
     )
@@ -118,6 +119,10 @@ def log_summary(
         _log.warning("%s", warning)
     for line in _no_effect(plan, arch, ranks):
         _log.info("%s", line)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _rewards(measures: dict[str, float]) -> str:

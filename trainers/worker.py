@@ -122,7 +122,7 @@ def train_worker(config: dict[str, Any]) -> str:
         raise
     except Stopped as stopped:
         end = "paused"
-        logger.info("%s, to pause", stopped)
+        logger.info("%s for a pause", stopped)
         return PAUSED
     except BaseException:
         traceback.print_exc()

@@ -73,7 +73,8 @@ def _told(job: FineTuningJob, event: object) -> list[str]:
         case facts.DataValidated():
             return [f"Data validated: {event.data.rows:,} rows, {event.data.tokens:,} tokens. The job is queued"]
         case facts.RunStarted():
-            return [f"Training started (attempt {event.attempt}) on {event.workers} worker(s): {event.device}"]
+            workers = "1 worker" if event.workers == 1 else f"{event.workers} workers"
+            return [f"Training started (attempt {event.attempt}) on {workers}: {event.device}"]
         case facts.CheckpointSaved():
             return [f"Checkpoint saved at step {event.step}"]
         case facts.RunInterrupted():

@@ -1,6 +1,7 @@
 """A service whose parts can be killed one by one, jobs that show it, and how long each recovery takes."""
 
 import json
+import re
 import signal
 import time
 import uuid
@@ -176,7 +177,7 @@ def steps_by_attempt(messages: list[str]) -> list[list[int]]:
     """The steps that the job's log lines tell of, for each attempt; each list begins with the step it went on after."""
     attempts: list[list[int]] = []
     for message in messages:
-        if " worker(s) on " in message:
+        if re.match(r"\d+ workers? on ", message):
             _, resumed, step = message.partition(" | going on after step ")
             attempts.append([int(step) if resumed else 0])
         elif message.startswith("step ") and "/" in message:

@@ -444,7 +444,7 @@ def test_the_log_tells_what_is_trained_how_far_it_is_and_what_has_no_effect(
         bench.case("full", fsdp_cpu_offload=True, memory_efficient_fsdp_wrap=True, log_every_n_steps=11).run()
     lines = [record.getMessage() for record in caplog.records if record.name == "tunewright.train"]
     assert lines[0] == "tiny: llama, 106,816 parameters, 106,816 trained (full)"
-    assert lines[1] == "1 worker(s) on cpu, fp32 | 22 steps in 2 epoch(s), 0 of them warm-up"
+    assert lines[1] == "1 worker on cpu, fp32 | 22 steps in 2 epochs, 0 of them warm-up"
     assert any(line.startswith("fsdp_cpu_offload has no effect") for line in lines)
     assert any(line.startswith("memory_efficient_fsdp_wrap has no effect") for line in lines)
     steps = [line for line in lines if line.startswith("step ")]
@@ -460,7 +460,7 @@ def test_the_log_says_that_a_warm_up_is_as_long_as_the_run_and_what_to_do(
     caplog.clear()  # as below
     with caplog.at_level(logging.INFO, logger="tunewright.train"):
         bench.case("full", lr_scheduler=scheduler).run()
-    assert f"22 steps in 2 epoch(s), {min(warmup, 22)} of them warm-up" in caplog.text
+    assert f"22 steps in 2 epochs, {min(warmup, 22)} of them warm-up" in caplog.text
     told = f"num_warmup_steps is {warmup:,} and the run has 22 steps: the learning rate never reaches lr; set fewer"
     assert (told in caplog.text) is warned
 
@@ -470,7 +470,7 @@ def test_the_log_of_a_run_that_goes_on_says_after_which_step(bench: Bench, caplo
     caplog.clear()  # importing torchtune may have set the level of all loggers to INFO
     with caplog.at_level(logging.INFO, logger="tunewright.train"):
         bench.case("full", resume_from=part.checkpoints[-1].path).run()
-    (line,) = [message for message in caplog.messages if " worker(s) on " in message]
+    (line,) = [message for message in caplog.messages if " worker on " in message]
     assert line.endswith(" | going on after step 3")
 
 
