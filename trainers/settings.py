@@ -51,12 +51,14 @@ class Settings(BaseSettings):
     max_waiting_runners: int = Field(
         default=4,
         ge=1,
-        description="Most runner processes that may validate data or wait for resources at a time; further jobs wait "
-        "without a process. (Up to twice as many for a while, if older jobs were interrupted.)",
+        description="Maximum number of runner processes that validate data or wait for resources at a time; further "
+        "jobs wait without a process. (Up to twice as many for a while, if older jobs were interrupted.)",
     )
-    max_live_jobs: int = Field(default=1000, ge=1, description="Most unfinished jobs; a submit beyond that gets a 429.")
+    max_live_jobs: int = Field(
+        default=1000, ge=1, description="Maximum number of unfinished jobs; a submit beyond that gets a 429."
+    )
     max_body_bytes: int = Field(
-        default=1 << 20, ge=1, description="Largest JSON body of a request; a larger one gets a 413."
+        default=1 << 20, ge=1, description="Maximum size of a JSON request body; a larger one gets a 413."
     )
     files: str | None = Field(
         default=None,
@@ -64,15 +66,15 @@ class Settings(BaseSettings):
         "(`s3://bucket/prefix`). Every node must reach it. Unset: `<storage>/files`.",
     )
     max_file_bytes: int = Field(
-        default=512 << 20, ge=1, description="Largest file that POST /v1/files takes; a larger one gets a 413."
+        default=512 << 20, ge=1, description="Maximum size of a file for POST /v1/files; a larger one gets a 413."
     )
     max_upload_bytes: int = Field(
-        default=8 << 30, ge=1, description="Largest upload in parts (/v1/uploads); a larger one gets a 413."
+        default=8 << 30, ge=1, description="Maximum size of an upload in parts (/v1/uploads); a larger one gets a 413."
     )
     files_quota_bytes: int = Field(
         default=100 << 30,
         ge=1,
-        description="Most bytes of all uploaded files together; an upload beyond that gets a 429.",
+        description="Maximum size of all uploaded files together; an upload beyond that gets a 429.",
     )
     data_cache_bytes: int = Field(
         default=20 << 30,
@@ -83,28 +85,30 @@ class Settings(BaseSettings):
     chat_models: int = Field(
         default=2,
         ge=1,
-        description="Most models that the process behind /v1/chat/completions holds at a time: those asked last.",
+        description="Maximum number of models that the process behind /v1/chat/completions (the chat process) holds "
+        "at a time: those asked last.",
     )
     chat_idle_s: float = Field(
         default=300,
         ge=SHORTEST_IDLE_S,
-        description="That process ends after this many seconds without a question.",
+        description="Seconds without a question after which the chat process ends.",
     )
     chat_cpus: float = Field(
         default=0,
         ge=0,
-        description="CPUs that it reserves. 0: none; it then starts even when jobs hold every CPU, and uses one core "
-        "at most, at the priority of training.",
+        description="CPUs that the chat process reserves. 0: none; it then starts even when jobs hold every CPU, and "
+        "uses one core at most, at the priority of training.",
     )
     chat_gpus: float | None = Field(
         default=None,
         ge=0,
-        description="GPUs that it reserves; 0: it computes on the CPU. Unset: 1 if TUNEWRIGHT_USE_GPU is true or, "
-        "where that is unset, if the cluster has GPUs, or can scale up to some, when the service is deployed; else 0.",
+        description="GPUs that the chat process reserves; 0: it computes on the CPU. Unset: 1 if TUNEWRIGHT_USE_GPU is "
+        "true or, where that is unset, if the cluster has GPUs, or can scale up to some, when the service is "
+        "deployed; else 0.",
     )
     chat_engine: Literal["auto", "torchtune", "vllm"] = Field(
         default="auto",
-        description="What computes the answers: `torchtune` (its components), `vllm`, or `auto`: vLLM if it is "
+        description="What computes the answers in chat: `torchtune` (its components), `vllm`, or `auto`: vLLM if it is "
         "installed and a GPU is reserved, else torchtune.",
     )
     heartbeat_s: float = Field(default=15, gt=0, description="An idle tail gets an empty line every so many seconds.")

@@ -77,7 +77,7 @@ class OpenAIChatRequest(BaseModel):
         min_length=1, max_length=10_000, description="The dialog, in order. A system message must come first."
     )
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = optional(
-        "Most tokens in the answer. Default: all that the model's context leaves."
+        "Maximum number of tokens in the answer. Default: all that the model's context leaves."
     )
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = optional("The old name of max_completion_tokens.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = optional("0: always the likeliest token. Default: 1.")
