@@ -63,7 +63,7 @@ def test_a_job_s_model_answers_at_once_by_its_name_though_jobs_hold_every_cpu(
     assert replica.nice() == 19
     assert api.job(holding)["status"] == "running"
 
-    with pytest.raises(openai.BadRequestError, match="takes 512 tokens"):
+    with pytest.raises(openai.BadRequestError, match="context is 512 tokens"):
         client.chat.completions.create(model=tuned, messages=[{"role": "user", "content": "word " * 900}])
     with pytest.raises(openai.NotFoundError):
         ask(client, "gpt-4o")

@@ -21,8 +21,10 @@ def encode_question(question: Question, tokenizer: ChatTokenizer, context: int) 
     except RowError as error:
         raise UserError("invalid_messages", f"{error}", "messages") from None
     if len(prompt) + (question.max_tokens or 1) > context:
-        answer = f", the answer up to {question.max_tokens}" if question.max_tokens else ""
-        message = f"the model's context is {context} tokens, and the messages take {len(prompt)}{answer}: send less"
+        answer, less = "", "shorten them"
+        if question.max_tokens:
+            answer, less = f", the answer up to {question.max_tokens}", "shorten them, or lower max_completion_tokens"
+        message = f"the model's context is {context} tokens, and the messages take {len(prompt)}{answer}: {less}"
         raise UserError("context_length_exceeded", message, "messages")
     return prompt
 

@@ -384,7 +384,7 @@ def test_what_the_context_has_no_room_for_is_refused(
     client: openai.OpenAI, model: str, changes: dict[str, Any]
 ) -> None:
     for stream in (False, True):
-        with pytest.raises(openai.BadRequestError, match="takes 512 tokens") as refused:
+        with pytest.raises(openai.BadRequestError, match="context is 512 tokens") as refused:
             ask(client, model, **{"max_completion_tokens": openai.omit, "stream": stream, **changes})
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
 
