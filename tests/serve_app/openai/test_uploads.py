@@ -80,10 +80,10 @@ def test_an_upload_that_is_being_completed_can_not_be_cancelled(
     objects = file_store(server.parts.settings.files_url).objects
     read, reading, goes_on = objects.read, threading.Event(), threading.Event()
 
-    def slowly(name: str) -> Iterator[bytes]:
+    def slowly(name: str, start: int = 0) -> Iterator[bytes]:
         reading.set()
         goes_on.wait()
-        yield from read(name)
+        yield from read(name, start)
 
     monkeypatch.setattr(objects, "read", slowly)
     with ThreadPoolExecutor(2) as pool:
@@ -116,12 +116,12 @@ def test_completing_goes_on_when_its_client_has_gone_and_a_retry_gets_its_file(
     objects = file_store(server.parts.settings.files_url).objects
     read, reading, goes_on, joins = objects.read, threading.Event(), threading.Event(), 0
 
-    def slowly(name: str) -> Iterator[bytes]:
+    def slowly(name: str, start: int = 0) -> Iterator[bytes]:
         nonlocal joins
         joins += 1
         reading.set()
         goes_on.wait()
-        yield from read(name)
+        yield from read(name, start)
 
     async def ask_and_go() -> None:
         """As Serve does it: the request's task is cancelled when its client has gone."""
