@@ -153,7 +153,7 @@ class _Client:
             self._handle = _actor(self._cls, self._name, self._storage)  # if it was killed for good: a new one
             raise LogUnavailable(f"{self._name} has died: {error}") from error
         except (RayError, TimeoutError) as error:
-            raise LogUnavailable(f"{self._name} does not answer: {error or 'no answer in time'}") from error
+            raise LogUnavailable(f"{self._name} does not answer: {str(error) or 'no answer in time'}") from error
 
 
 class EventLogClient(_Client):

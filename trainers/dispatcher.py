@@ -386,7 +386,7 @@ class Dispatcher:
             async with asyncio.timeout(SAY_S):
                 await self._lines.append(job.job_id, source, 0, [(now, line)])
         except (LogUnavailable, OSError) as error:
-            logger.warning("%s: not in its log: %s (%s)", job.job_id, line, error or "no answer in time")
+            logger.warning("%s: not in its log: %s (%s)", job.job_id, line, str(error) or "no answer in time")
 
     async def _alone(self, job_id: str, work: Coroutine[Any, Any, T]) -> T | None:
         """A job for which Ray fails must not keep a pass from all the others: None then, and the next pass tries

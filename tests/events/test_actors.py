@@ -216,3 +216,11 @@ def test_an_actor_that_was_ended_for_good_is_reported_and_then_replaced(handles:
     with pytest.raises(LogUnavailable):
         ask_until_it_is_noticed()
     assert blocking(handles.log.job("a")).status == "validation"
+
+
+def test_an_actor_that_gives_no_answer_in_time_is_reported_with_that(
+    handles: Handles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("events.actors.CALL_TIMEOUT_S", 0.0)
+    with pytest.raises(LogUnavailable, match=f"^{EVENT_LOG} does not answer: no answer in time$"):
+        blocking(handles.log.job("a"))

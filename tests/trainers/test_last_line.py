@@ -77,12 +77,14 @@ async def test_a_loss_whose_runner_ray_remembers_for_a_while_is_told_once(world:
     assert len(await world.lines(job_id)) == 1
 
 
-@pytest.mark.parametrize("fails", ["is full", "hangs"])
-def test_a_job_ends_though_its_log_takes_no_line(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", ["No space left on device", "no answer in time"])
+def test_a_job_ends_though_its_log_takes_no_line_and_the_dispatcher_s_has_it_with_the_reason(
+    reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def append(job_id: str, source: str, seq: int, lines: Sequence[tuple[str, str]]) -> int:
-        if fails == "hangs":
+        if reason == "no answer in time":
             await asyncio.Event().wait()
-        raise OSError("No space left on device")
+        raise OSError(reason)
 
     @in_world
     async def test(world: World) -> None:
@@ -93,5 +95,6 @@ def test_a_job_ends_though_its_log_takes_no_line(fails: str, monkeypatch: pytest
         monkeypatch.setattr(dispatcher, "SAY_S", 0.1)
         await world.pass_(times=2)
         assert (await world.job(job_id)).status == "cancelled"
+        assert caplog.messages[-1] == f"{job_id}: not in its log: cancelled before its training began ({reason})"
 
     test()
