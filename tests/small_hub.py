@@ -34,6 +34,8 @@ class SmallHub:
     """Answer everything with 503."""
     closed: str = ""
     """Answer what is asked of a file with 403 and this. Who may not read a model may see what it consists of."""
+    tells_sizes: bool = True
+    """Say how large files are, as not every mirror does."""
     silent: str | None = None
     """Requests whose path has this in it are taken and never answered."""
     url: str = ""
@@ -128,7 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "tree":
             self._json([_tree_entry(file, folder) for file in files])
         else:
-            siblings = [{"rfilename": str(f.relative_to(folder)), "size": f.stat().st_size} for f in files]
+            siblings: list[dict[str, Any]] = [{"rfilename": str(file.relative_to(folder))} for file in files]
+            if self.hub.tells_sizes:
+                for sibling, file in zip(siblings, files, strict=True):
+                    sibling["size"] = file.stat().st_size
             self._json({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": [], "downloads": 0})
 
     def _file(self, name: str, revision: str, file: str) -> None:

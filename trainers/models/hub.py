@@ -77,7 +77,7 @@ def commit_of(directory: Path) -> str | None:
 
 
 def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
-    """The commit of the revision, and its files with their sizes in bytes."""
+    """The commit of the revision, and its files with their sizes in bytes: 0 where the hub (a mirror) tells none."""
     from huggingface_hub import HfApi
 
     with _hub_errors(model):
@@ -90,7 +90,7 @@ def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Lo
     for begun in partial.glob(".cache/**/*.incomplete"):  # of a process that was killed: each begins anew
         begun.unlink()
     for name in filter(may_be_wanted, files):  # huggingface_hub syncs none: a power cut may have left its name only
-        if (partial / name).is_file() and (partial / name).stat().st_size != files[name]:
+        if files[name] and (partial / name).is_file() and (partial / name).stat().st_size != files[name]:
             (partial / name).unlink()
     names = choose_files(files, partial, lambda name: _get(repo, commit, [name], partial), f"{repo} at {commit}")
     names = [name for name in names if weights or not name.endswith(".safetensors")]

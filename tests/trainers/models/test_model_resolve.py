@@ -336,6 +336,20 @@ def test_a_file_that_a_power_cut_has_left_empty_is_fetched_again(
     assert "tokenizer.json" not in hub.downloads()
 
 
+def test_of_a_mirror_that_tells_no_sizes_files_that_are_there_are_not_fetched_again(
+    tmp_path: Path, settings: Settings, hub: SmallHub
+) -> None:
+    source = make_tiny_model(tmp_path / "source")
+    commit = hub.add("acme/tiny", source)
+    hub.tells_sizes = False
+    partial = settings.model_cache / "hub" / "acme--tiny" / f".{commit}.partial"
+    write_download_metadata(partial, "model.safetensors", commit, "etag")
+    shutil.copyfile(source / "model.safetensors", partial / "model.safetensors")
+    inspect_model_dir(resolve_model("acme/tiny", settings, print))
+    assert "tokenizer.json" in hub.downloads()
+    assert "model.safetensors" not in hub.downloads()
+
+
 def test_what_a_branch_meant_last_outlasts_a_power_cut(
     tmp_path: Path, settings: Settings, hub: SmallHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
