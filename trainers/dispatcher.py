@@ -213,7 +213,8 @@ class Dispatcher:
         self._looked_back = True
 
     async def _see_off(self, job: FineTuningJob, since: float, groups: dict[str, list[tuple[str, str]]]) -> None:
-        """A job that is over: its runner, which has told the log so, is about to end, and its groups with it."""
+        """A job that is over: its runner, which has told the log so, is about to end, and its groups with it. What it
+        was to delete then goes in any case: it may have been killed before."""
         sight = await self._look(job, groups)
         if sight.runner.state == "alive":
             if time.monotonic() - since >= LEAVING_S:
@@ -221,6 +222,7 @@ class Dispatcher:
         elif sight.runner.state != "unknown":
             await self._free_groups(sight)
             if not sight.groups:
+                await asyncio.to_thread(leftovers.clear, self._settings.job_dir(job.job_id))
                 del self._ending[job.job_id]
 
     async def _settle(self, sight: Sight) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from events.facts import JobSucceeded
 from events.job import FineTuningJob
 from events.log import LogUnavailable
 from tests.trainers.world import World, in_world
@@ -29,6 +30,22 @@ async def test_with_a_cancelled_job_goes_what_only_its_own_runs_could_use(world:
         "checkpoints/step-00000008/merged",
         "data",
     }
+
+
+@in_world
+async def test_what_a_runner_was_killed_before_it_could_delete_goes_all_the_same(world: World) -> None:
+    job_id = await world.running()
+    state = Settings(storage=world.storage).job_dir(job_id) / "checkpoints" / "step-00000008" / "training_state"
+    state.mkdir(parents=True)
+    await world.pass_()
+    await world.tell(job_id, JobSucceeded())
+    await world.pass_(times=2)
+    assert state.is_dir()  # it may be about to delete it
+    world.cluster.runners[job_id] = "ended"
+    world.cluster.free(job_id)
+    await world.pass_(times=2)
+    assert not state.exists()
+    assert state.parent.is_dir()
 
 
 @in_world
