@@ -110,7 +110,8 @@ class Dispatcher:
             if self._looks > looked + 1 and not self._at_work:  # a whole pass began after this call
                 return []
         if not self._at_work:
-            raise LogUnavailable(f"nobody knows what runs: {self._trouble or 'no pass has come to its end'}")
+            reason = self._trouble or f"a whole look takes longer than {timeout_s:g} s"
+            raise LogUnavailable(f"nobody knows what runs: {reason}")
         return self._at_work
 
     @property

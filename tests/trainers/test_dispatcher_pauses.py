@@ -221,6 +221,12 @@ async def test_a_drain_that_can_not_know_what_runs_does_not_say_that_nothing_doe
 
 
 @in_world
+async def test_a_drain_that_has_no_time_to_look_says_so(world: World) -> None:
+    with pytest.raises(LogUnavailable, match=r"^nobody knows what runs: a whole look takes longer than 0\.1 s$"):
+        await world.dispatcher.drain(timeout_s=0.1)
+
+
+@in_world
 async def test_a_job_that_was_killed_before_it_reached_its_checkpoint_goes_on_all_the_same(world: World) -> None:
     """The whole service went down while it was being drained."""
     job_id = await world.running(max_restarts=0)
