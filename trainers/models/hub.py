@@ -3,6 +3,7 @@
 The hub is the one `HF_ENDPOINT` names; `HF_TOKEN` of the worker's environment opens private and gated models.
 """
 
+import errno
 import functools
 import os
 import re
@@ -19,8 +20,9 @@ from trainers.errors import (
     InfrastructureError,
     JobProblem,
     UserError,
+    errno_of,
     storage_errors,
-    storage_full,
+    storage_problem,
     without_secrets,
 )
 from trainers.models.cache import make_once
@@ -38,6 +40,8 @@ ANSWER_S = 30.0
 AT_A_TIME = 8
 """Files that are downloaded."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_OF_NETWORK = (errno.ETIMEDOUT, errno.ENOTCONN)
+"""Errors of a disk behind a network, or of any network: while a model is downloaded they are the hub's."""
 
 
 def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
@@ -183,7 +187,8 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _by_status(model, error) from error
     except Exception as error:  # the HTTP library beneath, and so its errors, changes with huggingface_hub's releases
-        raise storage_full(error) or _unreachable(model, error) from error
+        of_disk = None if errno_of(error) in _OF_NETWORK else storage_problem(error)
+        raise of_disk or _unreachable(model, error) from error
 
 
 def _not_found(model: HubModel) -> UserError:

@@ -350,6 +350,22 @@ def test_of_a_mirror_that_tells_no_sizes_files_that_are_there_are_not_fetched_ag
     assert "model.safetensors" not in hub.downloads()
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EIO, "storage_unreachable"), (errno.ENOSPC, "storage_full"), (errno.ETIMEDOUT, "hub_unreachable")],
+)
+def test_a_disk_that_fails_under_a_download_is_not_taken_for_the_hub(
+    tmp_path: Path, settings: Settings, hub: SmallHub, monkeypatch: pytest.MonkeyPatch, number: int, code: str
+) -> None:
+    hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
+
+    def fails(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
+    assert failure("acme/tiny", settings).error.code == code
+
+
 def test_what_a_branch_meant_last_outlasts_a_power_cut(
     tmp_path: Path, settings: Settings, hub: SmallHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
