@@ -9,10 +9,10 @@ from trainers.plan import COMPILED, REFERENCE
 
 def clear(job_dir: Path) -> None:
     """Of a job that is over: what only its next attempt would need (its rows as tokens, the optimizer's state, what DPO
-    compares with), compiled code, and checkpoints that were being written, or deleted, when the process that did it was
-    killed. The models of its checkpoints stay."""
-    folders = [job_dir / COMPILED, job_dir / "data" / "train", job_dir / "data" / "valid"]
-    checkpoints = job_dir / "checkpoints"
+    compares with), compiled code, and rows and checkpoints that were being written, or deleted, when the process that
+    did it was killed. The models of its checkpoints stay."""
+    data, checkpoints = job_dir / "data", job_dir / "checkpoints"
+    folders = [job_dir / COMPILED, data / "train", data / "valid", *data.glob(".train-*"), *data.glob(".valid-*")]
     for path in (*folders, *checkpoints.glob(".step-*"), *checkpoints.glob("*/training_state")):
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):

@@ -17,7 +17,7 @@ async def test_with_a_cancelled_job_goes_what_only_its_own_runs_could_use(world:
     checkpoints = job_dir / "checkpoints"
     for name in ("step-00000008/merged", "step-00000008/training_state", ".step-00000012.draft/merged"):
         (checkpoints / name).mkdir(parents=True)
-    for made in (job_dir / COMPILED, job_dir / "data" / "train"):
+    for made in (job_dir / COMPILED, job_dir / "data" / "train", job_dir / "data" / ".valid-killed-while-written"):
         made.mkdir(parents=True)
     (job_dir / REFERENCE).touch()
     world.cluster.runners[job_id] = "stopped"
