@@ -53,7 +53,9 @@ class _Service:
         try:
             ray.get_actor(EVENT_LOG, NAMESPACE)  # `connect` would start one
             self._log = connect(storage).log
-        except (ValueError, StorageMismatchError) as error:
+        except StorageMismatchError as error:
+            raise LogUnavailable(f"{storage}/events.db is in use, and {error}") from error
+        except ValueError as error:
             raise LogUnavailable(
                 f"{storage}/events.db is in use, but not by the Ray cluster that was found: set RAY_ADDRESS to the "
                 f"service's, as HOST:PORT ({error})"
@@ -74,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever reads it has enough, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
         return 128 + signal.SIGPIPE

@@ -49,7 +49,7 @@ def add(store: EventStore, new: Iterable[tuple[str, str, AnyEvent]], time: datet
     return history
 
 
-def write(file: Path, jobs: str = "abc") -> None:
+def write(file: Path, jobs: Iterable[str] = "abc") -> None:
     """Five events of each job, in turns: those of `b` are at positions 2, 5, 8, ..."""
     facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1), measured(1, step(1))]
     with closing(SqliteStore(file)) as store:
