@@ -23,15 +23,7 @@ from serve_app.openai.paging import Cursor, page, unknown_after
 from serve_app.openapi import documented, documented_bytes, form_body
 from serve_app.routes import TheBackend
 from trainers.errors import ConfigProblems, Problem, UserError
-from trainers.files import (
-    PURPOSE,
-    RESULTS_PURPOSE,
-    File,
-    FileStore,
-    NewObject,
-    check_jsonl,
-    file_store,
-)
+from trainers.files import PURPOSE, RESULTS_PURPOSE, File, FileStore, NewObject, check_jsonl, file_store
 from trainers.preflight import problems_of
 from trainers.settings import Settings
 
@@ -86,7 +78,11 @@ async def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000, description="How many.")] = 10_000,
     after: After = None,
     order: Annotated[
-        Literal["asc", "desc"], Query(description="By time of creation: `asc` is oldest first, `desc` newest first.")
+        Literal["asc", "desc"],
+        Query(
+            description="By time of creation (of an upload in parts, its beginning): `asc` is oldest first, `desc` "
+            "newest first."
+        ),
     ] = "desc",
 ) -> Response:
     """Uploaded files, and the result files of jobs. A page that takes too long ends early, with `has_more`."""
@@ -97,7 +93,7 @@ async def list_files(
         found += [job for job in await all_jobs(backend.log) if results.has_results(job)]
     found.sort(key=_order, reverse=order == "desc")
     if after is not None:
-        place = await _place_of(after, found, backend.log)
+        place = await _place_of(after, backend.log)
         found = [item for item in found if (_order(item) > place if order == "asc" else _order(item) < place)]
     files: list[OpenAIFile] = []
     deadline = time.monotonic() + PAGE_S
@@ -202,17 +198,17 @@ def shown(file: File) -> OpenAIFile:
 
 
 def _order(item: File | FineTuningJob) -> tuple[int, str]:
-    if isinstance(item, File):
-        return item.created_at, item.id
-    return results.created_at(item), results.file_id(item.job_id)
+    """Of a file, by its id alone, so that a page can go on after one that is gone: the place of an upload in parts is
+    where it began."""
+    if isinstance(item, FineTuningJob):
+        return results.created_at(item), results.file_id(item.job_id)
+    made = ulid_time(item.id, "file-")
+    return item.created_at if made is None else int(made), item.id
 
 
-async def _place_of(after: str, found: list[File | FineTuningJob], log: JobLog) -> tuple[int, str]:
-    """Where a page ends in the order of a list. One that was deleted since was made when its id was: of an upload in
-    parts, when that began. Raises RequestRefused for what can't be the id of a file."""
-    for item in found:
-        if (place := _order(item))[1] == after:
-            return place
+async def _place_of(after: str, log: JobLog) -> tuple[int, str]:
+    """Where a page ends in that order, also if what ended it was deleted since. Raises RequestRefused for what can't be
+    the id of a file."""
     if (made := ulid_time(after, "file-")) is not None:
         return int(made), after
     if (job := await results.job_of(log, after)) is not None:

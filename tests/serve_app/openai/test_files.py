@@ -88,6 +88,26 @@ def test_the_next_page_comes_also_after_a_file_that_was_deleted_meanwhile(
     assert listed == expected
 
 
+def test_no_file_is_missed_after_one_that_was_uploaded_in_parts_and_deleted(
+    client: openai.OpenAI, upload: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = client.uploads.create(bytes=len(ROWS), filename="x.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+    between = upload().id
+    part = client.uploads.parts.create(begun.id, data=ROWS)
+    in_a_minute = time.time() + 60
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(time, "time", lambda: in_a_minute)
+        joined = client.uploads.complete(begun.id, part_ids=[part.id]).file
+    assert joined is not None
+    listed = []
+    for file in client.files.list(limit=1, purpose="fine-tune"):
+        if file.id in (between, joined.id):
+            listed.append(file.id)
+            client.files.delete(file.id)
+    assert sorted(listed) == sorted([between, joined.id])
+    assert joined.created_at == int(in_a_minute)
+
+
 def test_a_file_that_is_not_there_is_named_without_what_a_terminal_would_obey(server: Server) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/content")):
         error = httpx.request(method, f"{server.url}/v1/files/x%1B[2J{path}").json()["error"]
