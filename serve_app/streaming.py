@@ -31,11 +31,11 @@ class Stream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if is_head(Request(scope)):
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await send({"type": "http.response.body"})
-            else:
+            if not is_head(Request(scope)):
                 await super().__call__(scope, receive, send)
+                return
         finally:
             await self._content.aclose()
             self._close()
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body"})
