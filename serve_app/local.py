@@ -332,7 +332,8 @@ def _free_block(size: int) -> int:
 
 
 def _take_storage(storage: Path) -> None:
-    """Makes the directory where there is none. Raises CannotStartError where none can be, or a service works in it."""
+    """Makes the directory where there is none. Raises CannotStartError where it can't be made or written to, or a
+    service works in it."""
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while True:
         try:
@@ -349,7 +350,7 @@ def _take_storage(storage: Path) -> None:
                 "or set TUNEWRIGHT_STORAGE to another directory"
             ) from error
         except OSError as error:
-            raise CannotStartError(f"the storage directory {storage} can't be made: {error.strerror}") from error
+            raise CannotStartError(f"the storage directory {storage} can't be used: {error.strerror}") from error
         return
 
 

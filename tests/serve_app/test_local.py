@@ -25,7 +25,7 @@ def test_a_storage_that_can_not_be_is_named_to_the_letter(tmp_path: Path) -> Non
     storage.touch()
     done = make_serve(storage)
     assert (done.returncode, done.stderr) == (2, "")
-    assert done.stdout == f"The service can't start: the storage directory {storage} can't be made: File exists\n"
+    assert done.stdout == f"The service can't start: the storage directory {storage} can't be used: File exists\n"
 
 
 def test_a_storage_that_another_service_works_in_is_refused_before_anything_is_started(tmp_path: Path) -> None:
