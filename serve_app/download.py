@@ -1,4 +1,4 @@
-"""Downloads that a client can go on with where they broke off: one range of bytes, as RFC 9110 has it in section 14."""
+"""Downloads that a client can resume where they broke off: a single range of bytes (RFC 9110, section 14)."""
 
 import re
 from collections.abc import AsyncGenerator, Callable
@@ -26,8 +26,8 @@ def download(
     """All of some bytes that don't change, or the part of them that the request asks for. Raises RequestRefused 416 for
     one beyond their end.
 
-    `read` gives what begins at a byte, and is called once at most; `close` is called when nothing more is read, also
-    where nothing was. `etag`, without its quotes, is another one for other bytes.
+    `read(start)` yields the bytes from `start` on, and is called once at most; `close` is called when nothing more is
+    read, also where nothing was. `etag` comes without its quotes, and differs where the bytes do.
     """
     quoted = f'"{etag}"'
     headers = {"Accept-Ranges": "bytes", "Content-Disposition": attachment(filename), "ETag": quoted}
@@ -51,7 +51,7 @@ def attachment(filename: str) -> str:
 
 
 def _asked(request: Request, size: int, etag: str) -> range | None:
-    """None where it is the whole: without a range, with several or one that is none, of other bytes than these
+    """None for the whole: if there is no range, or several, or one that isn't valid or is of other bytes than these
     (`If-Range`), and for HEAD."""
     if is_head(request) or request.headers.get("if-range", etag) != etag:
         return None
