@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -51,7 +52,7 @@ def grow(path: Path) -> None:
 
 def held(path: Path) -> bool:
     """Whether this process, which the server is in, has a file below it open."""
-    return any(str(path) in str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    return any(Path(file.path).is_relative_to(path) for file in psutil.Process().open_files())
 
 
 def bytes_read() -> int:
