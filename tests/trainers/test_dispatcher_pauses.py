@@ -212,12 +212,13 @@ async def test_a_drain_that_can_not_know_what_runs_does_not_say_that_nothing_doe
     async def away() -> LiveJobs:
         raise LogUnavailable("the event log does not answer")
 
-    world.log.live_jobs = away  # type: ignore[method-assign]
-    after = world.another_dispatcher()
-    passes = asyncio.create_task(after.run())
-    with pytest.raises(LogUnavailable, match="nobody knows what runs: the event log does not answer"):
-        await after.drain(timeout_s=0.5)
-    passes.cancel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.log, "live_jobs", away)
+        after = world.another_dispatcher()
+        passes = asyncio.create_task(after.run())
+        with pytest.raises(LogUnavailable, match="nobody knows what runs: the event log does not answer"):
+            await after.drain(timeout_s=0.5)
+        passes.cancel()
 
 
 @in_world

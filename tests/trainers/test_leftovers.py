@@ -56,16 +56,15 @@ async def test_what_a_job_would_go_on_from_stays_until_it_is_certain_that_it_wil
     state.mkdir(parents=True)
     world.cluster.runners[job_id] = "stopped"
     world.cluster.free(job_id)
-    append = world.log.append
 
     async def away(*_: object, **__: object) -> FineTuningJob:
         raise LogUnavailable("no answer in time")
 
-    world.log.append = away  # type: ignore[method-assign]
-    with pytest.raises(LogUnavailable):
-        await world.pass_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.log, "append", away)
+        with pytest.raises(LogUnavailable):
+            await world.pass_()
     assert state.is_dir()
-    world.log.append = append  # type: ignore[method-assign]
     await world.pass_()
     assert (await world.job(job_id)).status == "cancelled"
     assert not state.exists()

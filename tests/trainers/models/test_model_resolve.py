@@ -378,13 +378,14 @@ def test_what_a_branch_meant_last_outlasts_a_power_cut(
 
 
 STOPPED = """
-import sys
+import signal, sys
 from pathlib import Path
 from trainers import __main__, runner
 from trainers.models.resolve import resolve_model
 from trainers.settings import Settings
 
 def run(job_id, settings):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as the runner does
     resolve_model("acme/tiny", settings, print)
 
 runner.run = run  # without Ray
