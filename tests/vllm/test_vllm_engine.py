@@ -155,7 +155,7 @@ def test_where_memory_is_short_the_context_is_shorter_and_says_so(model: Path, m
         refused = (await parts_of(engine.answer(question(model, 3000))))[-1]
         assert isinstance(refused, Failed)
         assert refused.error.code == "context_length_exceeded"
-        takes = int(refused.error.message.split("takes ")[1].split()[0])
+        takes = int(refused.error.message.split("context is ")[1].split()[0])
         assert 1000 < takes <= 2048
 
     with_engine(journey)
