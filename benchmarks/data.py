@@ -104,7 +104,7 @@ def report(what: str, rows: int, cost: Cost) -> None:
 
 
 def measure_schedules(data: TokenisedDataset) -> None:
-    from trainers.batches import Progress, Schedule  # imports torch
+    from trainers.training.batches import Progress, Schedule  # imports torch
 
     def schedule(group_by_length: bool = False, pack_to: int | None = None) -> Schedule:
         return Schedule(

@@ -319,16 +319,16 @@ class _Documents:
 
 def _ours(spec: Spec, meter: Meter) -> int:
     """Trains, and returns how many parameters are trained. The one place that knows how the recipe's parts fit."""
-    from trainers.batches import pack
-    from trainers.collate import collate
-    from trainers.distributed import Ranks
     from trainers.methods import method_of
     from trainers.models.architecture import Architecture, read_architecture
     from trainers.models.layout import checkpoint_tensors
-    from trainers.optimization import build_optimizer
-    from trainers.plan import ComponentSpec, LoraSpec, Plan
-    from trainers.recipe import training_step
-    from trainers.training_model import COMPUTED_IN, build_training_model, choose_dtype
+    from trainers.planning.plan import ComponentSpec, LoraSpec, Plan
+    from trainers.training.batches import pack
+    from trainers.training.collate import collate
+    from trainers.training.distributed import Ranks
+    from trainers.training.optimization import build_optimizer
+    from trainers.training.recipe import training_step
+    from trainers.training.training_model import COMPUTED_IN, build_training_model, choose_dtype
 
     ranks = Ranks.current()
     arch = read_architecture(SHAPES[spec.shape] | {"max_position_embeddings": spec.seq_len})

@@ -12,7 +12,7 @@ from torchtune import training
 from torchtune.datasets import PackedDataset
 
 from benchmarks.stock_parts import given_out
-from trainers.collate import IGNORED
+from trainers.training.collate import IGNORED
 
 documents: Sequence[np.ndarray] = ()
 """Set by `benchmarks.gpu`."""

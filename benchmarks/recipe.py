@@ -31,7 +31,7 @@ from benchmarks import workload
 from benchmarks.contender import Task
 from benchmarks.contest import OURS, TORCHTUNE, TRL, Contender, ContenderFailed, Standing, contest, run_once
 from benchmarks.report import TRAINING, heading, machine, table, write_section
-from trainers.plan import LoraSpec
+from trainers.planning.plan import LoraSpec
 
 CURVE_STEPS = 200
 FP32_TOLERANCE = 1e-5

@@ -14,12 +14,12 @@ from benchmarks.contender import Recording, Task
 from events.config import Config, FineTuningOptions, FullFineTuneOptions, LoraFineTuneOptions
 from events.facts import StepMetrics
 from trainers.data.dataset import TokenisedDataset
-from trainers.fitting import recomputing_if_needed
 from trainers.models.architecture import inspect_model_dir
-from trainers.plan import ComponentSpec, LoraSpec, Plan, make_plan
-from trainers.precision import default_dtype
-from trainers.recipe import train
-from trainers.reporting import SavedCheckpoint
+from trainers.planning.fitting import recomputing_if_needed
+from trainers.planning.plan import ComponentSpec, LoraSpec, Plan, make_plan
+from trainers.planning.precision import default_dtype
+from trainers.training.recipe import train
+from trainers.training.reporting import SavedCheckpoint
 
 
 class _Recorder:

@@ -17,7 +17,7 @@ from torchtune.modules.peft import get_adapter_params
 from benchmarks import stock_parts
 from benchmarks.contender import Recording, Task
 from benchmarks.stock import adapter_config, join_on_cpu, model_config, recipe_class, shipped_config
-from trainers.distributed import like
+from trainers.training.distributed import like
 
 CONFIGS = {"llama": "llama3_2/1B", "qwen2": "qwen2_5/0.5B"}
 """The shipped configs of the smallest model of each family."""

@@ -71,7 +71,7 @@ def _median(runs: list[list[float]], phase: int) -> str:
     return f"{statistics.median(run[phase] for run in runs):.2f} s" if runs else "failed"
 
 
-def import_seconds(module: str = "trainers.recipe") -> Counter[str]:
+def import_seconds(module: str = "trainers.training.recipe") -> Counter[str]:
     """Seconds by top-level package that importing `module` spends in the package's own modules."""
     command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""Peak memory of a training worker: what `trainers.memory` estimates beside what the kernel has counted.
+"""Peak memory of a training worker: what `trainers.planning.memory` estimates beside what the kernel has counted.
 
 `python -m benchmarks.training_memory [NAME ...]` runs each of `CASES` in a process of its own (one for each worker),
 prints a table and exits with 1 where an estimate is off by more than `TOLERANCE`. On the CPU, Linux.
@@ -26,9 +26,9 @@ from events.facts import DataReport
 from tests.ports import free_ports
 from tests.tiny_models import make_tiny_model
 from trainers.data.dataset import MASK, MASK_TYPE, OFFSET_TYPE, OFFSETS, REPORT, TOKEN_TYPE, TOKENS, TokenisedDataset
-from trainers.memory import TOLERANCE, Memory, memory_of
 from trainers.models.architecture import inspect_model_dir
-from trainers.plan import make_plan
+from trainers.planning.memory import TOLERANCE, Memory, memory_of
+from trainers.planning.plan import make_plan
 
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
@@ -142,7 +142,7 @@ def worker(task: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from trainers.methods import METHODS
-    from trainers.recipe import train
+    from trainers.training.recipe import train
 
     plan = make_plan(Config.model_validate(task["config"]))
     importlib.import_module(METHODS[plan.method].rpartition(".")[0])
@@ -230,7 +230,7 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
 
 def estimated(case: Case, folder: Path) -> Memory:
     """Of the case that was measured in `folder`."""
-    from trainers.load import load_of
+    from trainers.training.load import load_of
 
     plan = make_plan(Config.model_validate(case.config(str(folder / "model"))))
     arch = inspect_model_dir(folder / "model")

@@ -14,7 +14,7 @@ from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import prepare
 from trainers.models.resolve import resolve_model
-from trainers.plan import LoraSpec
+from trainers.planning.plan import LoraSpec
 from trainers.settings import settings
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +87,7 @@ def tickets(rows: int | None = None) -> list[str]:
 
 
 def prepared_rows(model_dir: Path, out_dir: Path, lines: Sequence[str]) -> Path:
-    """The rows of `lines` as `trainers.recipe.train` takes them."""
+    """The rows of `lines` as `trainers.training.recipe.train` takes them."""
     source = out_dir.with_suffix(".jsonl")
     source.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     prepare(

@@ -1,7 +1,7 @@
 """The job a user asks for: `Config`, as `fine_tuning_api.yaml` names it.
 
 These models are the wire format of POST /fine_tuning/jobs/submit and the payload of `JobSubmitted`. They hold what
-the user typed; what it means for a training run (merged, typed, checked) is `trainers.plan.Plan`.
+the user typed; what it means for a training run (merged, typed, checked) is `trainers.planning.plan.Plan`.
 
 A field that is absent or null takes its documented default. Unknown fields are refused by name. What is echoed is the
 JSON as it was sent, which never was a Config.

@@ -10,7 +10,7 @@ from events.log_queue import LogBatch
 from events.store import Recorded
 from trainers.estimate import Found
 from trainers.models.architecture import Architecture
-from trainers.plan import Plan
+from trainers.planning.plan import Plan
 from trainers.settings import Settings
 from trainers.webhooks.store import Delivery, Endpoint, EventType
 

@@ -5,7 +5,7 @@ from typing import Any
 from starlette.requests import Request
 
 from serve_app.errors import Answer, RequestRefused
-from trainers.strict_json import parse_object
+from trainers.planning.strict_json import parse_object
 
 
 async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:

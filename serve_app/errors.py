@@ -41,7 +41,7 @@ from events.decide import Refused
 from events.log import LogUnavailable
 from serve_app.wire import ErrorBody, ErrorEnvelope, ErrorType, ProblemDetail
 from trainers.errors import LONGEST_NAME, ConfigProblems, InfrastructureError, Problem, UserError
-from trainers.preflight import problems_of
+from trainers.planning.preflight import problems_of
 from trainers.webhooks.deliverer import WebhooksUnavailable
 
 RETRY_AFTER_S = 5

@@ -9,7 +9,7 @@ from events.job import FineTuningJob
 from serve_app.backend import JobLog
 from trainers.errors import ConfigProblems
 from trainers.estimate import Found, TimeEstimate
-from trainers.plan import Plan, plan_of, step_items
+from trainers.planning.plan import Plan, plan_of, step_items
 
 PAGES = 5
 """Of a hundred jobs each, the last ones, that are looked through for jobs like it."""

@@ -35,7 +35,7 @@ from serve_app.wire import (
 )
 from trainers.errors import ConfigProblems, Problem
 from trainers.estimate import Estimate
-from trainers.preflight import Examined, examine, problems_of, without_nulls
+from trainers.planning.preflight import Examined, examine, problems_of, without_nulls
 from trainers.resubmit import is_repeated, problem_of_resubmission, resubmission
 
 router = APIRouter(default_response_class=Response)  # whose type and schema the routes document themselves

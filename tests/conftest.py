@@ -38,8 +38,8 @@ ON_A_LIVE_CLUSTER = (
     "tests/faults/test_whole_cluster.py",
     "tests/serve_app/test_behind_ray.py",
     "tests/service/",
-    "tests/trainers/test_autoscaler.py",
-    "tests/trainers/test_dispatcher_actor.py",
+    "tests/trainers/dispatching/test_autoscaler.py",
+    "tests/trainers/dispatching/test_dispatcher_actor.py",
 )
 """Two clusters at a time are too much for two cores."""
 _START_S = 150  # it takes five seconds on an idle machine
@@ -167,7 +167,7 @@ def stop_actors() -> None:
     import ray
 
     from events.actors import EVENT_LOG, LOG_QUEUE, NAMESPACE
-    from trainers.dispatcher_actor import NAME as DISPATCHER
+    from trainers.dispatching.dispatcher_actor import NAME as DISPATCHER
 
     def is_free(name: str) -> bool:
         try:

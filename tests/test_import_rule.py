@@ -14,19 +14,15 @@ MAY_IMPORT = {
     "trainers": {"trainers", "events"},
     "serve_app": {"serve_app", "trainers", "events"},
 }
+# Within trainers: what each of these packages leaves alone.
+MAY_NOT_IMPORT = {
+    "planning": {"training", "running", "dispatching"},
+    "training": {"running", "dispatching"},
+    "dispatching": {"training", "running"},
+}
 HEAVY = ("torch", "torchtune", "ray.train")
 # What runs where a model is trained or used. The API, the dispatcher and the command line import everything else.
 TRAINING_MODULES = (
-    "trainers.autograd",
-    "trainers.batches",
-    "trainers.checkpoint",
-    "trainers.collate",
-    "trainers.controller",
-    "trainers.distributed",
-    "trainers.export",
-    "trainers.fit",
-    "trainers.load",
-    "trainers.loss",
     "trainers.methods",
     "trainers.methods.dora",
     "trainers.methods.full",
@@ -34,7 +30,6 @@ TRAINING_MODULES = (
     "trainers.methods.method",
     "trainers.methods.qat",
     "trainers.methods.qlora",
-    "trainers.mixed_adam",
     "trainers.models.adapters",
     "trainers.models.attention",
     "trainers.models.chat_model",
@@ -46,13 +41,24 @@ TRAINING_MODULES = (
     "trainers.models.rope",
     "trainers.models.short_attention",
     "trainers.models.weights",
-    "trainers.objectives",
-    "trainers.optimization",
-    "trainers.progress_log",
-    "trainers.recipe",
-    "trainers.reference",
-    "trainers.training_model",
-    "trainers.worker",
+    "trainers.running.controller",
+    "trainers.running.fit",
+    "trainers.running.worker",
+    "trainers.training.autograd",
+    "trainers.training.batches",
+    "trainers.training.checkpoint",
+    "trainers.training.collate",
+    "trainers.training.distributed",
+    "trainers.training.export",
+    "trainers.training.load",
+    "trainers.training.loss",
+    "trainers.training.mixed_adam",
+    "trainers.training.objectives",
+    "trainers.training.optimization",
+    "trainers.training.progress_log",
+    "trainers.training.recipe",
+    "trainers.training.reference",
+    "trainers.training.training_model",
 )
 
 
@@ -76,6 +82,16 @@ def test_imports_only_point_right(package: str) -> None:
     for source in (ROOT / package).rglob("*.py"):
         ours = {name.split(".")[0] for name in imports_of(source)} & MAY_IMPORT.keys()
         assert ours <= MAY_IMPORT[package], f"{source.relative_to(ROOT)} imports {ours - MAY_IMPORT[package]}"
+
+
+@pytest.mark.parametrize("package", MAY_NOT_IMPORT)
+def test_plans_know_nothing_of_training_nor_training_of_what_runs_it(package: str) -> None:
+    for source in (ROOT / "trainers" / package).rglob("*.py"):
+        for name in imports_of(source):
+            top, _, rest = name.partition(".")
+            assert top != "trainers" or rest.partition(".")[0] not in MAY_NOT_IMPORT[package], (
+                f"{source} imports {name}"
+            )
 
 
 @pytest.mark.parametrize("module", TRAINING_MODULES)

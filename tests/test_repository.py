@@ -61,13 +61,14 @@ def test_readme_links_lead_somewhere(link: str) -> None:
 
 def test_readme_tree_names_only_what_exists() -> None:
     tree = README.split("## Where things are\n", 1)[1].split("```", 2)[1]
-    folder = ""
+    folders: list[str] = []
     for line in filter(str.strip, tree.removeprefix("text").splitlines()):
         name = line.split()[0]
-        folder = "" if not line.startswith(" ") else folder
-        assert (ROOT / folder / name).exists(), f"{folder}{name} is in README's tree only"
-        if name.endswith("/") and not line.startswith(" "):
-            folder = name
+        folders = folders[: (len(line) - len(line.lstrip())) // 2]
+        path = "".join([*folders, name])
+        assert (ROOT / path).exists(), f"{path} is in README's tree only"
+        if name.endswith("/"):
+            folders.append(name)
 
 
 def test_make_targets_named_in_readme_exist() -> None:

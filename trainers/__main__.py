@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["run"]:
         give_way()
-        from trainers.runner import run
+        from trainers.running.runner import run
 
         try:
             return run(_runner_arguments(arguments[1:]), settings())
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         except ConnectionError as error:
             sys.stderr.write(f"tunewright: no Ray cluster answers: {error}\n")
             return 1
-        from trainers.drain import drain
+        from trainers.dispatching.drain import drain
 
         return drain(timeout_s)
     config = _arguments(arguments)

@@ -31,16 +31,16 @@ from trainers.data.encode import ERRORS_KEPT, Chunk, Line, encode_lines
 from trainers.data.prepare import NO_END, DataInvalid, Tally, bad_lines, hardly_meant, judge
 from trainers.data.source import check_data_uri, data_size, open_lines
 from trainers.errors import ConfigProblems, InfrastructureError, JobProblem, Problem, UserError, storage_errors
-from trainers.fitting import MARGIN, recomputing_if_needed
-from trainers.memory import Memory, memory_of
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.models.layout import numbers_of
 from trainers.models.resolve import resolve_model
-from trainers.plan import Plan, step_items
-from trainers.precision import Device
+from trainers.planning.fitting import MARGIN, recomputing_if_needed
+from trainers.planning.memory import Memory, memory_of
+from trainers.planning.plan import Plan, step_items
+from trainers.planning.precision import Device
+from trainers.planning.suitability import check_suitable, longest_row
 from trainers.priority import give_way
 from trainers.settings import Settings
-from trainers.suitability import check_suitable, longest_row
 
 SAMPLE_BYTES = 8 << 20
 READ_S = 20.0
@@ -273,9 +273,9 @@ def _find(asked: Asked, settings: Settings) -> Found:
     if problems:
         raise ConfigProblems(problems)
 
-    from trainers.batches import Progress  # torch takes seconds to import: not before all is well
-    from trainers.load import build_schedule, load_of
-    from trainers.optimization import only_warm_up
+    from trainers.training.batches import Progress  # torch takes seconds to import: not before all is well
+    from trainers.training.load import build_schedule, load_of
+    from trainers.training.optimization import only_warm_up
 
     train = samples["data"]
     plan = recomputing_if_needed(plan, arch, train.lengths, asked.share_bytes)

@@ -14,7 +14,7 @@ from events.facts import Origin
 from events.job import FineTuningJob
 from events.jobs import same_request
 from trainers.errors import Problem
-from trainers.preflight import without_nulls
+from trainers.planning.preflight import without_nulls
 
 _TAGS = ("finetuning_type", "log_type")
 _STEP = re.compile(r"step-0*(\d+)(?:-attempt-\d+)?/?$")

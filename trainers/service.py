@@ -2,13 +2,13 @@
 
 from events.actors import connect
 from events.facts import Resources
-from trainers.admission import Capacity, for_workers, infeasible, memory_share, worker_memory
-from trainers.dispatcher_actor import DispatcherClient
+from trainers.dispatching.admission import Capacity, for_workers, infeasible, memory_share, worker_memory
+from trainers.dispatching.dispatcher_actor import DispatcherClient
 from trainers.errors import ConfigProblems, Problem
 from trainers.estimate import Asked, Estimator, Found
-from trainers.fitting import states_fit
 from trainers.models.architecture import Architecture
-from trainers.plan import Plan
+from trainers.planning.fitting import states_fit
+from trainers.planning.plan import Plan
 from trainers.recent import Recent
 from trainers.settings import Settings
 from trainers.webhooks.client import WebhooksClient
@@ -62,7 +62,7 @@ class Service:
 
 def start(settings: Settings, deployed_at: float | None = None) -> Service:
     """Connect to the service's actors on this Ray cluster, starting what isn't there. `deployed_at`: for a part of a
-    deploy, which brings its own dispatcher, see trainers.dispatcher_actor.
+    deploy, which brings its own dispatcher, see trainers.dispatching.dispatcher_actor.
 
     Raises StorageMismatchError, LogUnavailable or TimeoutError.
     """

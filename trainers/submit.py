@@ -16,10 +16,10 @@ from events.ids import new_event_id, new_job_id
 from events.job import FineTuningJob
 from events.log import LogUnavailable
 from trainers.errors import ConfigProblems, InfrastructureError
-from trainers.preflight import examine
+from trainers.planning.preflight import examine
+from trainers.planning.strict_json import parse_object
 from trainers.service import Service, start
 from trainers.settings import Settings
-from trainers.strict_json import parse_object
 
 SUCCEEDED, FAILED, REFUSED, CANCELLED = 0, 1, 2, 130
 BATCH_LINES = 1000

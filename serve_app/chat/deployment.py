@@ -25,7 +25,7 @@ from serve_app.chat.torchtune_engine import TorchtuneEngine
 from serve_app.errors import RETRY_AFTER_S, Answer, RequestRefused
 from serve_app.replica import listen_on_node_address_only
 from trainers.answers import Part, Question
-from trainers.cluster import Cluster
+from trainers.dispatching.cluster import Cluster
 from trainers.models.resolve import resolve_model
 from trainers.priority import give_way
 from trainers.settings import SHORTEST_IDLE_S, Settings

@@ -24,7 +24,7 @@ from serve_app.openapi import documented, documented_bytes, form_body
 from serve_app.routes import TheBackend
 from trainers.errors import ConfigProblems, Problem, UserError
 from trainers.files import PURPOSE, RESULTS_PURPOSE, File, FileStore, NewObject, check_jsonl, file_store
-from trainers.preflight import problems_of
+from trainers.planning.preflight import problems_of
 from trainers.settings import Settings
 
 router = APIRouter(prefix="/v1", default_response_class=Response)

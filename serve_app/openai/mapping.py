@@ -20,9 +20,9 @@ from serve_app.openai.objects import (
     OpenAIJobRequest,
 )
 from serve_app.pace import evaluations_after
-from trainers.components import DPO_LOSS
 from trainers.errors import ConfigProblems, Problem
-from trainers.plan import DEFAULT_DPO_LR, DEFAULT_GROUPS, DEFAULT_LR, DEFAULT_ROWS, Plan, WandBLog, make_plan
+from trainers.planning.components import DPO_LOSS
+from trainers.planning.plan import DEFAULT_DPO_LR, DEFAULT_GROUPS, DEFAULT_LR, DEFAULT_ROWS, Plan, WandBLog, make_plan
 
 EPOCHS, BETA = 3, 0.1
 BATCH = {"supervised": DEFAULT_ROWS, "dpo": DEFAULT_GROUPS}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.training_memory import CASES, estimated, measured
-from trainers.memory import TOLERANCE
+from trainers.planning.memory import TOLERANCE
 
 SHAPE = {
     "hidden_size": 384,

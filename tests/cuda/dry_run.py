@@ -18,16 +18,16 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, make_plan_for, random_pairs, random_rows, write_rows
-from trainers import recipe
-from trainers.collate import Layout, Segment
 from trainers.data.dataset import TokenisedDataset
-from trainers.distributed import Ranks
-from trainers.load import load_of
-from trainers.memory import memory_of
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.attention import Rules, _flex_works, block_mask, flex_attend
-from trainers.plan import ComponentSpec, LoraSpec
-from trainers.recipe import training_step
+from trainers.planning.memory import memory_of
+from trainers.planning.plan import ComponentSpec, LoraSpec
+from trainers.training import recipe
+from trainers.training.collate import Layout, Segment
+from trainers.training.distributed import Ranks
+from trainers.training.load import load_of
+from trainers.training.recipe import training_step
 
 COMPILING = 3
 """Steps in which code is compiled for what is new to it."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainers.memory import TOLERANCE
+from trainers.planning.memory import TOLERANCE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -15,13 +15,13 @@ import yaml
 from benchmarks.stock import adapter_config, model_config
 from benchmarks.workload import rows_for_others
 from tests.waiting import eventually
-from trainers.distributed import Ranks
 from trainers.methods import method_of
 from trainers.methods.lora import initial_adapter
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder
-from trainers.plan import LoraSpec, Plan
-from trainers.training_model import COMPUTED_IN, choose_dtype
+from trainers.planning.plan import LoraSpec, Plan
+from trainers.training.distributed import Ranks
+from trainers.training.training_model import COMPUTED_IN, choose_dtype
 
 STEPS_FILE = "steps.json"
 ROOT = Path(__file__).parents[2]

@@ -43,11 +43,11 @@ from events.facts import StepMetrics
 from tests.parity.stock import StockProcess, StockRun, StockStep, prepare_stock_run
 from tests.tiny_models import make_tiny_model
 from tests.trainers.recipe_support import Case, TwoRanks, known, make_plan_for, write_rows
-from trainers.batches import pack
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.prepare import prepare
-from trainers.plan import ComponentSpec, LoraSpec, Plan
+from trainers.planning.plan import ComponentSpec, LoraSpec, Plan
+from trainers.training.batches import pack
 
 STEPS, EPOCHS = 50, 2
 PACK = 64  # tokens
@@ -55,7 +55,8 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for a dozen stock 
 FP32, BF16 = 1e-5, 1e-2
 LARGE_VOCABULARY = 3e-5
 """torch's cross-entropy itself is 1.3e-5 off with SmolLM2's 49,152 words: on the first batch here it says 4.5424697,
-ours says 4.5424830, and in float64 both say 4.5424826. tests/trainers/test_loss.py holds ours to a millionth."""
+ours says 4.5424830, and in float64 both say 4.5424826. tests/trainers/training/test_loss.py holds ours to a
+millionth."""
 
 TICKETS = Path(__file__).parents[2] / "examples" / "tickets" / "train.jsonl"
 

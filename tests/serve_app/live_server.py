@@ -22,10 +22,10 @@ from tests.events.facts_of_a_job import BEGUN
 from trainers.answers import Answers
 from trainers.errors import ConfigProblems, Problem
 from trainers.estimate import Asked, Found, answer
-from trainers.fitting import states_fit
 from trainers.models.architecture import Architecture
 from trainers.models.chat_model import ChatModel
-from trainers.plan import Plan
+from trainers.planning.fitting import states_fit
+from trainers.planning.plan import Plan
 from trainers.settings import Settings
 from trainers.webhooks.deliverer import Webhooks
 

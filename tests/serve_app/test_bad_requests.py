@@ -16,7 +16,7 @@ import pytest
 from tests.serve_app.live_server import Server
 from tests.tiny_models import make_tiny_model
 from trainers.errors import ConfigProblems
-from trainers.strict_json import parse_object
+from trainers.planning.strict_json import parse_object
 
 SUBMIT = "/fine_tuning/jobs/submit"
 OPENAI_SUBMIT = "/v1/fine_tuning/jobs"

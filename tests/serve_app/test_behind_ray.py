@@ -16,7 +16,7 @@ from serve_app.chat.deployment import RemoteAnswers
 from tests.conftest import RayCluster
 from tests.serve_app.live_server import Parts, Serve
 from trainers.answers import Accepted, Part, Question
-from trainers.dispatcher_actor import NAME, DispatcherClient
+from trainers.dispatching.dispatcher_actor import NAME, DispatcherClient
 from trainers.settings import Settings
 from trainers.webhooks.client import WebhooksClient
 

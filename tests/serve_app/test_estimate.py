@@ -13,15 +13,15 @@ from events.facts import DataReport, DataValidated, Event, MetricsRecorded, Reso
 from tests.events.facts_of_a_job import ADMITTED, REPORT, started
 from tests.serve_app.live_server import Parts, Serve, Server
 from tests.tiny_models import make_tiny_model
-from trainers.batches import Progress
 from trainers.data.cache import DataCache
 from trainers.data.chat import ChatTokenizer
 from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import prepare
 from trainers.data.rows import parse_row
 from trainers.estimate import AT_A_TIME, WAITING, Asked, Estimator, Found
-from trainers.load import build_schedule
-from trainers.plan import Plan, make_plan
+from trainers.planning.plan import Plan, make_plan
+from trainers.training.batches import Progress
+from trainers.training.load import build_schedule
 
 MAX_SEQ_LEN = 64
 WORDS = "the children read a story about the sea "

@@ -21,7 +21,7 @@ from events.log import EventLog
 from tests.serve_app.live_server import MODEL, Parts, Serve, Server
 from tests.waiting import eventually
 from trainers.models.architecture import Architecture
-from trainers.plan import Plan
+from trainers.planning.plan import Plan
 from trainers.settings import Settings
 
 SUBMIT = "/fine_tuning/jobs/submit"

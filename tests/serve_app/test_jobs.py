@@ -13,7 +13,7 @@ from events.log import EventLog, LogUnavailable
 from tests.events.facts_of_a_job import WORKER_DIED
 from tests.serve_app.live_server import Parts, Serve, Server
 from trainers.models.architecture import Architecture
-from trainers.plan import Plan
+from trainers.planning.plan import Plan
 from trainers.settings import Settings
 
 STATUS = "/fine_tuning/jobs/status"

@@ -10,7 +10,7 @@ import pytest
 from events.config import Config
 from events.facts import Defaults, JobSubmitted
 from tests.serve_app.live_server import Serve, Server
-from trainers.plan import make_plan, plan_of
+from trainers.planning.plan import make_plan, plan_of
 
 SUBMIT = "/fine_tuning/jobs/submit"
 
@@ -102,7 +102,7 @@ def test_what_a_request_leaves_open_is_on_disk_as_well(
 ) -> None:
     """A version that chooses something else goes on with the job as it began."""
     job_id = submit(fine_tuning_options={"extras": {"lr": 1e-3}})
-    monkeypatch.setattr("trainers.plan.DEFAULT_ROWS", 16)
+    monkeypatch.setattr("trainers.planning.plan.DEFAULT_ROWS", 16)
     job = server.do(server.parts.log.job(job_id))
     assert job.defaults == Defaults(batch_size=8, lr=1e-3)
     assert (plan_of(job).batch_size, plan_of(job).lr) == (8, 1e-3)

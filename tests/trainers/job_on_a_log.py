@@ -7,7 +7,7 @@ from events.log import EventLog
 from events.memory import MemoryStore
 from tests.events.facts_of_a_job import ADMITTED, SUBMITTED, VALIDATED
 from trainers.retrying import retrying
-from trainers.tenure import Tenure
+from trainers.running.tenure import Tenure
 
 JOB = "ftjob-1"
 

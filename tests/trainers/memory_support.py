@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from events.config import Config
-from trainers.memory import Load
-from trainers.plan import Plan, make_plan
+from trainers.planning.memory import Load
+from trainers.planning.plan import Plan, make_plan
 
 FULL = {"finetuning_type": "full", "enable_activation_checkpointing": False}
 LORA = {"finetuning_type": "lora", "lora_rank": 8}

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from events.facts import StepMetrics
 from tests.ports import free_ports
-from trainers.plan import ComponentSpec, LoraSpec, Plan
-from trainers.recipe import train
-from trainers.reporting import SavedCheckpoint, Stopped
+from trainers.planning.plan import ComponentSpec, LoraSpec, Plan
+from trainers.training.recipe import train
+from trainers.training.reporting import SavedCheckpoint, Stopped
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def write_rows(directory: Path, rows: Iterable[tuple[list[int], list[bool]]]) ->
 
 
 class ListedRows:
-    """`trainers.collate.Rows` in memory. `trained` has for each token whether it is trained."""
+    """`trainers.training.collate.Rows` in memory. `trained` has for each token whether it is trained."""
 
     def __init__(self, found: list[list[int]], trained: list[list[bool]]) -> None:
         self._found = [(np.array(row), np.array(mask)) for row, mask in zip(found, trained, strict=True)]

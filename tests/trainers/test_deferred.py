@@ -14,12 +14,12 @@ def run(code: str) -> str:
 
 def test_the_recipe_imports_nothing_that_it_has_no_use_for() -> None:
     needless = {"pandas", "datasets", "torchao.quantization", "torchtune.datasets", "torchtune.models.llama3"}
-    assert run(f"import sys, trainers.recipe; print(sorted({needless!r} & sys.modules.keys()))") == "[]"
+    assert run(f"import sys, trainers.training.recipe; print(sorted({needless!r} & sys.modules.keys()))") == "[]"
 
 
 def test_a_deferred_package_is_whole_when_something_of_it_is_asked_for() -> None:
     code = """
-import trainers.recipe, torchtune, torchtune.training
+import trainers.training.recipe, torchtune, torchtune.training
 from torchao import quantize_
 print(torchtune.__version__[:5], torchtune.datasets.__name__, torchtune.training.get_lr.__name__, quantize_.__name__)
 """
@@ -27,12 +27,12 @@ print(torchtune.__version__[:5], torchtune.datasets.__name__, torchtune.training
 
 
 def test_packages_that_import_each_other_in_a_circle_come_in_their_own_order() -> None:
-    code = "import trainers.recipe; from torchao.dtypes import AffineQuantizedTensor as it; print(it.__name__)"
+    code = "import trainers.training.recipe; from torchao.dtypes import AffineQuantizedTensor as it; print(it.__name__)"
     assert run(code) == "AffineQuantizedTensor"
 
 
 def test_a_deferred_package_has_no_names_but_its_own() -> None:
-    code = "import trainers.recipe, torchtune; print(hasattr(torchtune, 'nothing'), hasattr(torchtune, '__wrapped__'))"
+    code = "import trainers, torchtune; print(hasattr(torchtune, 'nothing'), hasattr(torchtune, '__wrapped__'))"
     assert run(code) == "False False"
 
 

@@ -20,7 +20,7 @@ from trainers.data.prepare import NO_END
 from trainers.errors import ConfigProblems, InfrastructureError
 from trainers.estimate import Asked, Estimator, answer, read_sample
 from trainers.models import smollm2
-from trainers.plan import Plan, make_plan
+from trainers.planning.plan import Plan, make_plan
 from trainers.settings import Settings
 
 ROWS = 4000

@@ -13,9 +13,9 @@ from events.log import EventLog
 from events.log_queue import LogQueue
 from events.memory import MemoryStore
 from tests.events.facts_of_a_job import VALIDATED, started
-from trainers.admission import Capacity, Node, for_workers
-from trainers.cluster import Cluster, Runner, RunnerState
-from trainers.dispatcher import Dispatcher
+from trainers.dispatching.admission import Capacity, Node, for_workers
+from trainers.dispatching.cluster import Cluster, Runner, RunnerState
+from trainers.dispatching.dispatcher import Dispatcher
 from trainers.settings import Settings
 
 

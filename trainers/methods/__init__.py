@@ -4,7 +4,7 @@ README.md says where else it is known."""
 from importlib import import_module
 
 from trainers.methods.method import Method
-from trainers.plan import MethodName, Plan
+from trainers.planning.plan import MethodName, Plan
 
 METHODS: dict[MethodName, str] = {
     "full": "trainers.methods.full.Full",

@@ -18,7 +18,7 @@ from trainers.models.architecture import Architecture
 from trainers.models.decoder import plain_linear
 from trainers.models.layout import adapts
 from trainers.models.weights import load_weights
-from trainers.plan import LoraSpec
+from trainers.planning.plan import LoraSpec
 
 
 class UnscaledBiasDoRALinear(DoRALinear):  # type: ignore[misc]  # torchtune ships no types

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from trainers.export import export_model
 from trainers.methods.method import Method
 from trainers.models.architecture import Architecture
 from trainers.models.decoder import plain_linear
 from trainers.models.weights import load_weights
+from trainers.training.export import export_model
 
 
 class Full(Method):

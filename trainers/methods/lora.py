@@ -9,7 +9,6 @@ from torch.nn import functional
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear
 
-from trainers.export import export_model
 from trainers.methods.method import Method
 from trainers.models.adapters import load_peft_adapter, merge_lora, save_peft_adapter
 from trainers.models.architecture import Architecture
@@ -18,7 +17,8 @@ from trainers.models.export_files import copy_tokenizer
 from trainers.models.layout import adapts
 from trainers.models.names import base_name
 from trainers.models.weights import load_weights
-from trainers.plan import LoraSpec, Plan
+from trainers.planning.plan import LoraSpec, Plan
+from trainers.training.export import export_model
 
 ADAPTER_SUFFIXES = (".lora_a.weight", ".lora_b.weight")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from trainers.models.architecture import Architecture
-from trainers.plan import Plan
+from trainers.planning.plan import Plan
 
 
 class Method(ABC):

@@ -14,7 +14,7 @@ from torchao.quantization.qat.linear import Int8DynActInt4WeightQATLinear
 
 from trainers.methods.full import Full
 from trainers.models.decoder import Head
-from trainers.plan import Plan
+from trainers.planning.plan import Plan
 
 
 class Qat(Full):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchao.dtypes.nf4tensor import to_nf4
 
 from trainers.methods.lora import Lora
-from trainers.plan import Plan
+from trainers.planning.plan import Plan
 
 
 class Qlora(Lora):
@@ -27,8 +27,8 @@ class Qlora(Lora):
         return self._quantised[name]
 
     def base(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the layers compute with: their 4-bit weights written out in the type of training, as trainers.memory
-        counts them, the same numbers on every device."""
+        """What the layers compute with: their 4-bit weights written out in the type of training, as
+        trainers.planning.memory counts them, the same numbers on every device."""
         held = {name: weight.to("cpu") for name, weight in self._quantised.items()}
         return {**stored, **{name: weight.get_original_weight() for name, weight in held.items()}}  # type: ignore[attr-defined]
 

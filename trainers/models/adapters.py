@@ -13,7 +13,7 @@ from trainers.models.architecture import Architecture
 from trainers.models.export_files import write_json, write_safetensors
 from trainers.models.layout import Linear, Part, adapts, linears
 from trainers.models.model_files import incomplete
-from trainers.plan import LoraSpec
+from trainers.planning.plan import LoraSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -20,10 +20,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
-from trainers.collate import Layout, Segment
-from trainers.memory import SHORT_SEGMENT
 from trainers.models.rope import RotaryEmbedding, Rotation
 from trainers.models.short_attention import ShortSegments
+from trainers.planning.memory import SHORT_SEGMENT
+from trainers.training.collate import Layout, Segment
 
 BLOCK = 128
 """Positions in a block of FlexAttention."""

@@ -17,12 +17,12 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from trainers.collate import Layout
 from trainers.models.architecture import Architecture
 from trainers.models.attention import Attend, Attention, Causal
 from trainers.models.feed_forward import GatedFeedForward
 from trainers.models.norm import FusedRMSNorm, GemmaNorm
 from trainers.models.rope import RotaryEmbedding
+from trainers.training.collate import Layout
 
 
 class MakeLinear(Protocol):

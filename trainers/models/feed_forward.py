@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from trainers.autograd import Context
 from trainers.models.architecture import Activation
+from trainers.training.autograd import Context
 
 
 class _Activation(NamedTuple):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # `architecture` imports this module
     from trainers.models.architecture import Architecture
-    from trainers.plan import LoraSpec
+    from trainers.planning.plan import LoraSpec
 
 
 class Part(NamedTuple):

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torchtune.modules import RMSNorm
 
-from trainers.autograd import Context
+from trainers.training.autograd import Context
 
 
 class FusedRMSNorm(RMSNorm):  # type: ignore[misc]  # torchtune ships no types

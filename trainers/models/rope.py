@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainers.autograd import Context
 from trainers.models.rope_config import RopeParams
+from trainers.training.autograd import Context
 
 
 class RotaryEmbedding(nn.Module):

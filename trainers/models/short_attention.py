@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainers.autograd import Context
-from trainers.collate import Segment
 from trainers.models.rope import Rotation, rotated
+from trainers.training.autograd import Context
+from trainers.training.collate import Segment
 
 FILLED = 0.75
 """Segments are attended to together with one that is wider if they have at least this share of its width: to calculate

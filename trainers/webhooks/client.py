@@ -9,7 +9,7 @@ from trainers.webhooks.deliverer import WebhooksUnavailable
 from trainers.webhooks.store import Delivery, Endpoint, EventType
 
 if TYPE_CHECKING:
-    from trainers.dispatcher_actor import DispatcherClient
+    from trainers.dispatching.dispatcher_actor import DispatcherClient
 
 CALL_S = 60.0
 """How long a call waits: longer than a receiver may take to answer, and the dispatcher to start again."""

@@ -12,7 +12,7 @@ from trainers.methods.lora import lora_linear
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder, init_rope, plain_linear
 from trainers.models.weights import load_weights
-from trainers.plan import LoraSpec
+from trainers.planning.plan import LoraSpec
 from trainers.settings import Settings
 
 BuildModel = Callable[..., TransformerDecoder]

@@ -16,7 +16,7 @@ from trainers.models.adapters import load_peft_adapter, merge_lora, save_peft_ad
 from trainers.models.architecture import Architecture, inspect_model_dir
 from trainers.models.decoder import build_decoder
 from trainers.models.weights import load_weights
-from trainers.plan import LoraSpec
+from trainers.planning.plan import LoraSpec
 
 
 def random_adapter(arch: Architecture, lora: LoraSpec) -> dict[str, Tensor]:

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 
-from trainers.collate import Layout, Segment
 from trainers.models import attention
 from trainers.models.attention import BLOCK, Causal, Rules, _flex_works, block_mask, can_compile_c, flex_attend
 from trainers.models.rope import RotaryEmbedding, Rotation
 from trainers.models.rope_config import RopeParams
+from trainers.training.collate import Layout, Segment
 
 CPU = torch.device("cpu")
 RULES = [Rules(window, 0.3, softcap, 0.0) for window, softcap in product((None, 5, 64, 300, 10_000), (None, 1.5))]

@@ -16,7 +16,6 @@ from torchtune.training import get_shard_conditions, set_activation_checkpointin
 from tests.tiny_models import FAMILIES, make_tiny_model
 from tests.trainers.models.conftest import BuildModel
 from tests.trainers.recipe_support import ListedRows
-from trainers.collate import collate
 from trainers.methods.lora import adapter_parameters, initial_adapter, lora_linear
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder, causal, init_rope
@@ -24,7 +23,8 @@ from trainers.models.norm import FusedRMSNorm, GemmaNorm
 from trainers.models.rope import RotaryEmbedding
 from trainers.models.rope_config import RopeParams
 from trainers.models.weights import load_weights
-from trainers.plan import LoraSpec
+from trainers.planning.plan import LoraSpec
+from trainers.training.collate import collate
 
 TOKENS = torch.arange(3, 43)[None]  # [1, 40]
 

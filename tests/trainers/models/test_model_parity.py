@@ -25,7 +25,7 @@ from trainers.models.architecture import inspect_model_dir
 from trainers.models.decoder import build_decoder, init_rope
 from trainers.models.generate import generate
 from trainers.models.weights import load_weights, save_hf_model
-from trainers.plan import LoraSpec
+from trainers.planning.plan import LoraSpec
 
 pytestmark = pytest.mark.timeout(600)  # dozens of models go through transformers in one go
 TOKENS = torch.randint(0, 512, (2, 48), generator=torch.Generator().manual_seed(0))

@@ -380,7 +380,8 @@ def test_what_a_branch_meant_last_outlasts_a_power_cut(
 STOPPED = """
 import signal, sys
 from pathlib import Path
-from trainers import __main__, runner
+from trainers import __main__
+from trainers.running import runner
 from trainers.models.resolve import resolve_model
 from trainers.settings import Settings
 

@@ -1,0 +1,92 @@
+"""The reference of DPO: how likely the initial model finds each row, measured once and kept.
+
+No second model is held: a pass over the data with the model before its first step (a fresh adapter changes nothing)
+gives one number a row. They lie beside the checkpoints, so that a run that goes on uses the very same numbers though
+its weights have moved on.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from events.disk import sync_path
+from trainers.data.dataset import TokenisedDataset
+from trainers.errors import InfrastructureError
+from trainers.planning.plan import REFERENCE
+from trainers.training.batches import evaluation_batches
+from trainers.training.collate import collate
+from trainers.training.distributed import Ranks
+from trainers.training.training_model import TrainingModel
+
+_PROGRESS_S = 10.0
+_log = logging.getLogger("tunewright.train")
+
+
+def reference_of(
+    model: TrainingModel,
+    data: dict[str, TokenisedDataset],
+    batch_size: int,
+    ranks: Ranks,
+    output_dir: Path,
+    *,
+    trained: bool,
+) -> dict[str, Tensor]:
+    """For each data set the log-probability of each row's trained tokens under the initial model [rows], float32, the
+    same bits on every rank. Every rank has to call it.
+
+    `trained`: whether the model's weights have moved on. Then the numbers must be in `output_dir`, or
+    InfrastructureError `reference_missing` is raised; else they are measured, unless they are there, and kept there.
+    """
+    file = output_dir / REFERENCE
+    kept = load_file(file) if ranks.first and file.exists() else {}
+    complete = all(name in kept and len(kept[name]) == len(rows) for name, rows in data.items())
+    found = ranks.sum([ranks.first and complete])[0] == 1
+    if not found and trained:
+        message = f"{file} is gone; it had the initial model's log-probabilities, which DPO compares with."
+        raise InfrastructureError("reference_missing", message, suggestion="submit the job again")
+    if found:  # rank 0 has read it; the others need not see the same files yet
+        return {
+            name: _shared(kept[name] if ranks.first else torch.zeros(len(rows)), ranks) for name, rows in data.items()
+        }
+    reference = {name: _measure(model, rows, name, batch_size, ranks) for name, rows in data.items()}
+    if ranks.first:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{file.name}.draft")
+        save_file(reference, draft)
+        sync_path(draft)
+        draft.rename(file)
+        sync_path(output_dir)
+    return reference
+
+
+@torch.no_grad()
+def _measure(model: TrainingModel, data: TokenisedDataset, name: str, batch_size: int, ranks: Ranks) -> Tensor:
+    pairs, began = len(data) // 2, time.monotonic()
+    if ranks.first:
+        _log.info("reference model: measuring %s pairs of the %s data", f"{pairs:,}", name)
+    said = began
+    model.eval()
+    logps = torch.zeros(len(data), dtype=torch.float32, device=ranks.device)
+    nothing_known = torch.zeros(len(data))
+    batches = evaluation_batches(data.lengths, batch_size, ranks.rank, ranks.world, pairs=True)
+    for number, share in enumerate(batches):
+        batch = collate(data, share, reference=nothing_known)
+        rows = torch.tensor([int(row) for item in share for row in item], dtype=torch.int64, device=ranks.device)
+        logps[rows] = model(batch.to(ranks.device, model.computed_in)).logps
+        if ranks.first and time.monotonic() - said >= _PROGRESS_S:
+            said = time.monotonic()
+            done = (number + 1) / len(batches)
+            _log.info("reference model: %.0f %% of the %s data after %.0f s", 100 * done, name, said - began)
+    model.train()
+    if ranks.first:
+        _log.info("reference model: done with the %s data in %.1f s", name, time.monotonic() - began)
+    return _shared(logps, ranks)
+
+
+def _shared(values: Tensor, ranks: Ranks) -> Tensor:
+    """The ranks' values added up, on the host; each row has a value on one rank only, so nothing is rounded."""
+    return ranks.sum_(values.to(ranks.device)).cpu()
