@@ -250,7 +250,8 @@ class Config(_Wire):
         min_length=1,
         max_length=1024,
         description="The model identifier that you want to fine tune: a short alias, a Hugging Face id "
-        "(`org/name`, `org/name@revision`), or a directory or URI in Hugging Face layout.",
+        "(`org/name`, `org/name@revision`), a directory or URI in Hugging Face layout, or the name of a tuned model or "
+        "checkpoint (`GET /v1/models` lists them).",
     )
     data: str = Field(
         min_length=1,

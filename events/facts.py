@@ -132,6 +132,9 @@ class Origin(_Value):
     suffix: str | None = Field(
         default=None, description="The suffix in the name of the earlier job's model, which this job's model keeps."
     )
+    model: str | None = Field(
+        default=None, description="The name or id that /fine_tuning/jobs/submit was given for the checkpoint."
+    )
 
 
 class Defaults(_Value):
@@ -144,7 +147,9 @@ class Defaults(_Value):
 
 class JobSubmitted(Fact):
     type: Literal["JobSubmitted"] = "JobSubmitted"
-    config: dict[str, Any] = Field(description="The Config exactly as the user sent it.")
+    config: dict[str, Any] = Field(
+        description="The Config as the user sent it, but with a tuned model's directory for its name."
+    )
     resources: Resources
     defaults: Defaults | None = Field(default=None, description="Absent in jobs from before this was recorded.")
     max_restarts: int = Field(ge=0, description="How often the run may be started again after an interruption.")

@@ -19,7 +19,7 @@ from events.log import LogUnavailable
 from serve_app.backend import Backend
 from serve_app.body import read_object
 from serve_app.delivery import Deliveries, digest_of, says_it_is_a_retry
-from serve_app.openai.tuned import checkpoint_of, directory_of
+from serve_app.openai.tuned import with_directory
 from serve_app.openapi import documented, documented_stream, json_body
 from serve_app.pace import time_of
 from serve_app.streaming import Stream
@@ -78,22 +78,35 @@ IdempotencyKey = Annotated[
     f"{JOBS}/submit",
     summary="Submit a fine tuning job",
     openapi_extra=json_body(Config),
-    responses=documented(FineTuningJob, "Successfully submitted the fine tuning job.", 413, 415, 422, 429),
+    responses=documented(FineTuningJob, "Successfully submitted the fine tuning job.", 404, 409, 413, 415, 422, 429),
 )
 async def submit(request: Request, backend: TheBackend, idempotency_key: IdempotencyKey = None) -> Response:
     """Submit a fine tuning job with the specified configuration.
 
     Answers as soon as the job is on disk, with status `validation`. Whatever can be found wrong with the request is
-    reported now, all of it at once; the job itself validates the rows of the data.
+    reported now, all of it at once; the job itself validates the rows of the data. `model` may also name a tuned model
+    or a checkpoint, as in POST /v1/fine_tuning/jobs: the job then starts from its weights (`resubmitted_from`).
     """
     document = await read_object(request, backend.settings.max_body_bytes)
     config = without_nulls(document)
-    if made := await made_before(backend, idempotency_key, lambda job: same_request(job, config, None)):
+
+    def same(job: FineTuningJob) -> bool:
+        """A tuned model is compared by its name: its directory may be gone by now."""
+        origin, asked = job.resubmitted_from, config
+        if origin is not None and origin.model is not None and origin.model == config.get("model"):
+            asked = config | {"model": job.input_config["model"]}
+        return same_request(job, asked, None)
+
+    if made := await made_before(backend, idempotency_key, same):
         return JSONResponse(made.wire())
+    document, origin = await with_directory(backend.log, document)
     submitted, problems = await examined(backend, document)
     if submitted is None or problems:
         raise ConfigProblems(problems)
-    return await begun(request, backend, submitted.model_copy(update={"idempotency_key": idempotency_key}))
+    if origin is not None:
+        origin = origin.model_copy(update={"model": config["model"]})
+    update = {"idempotency_key": idempotency_key, "resubmitted_from": origin}
+    return await begun(request, backend, submitted.model_copy(update=update))
 
 
 @router.post(
@@ -110,9 +123,7 @@ async def estimate(request: Request, backend: TheBackend) -> Response:
     that isn't here yet is examined without downloading its weights. `model` may also name a tuned model or a
     checkpoint, as in POST /v1/fine_tuning/jobs.
     """
-    document = await read_object(request, backend.settings.max_body_bytes)
-    if isinstance(name := document.get("model"), str) and (tuned := await checkpoint_of(backend.log, name)) is not None:
-        document["model"] = await directory_of(tuned)
+    document, _ = await with_directory(backend.log, await read_object(request, backend.settings.max_body_bytes))
     planned, resources = await _planned(backend, document)
     if planned.plan is None or resources is None or planned.problems:
         raise ConfigProblems(planned.problems)

@@ -13,11 +13,10 @@ from events.jobs import same_request
 from serve_app.openai import mapping, timeline
 from serve_app.openai.objects import OpenAICheckpointList, OpenAIEventList, OpenAIJob, OpenAIJobList, OpenAIJobRequest
 from serve_app.openai.paging import After, Limit, page, unknown_after
-from serve_app.openai.tuned import checkpoint_of, directory_of, saved_as, saved_at
+from serve_app.openai.tuned import saved_as, saved_at, with_directory
 from serve_app.openapi import documented, json_body
 from serve_app.routes import IdempotencyKey, TheBackend, begun, examined, made_before, received
 from trainers.errors import ConfigProblems
-from trainers.resubmit import origin_of
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
 JOBS = "/fine_tuning/jobs"
@@ -42,13 +41,10 @@ async def create(request: Request, backend: TheBackend, idempotency_key: Idempot
 
     if made := await made_before(backend, idempotency_key, same):
         return _answer(made)
-    tuned = await checkpoint_of(backend.log, asked.model)
-    if tuned is not None:
-        config["model"] = await directory_of(tuned)
+    config, origin = await with_directory(backend.log, config)
     submitted, problems = await examined(backend, config)
     if submitted is None or problems:
         raise ConfigProblems([mapping.in_openai_words(problem) for problem in problems])
-    origin = None if tuned is None else origin_of(tuned.job, tuned.uri)
     update = {"openai": openai, "idempotency_key": idempotency_key, "resubmitted_from": origin}
     return await begun(request, backend, submitted.model_copy(update=update), _shown)
 

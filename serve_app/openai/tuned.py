@@ -6,16 +6,17 @@ A job's model has one name, the `fine_tuned_model` that both APIs show once it h
 
 import asyncio
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from events.decide import Refused
-from events.facts import CheckpointSaved
+from events.facts import CheckpointSaved, Origin
 from events.job import FineTuningJob
 from events.store import Recorded
 from serve_app.backend import JobLog
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai import mapping, results
-from trainers.resubmit import model_dir_of, step_of
+from trainers.resubmit import model_dir_of, origin_of, step_of
 
 _TUNED = re.compile(r"ft:.*:([0-9A-Za-z]+?)(?::ckpt-step-(\d{1,12}))?")
 _CHECKPOINT = re.compile(r"ftckpt_([0-9A-Za-z]+)-(\d{1,12})")
@@ -31,6 +32,19 @@ class Checkpoint(NamedTuple):
     def name(self) -> str:
         """For files: the job and the step."""
         return f"{self.job.job_id}-step-{step_of(self.uri)}"
+
+
+async def with_directory(log: JobLog, config: Mapping[str, Any]) -> tuple[dict[str, Any], Origin | None]:
+    """The config of a request, and what its job starts from: if `model` is the name of a tuned model or the id of a
+    checkpoint, the config has the model's directory instead. None: it is the name of another model.
+
+    Raises RequestRefused as `checkpoint_of` does, and where the directory is no longer there.
+    """
+    name = config.get("model")
+    tuned = await checkpoint_of(log, name) if isinstance(name, str) else None
+    if tuned is None:
+        return dict(config), None
+    return {**config, "model": await directory_of(tuned)}, origin_of(tuned.job, tuned.uri)
 
 
 async def directory_of(found: Checkpoint) -> str:

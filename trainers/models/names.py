@@ -104,8 +104,8 @@ def classify_model(model: str) -> ModelKind:
         return "hub"
     if model.startswith(("ft:", "ftckpt_")):
         raise _refused(
-            f"{model!r} is not taken here: tuned models and checkpoints are trained by name through POST "
-            "/v1/fine_tuning/jobs, and by job and step through POST /fine_tuning/jobs/resubmit."
+            f"{model!r} can't be used here: a tuned model or a checkpoint can be named only in a request to the API, "
+            "as GET /v1/models or the list of the job's checkpoints shows it."
         )
     if "/" in model:
         raise _refused(

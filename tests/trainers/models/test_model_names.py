@@ -32,6 +32,6 @@ def test_a_refused_hub_id_learns_the_rule() -> None:
 @pytest.mark.parametrize(
     "model", ["ft:m:tunewright::01M8PHHNMXECB6W84RB2F7J84V", "ft:m:tunewright:a/b:01:ckpt-step-8", "ftckpt_01-5"]
 )
-def test_who_submits_a_tuned_model_by_its_name_learns_which_route_takes_it(model: str) -> None:
-    with pytest.raises(UserError, match="through POST /v1/fine_tuning/jobs"):
+def test_the_name_of_a_tuned_model_is_refused_and_the_error_says_that_the_api_takes_it(model: str) -> None:
+    with pytest.raises(UserError, match="only in a request to the API, as GET /v1/models"):
         classify_model(model)
