@@ -10,14 +10,17 @@ from serve_app.backend import JobLog
 from trainers.errors import ConfigProblems
 from trainers.estimate import Found, TimeEstimate
 from trainers.planning.plan import Plan, plan_of, step_items
+from trainers.planning.precision import CPU_INFO, has_bf16
 
 PAGES = 5
 """Of a hundred jobs each, the last ones, that are looked through for jobs like it."""
 FEWEST_STEPS = 2
 """Of a run whose speed says something: the first step is slower than the others."""
 MOST_JOBS = 20
-CPU_FLOPS, GPU_FLOPS = 20e9, 100e12
-"""Operations a second that are assumed of each CPU core and each GPU a job holds, where no job like it has run."""
+CPU_FLOPS, BF16_CPU_FLOPS, GPU_FLOPS = 60e9, 150e9, 100e12
+"""Operations per second assumed for each CPU and each GPU that a job holds, if no similar job has run. Those of CPUs
+are the lowest speeds in benchmarks/training.md: fp32 on a processor with AVX2 only, and mixed on one with bf16
+instructions. The one of GPUs was not measured."""
 EVALUATED = 1 / 3
 """Of the work for a trained token: an evaluation is a forward pass."""
 
@@ -34,8 +37,13 @@ async def time_of(plan: Plan, resources: Resources, found: Found, log: JobLog) -
         speed = plan.workers * resources.gpus_per_worker * GPU_FLOPS / found.flops_per_token
         basis = f"assumed: {GPU_FLOPS:.0e} operations a second on each GPU, {unknown}"
     else:
-        speed = plan.workers * resources.cpus_per_worker * CPU_FLOPS / found.flops_per_token
-        basis = f"assumed: {CPU_FLOPS:.0e} operations a second on each CPU, {unknown}"
+        # Only this machine's processor is known. The workers' may differ; the default dtype in estimates of memory
+        # rests on the same assumption.
+        in_bf16 = plan.dtype != "fp32" and await asyncio.to_thread(has_bf16, CPU_INFO)
+        flops = BF16_CPU_FLOPS if in_bf16 else CPU_FLOPS
+        speed = plan.workers * resources.cpus_per_worker * flops / found.flops_per_token
+        how = " in bf16, as the API's own processor computes," if in_bf16 else ","
+        basis = f"assumed: {flops:.2g} operations a second on each CPU{how} {unknown}"
     tokens = found.steps * found.tokens_a_step
     if found.validation_data is not None:
         evaluations = 1 + evaluations_after(0, found.steps, plan.n_epochs, plan.run_val_every_n_steps)

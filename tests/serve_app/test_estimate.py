@@ -19,6 +19,8 @@ from trainers.data.dataset import TokenisedDataset
 from trainers.data.prepare import prepare
 from trainers.data.rows import parse_row
 from trainers.estimate import AT_A_TIME, WAITING, Asked, Estimator, Found
+from trainers.models.architecture import inspect_model_dir
+from trainers.models.layout import numbers_of
 from trainers.planning.plan import Plan, make_plan
 from trainers.training.batches import Progress
 from trainers.training.load import build_schedule
@@ -272,7 +274,8 @@ def test_the_time_is_measured_on_jobs_like_it_once_there_are_some(
     server: Server, http: httpx.Client, config: dict[str, Any]
 ) -> None:
     before = estimate(http, config)["time"]
-    assert before["basis"].startswith("assumed: 2e+10 operations a second on each CPU")
+    assert before["basis"].startswith("assumed: ")
+    assert before["basis"].endswith(", no similar job has run here")
     other = config | {"fine_tuning_options": {**config["fine_tuning_options"], "extras": {"dtype": "bf16"}}}
     for asked, speed in ((config, 200.0), (config, 220.0), (config, 240.0), (other, 9999.0)):
         job_id = http.post("/fine_tuning/jobs/submit", json=asked | {"metadata": {"speed": speed}}).json()["job_id"]
@@ -290,4 +293,33 @@ def test_the_time_of_a_packed_job_is_said_to_be_assumed_whatever_has_run_here(
 ) -> None:
     packed = {"extras": {"packed": True, "max_seq_len": MAX_SEQ_LEN}}
     basis = estimate(http, config | {"fine_tuning_options": packed})["time"]["basis"]
-    assert basis == "assumed: 2e+10 operations a second on each CPU, the speed of packed jobs isn't measured"
+    assert basis.startswith("assumed: ")
+    assert basis.endswith(", the speed of packed jobs isn't measured")
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "operations"),
+    [
+        ("avx512_bf16", None, 1.5e11),
+        ("avx512_bf16", "bf16", 1.5e11),
+        ("avx512_bf16", "fp32", 6e10),
+        ("avx2", None, 6e10),
+        ("avx2", "bf16", 6e10),
+    ],
+)
+def test_the_speed_that_is_assumed_of_a_cpu_depends_on_whether_it_computes_in_bf16(
+    http: httpx.Client, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    flags: str, dtype: str | None, operations: float,
+) -> None:  # fmt: skip
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("serve_app.pace.CPU_INFO", tmp_path / "cpuinfo")
+    config["fine_tuning_options"]["custom_training_options"] = {"finetuning_type": "full"}
+    config["fine_tuning_options"]["extras"]["enable_activation_checkpointing"] = False
+    if dtype is not None:
+        config["fine_tuning_options"]["extras"]["dtype"] = dtype
+    found = estimate(http, config)["time"]
+    in_bf16 = " in bf16, as the API's own processor computes," if operations > 1e11 else ","
+    speed = f"{operations:.2g} operations a second on each CPU"
+    assert found["basis"] == f"assumed: {speed}{in_bf16} no similar job has run here"
+    weights = numbers_of(inspect_model_dir(Path(config["model"])))
+    assert found["tokens_per_second"] == pytest.approx(operations / (6 * weights), rel=0.01)
