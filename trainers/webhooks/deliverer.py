@@ -159,7 +159,7 @@ class Webhooks:
         return await self._do(lambda store: store.update(endpoint_id, name, url, event_types, time.time()))
 
     async def delete(self, endpoint_id: str) -> None:
-        await self._do(lambda store: store.delete(endpoint_id))
+        await self._do(lambda store: store.delete(endpoint_id, time.time()))
 
     async def rotate(self, endpoint_id: str, secret: str, *, keep_old: bool) -> Endpoint:
         now = time.time()

@@ -20,6 +20,11 @@ CREATE TABLE IF NOT EXISTS endpoints (
     old_secret       TEXT,  -- this and the next one: of earlier versions, which kept one
     old_secret_until REAL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS deleted_endpoints (
+    id         TEXT PRIMARY KEY,
+    number     INTEGER NOT NULL,
+    deleted_at REAL NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS old_secrets (
     endpoint_id TEXT NOT NULL REFERENCES endpoints (id) ON DELETE CASCADE,
     secret      TEXT NOT NULL,

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 from ulid import ULID
 
-from events.ids import ulid_time
 from trainers.errors import UserError
 from trainers.webhooks.schema import connect
 
@@ -161,17 +160,13 @@ class WebhookStore:
         return _endpoint(self._endpoint_row(endpoint_id))
 
     def endpoints(self, limit: int, after: str | None) -> tuple[list[Endpoint], bool]:
-        """Up to `limit`, newest first, those older than `after`, which may have been deleted since if `new_endpoint_id`
-        made it; and whether there are more. Raises UserError `unknown_after`."""
-        if after is not None and (made := ulid_time(after, "we_")) is not None:
-            (before,) = self._one(
-                "SELECT coalesce((SELECT number FROM endpoints WHERE id = ?), "
-                "(SELECT max(number) + 1 FROM endpoints WHERE created_at < ?), 0)",
-                after,
-                made,
-            )
-        else:
-            before = self._number("SELECT number FROM endpoints WHERE id = ?", after, after)
+        """Up to `limit` endpoints older than `after`, newest first, and whether there are more. `after` may have been
+        deleted meanwhile. Raises UserError `unknown_after`."""
+        query = (
+            "SELECT number FROM endpoints WHERE id = ? UNION ALL SELECT number FROM deleted_endpoints WHERE id = ? "
+            "ORDER BY number DESC LIMIT 1"  # both have an id that was deleted and then created again
+        )
+        before = self._number(query, after, after, after)
         rows = self._db.execute(
             "SELECT * FROM endpoints WHERE number < ? ORDER BY number DESC LIMIT ?", (before, limit + 1)
         ).fetchall()
@@ -228,10 +223,11 @@ class WebhookStore:
         )
         return (self._endpoint_row(endpoint_id)["secret"], *(row["secret"] for row in rows))
 
-    def delete(self, endpoint_id: str) -> None:
-        """And all that was to be sent to it."""
-        self._endpoint_row(endpoint_id)
+    def delete(self, endpoint_id: str, now: float) -> None:
+        """Deletes the endpoint with its secrets and deliveries. Its place in the list is kept, for `endpoints`."""
+        number = self._endpoint_row(endpoint_id)["number"]
         with self._db:
+            self._db.execute("INSERT OR REPLACE INTO deleted_endpoints VALUES (?, ?, ?)", (endpoint_id, number, now))
             self._db.execute("DELETE FROM endpoints WHERE id = ?", (endpoint_id,))
 
     # --- deliveries
@@ -354,8 +350,9 @@ class WebhookStore:
             )
 
     def prune(self, before: float) -> None:
-        """Forgets deliveries of events before that time, but for those that are under way."""
+        """Forgets deliveries of events before that time, except pending ones, and endpoints deleted before it."""
         with self._db:
+            self._db.execute("DELETE FROM deleted_endpoints WHERE deleted_at < ?", (before,))
             self._db.execute("DELETE FROM deliveries WHERE status != 'pending' AND created_at < ?", (before,))
 
     def _move(self, cursor: Cursor) -> None:

@@ -245,7 +245,11 @@ def test_a_request_that_is_wrong_is_a_400(client: openai.OpenAI, receiver: Recei
 def test_the_next_page_comes_also_after_an_endpoint_that_was_deleted_meanwhile(
     client: openai.OpenAI, receiver: Receiver
 ) -> None:
-    made = [client.webhooks.create(name="x", url=receiver.url, event_types=TYPES).id for _ in range(3)]
+    """Whether the service chose the endpoint's id itself, or made it of the request's Idempotency-Key."""
+    made = []
+    for headers in ({}, {"Idempotency-Key": "first"}, {}, {"Idempotency-Key": "second"}):
+        created = client.webhooks.create(name="x", url=receiver.url, event_types=TYPES, extra_headers=headers)
+        made.append(created.id)
     listed = []
     for endpoint in client.webhooks.list(limit=1):
         listed.append(endpoint.id)

@@ -172,3 +172,21 @@ def test_what_is_over_is_forgotten_after_a_month_and_what_is_not_is_kept(tmp_pat
     found, _ = store.deliveries(created.id, 10, None)
     assert [one.notice.event_id for one in found] == ["evt_young", "evt_pending"]
     store.close()
+
+
+def test_a_page_goes_on_after_a_deleted_endpoint_for_as_long_as_deliveries_are_kept(tmp_path: Path) -> None:
+    store = WebhookStore(tmp_path / "webhooks.db")
+    first, second = (store.create(name, "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0) for name in ("we_1", "we_2"))
+    for at in (150.0, 160.0):  # deleted, created again with the same Idempotency-Key, deleted again
+        store.delete(second.id, at)
+        assert store.endpoints(10, second.id) == ([first], False)
+        store.create(second.id, "whsec_1", "", "http://8.8.8.8/", TYPES, at)
+    third = store.create("we_3", "whsec_1", "", "http://8.8.8.8/", TYPES, 170.0)
+    store.delete(third.id, 180.0)
+    assert [one.id for one in store.endpoints(10, third.id)[0]] == [second.id, first.id]
+    store.prune(180.0)
+    assert [one.id for one in store.endpoints(10, third.id)[0]] == [second.id, first.id]
+    store.prune(180.5)
+    with pytest.raises(UserError, match="no 'we_3' in this list"):
+        store.endpoints(10, third.id)
+    store.close()
