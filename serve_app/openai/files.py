@@ -96,11 +96,12 @@ async def list_files(
         place = await _place_of(after, backend.log)
         found = [item for item in found if (_order(item) > place if order == "asc" else _order(item) < place)]
     files: list[OpenAIFile] = []
+    sizes = await asyncio.to_thread(results.sizes_in, backend.settings.storage)
     deadline = time.monotonic() + PAGE_S
     for item in found[:limit]:
         if files and time.monotonic() > deadline:
             break
-        files.append(shown(item) if isinstance(item, File) else await results.result_file(backend.log, item))
+        files.append(shown(item) if isinstance(item, File) else await results.result_file(backend.log, item, sizes))
     return JSONResponse(page(files, len(found) > len(files)))
 
 
@@ -108,7 +109,8 @@ async def list_files(
 async def retrieve(backend: TheBackend, file_id: FileId) -> Response:
     """A file's name, size, purpose and dates."""
     if (job := await results.job_of(backend.log, file_id)) is not None:
-        return JSONResponse((await results.result_file(backend.log, job)).model_dump(mode="json"))
+        sizes = await asyncio.to_thread(results.sizes_in, backend.settings.storage)
+        return JSONResponse((await results.result_file(backend.log, job, sizes)).model_dump(mode="json"))
     file = await asyncio.to_thread((await store_of(backend.settings)).get, file_id)
     return JSONResponse(shown(file).model_dump(mode="json"))
 

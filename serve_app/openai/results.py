@@ -1,10 +1,14 @@
-"""Result files: a job's metrics by step, as CSV. They are derived from the log when they are read, so none is lost."""
+"""Result files: a job's metrics by step, as CSV. They are made from the log each time they are read."""
 
 import asyncio
 import csv
 import io
 import math
+import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 from events.decide import Refused
 from events.facts import MetricsRecorded, StepMetrics
@@ -22,12 +26,13 @@ VALID = {
     "full_valid_loss": "valid_loss",
     "full_valid_mean_token_accuracy": "valid_token_accuracy",
 }
-"""OpenAI's names of our metrics. An evaluation here is always of the whole file, so both of OpenAI's pairs are it."""
+"""OpenAI's names of our metrics. An evaluation always covers the whole validation file, so it has both of OpenAI's
+pairs of names."""
 COLUMNS = ("step", "total_steps", *TRAIN, *VALID)
-_sizes: dict[str, int] = {}
 _PAGE = 100
-"""Events that are read at a time. The event loop unpickles them, and does nothing else meanwhile: a thousand with ten
-steps each took it 0.2 s."""
+"""Events per read. Unpickling them blocks the event loop: a thousand events with ten steps each took 0.2 s."""
+_FORMAT = 1
+"""Raise this when the CSV of the same metrics changes: sizes that were stored before don't count any more."""
 
 
 def file_id(job_id: str) -> str:
@@ -44,7 +49,7 @@ def created_at(job: FineTuningJob) -> int:
 
 
 async def job_of(log: JobLog, name: str) -> FineTuningJob | None:
-    """The job whose result file that is; None where it is none."""
+    """The job that the result file `name` belongs to; None if `name` is not a result file."""
     if not name.startswith(RESULTS_PREFIX):
         return None
     try:
@@ -56,12 +61,45 @@ async def job_of(log: JobLog, name: str) -> FineTuningJob | None:
     return job if has_results(job) else None
 
 
-async def result_file(log: JobLog, job: FineTuningJob) -> OpenAIFile:
-    if job.job_id not in _sizes:  # it never changes: the job is over
-        _sizes[job.job_id] = len(await result_csv(log, job))
+class Sizes:
+    """Sizes of the result files that were listed before, in memory and on disk.
+
+    Computing a size means reading the job's whole history: for a thousand jobs of 300 steps, 5 to 20 s. The file saves
+    that when a replica is started again. It has a line for each job: `<job id> <job version> <size> bytes`. Several
+    replicas may append to it, damaged lines are ignored, and without it sizes are computed again.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known: dict[tuple[str, int], int] = {}
+        with suppress(OSError):
+            text = file.read_text(errors="replace")
+            for job_id, version, size in re.findall(r"^([\w-]+) (\d+) (\d+) bytes$", text, re.MULTILINE):
+                self._known[job_id, int(version)] = int(size)
+
+    async def of(self, log: JobLog, job: FineTuningJob) -> int:
+        """The size of the result file of a job that is over."""
+        key = job.job_id, job.version
+        if key not in self._known:
+            self._known[key] = len(await result_csv(log, job))
+            await asyncio.to_thread(self._store, f"{job.job_id} {job.version} {self._known[key]} bytes")
+        return self._known[key]
+
+    def _store(self, line: str) -> None:
+        with suppress(OSError), self._file.open("a") as file:
+            file.write(f"\n{line}")  # the line break comes first: a crash may have cut the last line short
+
+
+@cache
+def sizes_in(storage: Path) -> Sizes:
+    """This process's sizes for the service in that storage directory. The first call reads them from disk."""
+    return Sizes(storage / f"result-sizes-{_FORMAT}.txt")
+
+
+async def result_file(log: JobLog, job: FineTuningJob, sizes: Sizes) -> OpenAIFile:
     return OpenAIFile(
         id=file_id(job.job_id),
-        bytes=_sizes[job.job_id],
+        bytes=await sizes.of(log, job),
         created_at=created_at(job),
         filename=FILENAME,
         purpose="fine-tune-results",
@@ -69,7 +107,7 @@ async def result_file(log: JobLog, job: FineTuningJob) -> OpenAIFile:
 
 
 async def result_csv(log: JobLog, job: FineTuningJob) -> bytes:
-    """A line for each step. Steps that an interrupted run lost and the next one took again are there once."""
+    """The CSV, with one line for each step. If a step was repeated after an interruption, its last metrics count."""
     total = job.progress.total_steps if job.progress else None
     by_step: dict[int, dict[str, int | float | None]] = {}
     async for recorded in history(log, job.job_id):
@@ -89,7 +127,7 @@ def _written(by_step: dict[int, dict[str, int | float | None]]) -> bytes:
 
 
 def measured(metrics: StepMetrics, total_steps: int | None) -> dict[str, int | float | None]:
-    """By OpenAI's names. None for what was not measured, or is no number."""
+    """The metrics by OpenAI's names. None for those that were not measured or are not finite."""
     values: dict[str, int | float | None] = {"step": metrics.step, "total_steps": total_steps}
     for name, ours in (TRAIN | VALID).items():
         values[name] = finite(getattr(metrics, ours))

@@ -28,6 +28,7 @@ from events.facts import (
     StepMetrics,
 )
 from events.store import Recorded
+from serve_app.openai import results
 from tests.events.facts_of_a_job import ADMITTED, VALIDATED, started
 from tests.serve_app.live_server import MODEL, Serve, Server
 from tests.serve_app.openai.conftest import ROWS, connected
@@ -280,6 +281,44 @@ def test_a_job_that_is_over_has_a_result_file(
     ours = httpx.post(f"{server.url}/fine_tuning/jobs/submit", json={"model": MODEL, "data": result_file})
     error = ours.json()["error"]
     assert (ours.status_code, error["param"], error["code"]) == (422, "data", "wrong_purpose")
+
+
+def test_a_restarted_replica_lists_result_files_without_reading_metrics_again(
+    client: openai.OpenAI, server: Server, create: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [create() for _ in range(2)]
+    for number, job in enumerate(jobs):
+        steps = [stepped(step, 2.0) for step in range(1, 5 + number)]
+        server.append(job.id, *running(), MetricsRecorded(attempt=1, steps=steps), JobSucceeded())
+
+    def listed() -> dict[str, int]:
+        """The sizes that a replica lists that has just started."""
+        results.sizes_in.cache_clear()
+        return {file.id: file.bytes for file in client.files.list(purpose="fine-tune-results")}
+
+    before = listed()
+    histories: list[str] = []
+    log = server.parts.log
+    original = log.read
+
+    async def watched(job_id: str, after_version: int = -1, limit: int = 1000) -> list[Recorded]:
+        histories.append(job_id)
+        return await original(job_id, after_version, limit)
+
+    monkeypatch.setattr(log, "read", watched)
+    assert listed() == before
+    assert histories == []
+    (file,) = server.parts.settings.storage.glob("result-sizes-*")
+    lines = file.read_text().splitlines()
+    (line,) = [line for line in lines if jobs[1].id in line]
+    file.write_text("".join(f"{other}\n" for other in lines if other != line) + line[:-3])  # cut short by a crash
+    for read_again in ({jobs[1].id}, set()):
+        assert listed() == before
+        assert set(histories) == read_again
+        histories.clear()
+    file.unlink()
+    file.mkdir()  # sizes can be neither read nor written
+    assert listed() == before
 
 
 @pytest.mark.parametrize(("every_n_steps", "evaluations"), [(None, 2), (300, 5), (250, 4)])
