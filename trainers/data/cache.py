@@ -8,6 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -58,6 +59,8 @@ class DataCache:
                 break
             self._remove(entry, lock_file(entry))
             total -= size
+        for lock in self._directory.glob(".*.lock"):
+            self._remove_unused(lock)
 
     def _remove(self, directory: Path, lock: Path) -> None:
         try:
@@ -67,6 +70,17 @@ class DataCache:
         except (Timeout, FileNotFoundError):
             return
         shutil.rmtree(gone, ignore_errors=True)
+
+    def _remove_unused(self, lock: Path) -> None:
+        """Deletes a lock file if there is no entry for it and nobody is making one. Safe because only the holder of the
+        lock deletes it: a process that opened the file before and locks it after notices (filelock looks at the number
+        of links) and tries again with a new file."""
+        entry = lock.with_name(lock.name.removeprefix(".").removesuffix(".lock"))
+        if entry.exists():
+            return
+        with suppress(OSError), FileLock(lock, mode=0o644, timeout=0):  # filelock's Timeout is one, too
+            if not entry.exists():
+                lock.unlink()
 
 
 def _or_nothing(make: Make) -> Make:

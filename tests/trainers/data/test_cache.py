@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import threading
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 
@@ -90,6 +91,33 @@ def test_what_killed_runs_left_is_cleared_away_unless_it_is_still_being_made(tmp
         fetch(DataCache(tmp_path / "cache", 1000), "a", Maker(), tmp_path / "job")
     left = {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()}
     assert left == {"a", ".alive.partial"}
+
+
+def test_a_lock_file_goes_with_its_entry_unless_somebody_holds_it(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for key in ("a", "b"):
+        fetch(DataCache(cache, 1000), key, Maker(), tmp_path / key)
+    (cache / ".failed.lock").touch()  # what a job leaves whose data was refused
+    with FileLock(cache / ".held.lock"):
+        fetch(DataCache(cache, 6), "c", Maker(), tmp_path / "c")
+    assert sorted(path.name for path in cache.iterdir()) == [".c.lock", ".held.lock", "c"]
+
+
+def test_a_job_that_waits_for_a_lock_file_which_is_deleted_locks_the_next_one(tmp_path: Path) -> None:
+    cache, waits = tmp_path / "cache", threading.Event()
+    cache.mkdir()
+    into = tmp_path / "job"
+    into.mkdir()
+    arguments = ("a", Maker(), into, lambda _: waits.set())
+    waiting = threading.Thread(target=DataCache(cache, 1000).fetch, args=arguments)
+    lock = cache / ".a.lock"
+    with FileLock(lock):
+        waiting.start()
+        assert waits.wait(WAIT_S)
+        lock.unlink()
+    waiting.join(WAIT_S)
+    assert (into / "tokens.bin").read_bytes() == b"tokens"
+    assert lock.exists()
 
 
 def test_an_entry_that_is_evicted_under_a_jobs_hands_is_made_again(
