@@ -15,6 +15,7 @@ import ray
 from ray._private import state as ray_state  # free resources by node and the autoscaler's groups are not public
 from ray._private.services import get_webui_url_from_internal_kv
 from ray._raylet import PlacementGroupID
+from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 from ray.dashboard.modules.job.common import JOB_ACTOR_NAME_TEMPLATE, SUPERVISOR_ACTOR_RAY_NAMESPACE
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
@@ -74,7 +75,14 @@ class Runner:
 
 
 class _Jobs(JobSubmissionClient):
-    """Ray's own client waits for an answer for ever: a dashboard that hangs would end the dispatcher's passes."""
+    """Ray's job client for the dashboard at `url`, with a time-out.
+
+    Ray's own asks the cluster at RAY_API_SERVER_ADDRESS or RAY_ADDRESS instead, where one of these is set, and waits
+    for an answer for ever: a dashboard that hangs would end the dispatcher's passes.
+    """
+
+    def __init__(self, url: str) -> None:
+        SubmissionClient.__init__(self, url)  # not JobSubmissionClient's, which reads the environment
 
     def _do_request(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  -- as in Ray
         return super()._do_request(*arguments, **{"timeout": ANSWER_S, **options})

@@ -92,6 +92,17 @@ def test_a_job_that_ray_does_not_know_has_no_runner(dashboard: Dashboard) -> Non
     assert Cluster().runner(WITH_404).state == "absent"
 
 
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+def test_the_address_of_another_cluster_in_the_environment_is_ignored(
+    variable: str, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+    Cluster().start_runner(WITH_404, {})
+    assert [submission["submission_id"] for submission in dashboard.submitted] == [WITH_404]
+
+
 def test_two_runners_of_one_job_that_ended_alike_are_told_apart(dashboard: Dashboard) -> None:
     dashboard.status, cluster = 200, Cluster()
     lost = []
