@@ -11,6 +11,7 @@ from trainers.methods.method import Method
 from trainers.models.architecture import Architecture
 from trainers.models.decoder import plain_linear
 from trainers.models.weights import load_weights
+from trainers.training.checkpoint import reading
 from trainers.training.export import export_model
 
 
@@ -31,7 +32,10 @@ class Full(Method):
         resume_from: Path | None,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
-        return load_weights(resume_from or model_dir, arch)
+        if resume_from is None:
+            return load_weights(model_dir, arch)
+        with reading(resume_from):
+            return load_weights(resume_from, arch)
 
     def save(self, directory: Path, trained: Mapping[str, Tensor], arch: Architecture, model_dir: Path) -> None:
         export_model(trained, arch, model_dir, directory)

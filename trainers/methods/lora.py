@@ -18,6 +18,7 @@ from trainers.models.layout import adapts
 from trainers.models.names import base_name
 from trainers.models.weights import load_weights
 from trainers.planning.plan import LoraSpec, Plan
+from trainers.training.checkpoint import reading
 from trainers.training.export import export_model
 
 ADAPTER_SUFFIXES = (".lora_a.weight", ".lora_b.weight")
@@ -70,9 +71,10 @@ class Lora(Method):
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
         base = load_weights(model_dir, arch)
-        if resume_from:
+        if resume_from is None:
+            return base | initial_adapter(decoder, self.plan.seed, dtype)
+        with reading(resume_from / "adapter"):
             return base | load_peft_adapter(resume_from / "adapter", arch, self.spec)
-        return base | initial_adapter(decoder, self.plan.seed, dtype)
 
     def save(self, directory: Path, trained: Mapping[str, Tensor], arch: Architecture, model_dir: Path) -> None:
         base, revision = base_name(self.plan.model)

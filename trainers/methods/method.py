@@ -43,7 +43,8 @@ class Method(ABC):
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
         """A value for every parameter of `decoder` (which is on the meta device), whole and on the CPU: those of
-        `model_dir` to begin with, those of the checkpoint directory `resume_from` to go on."""
+        `model_dir` to begin with, those of the checkpoint directory `resume_from` to go on. Raises
+        InfrastructureError `checkpoint_unreadable`."""
 
     def placed(self, name: str, value: Tensor) -> Tensor:
         """`value`, which is whole and on the device of training, in the form in which the decoder is to hold its

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trainers.errors import storage_away
 from trainers.models.architecture import Architecture
 from trainers.models.export_files import write_json, write_safetensors
 from trainers.models.layout import Linear, Part, adapts, linears
@@ -58,12 +60,17 @@ def save_peft_adapter(
 
 
 def load_peft_adapter(adapter_dir: Path, arch: Architecture, lora: LoraSpec) -> dict[str, Tensor]:
-    """The adapter state that `save_peft_adapter` wrote for the same `arch` and `lora`, bit for bit, on the CPU."""
+    """The adapter state that `save_peft_adapter` wrote for the same `arch` and `lora`, bit for bit, on the CPU. Raises
+    UserError `model_incomplete`."""
+    file = adapter_dir / ADAPTER_FILE
     try:
-        stored = load_file(adapter_dir / ADAPTER_FILE)
-        config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise incomplete(f"{adapter_dir} holds no readable adapter: {error}.") from None
+        stored = load_file(file)
+        file = adapter_dir / ADAPTER_CONFIG
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        if storage_away(error):
+            raise
+        raise incomplete(f"{file} can't be read: {error}.") from None
     if (config.get("r"), config.get("lora_alpha")) != (lora.rank, lora.alpha):
         raise incomplete(f"{adapter_dir} is an adapter of another rank or alpha than {lora.rank} and {lora.alpha}.")
     state: dict[str, Tensor] = {}

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainers.errors import storage_away
 from trainers.models.architecture import Architecture
 from trainers.models.export_files import copy_companions, write_json, write_safetensors
 from trainers.models.layout import CheckpointTensor, checkpoint_tensors
@@ -25,7 +26,7 @@ def load_weights(model_dir: Path, arch: Architecture, dtype: torch.dtype | None 
     """
     weights: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(model_dir)]
+        files = [stack.enter_context(_opened(file)) for file in weight_files(model_dir)]
         by_name = {name: file for file in files for name in file.keys()}  # noqa: SIM118  -- not a dict
         for tensor in checkpoint_tensors(arch):
             stored = _stored(by_name, tensor, model_dir)
@@ -63,6 +64,15 @@ def save_hf_model(
         write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, out_dir / INDEX_FILE)
     write_json(_exported_config(arch, state_dict["tok_embeddings.weight"].dtype), out_dir / "config.json")
     copy_companions(source_dir, out_dir)
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        if storage_away(error):
+            raise
+        raise incomplete(f"{file} is not a readable safetensors file: {error}.") from None
 
 
 def _stored(by_name: Mapping[str, Any], tensor: CheckpointTensor, model_dir: Path) -> Tensor:

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from events.disk import sync_path, sync_tree
-from trainers.errors import InfrastructureError
+from trainers.errors import InfrastructureError, UserError, storage_away
 from trainers.methods import Method
 from trainers.models.architecture import Architecture
 from trainers.planning.precision import Dtype
@@ -192,20 +192,17 @@ class Standing(NamedTuple):
 
 def load_standing(checkpoint: Path) -> Standing:
     """Where the run stood at `checkpoint`. Raises InfrastructureError `checkpoint_unreadable`."""
-    try:
-        state = json.loads((checkpoint / STATE / "state.json").read_text(encoding="utf-8"))
+    file = checkpoint / STATE / "state.json"
+    with reading(file):
+        state = json.loads(file.read_text(encoding="utf-8"))
         return Standing(Progress(**state["progress"]), Validation(**state.get("validation", {})), state.get("dtype"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InfrastructureError(
-            "checkpoint_unreadable",
-            f"can't resume from {checkpoint}: {type(error).__name__}: {error}.",
-            suggestion="submit the job again, or resubmit it from an earlier checkpoint",
-        ) from None
 
 
 def load_optimizer(checkpoint: Path, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
-    """Gives the optimizer the state it had. Every rank has to call it; any number of ranks may have saved it."""
-    with safe_open(checkpoint / STATE / "optimizer.safetensors", framework="pt") as file:
+    """Gives the optimizer the state it had. Every rank has to call it; any number of ranks may have saved it.
+    Raises InfrastructureError `checkpoint_unreadable`."""
+    path = checkpoint / STATE / "optimizer.safetensors"
+    with reading(path), safe_open(path, framework="pt") as file:
         keys: dict[str, list[str]] = {}
         for key in file.keys():  # noqa: SIM118  -- not a dict
             attribute, _, name = key.partition("/")
@@ -213,6 +210,25 @@ def load_optimizer(checkpoint: Path, parameters: NamedParameters, optimizer: tor
         for name, attributes in keys.items():
             saved = {attribute: file.get_tensor(f"{attribute}/{name}") for attribute in attributes}
             restore_optimizer_state(optimizer, parameters[name], saved)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """For reading a file or directory of the checkpoint that a run resumes from: turns errors that say it is damaged
+    into InfrastructureError `checkpoint_unreadable`. An OSError of a disk that doesn't work just now passes: it
+    interrupts the job, which resumes later."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, UserError) as error:
+        if storage_away(error):
+            raise
+        # A UserError is `model_incomplete`, and names its file.
+        reason = error.error.message if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
+        raise InfrastructureError(
+            "checkpoint_unreadable",
+            f"can't resume, as the checkpoint is damaged: {reason.removesuffix('.')}.",
+            suggestion="submit the job again, or resubmit it from an earlier checkpoint",
+        ) from None
 
 
 class _Entry(NamedTuple):

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -373,6 +375,48 @@ def test_a_checkpoint_without_training_state_is_refused_by_name(case: Case) -> N
     with pytest.raises(InfrastructureError, match=str(first)) as caught:
         replace(case, resume_from=first).run()
     assert caught.value.error.code == "checkpoint_unreadable"
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": lambda content: content[: len(content) // 2],
+    "overwritten": lambda content: content[:8] + bytes([0xFF] * 8) + content[16:],
+    "empty": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "file"),
+    [
+        ("lora", "training_state/state.json"),
+        ("lora", "training_state/optimizer.safetensors"),
+        ("lora", "adapter/adapter_model.safetensors"),
+        ("lora", "adapter/adapter_config.json"),
+        ("full", "model.safetensors"),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_named(case: Case, method: str, file: str) -> None:
+    part = replace(case, plan=make_plan_for(method), stop_at=4).run()
+    resumed = replace(case, plan=make_plan_for(method), resume_from=part.checkpoints[-1].path)
+    damaged = known(resumed.resume_from) / file
+    whole = damaged.read_bytes()
+    for damage in DAMAGES.values():
+        damaged.write_bytes(damage(whole))
+        with pytest.raises(InfrastructureError, match=re.escape(str(damaged))) as caught:
+            resumed.run()
+        assert caught.value.error.code == "checkpoint_unreadable"
+        assert "resubmit it from an earlier checkpoint" in known(caught.value.error.suggestion)
+
+
+def test_a_disk_that_is_away_is_not_taken_for_a_damaged_checkpoint(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trainers.running.fit` interrupts the job on such an error, and resumes it later."""
+    part = replace(case, stop_at=4).run()
+
+    def away(*_: object, **__: object) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", away)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_standing(part.checkpoints[-1].path)
 
 
 def test_resuming_a_run_that_has_ended_does_nothing(case: Case) -> None:
