@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import psutil
@@ -10,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container sees the memory limit of its cgroup (v2 and v1), in bytes. They are where Ray looks, too."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,19 @@ class Ranks:
                 tensor.copy_(total.view_as(tensor))
 
     def memory_bytes(self) -> int:
-        """Memory of the device; on the CPU this worker's share of the machine's."""
+        """Memory of the device; on the CPU this worker's share of the machine's or the container's."""
         if self.device.type == "cuda":
             return int(torch.cuda.get_device_properties(self.device).total_memory)
-        return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        return _host_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+
+def _host_memory_bytes() -> int:
+    """Memory of the machine, or of this container if that is less."""
+    limits = (path.read_text(encoding="ascii").strip() for path in MEMORY_LIMITS if path.exists())
+    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit != "max")])
 
 
 def _device(cuda: bool) -> torch.device:
