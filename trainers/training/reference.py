@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from events.disk import sync_path
 from trainers.data.dataset import TokenisedDataset
-from trainers.errors import InfrastructureError
+from trainers.errors import InfrastructureError, storage_away
 from trainers.planning.plan import REFERENCE
 from trainers.training.batches import evaluation_batches
 from trainers.training.collate import collate
@@ -42,11 +43,11 @@ def reference_of(
     InfrastructureError `reference_missing` is raised; else they are measured, unless they are there, and kept there.
     """
     file = output_dir / REFERENCE
-    kept = load_file(file) if ranks.first and file.exists() else {}
+    kept = _kept(file) if ranks.first else {}
     complete = all(name in kept and len(kept[name]) == len(rows) for name, rows in data.items())
     found = ranks.sum([ranks.first and complete])[0] == 1
     if not found and trained:
-        message = f"{file} is gone; it had the initial model's log-probabilities, which DPO compares with."
+        message = f"{file} is gone or damaged; it had the initial model's log-probabilities, which DPO compares with."
         raise InfrastructureError("reference_missing", message, suggestion="submit the job again")
     if found:  # rank 0 has read it; the others need not see the same files yet
         return {
@@ -61,6 +62,16 @@ def reference_of(
         draft.rename(file)
         sync_path(output_dir)
     return reference
+
+
+def _kept(file: Path) -> dict[str, Tensor]:
+    """Empty where the file is not there or damaged."""
+    try:
+        return load_file(file) if file.exists() else {}
+    except SafetensorError as error:
+        if storage_away(error):
+            raise
+        return {}
 
 
 @torch.no_grad()

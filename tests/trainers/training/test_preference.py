@@ -119,10 +119,23 @@ def test_a_power_cut_doesn_t_take_the_reference(case: Case, monkeypatch: pytest.
 def test_a_run_can_not_go_on_without_its_reference(case: Case) -> None:
     part = replace(case, stop_at=2).run()
     assert load_file(case.output_dir / REFERENCE)["training"].shape == (2 * PAIRS,)
-    (case.output_dir / REFERENCE).unlink()
-    with pytest.raises(InfrastructureError, match="log-probabilities") as caught:
-        replace(case, resume_from=part.checkpoints[-1].path).run()
-    assert caught.value.error.code == "reference_missing"
+    reference = case.output_dir / REFERENCE
+    reference.write_bytes(reference.read_bytes()[:-4])
+    for damage in ("cut short", "gone"):
+        if damage == "gone":
+            reference.unlink()
+        with pytest.raises(InfrastructureError, match="log-probabilities") as caught:
+            replace(case, resume_from=part.checkpoints[-1].path).run()
+        assert caught.value.error.code == "reference_missing"
+
+
+def test_a_run_that_begins_again_measures_a_damaged_reference_anew(case: Case) -> None:
+    first = replace(case, stop_at=1).run()
+    reference = case.output_dir / REFERENCE
+    whole = reference.read_bytes()
+    reference.write_bytes(whole[:-4])
+    assert replace(case, stop_at=1).run().losses == first.losses
+    assert reference.read_bytes() == whole
 
 
 def test_a_run_that_begins_again_uses_the_reference_that_is_there(case: Case, caplog: pytest.LogCaptureFixture) -> None:
