@@ -1,6 +1,9 @@
-"""Directories that are made once and then shared: by jobs of one machine and, on a shared file system, of many."""
+"""Directories that are made once and then shared by jobs: of one machine or, on a shared file system, of several."""
 
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -8,16 +11,19 @@ from filelock import FileLock, Timeout
 from events.disk import sync_path, sync_tree
 from trainers.errors import storage_errors
 
+ABANDONED_S = 24 * 3600.0
+"""Seconds without a change after which nobody is expected to finish a partial directory."""
+
 
 def make_once(final: Path, make: Callable[[Path], None], log: Callable[[str], None]) -> Path:
-    """`final`, made by `make` where it isn't there yet; a directory of that name is always complete, also after a power
-    cut.
+    """Returns `final`, and makes it with `make` if it doesn't exist. A directory of that name is always complete, even
+    after a power cut.
 
-    `make(partial)` fills a directory beside it, which is then renamed. Only one process makes it at a time; others
-    wait, and say so. What an attempt that died has left is handed to the next one, so downloads go on where they
-    stopped; `make` must cope with it.
+    `make(partial)` fills a hidden directory beside `final`, which is then renamed. A file lock lets only one process at
+    a time make it; others log that they wait. If an attempt fails or its process dies, the next one gets the same
+    partial directory, so that downloads can go on where they stopped; `make` must cope with whatever it contains.
 
-    Raises InfrastructureError `storage_full` or `storage_unreachable`, and what `make` does.
+    Raises InfrastructureError `storage_full` or `storage_unreachable`, and what `make` raises.
     """
     if final.is_dir():
         return final
@@ -47,5 +53,32 @@ def _make(final: Path, make: Callable[[Path], None], log: Callable[[str], None])
 
 
 def lock_file(final: Path) -> Path:
-    """What is locked while `final` is made."""
+    """The file that is locked while `final` is made."""
     return final.with_name(f".{final.name}.lock")
+
+
+def delete_abandoned(cache_dir: Path, patterns: Iterable[str]) -> None:
+    """Deletes partial directories of `make_once` that nothing has changed in for `ABANDONED_S` and whose lock is free,
+    among those under `cache_dir` that match `patterns`. One that can't be read or deleted is left for the next call.
+
+    Both conditions matter. The lock protects a download that has stalled; the age protects one on another node, as some
+    shared file systems keep locks per node. The empty lock file stays: a process may be waiting for the lock on it.
+    """
+    for pattern in patterns:
+        with suppress(OSError):
+            for partial in cache_dir.glob(pattern):
+                with suppress(OSError):
+                    _delete_if_abandoned(partial)
+
+
+def _delete_if_abandoned(partial: Path) -> None:
+    lock = lock_file(partial.with_name(partial.name[1:].removesuffix(".partial")))
+    if _is_old(partial):
+        with suppress(Timeout), FileLock(lock, mode=0o644, timeout=0):
+            if _is_old(partial):  # an attempt may have begun and ended in between
+                shutil.rmtree(partial)
+
+
+def _is_old(partial: Path) -> bool:
+    newest = max(path.lstat().st_mtime for path in (partial, *partial.rglob("*")))
+    return time.time() - newest > ABANDONED_S

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainers.models import hub, remote, smollm2
-from trainers.models.cache import make_once
+from trainers.models.cache import delete_abandoned, make_once
 from trainers.models.names import classify_model, hub_model, local_directory
 from trainers.settings import Settings
 
 __all__ = ["classify_model", "lasting_name", "resolve_model"]
+
+_PARTIALS = (f".{smollm2.MODEL_NAME}-*.partial", "hub/*/.*.partial", "remote/.*.partial")
+"""What unfinished attempts leave in the model cache, beside which users may keep directories of their own."""
 
 
 def resolve_model(model: str, settings: Settings, log: Callable[[str], None], *, weights: bool = True) -> Path:
@@ -23,6 +26,7 @@ def resolve_model(model: str, settings: Settings, log: Callable[[str], None], *,
     kind = classify_model(model)
     if kind == "local":
         return local_directory(model, settings.allowed_model_roots)
+    delete_abandoned(settings.model_cache, _PARTIALS)
     if kind == "remote":
         return remote.copy(model, settings.model_cache, log, weights=weights)
     if model.lower() == smollm2.MODEL_NAME and (packaged := smollm2.packaged_gguf()):

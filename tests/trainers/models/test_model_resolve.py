@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from tests.waiting import WAIT_S, eventually
 from trainers.errors import InfrastructureError, UserError
 from trainers.models import smollm2
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.cache import make_once
 from trainers.models.hub import download
 from trainers.models.names import ALIASES, HubModel, hub_model
 from trainers.models.resolve import classify_model, resolve_model
@@ -429,71 +427,3 @@ def test_without_the_package_the_demo_alias_means_the_hub(
     commit = hub.add("HuggingFaceTB/SmolLM2-135M-Instruct", make_tiny_model(tmp_path / "source"))
     assert resolve_model("smollm2-135m-instruct", settings, log.append).name == commit
     assert log[0] == "smollm2-135m-instruct stands for HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-def test_jobs_that_want_the_same_model_at_once_make_it_once(tmp_path: Path) -> None:
-    made, waiting, started, release = [], threading.Event(), threading.Event(), threading.Event()
-
-    def make(partial: Path) -> None:
-        made.append(partial)
-        started.set()
-        assert release.wait(10)
-
-    def wait_for_it(message: str) -> None:
-        assert "waiting" in message
-        waiting.set()
-
-    final = tmp_path / "cache" / "model"
-    first = threading.Thread(target=make_once, args=(final, make, print))
-    first.start()
-    assert started.wait(10)
-    assert not final.exists()
-    second = threading.Thread(target=make_once, args=(final, make, wait_for_it))
-    second.start()
-    assert waiting.wait(10)
-    release.set()
-    first.join()
-    second.join()
-    assert len(made) == 1
-    assert final.is_dir()
-
-
-def test_a_power_cut_leaves_nothing_incomplete_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    power_cut = PowerCut(monkeypatch)
-
-    def make(partial: Path) -> None:
-        (partial / "additional_chat_templates").mkdir()
-        for name in ("model.safetensors", "additional_chat_templates/tool_use.jinja"):
-            (partial / name).write_bytes(b"content")
-
-    rename = Path.rename
-
-    def renaming(partial: Path, target: Path) -> Path:
-        assert power_cut.leaves_content(partial)
-        return rename(partial, target)
-
-    monkeypatch.setattr(Path, "rename", renaming)
-    assert power_cut.leaves(make_once(tmp_path / "model", make, print))
-
-
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "storage_full"), (errno.EIO, "storage_unreachable")])
-def test_a_disk_that_is_full_or_fails_while_it_is_made_is_the_operator_s(
-    tmp_path: Path, number: int, code: str
-) -> None:
-    def make(partial: Path) -> None:
-        raise OSError(number, os.strerror(number), str(partial))
-
-    with pytest.raises(InfrastructureError, match=os.strerror(number)) as caught:
-        make_once(tmp_path / "model", make, print)
-    assert (caught.value.error.code, caught.value.error.retryable) == (code, True)
-
-
-def test_what_could_not_be_made_has_no_name(tmp_path: Path) -> None:
-    def fail(partial: Path) -> None:
-        (partial / "half").touch()
-        raise ValueError("no more disk")
-
-    with pytest.raises(ValueError, match="no more disk"):
-        make_once(tmp_path / "model", fail, print)
-    assert not (tmp_path / "model").exists()
-    assert make_once(tmp_path / "model", lambda partial: (partial / "half").unlink(), print).is_dir()
