@@ -309,13 +309,18 @@ def _end(processes: list[psutil.Process], how: signal.Signals, timeout_s: float)
 
 
 def _is_free(port: int) -> bool:
+    return _bind_error(port) is None
+
+
+def _bind_error(port: int) -> OSError | None:
+    """Why this process can't listen on the port; None: it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error
+    return None
 
 
 def _free_ports() -> Iterator[int]:
@@ -371,10 +376,12 @@ def _require_free(*ports: int) -> None:
         raise CannotStartError(
             f"the API and the dashboard can't both have port {ports[0]}: choose another one for one of them"
         )
-    taken = [port for port in ports if not _is_free(port)]
-    if taken:
-        ports_taken = ", ".join(map(str, taken))
-        raise CannotStartError(f"port {ports_taken} is in use: stop what listens there, or choose another port")
+    errors = {port: error for port in ports if (error := _bind_error(port)) is not None}
+    if forbidden := [str(port) for port, error in errors.items() if isinstance(error, PermissionError)]:
+        raise CannotStartError(f"this user may not listen on port {', '.join(forbidden)}: choose a port from 1024 up")
+    if errors:
+        taken = ", ".join(map(str, errors))
+        raise CannotStartError(f"port {taken} is in use: stop what listens there, or choose another port")
 
 
 def port(given: str) -> int:
