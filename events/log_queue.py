@@ -86,10 +86,10 @@ class LogQueue:
         after = min(max(after, 0), job.spool.lines)
         if after == job.spool.lines:
             return LogBatch([], after)
-        lines = job.recent(after, limit)
-        if lines is None:
-            lines = await self._in_thread(lambda: job.spool.read(after, limit, READ_BYTES))
-        return LogBatch(lines, after + len(lines))
+        recent = job.recent(after, limit)
+        if recent is not None:
+            return LogBatch(recent, after + len(recent))
+        return LogBatch(*await self._in_thread(lambda: job.spool.read(after, limit, READ_BYTES)))
 
     async def wake(self, job_id: str) -> None:
         """Readers that wait for this job return at once: there may be other news, such as its end."""

@@ -200,3 +200,23 @@ def test_lines_that_could_not_be_written_can_be_sent_again(tmp_path: Path) -> No
         assert await read_to_end(queue, "a") == expected(10)
 
     with_queue(tmp_path, scenario)
+
+
+def test_a_log_file_with_a_hole_is_read_to_its_end(tmp_path: Path) -> None:
+    async def before(queue: LogQueue) -> None:
+        for first in range(0, 3000, 100):
+            await queue.append("a", "rank-0", first, numbered(first, 100))
+
+    async def after(queue: LogQueue) -> None:
+        messages, offset = list[str](), 0
+        while (batch := await queue.read("a", offset, limit=500)).lines:
+            messages += [line["message"] for line in batch.lines]
+            offset = batch.next
+        assert offset == 3000
+        assert "lines of the log are lost" in messages[0]
+        assert messages[1:] == expected(3000)[-len(messages) + 1 :]
+
+    with_queue(tmp_path, before)
+    file = tmp_path / "jobs" / "a" / "log.ndjson"
+    file.write_bytes(b"\0" * 4096 + file.read_bytes()[4096:])
+    with_queue(tmp_path, after)

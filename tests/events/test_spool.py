@@ -1,6 +1,7 @@
 """A job's log lines on disk."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def numbered(first: int, count: int) -> list[tuple[str, str]]:
 
 
 def messages(spool: Spool, first: int = 0, limit: int = 10_000, max_bytes: int = 1 << 30) -> list[str]:
-    return [line["message"] for line in spool.read(first, limit, max_bytes)]
+    return [line["message"] for line in spool.read(first, limit, max_bytes)[0]]
 
 
 def test_lines_read_back_in_order_from_any_offset(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_lines_read_back_in_order_from_any_offset(tmp_path: Path) -> None:
     spool.append("rank-0", 0, lines("a", "b"))
     spool.append("rank-1", 0, lines("c"))
     assert messages(spool) == ["a", "b", "c"]
-    assert spool.read(1, 1, 1000) == [{"message": "b", "timestamp": TIME}]
+    assert spool.read(1, 1, 1000) == ([{"message": "b", "timestamp": TIME}], 2)
     assert spool.lines == 3
 
 
@@ -113,3 +114,80 @@ def test_the_file_is_plain_ndjson(tmp_path: Path) -> None:
     Spool(tmp_path).append("rank-0", 0, lines("a"))
     [record] = map(json.loads, (tmp_path / "log.ndjson").read_text().splitlines())
     assert record == {"timestamp": TIME, "message": "a", "source": "rank-0", "seq": 0}
+
+
+def damaged(file: Path, begin: int, end: int) -> None:
+    """What a power cut does to pages that the kernel hadn't written yet: the file has its size, and zeros there."""
+    content = file.read_bytes()
+    file.write_bytes(content[:begin] + b"\0" * (end - begin) + content[end:])
+
+
+def read_to_end(spool: Spool, first: int = 0, limit: int = 10_000) -> dict[int, str]:
+    """Messages by their offsets, over as many reads as it takes."""
+    found: dict[int, str] = {}
+    while first < spool.lines:
+        some, after = spool.read(first, limit, 1 << 30)
+        for line in some:
+            assert line["timestamp"].startswith("20")
+            found[first] = line["message"]
+            first += lines_lost(line["message"]) or 1
+        assert (first, bool(some)) == (after, True)
+    return found
+
+
+def lines_lost(message: str) -> int:
+    """How many lines a message stands for that says that they are lost; 0 for other messages."""
+    said = re.fullmatch(r"\[([\d,]+) lines of the log are lost: its file is damaged here\]", message)
+    return int(said[1].replace(",", "")) if said else 0
+
+
+@pytest.mark.parametrize("place", ["in a stretch", "at a mark", "over two marks", "at the start"])
+@pytest.mark.parametrize("limit", [7, 700])
+def test_lines_that_a_power_cut_took_are_told_and_all_others_keep_their_offsets(
+    tmp_path: Path, place: str, limit: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = Spool(tmp_path)
+    for first in range(0, 5000, 100):
+        spool.append("rank-0", first, numbered(first, 100))
+    file = tmp_path / "log.ndjson"
+    starts = [0, *(number + 1 for number, byte in enumerate(file.read_bytes()) if byte == ord("\n"))]
+    begin, end = {
+        "in a stretch": (starts[1400] + 5, starts[1450] + 5),
+        "at a mark": (starts[1990] + 5, starts[2010] + 5),
+        "over two marks": (starts[1990] + 5, starts[3010] + 5),
+        "at the start": (0, 4096),
+    }[place]
+    damaged(file, begin, end)
+    lost = {number for number in range(5000) if starts[number] < end and starts[number + 1] > begin}
+    again = Spool(tmp_path)
+    assert again.lines == 5000
+    found = read_to_end(again, limit=limit)
+    assert {offset: message for offset, message in found.items() if message.startswith("line ")} == {
+        offset: f"line {offset}" for offset in range(5000) if offset not in lost
+    }
+    gaps = [message for message in found.values() if not message.startswith("line ")]
+    assert sum(map(lines_lost, gaps)) == len(lost)
+    assert len(caplog.messages) == len(gaps)  # however often they are read
+    assert again.read(4990, 1, 1000)[1] == 4991
+    assert again.append("rank-0", 4950, numbered(4950, 60))[0]["message"] == "line 5000"
+    assert read_to_end(Spool(tmp_path), 4998) == {offset: f"line {offset}" for offset in range(4998, 5010)}
+
+
+def test_a_log_without_an_index_is_read_beyond_what_is_damaged(tmp_path: Path) -> None:
+    Spool(tmp_path).append("rank-0", 0, numbered(0, 3000))
+    (tmp_path / "log.index").unlink()
+    damaged(tmp_path / "log.ndjson", 4096, 8192)
+    found = list(read_to_end(Spool(tmp_path)).values())
+    assert (found[0], found[-1]) == ("line 0", "line 2999")
+    assert len([message for message in found if lines_lost(message)]) == 1
+
+
+@pytest.mark.parametrize("mark", [b"\0" * 40 + b"\n", b"{}\n", b"[]\n", b'{"offset": "a", "byte": 7, "sources": {}}\n'])
+def test_marks_that_a_power_cut_damaged_are_passed_over(tmp_path: Path, mark: bytes) -> None:
+    spool = Spool(tmp_path)
+    for first in range(0, 5000, 100):
+        spool.append("rank-0", first, numbered(first, 100))
+    index = tmp_path / "log.index"
+    marks = index.read_bytes().splitlines(keepends=True)
+    index.write_bytes(b"".join([marks[0], mark, *marks[2:]]))
+    assert messages(Spool(tmp_path)) == [f"line {number}" for number in range(5000)]
