@@ -18,6 +18,7 @@ from serve_app.openai.tuned import checkpoint_of, directory_of, unknown_model
 from serve_app.openapi import documented
 from serve_app.routes import TheBackend
 from trainers.errors import UserError
+from trainers.models import smollm2
 from trainers.models.names import ALIASES, classify_model, hub_model, local_directory
 from trainers.resubmit import step_of
 from trainers.settings import Settings
@@ -73,8 +74,16 @@ def _created(job: FineTuningJob) -> int:
 
 def _base_models(settings: Settings) -> list[OpenAIModel]:
     places = [place for root in (settings.model_cache, *settings.model_roots) for place in (root, *_entries(root))]
-    directories = [_in_directory(place) for place in dict.fromkeys(places) if _is_model(place)]
+    converted = set(_conversions(settings))
+    directories = [
+        _in_directory(place) for place in dict.fromkeys(places) if place not in converted and _is_model(place)
+    ]
     return [*directories, *(_alias(name, settings) for name in ALIASES)]
+
+
+def _conversions(settings: Settings) -> list[Path]:
+    """The demo model as it was converted, which is listed by its alias."""
+    return [entry for entry in _entries(settings.model_cache) if smollm2.is_conversion(entry.name)]
 
 
 def _entries(root: Path) -> list[Path]:
@@ -92,22 +101,29 @@ def _is_model(directory: Path) -> bool:
 
 
 def _in_directory(directory: Path) -> OpenAIModel:
-    return OpenAIModel(
-        id=str(directory), created=int((directory / "config.json").stat().st_mtime), owned_by="this machine"
-    )
+    created = _modified(directory / "config.json") or 0
+    return OpenAIModel(id=str(directory), created=created, owned_by="this machine")
 
 
 def _alias(name: str, settings: Settings) -> OpenAIModel:
     repo = hub_model(name).repo
-    return OpenAIModel(id=name, created=_fetched(repo, settings) or 0, owned_by=repo.partition("/")[0])
+    directories = [_hub_directory(repo, settings)]
+    if name.lower() == smollm2.MODEL_NAME:
+        directories += _conversions(settings)
+    created = max(_modified(directory) or 0 for directory in directories)
+    return OpenAIModel(id=name, created=created, owned_by=repo.partition("/")[0])
 
 
-def _fetched(repo: str, settings: Settings) -> int | None:
-    """When the model of a hub was fetched; None: it wasn't."""
-    home = settings.model_cache / "hub" / repo.replace("/", "--")
+def _hub_directory(repo: str, settings: Settings) -> Path:
+    """Where a repository of a hub is kept once it has been fetched."""
+    return settings.model_cache / "hub" / repo.replace("/", "--")
+
+
+def _modified(path: Path) -> int | None:
+    """When it was last modified, in Unix seconds; None if it isn't there, or can't be looked at."""
     try:
-        return int(home.stat().st_mtime)
-    except OSError:  # it isn't there; or the path is too long, or leads where the service may not look
+        return int(path.stat().st_mtime)
+    except OSError:  # also of a path that is too long
         return None
 
 
@@ -117,7 +133,7 @@ def _base_model(name: str, settings: Settings) -> OpenAIModel:
         return _in_directory(Path(_base_source(name, settings))).model_copy(update={"id": name})
     if kind == "alias":
         return _alias(name, settings).model_copy(update={"id": name})
-    if kind == "hub" and (created := _fetched(hub_model(name).repo, settings)) is not None:
+    if kind == "hub" and (created := _modified(_hub_directory(hub_model(name).repo, settings))) is not None:
         return OpenAIModel(id=name, created=created, owned_by=name.partition("/")[0])
     raise unknown_model(f"{name[:300]!a} has not been fetched yet: that happens when it is first trained or asked")
 

