@@ -71,7 +71,7 @@ class VllmModel:
         params = SamplingParams(
             temperature=sampling.temperature if sampling.top_p > 0 else 0.0,  # vLLM has no top_p of 0
             top_p=sampling.top_p or 1.0,
-            seed=sampling.seed,
+            seed=None if sampling.seed is None else sampling.seed % 2**63,  # to vLLM, -1 is no seed
             max_tokens=max_tokens,
             stop_token_ids=sorted(self._tokenizer.eos_ids),
             detokenize=False,

@@ -105,6 +105,7 @@ def test_answers_are_those_of_torchtune_s_components_one_by_one_and_together(mod
             return text_of(engine.answer(question(model, 24, sampling=Sampling(1.5, seed=seed))))
 
         assert await drawn(7) == await drawn(7) != await drawn(8)
+        assert await drawn(-1) == await drawn(-1)
 
         refused = await parts_of(engine.answer(question(model, 5000)))
         assert isinstance(refused[-1], Failed)
