@@ -1,1 +1,1 @@
-"""From a request to a plan: all that can be known of a job before anything of it runs."""
+"""Turns a request into a plan, and checks all that can be checked before anything of the job runs."""

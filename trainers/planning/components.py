@@ -1,7 +1,7 @@
-"""The components a job may name with `_component_`, and the arguments each one takes.
+"""The components that a job may name with `_component_`, and the arguments of each.
 
-torchtune's `config.instantiate` calls whatever Python function a config names. Here a component runs only if its exact
-name stands in `COMPONENTS`, with arguments whose names and types stand beside it.
+torchtune's `config.instantiate` calls any Python function that a config names. Here a component is used only if its
+exact name is in `COMPONENTS`, with the arguments listed there, which are checked.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _fraction = number(0, 1, below=True)
 
 @dataclass(frozen=True)
 class Component:
-    """`arguments`: what a job may set. `computed`: what the recipe sets, with the reason a job can't."""
+    """`arguments`: those a job may set. `computed`: those the recipe sets, each with the reason why a job can't."""
 
     section: str
     arguments: Mapping[str, Check]
@@ -26,14 +26,14 @@ class Component:
 
 _ADAM: dict[str, Check] = {
     "betas": pair(_fraction),
-    "eps": number(0, above=True),  # 0 makes no number of a weight without a gradient, as all of an adapter's A at first
+    "eps": number(0, above=True),  # with 0, weights whose gradient is zero become NaN, as an adapter's A in step 1
     "weight_decay": number(0),
     "amsgrad": boolean,
     "maximize": boolean,
     "foreach": nullable(boolean),
     "fused": nullable(boolean),
 }
-# torchao's take `amsgrad` as well, but can't compute it on a compressed state.
+# torchao's accept `amsgrad`, too, but can't compute it on a compressed state.
 _COMPRESSED_ADAM: dict[str, Check] = {name: _ADAM[name] for name in ("betas", "eps", "weight_decay")}
 _SGD: dict[str, Check] = {
     "momentum": number(0, 1, below=True),
@@ -70,7 +70,7 @@ COMPONENTS: Mapping[str, Component] = MappingProxyType(
             {"num_warmup_steps": integer(0, 10**9), "num_cycles": number(0, 1000, above=True)},
             _FROM_THE_RUN,
         ),
-        # Names of the API, by which jobs know them, and not where the functions are.
+        # Names in the API, not import paths: the functions are in trainers.training.optimization.
         "trainers.optimization.get_linear_schedule_with_warmup": Component(
             "lr_scheduler", {"num_warmup_steps": integer(0, 10**9)}, _FROM_THE_RUN
         ),
@@ -104,31 +104,30 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
         "loss": "torchtune.modules.loss.CEWithChunkedOutputLoss",
     }
 )
-
-"""A section without a default is left out, unless a job names its component."""
+"""The component of each section that has one by default."""
 SECTIONS = tuple(dict.fromkeys(component.section for component in COMPONENTS.values()))
 OPTIONAL = frozenset({"lr_scheduler", "quantizer"})
 """Sections that may be null."""
 
 
 def allowed(section: str) -> list[str]:
-    """The components that may stand in `section`."""
+    """The names of the components for `section`."""
     return [name for name, component in COMPONENTS.items() if component.section == section]
 
 
 def missing_package(component: str) -> str | None:
-    """The package that a component comes from, where it isn't installed."""
+    """The package of a component if it isn't installed here, else None."""
     package = component.partition(".")[0]
     return None if find_spec(package) else package
 
 
 def shardable(optimizer: str) -> bool:
-    """Whether an optimizer's state can be split over workers along with the parameters."""
+    """Whether an optimizer's state can be sharded over workers together with the parameters."""
     return optimizer.startswith("torch.")
 
 
 def conflicts(component: str, kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Arguments that are fine by themselves but that the component refuses together, each with what is wrong."""
+    """Arguments that are valid by themselves but that the component doesn't accept together, each with a message."""
     found = []
     if kwargs.get("foreach") and kwargs.get("fused"):
         found.append(("fused", "can't be true together with foreach"))

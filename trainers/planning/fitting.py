@@ -1,8 +1,8 @@
-"""Whether a job fits the memory of its workers, and what to change about it where it doesn't.
+"""Checks whether a job fits the memory of its workers, and finds changes that would make it fit.
 
-Three looks, each closer than the last: at weights and optimizer alone as a request comes in (`states_fit`), at the
-lengths of the rows once they are tokenised (`surely_fits`, `recomputing_if_needed`), and at the heaviest micro-batch
-where that leaves a doubt (`check_memory`).
+Three checks, each more exact than the one before: weights and optimizer alone, when a request comes in (`states_fit`);
+an upper bound from the lengths of the rows, once they are tokenised (`surely_fits`, `recomputing_if_needed`); and the
+heaviest micro-batch, if that bound is too high (`check_memory`).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,17 +20,16 @@ from trainers.planning.precision import Device
 from trainers.planning.suitability import check_suitable, longest_row
 
 MARGIN = 1.25
-"""A job is refused only where the estimate exceeds the memory there is by this factor: more than it was ever off by."""
-
-
+"""A job is refused only if the estimate exceeds the available memory by this factor, which is more than the estimate
+was ever off by."""
 _LEAST = Load(1, 1, 1)
-"""What doesn't fit with this fits with no load."""
+"""The smallest load: a plan that doesn't fit with this one fits with none."""
 _STATES_ALONE = "for weights and optimizer alone"
 
 
 def states_fit(plan: Plan, arch: Architecture, worker_bytes: int) -> Problem | None:
-    """What is wrong with a request for CPUs whose weights and optimizer alone exceed the memory a worker may take;
-    None where they don't, by the `MARGIN`."""
+    """The problem of a request for CPUs whose weights and optimizer alone exceed the memory of a worker by more than
+    `MARGIN`, else None."""
     needed = states_of(plan, arch, "cpu", worker_bytes)
     if needed <= MARGIN * worker_bytes:
         return None
@@ -40,7 +39,7 @@ def states_fit(plan: Plan, arch: Architecture, worker_bytes: int) -> Problem | N
 
 
 def check_states(plan: Plan, arch: Architecture, worker_bytes: int) -> None:
-    """Raises CapacityError `does_not_fit` where weights and optimizer alone exceed the memory of a worker's GPU."""
+    """Raises CapacityError `does_not_fit` if weights and optimizer alone exceed the memory of a worker's GPU."""
 
     def states(plan: Plan, _share: float = 1) -> int:
         return states_of(plan, arch, "cuda", worker_bytes)
@@ -50,14 +49,15 @@ def check_states(plan: Plan, arch: Architecture, worker_bytes: int) -> None:
 
 
 def surely_fits(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> bool:
-    """Whether `check_memory` passes however rows of `lengths` come together. Needs no torch, which takes seconds to
-    import; where it says no, `trainers.training.load` looks closer."""
+    """Whether `check_memory` passes for any batches made of rows of these `lengths`. If not, `trainers.training.load`
+    can tell the actual load; but that imports torch, which takes seconds."""
     return _at_most(plan, arch, lengths, worker_bytes) <= MARGIN * worker_bytes
 
 
 def recomputing_if_needed(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], share: int | None) -> Plan:
-    """The plan without activation checkpointing where a worker needn't save memory: all fits its `share` of its node's,
-    with the `MARGIN` to spare, however rows of `lengths` come together. `share` None (on GPUs): the plan as it is."""
+    """The plan without activation checkpointing, if without it any batches of rows of these `lengths` fit a worker's
+    `share` of its node's memory (bytes), with the `MARGIN` to spare. Else, or if `share` is None (on GPUs), the plan
+    unchanged."""
     if not plan.enable_activation_checkpointing or share is None:
         return plan
     keeping = plan.model_copy(update={"enable_activation_checkpointing": False})
@@ -65,14 +65,14 @@ def recomputing_if_needed(plan: Plan, arch: Architecture, lengths: NDArray[np.in
 
 
 def check_memory(plan: Plan, arch: Architecture, load: Load, worker_bytes: int) -> None:
-    """Raises CapacityError `does_not_fit` for a job on CPUs that needs more than a worker may take, by the `MARGIN`."""
+    """Raises CapacityError `does_not_fit` if a job on CPUs exceeds the memory of a worker by more than `MARGIN`."""
     peak = _peak_on_cpu(arch, load, worker_bytes)
     if peak(plan, 1) > MARGIN * worker_bytes:
         raise _does_not_fit(plan, arch, "cpu", peak(plan, 1), worker_bytes, "at its peak", peak)
 
 
 def _at_most(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_bytes: int) -> int:
-    """Bytes: the peak if the longest rows made one micro-batch, with nothing in common."""
+    """An upper bound of the peak in bytes: the longest rows in one micro-batch, with no shared beginnings."""
     longest = int(lengths.max())
     if plan.packed:
         positions = plan.batch_size * (plan.max_seq_len or longest)
@@ -83,7 +83,7 @@ def _at_most(plan: Plan, arch: Architecture, lengths: NDArray[np.int64], worker_
 
 
 _Needed = Callable[[Plan, float], int]
-"""Bytes that a worker of a plan needs, of whose micro-batches a share is left."""
+"""Bytes that a worker of a plan needs if its micro-batches are scaled down to a share of their tokens."""
 
 
 def _peak_on_cpu(arch: Architecture, load: Load, worker_bytes: int) -> _Needed:
@@ -97,8 +97,8 @@ def _peak_on_cpu(arch: Architecture, load: Load, worker_bytes: int) -> _Needed:
 def _does_not_fit(
     plan: Plan, arch: Architecture, device: Device, needed: int, worker_bytes: int, when: str, needed_by: _Needed
 ) -> CapacityError:
-    """The error of a plan whose workers need `needed` bytes, with the changes of which each would make it fit: of every
-    kind the one that costs least."""
+    """The error for a plan whose workers need `needed` bytes. Its suggestion lists changes that each make the plan fit:
+    of each kind, the one that costs least."""
     enough: dict[str, str] = {}
     for change in _changes(plan, arch, device):
         if change.kind not in enough and needed_by(change.plan, change.share) <= worker_bytes:
@@ -112,7 +112,7 @@ def _does_not_fit(
 
 
 class _Change(NamedTuple):
-    """What could be changed about a plan, the plan then, and the share of its micro-batches that is left."""
+    """A change to a plan, the changed plan, and the share of the tokens of a micro-batch that is left."""
 
     kind: str
     advice: str
@@ -121,7 +121,7 @@ class _Change(NamedTuple):
 
 
 def _changes(plan: Plan, arch: Architecture, device: Device) -> Iterator[_Change]:
-    """Those of a kind by what they cost."""
+    """Possible changes; those of one kind in the order of what they cost."""
     recomputing: dict[str, Any] = {"enable_activation_checkpointing": True}
     if not plan.enable_activation_checkpointing:
         yield _Change("recompute", "set enable_activation_checkpointing", plan.model_copy(update=recomputing))

@@ -1,7 +1,7 @@
-"""The keys of `extras` and of the `key=value` part of `overrides`: one table for both.
+"""The keys that `extras` and the `key=value` part of `overrides` may contain, in one table.
 
-A key is one setting of the plan. Its `aliases` are torchtune's spellings of it. Keys of torchtune configs that have no
-meaning here stand in `REFUSED` with the reason, so that none is silently ignored.
+A key is one setting of the plan; its `aliases` are torchtune's names for it. `REFUSED` lists the keys of torchtune
+configs that have no meaning here, with the reason, so that none is silently ignored.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 
 @dataclass(frozen=True)
 class Key:
-    """`default` and `meaning` are the words of docs/configuration.md. `only`: the method it has a meaning for."""
+    """`default` and `meaning` are the texts in docs/configuration.md. `only`: the only method that has this setting."""
 
     name: str
     check: Check
@@ -247,14 +247,15 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 
 
 def unknown_key(name: str) -> str:
-    """What is wrong with a key that no table knows, naming one that is like it or where they are."""
+    """The message about an unknown key: it names a similar one, or where all are listed."""
     known = [*BY_NAME, *SECTIONS]
     near = get_close_matches(name, known, 1) or get_close_matches(name.rpartition(".")[2], known, 1)
     return f"unknown key; {f'did you mean {near[0]}?' if near else 'docs/configuration.md lists all keys'}"
 
 
 def unknown_argument(name: str, component: str) -> str:
-    """What is wrong with an argument that `component` doesn't take, naming one that is like it or whose it is."""
+    """The message about an argument that `component` doesn't take: it names a similar one, or the components that take
+    it."""
     section, known = COMPONENTS[component].section, COMPONENTS[component].arguments
     others = [other for other in allowed(section) if name in COMPONENTS[other].arguments]
     beside = [key.removeprefix(f"{section}.") for key in BY_NAME if key.startswith(f"{section}.")]

@@ -1,63 +1,63 @@
 """How much memory a training worker needs, from its plan, the model's shapes and the heaviest micro-batch.
 
-What is estimated is the growth of a worker's resident memory (on CUDA: of the device's) from the moment everything is
-imported and nothing of the model is loaded, to its largest over the whole run, checkpoints included; of rank 0, which
-writes those. `benchmarks.training_memory` measures the same, and a test holds the two within `TOLERANCE` of each other.
+The estimate is the growth of a worker's resident memory (on CUDA: of the device's memory) from the moment when
+everything is imported and nothing of the model is loaded, to the maximum over the whole run, checkpoints included. It
+is that of rank 0, which writes the checkpoints. `benchmarks.training_memory` measures the same, and a test checks that
+the two agree within `TOLERANCE`.
 
-With N parameters of b bytes each (4, or 2 in bf16 and mixed), T of them trained, n workers of which each holds 1 / n
-where the model is sharded (otherwise n = 1 below), P positions in the widest line of a micro-batch, of which L carry
-loss, and d the width of the model:
+Symbols: N parameters of b bytes each (4, or 2 in bf16 and mixed), of which T are trained; n workers, each of which
+holds 1 / n of a sharded model (n = 1 below if the model isn't sharded); P positions in the widest line of a
+micro-batch, of which L carry loss; d is the width of the model.
 
-weights      N b / n; in mixed 4 T / n for copies of what is trained. QLoRA holds the linear layers of the blocks in
-             NF4: half a byte, a byte of scale for each 64 numbers and 4 for each 16384. Sharded, embedding and head are
-             whole while they are used, and two layers; on CPUs all of the model, as what was gathered of each layer is
-             freed between activations and stays resident.
-optimizer    Its state, of the type of what it updates (in mixed: the copies): AdamW keeps two moments (three with
-             amsgrad), SGD with momentum one; AdamW of 8 and 4 bits 1 and 1/2 byte for each number and moment.
-activations  What autograd keeps of each layer for the backward pass, by position:
-             - norms keep their input, and its root mean square in float32: b d + 4 bytes; those of queries and keys
-               likewise;
-             - linear layers that are trained, or beside which an adapter is, keep their input, once for those that
-               share it (q, k and v; gate and up); adapters their low-rank product, DoRA the output it scales;
-             - rotations keep sine and cosine of queries and of keys, 4 tables of half a head in float32;
-             - attention keeps q, k, v, its output, and a normaliser for each head; with dropout, and on a CPU with a
-               soft-cap, its scores instead, a matrix of the segment's positions for each head, and keys and values for
-               every head. (So do GPUs for which FlexAttention can't be compiled: not counted.)
-               On a CPU, where segments are short (`SHORT_SEGMENT`), it keeps q, k and v in float32 only, and sine and
-               cosine once;
-             - the gated unit keeps the gate, the value it is multiplied with, and but on a CPU the gate after its
+weights      N b / n; in mixed also 4 T / n for the copies of what is trained. QLoRA holds the linear layers of the
+             blocks in NF4: half a byte for each weight, a byte of scale for each 64 and 4 bytes for each 16384. In a
+             sharded model, embedding and head are whole while they are used, and so are two layers. On CPUs the whole
+             model counts: the gathered layers are freed between activations, so their memory stays resident.
+optimizer    Its state, in the type of what it updates (in mixed: of the copies). AdamW keeps two moments (three with
+             amsgrad), SGD with momentum one. 8-bit and 4-bit AdamW take 1 and 1/2 byte per number and moment.
+activations  What autograd keeps of each layer for the backward pass, per position:
+             - norms keep their input, and its root mean square in float32: b d + 4 bytes; likewise the norms of queries
+               and keys;
+             - linear layers that are trained, or that have an adapter, keep their input, once for layers that share it
+               (q, k and v; gate and up); adapters keep their low-rank product, DoRA the output that it scales;
+             - rotations keep sine and cosine for queries and for keys, 4 tables of half a head in float32;
+             - attention keeps q, k, v, its output, and a normaliser per head. With dropout, and on a CPU with a
+               soft-cap, it keeps its scores instead, a matrix over the segment's positions per head, and keys and
+               values for every head. (So do GPUs for which FlexAttention can't be compiled: not counted.) On a CPU,
+               if segments are short (`SHORT_SEGMENT`), it keeps only q, k and v, in float32, and sine and cosine once;
+             - the gated unit keeps the gate, the value it is multiplied with, and except on CPUs the gate after its
                activation.
-             In the last layer what is behind its attention is there for L positions only.
-             With activation checkpointing only each layer's input, d b, and one layer as above while it is computed
-             again. Once more comes what one layer's backward pass has in hand at a time: its gradients.
-output head  A chunk of logits in float32, and in the type of the weights where that is another (at most
-             `CHUNK_ELEMENTS`, at most L rows, see trainers.training.loss), with a soft-cap its slope; the gradient of L
-             hidden states, and where the matrix is trained that of the matrix, which is there twice when the backward
-             pass begins; on CPUs a bf16 one once in float32 while what is not the first chunk's share is added to it.
-gradients    T b / n, beside all activations only where micro-batches are accumulated: otherwise they grow as the
-             activations shrink, so the largest moment is one of the two ends of the backward pass. At the second an
-             embedding's gradient is there once more, dense, before it is added to the head's. Where weights are updated
-             within the backward pass (`Plan.updates_in_backward`), there are those of a tied head and of the matrices
-             that are updated together (`TOGETHER`). In mixed they are there in fp32 as well, of Adam and AdamW only a
-             `PIECE` at a time.
-checkpoint   For adapters, beside training: a copy of adapters and moments, the base model's file as it is read, with
-             QLoRA what its 4-bit numbers stand for, and the adapted matrices merged, one of them in float32. Where
-             there is only the last one, half of that (`REUSED`) finds room in what training has left. Full fine-tuning
-             waits for its checkpoint and writes what is there; sharded, rank 0 gathers all weights and moments for it.
-             (A tokenizer whose config doesn't list its control tokens is read for it, 800 bytes for each word of the
-             vocabulary. That isn't counted.)
-overhead     Buffers of the libraries (`BUFFERS`), and what the allocator can't use. With one that gives back all that
-             is freed (glibc's, told to map each tensor by itself) the sum of all the above is what is measured, to 2 %.
-             As it is, memory that is freed in pieces of one size and asked for in another stays resident: a measured
-             share `FRAGMENTED` of activations, which is smaller where gradients find room in what they leave;
-             with activation checkpointing a share of what the layers have in hand one after the other, between whose
-             gradients the next one's activations don't fit.
+             In the last layer, everything behind attention exists for L positions only.
+             With activation checkpointing only each layer's input (d b) is kept, and all of the above for the one layer
+             that is being recomputed. In both cases the gradients that one layer's backward pass holds come on top.
+output head  A chunk of logits in float32, also in the type of the weights if that is another (at most `CHUNK_ELEMENTS`
+             logits and L rows, see trainers.training.loss), and with a soft-cap its slope; the gradient of L hidden
+             states. If the matrix is trained, its gradient, which exists twice when the backward pass begins; on CPUs a
+             bf16 gradient also once in float32 while all chunks but the first are added to it.
+gradients    T b / n. They exist beside all activations only if micro-batches are accumulated. Otherwise they grow as
+             the activations shrink, so the peak is at one of the two ends of the backward pass. At the second end the
+             embedding's gradient exists once more, dense, before it is added to the head's. If weights are updated
+             within the backward pass (`Plan.updates_in_backward`), only the gradients of a tied head exist, and those
+             of the matrices that are updated together (`TOGETHER`). In mixed, gradients exist in fp32, too; for Adam
+             and AdamW only a `PIECE` at a time.
+checkpoint   For adapters, written while training goes on: a copy of adapters and moments, the base model's file as it
+             is read, with QLoRA the dequantised 4-bit weights, and the merged matrices, one of them in float32. If the
+             only checkpoint is the last one, half of that (`REUSED`) fits into memory that training has freed. Full
+             fine-tuning waits for its checkpoint, and writes tensors that exist; if sharded, rank 0 gathers all weights
+             and moments for it. (A tokenizer whose config doesn't list its control tokens is read for it: 800 bytes per
+             word of the vocabulary, not counted.)
+overhead     Buffers of libraries (`BUFFERS`), and memory that the allocator can't use. With an allocator that returns
+             all freed memory (glibc's, told to map each tensor by itself) the sum of all the above is what is measured,
+             to 2 %. In practice, memory that is freed in pieces of one size and requested in another stays resident: a
+             measured share `FRAGMENTED` of activations. The share is smaller if gradients fit into the memory that
+             activations leave. With activation checkpointing it is a share of what the layers hold one after the
+             other: the next layer's activations don't fit between the gradients.
 
-On CUDA a checkpoint is made in the host's memory, of a sharded model from one gathered matrix after the other; weights,
-gradients and optimizer are there too where that is offloaded (`fsdp_cpu_offload`). What torch's allocator holds in
-vain isn't counted: it gives it back where memory is short. Without a GPU (`tests/cuda`) it counted what the formula
-says, to 5 %, and with dropout to 15 %. Nothing was counted on several GPUs, nor on a real one: refused is there what
-weights and optimizer alone make impossible.
+On CUDA a checkpoint is made in the host's memory, for a sharded model from one gathered matrix after the other. With
+`fsdp_cpu_offload`, weights, gradients and optimizer are there, too. Unused memory that torch's allocator holds isn't
+counted: it is returned when memory is short. Without a GPU (`tests/cuda`) the formula gave what was counted to 5 %,
+and to 15 % with dropout. Nothing was counted on several GPUs, nor on a real one: there, only jobs whose weights and
+optimizer alone don't fit are refused.
 """
 
 from typing import Literal, NamedTuple
@@ -72,33 +72,33 @@ from trainers.planning.precision import Device, default_dtype
 Moment = Literal["backward", "update", "checkpoint"]
 TOLERANCE = 0.15
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits in a chunk: small enough to be no matter of memory (64 and 512 MB in float32), large enough for the matrix
-products to run at full speed."""
+"""Logits in a chunk: few enough to take little memory (64 and 512 MB in float32), enough for the matrix products to run
+at full speed."""
 SHORT_SEGMENT = 256
-"""On a CPU, a line whose segments are all shorter than this, what they see before them included, is attended to in
-float32, whatever its type, and in batches of segments (`trainers.models.short_attention`). Up to it that took 0.3 to
-0.9 of the time of PyTorch's kernel, forward and backward, with 9 and 14 heads; with rows of 500 it took longer."""
+"""On a CPU, attention is computed in float32 whatever the type, and in batches of segments
+(`trainers.models.short_attention`), if all segments of a line are shorter than this, including the positions before
+them that they attend to. For segments up to this length that took 0.3 to 0.9 of the time of PyTorch's kernel, forward
+and backward, with 9 and 14 heads; for rows of 500 it took longer."""
 ROUND_BF16 = 8
-"""Positions to which lines are filled up on a CPU in bf16. oneDNN prepares a dozen products for each width of a line, a
-megabyte each, and keeps a thousand: hundreds of megabytes, where widths are as they come."""
+"""On a CPU in bf16, lines are padded to a multiple of this many positions. oneDNN prepares a dozen products for each
+width, of a megabyte each, and caches a thousand: hundreds of megabytes if lines have any width."""
 MODULE_CHUNKS = 8
-"""Chunks for a head that autograd goes through, unless the plan says otherwise."""
+"""Number of chunks of logits if autograd goes through the head, unless the plan says otherwise."""
 FITS = 0.5
-"""A frozen model that takes at most this share of a worker's memory is held by each worker whole."""
+"""Each worker holds a frozen model whole if it takes at most this share of a worker's memory."""
 BUFFERS = 20 << 20  # bytes
 FRAGMENTED = {"full": 0.43, "adapters": 0.68, "nf4": 1.12, "checkpointing": 0.20}
 REUSED = 0.5
 TOGETHER = 2**22
-"""Numbers whose gradients wait for one another where weights are updated within the backward pass: the optimizer takes
-0.1 ms for a call, however little there is to update."""
-
+"""If weights are updated within the backward pass: the number of weights whose gradients are collected before the
+optimizer is called, as each call takes 0.1 ms however little it updates."""
 PIECE = {"cpu": 2**20, "cuda": 2**26}
-"""Numbers that Adam in mixed updates at a time: five tensors of four bytes each find room in a cache of 32 MB. On a GPU
-the calls would cost more than a cache brings."""
+"""Weights that Adam in mixed updates at a time. On CPUs five tensors of four bytes each then fit a cache of 32 MB; on a
+GPU, so many calls would cost more than the cache saves."""
 
 
 class Memory(BaseModel):
-    """Bytes that the first worker needs at the moment it needs most. The parts add up to the peak."""
+    """Bytes that rank 0 needs at its peak. The parts add up to the peak."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -117,8 +117,8 @@ class Memory(BaseModel):
 
 
 class Load(NamedTuple):
-    """The heaviest micro-batches, in tokens: `positions` of the widest line, of those that carry loss in one line
-    `trained`; `segment`: the longest stretch that is attended to as one, what it sees before it included."""
+    """The heaviest micro-batches, in tokens. `positions`: of the widest line; `trained`: the most that carry loss in one
+    line; `segment`: the longest segment of attention, including the positions before it that it attends to."""
 
     positions: int
     trained: int
@@ -126,8 +126,8 @@ class Load(NamedTuple):
 
 
 def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker_bytes: int | None = None) -> Memory:
-    """`worker_bytes`: memory that each worker may take, which decides whether a frozen model is sharded; None: enough
-    not to."""
+    """The memory that rank 0 needs. `worker_bytes`: memory that each worker may take, which decides whether a frozen
+    model is sharded; None: it isn't."""
     size = Size(plan, arch, device, worker_bytes)
     saved, in_hand = size.saved_per_position(load), size.in_hand_per_position()
     head = size.head_rows(load) * arch.vocab_size * size.head_width
@@ -144,9 +144,9 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
         kept = positions * arch.num_layers * saved.leading + behind * saved.behind
         one_layer = positions * in_hand
     accumulates = plan.gradient_accumulation_steps > 1
-    # The embedding's, a matrix of its own unless it is added to the head's.
+    # The embedding's gradient, a matrix of its own unless it is added to the head's.
     looked_up = 0 if arch.tied and size.shards == 1 and not accumulates else head_gradient
-    at_once = size.together_bytes + (head_gradient if arch.tied else 0)  # which waits for the rows looked up
+    at_once = size.together_bytes + (head_gradient if arch.tied else 0)  # it waits for the embedding's part
     in_fp32 = arch.vocab_size * arch.hidden_size * size.gradient_copy_width
     gathered = size.unit_bytes if size.shards > 1 else 0
     checkpoint = size.checkpoint_bytes()
@@ -173,7 +173,7 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
     if plan.enable_activation_checkpointing:
         lost = FRAGMENTED["checkpointing"] * arch.num_layers * one_layer
     else:
-        # NF4 weights are turned into numbers for each product, through index tensors of eight bytes an element.
+        # NF4 weights are dequantised for each product, through index tensors of eight bytes an element.
         kind = "full" if plan.lora is None else "nf4" if plan.method == "qlora" else "adapters"
         lost = FRAGMENTED[kind] * moments["backward"]["activations"]
     parts["overhead"] = BUFFERS + (lost if device == "cpu" else 0)
@@ -182,23 +182,23 @@ def memory_of(plan: Plan, arch: Architecture, load: Load, device: Device, worker
 
 
 def states_of(plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None = None) -> int:
-    """Bytes of weights and optimizer on each worker: less no job of this plan can do with."""
+    """Bytes of weights and optimizer on each worker: a lower bound for any data."""
     if device == "cuda" and "Paged" in plan.optimizer.component:
-        return 0  # they may lie in the host's memory
+        return 0  # they may be in the host's memory
     size = Size(plan, arch, device, worker_bytes)
     return round(size.weight_bytes + size.optimizer_bytes)
 
 
 class _Saved(NamedTuple):
-    """Bytes that a layer keeps for a position: what leads to its attention, this included, and what is behind it, which
-    in the last layer is there for trained positions only."""
+    """Bytes that a layer keeps per position: up to and including its attention, and behind it (which in the last layer
+    exists for trained positions only)."""
 
     leading: float
     behind: float
 
 
 class Size:
-    """Sizes that don't depend on the data, in bytes unless they say otherwise."""
+    """Sizes that don't depend on the data, in bytes unless stated otherwise."""
 
     def __init__(self, plan: Plan, arch: Architecture, device: Device, worker_bytes: int | None) -> None:
         self._plan, self._arch, self._device = plan, arch, device
@@ -223,13 +223,13 @@ class Size:
         self._offloads = plan.fsdp_cpu_offload and self.shards > 1 and device == "cuda"
 
     def computed(self, positions: int) -> int:
-        """With what a line of so many is filled up with."""
+        """Positions of a line including its padding."""
         rounded_to = ROUND_BF16 if self._device == "cpu" and self.width == 2 else 1
         return -(-positions // rounded_to) * rounded_to
 
     @property
     def adapts_head(self) -> bool:
-        """Then autograd goes through it, and keeps more."""
+        """Whether the output head has an adapter. Then autograd goes through it, and keeps more."""
         return self._plan.lora is not None and self._plan.lora.output
 
     @property
@@ -240,7 +240,7 @@ class Size:
         return 4 + (self.width if self.width < 4 else 0) + (4 if self._arch.final_softcap else 0)
 
     def head_rows(self, load: Load) -> int:
-        """Of a chunk of logits, as `trainers.training.loss` makes them."""
+        """Rows in a chunk of logits, as in `trainers.training.loss`."""
         chunks = self._plan.loss.kwargs.get("num_output_chunks") or (MODULE_CHUNKS if self.adapts_head else None)
         if chunks is not None:
             return -(-load.trained // int(chunks))
@@ -250,7 +250,7 @@ class Size:
         return self._plan.lora is not None and adapts(self._plan.lora, part.name)
 
     def _is_sharded(self, worker_bytes: int | None) -> bool:
-        """As `trainers.training.training_model` decides it."""
+        """Whether the model is sharded; decided as in `trainers.training.training_model`."""
         plan = self._plan
         if plan.workers == 1 or plan.method == "qlora":
             return False
@@ -260,7 +260,7 @@ class Size:
 
     @property
     def _quantised(self) -> int:
-        """Numbers that are held in 4 bits."""
+        """Number of weights that are held in 4 bits."""
         if self._plan.method != "qlora":
             return 0
         return sum(linear.rows * linear.columns for linear in self._linears if linear.parts[0].name != "output")
@@ -291,8 +291,8 @@ class Size:
         return self.trained * moments * each / self.shards
 
     def gradient_bytes(self, *, whole: bool, copied: bool = False) -> float:
-        """`whole`: of a sharded model, before they are added up over the ranks. `copied`: or, where that is more, in
-        the type of the copies that the optimizer updates."""
+        """`whole`: unsharded, as they are before they are added up over the ranks. `copied`: the size in the type of
+        the copies that the optimizer updates, if that is larger."""
         if self._offloads and not whole:
             return 0
         size = self.trained * self.width / (1 if whole else self.shards)
@@ -300,13 +300,13 @@ class Size:
 
     @property
     def together_bytes(self) -> int:
-        """Gradients of what of the blocks is updated together within the backward pass."""
+        """Gradients of the blocks' weights that are updated together within the backward pass."""
         largest = max(linear.rows * linear.columns for linear in self._linears if linear.parts[0].name != "output")
         return self.width * min(self.trained, TOGETHER + largest)
 
     @property
     def unit_bytes(self) -> int:
-        """What of a sharded model takes memory as a whole."""
+        """The parts of a sharded model that are in memory whole, beside this worker's share."""
         arch = self._arch
         if self._device == "cpu":
             return self.numbers * self.width
@@ -330,7 +330,7 @@ class Size:
         return copies + self.numbers * stored + sum(adapted) * stored + 12 * max(adapted, default=0)
 
     def saved_per_position(self, load: Load) -> "_Saved":
-        """Of one layer."""
+        """What one layer keeps for the backward pass."""
         arch, b = self._arch, self.width
         d, f, queries, keys = self._widths
         norm = b * d + 4
@@ -353,8 +353,8 @@ class Size:
 
     @property
     def _inputs(self) -> tuple[float, float]:
-        """Numbers that the linear layers of one layer keep for a position, and what adapters keep: of those that lead
-        to its attention, and of those behind it."""
+        """Numbers that the linear layers and adapters of one layer keep per position: up to its attention, and behind
+        it."""
         of_one = self._linears[: (len(self._linears) - (not self._arch.tied)) // self._arch.num_layers]
         by_input: dict[str, int] = {}
         own = {True: 0.0, False: 0.0}
@@ -371,7 +371,7 @@ class Size:
         return leading + own[True], sum(by_input.values()) + own[False]
 
     def _attention(self, load: Load) -> float:
-        """With its rotations."""
+        """Bytes per position, including its rotations."""
         arch = self._arch
         _, _, queries, keys = self._widths
         short = self._device == "cpu" and load.segment < SHORT_SEGMENT
@@ -384,12 +384,12 @@ class Size:
         return 8 * arch.head_dim + b * (2 * queries + 2 * keys) + 4 * arch.num_heads
 
     def in_hand_per_position(self) -> float:
-        """Gradients that one layer's backward pass holds at a time: of the gated unit, and of what leads to it."""
+        """Bytes of the gradients that one layer's backward pass holds at a time: of the gated unit and its inputs."""
         d, f, _, _ = self._widths
         return (3 * f + 4 * d) * self.width
 
 
 def _shared_input(part: Part) -> str:
-    """Names the input of a linear layer: the same for layers that share it."""
+    """A name for the input of a linear layer, the same for layers that share it."""
     module = part.name.rpartition(".")[2]
     return {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "w1": "gated", "w3": "gated"}.get(module, module)

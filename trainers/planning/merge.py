@@ -1,4 +1,4 @@
-"""Merging settings in layers, the later over the earlier, each value checked and remembered with where it came from."""
+"""Merges layers of settings, later ones over earlier ones. Checks each value, and remembers where it came from."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,13 +13,16 @@ _NESTED = frozenset(SECTIONS) | _ALIAS_SECTIONS
 
 
 class _Setting(NamedTuple):
+    """`param`: the field of the request that a problem names. `prefix`: what messages begin with."""
+
     value: Any
     param: str
     prefix: str
 
 
 class _Section:
-    """A component as it stands so far: its name, its arguments, or None where the user said null."""
+    """The state of one component section while layers are merged. `absent`: there is no component, by default or
+    because the user set null. `refused`: the user named a component that isn't allowed."""
 
     def __init__(self, default: str | None) -> None:
         self.default = default
@@ -33,7 +36,7 @@ class _Section:
         return self.component.value if self.component else self.default
 
     def choose(self, setting: _Setting) -> None:
-        """Another component takes over: the arguments that were meant for the earlier one go."""
+        """Selects the component; drops the arguments of an earlier layer if that had another component."""
         if self.name not in (None, setting.value):
             self.arguments.clear()
         self.component, self.absent = setting, False
@@ -56,12 +59,13 @@ class Merged:
         self._sections = {section: _Section(DEFAULTS.get(section)) for section in SECTIONS}
 
     def options(self, values: Mapping[str, Any], parent: str) -> None:
-        """Fields of the request that carry the name of a key; the request's model has checked their types."""
+        """Adds fields of the request that have the name of a key. Pydantic has checked their types."""
         for name, value in values.items():
             self._put(name, _Setting(value, f"{parent}.{name}", ""))
 
     def settings(self, pairs: list[tuple[str, Any]], param: Callable[[str], str], *, named: bool = False) -> None:
-        """A layer of keys, nested or dotted. `named`: its `param` doesn't name the key, so messages have to."""
+        """Adds a layer of keys, nested or dotted. `param` gives the field of the request for a key. `named`: messages
+        begin with the key, as the field doesn't name it."""
         seen: dict[str, str] = {}
         removed: set[str] = set()
         leaves = [leaf for key, value in pairs for leaf in _leaves(str(key), value)]
@@ -69,7 +73,7 @@ class Merged:
             message = f"{len(leaves)} settings in one place are more than there are keys"
             self.problems.append(Problem(param(leaves[0][0]), message))
             return
-        leaves.sort(key=lambda leaf: not _canonical(leaf[0]).endswith("._component_"))  # arguments come behind it
+        leaves.sort(key=lambda leaf: not _canonical(leaf[0]).endswith("._component_"))  # before its arguments
         for key, value in leaves:
             setting = _Setting(value, param(key), f"{key}: " if named else "")
             canonical = _canonical(key)
@@ -116,7 +120,7 @@ class Merged:
                 self._problem(setting, message, "component_not_installed")
             part.choose(setting)
         else:
-            part.refused = True  # its arguments were meant for a component we don't know
+            part.refused = True  # its arguments can't be checked
             choices = ", ".join(allowed(section))
             self._problem(
                 setting, f"{shown(setting.value)} is not on the list of components: {choices}", "component_not_allowed"
@@ -126,7 +130,7 @@ class Merged:
         self.problems.append(Problem(setting.param, setting.prefix + message, code))
 
     def param(self, key: str) -> str | None:
-        """Where the value of `key`, a setting or a component's section, came from."""
+        """The field of the request that set `key` (a setting or a component section); None if it has its default."""
         component = self._sections[key].component if key in self._sections else None
         setting = component or self._values.get(key)
         return setting.param if setting else None
@@ -135,7 +139,7 @@ class Merged:
         return {key: setting.value for key, setting in self._values.items()}
 
     def components(self) -> dict[str, tuple[str, dict[str, Any]] | None]:
-        """Each section's component and checked arguments; None where there is none."""
+        """For each section, the component and its checked arguments; None if there is no component."""
         return {name: self._finish(name, part) for name, part in self._sections.items()}
 
     def _finish(self, section: str, part: _Section) -> tuple[str, dict[str, Any]] | None:
@@ -162,14 +166,14 @@ class Merged:
 
 
 def _canonical(key: str) -> str:
-    """The one name of what may be spelled in several ways."""
+    """The canonical name of a key that has several spellings."""
     if key in BY_NAME:
         return BY_NAME[key].name
     return f"{key}._component_" if key in SECTIONS else key
 
 
 def _leaves(key: str, value: object) -> Iterator[tuple[str, object]]:
-    """The dotted keys under `key`. Only what may be nested is opened, so depth is bounded however deep the value is."""
+    """The dotted keys under `key`, with their values. Opens sections only, so it never goes deeper than one level."""
     if key in _NESTED and isinstance(value, Mapping):
         for name, inner in value.items():
             yield f"{key}.{name}", inner

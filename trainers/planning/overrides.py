@@ -1,7 +1,7 @@
-"""`overrides`: torchrun's flags, and `key=value` settings as `tune run` takes them.
+"""Parses `overrides`: torchrun's flags, and `key=value` settings as `tune run` takes them.
 
-The flags are read by a mirror of torchrun's own parser (a test compares the two), because importing torch is not
-allowed where requests are checked. A flag that has no meaning under Ray is refused by name.
+The parser of the flags mirrors torchrun's own (a test compares the two), because requests are checked without importing
+torch. A flag that has no meaning under Ray is refused by name.
 """
 
 import json
@@ -25,7 +25,7 @@ _OUTPUT = "everything the workers print goes to the job's log; read it with tail
 _PROCESSES = "Ray starts, watches and ends the worker processes"
 _SCRIPT = "the service runs its own training script"
 
-# Flag (torchrun's dashed spelling): why it is refused, None where it is honoured.
+# Flag (torchrun's dashed spelling) -> why it is refused; None: it is supported.
 _VALUE_FLAGS: dict[str, str | None] = {
     "--nnodes": None,
     "--nproc-per-node": None,
@@ -68,7 +68,7 @@ _OF_THIS_THREAD = threading.local()
 
 
 class Overrides(NamedTuple):
-    """`settings`: the `key=value` parts in order, values read but not yet checked against the table of keys."""
+    """`settings`: the `key=value` parts in order, values parsed but not yet checked against the table of keys."""
 
     nnodes: int
     nproc_per_node: int
@@ -77,7 +77,7 @@ class Overrides(NamedTuple):
 
 
 class _UnreadableError(Exception):
-    """What argparse would have printed before it exits."""
+    """argparse can't read the flags; the message is what it would have printed before it exits."""
 
 
 class _Parser(ArgumentParser):
@@ -90,8 +90,8 @@ def _attribute(flag: str) -> str:
 
 
 def torchrun_mirror() -> ArgumentParser:
-    """A parser with torchrun's options; a value stays the string it was, a switch that is given is True."""
-    parser = _Parser(add_help=False, argument_default=None, usage="")  # which nobody sees
+    """A parser with torchrun's options. Values stay strings; a switch that is given is True."""
+    parser = _Parser(add_help=False, argument_default=None, usage="")  # composing the usage text takes time
     for flag in (*_VALUE_FLAGS, *_SWITCHES):
         spellings = [*_SHORT.get(flag, ()), *dict.fromkeys((flag, f"--{_attribute(flag)}"))]
         parser.add_argument(*spellings, action="store" if flag in _VALUE_FLAGS else "store_true", default=None)
@@ -100,8 +100,8 @@ def torchrun_mirror() -> ArgumentParser:
 
 
 def _parser() -> ArgumentParser:
-    """The mirror, made once in each thread: making it takes as long as the rest of a submit's checks, and argparse
-    changes a parser while it reads options and settings in any order."""
+    """This thread's parser, made once: making one takes as long as the rest of a submit's checks, and argparse modifies
+    a parser while it parses intermixed arguments."""
     if not hasattr(_OF_THIS_THREAD, "parser"):
         _OF_THIS_THREAD.parser = torchrun_mirror()
     parser: ArgumentParser = _OF_THIS_THREAD.parser
@@ -109,7 +109,7 @@ def _parser() -> ArgumentParser:
 
 
 def parse_overrides(text: str | None) -> tuple[Overrides, list[Problem]]:
-    """What `text` asks for, and everything that is wrong with it. Where a flag is wrong its default stands in."""
+    """The content of `text`, and everything that is wrong with it. A flag with a problem has its default value."""
     try:
         words = shlex.split(text or "")
         given, unknown = _parser().parse_known_intermixed_args(words)
@@ -145,7 +145,7 @@ def _unknown_flag(word: str) -> Problem:
 
 
 def refused_flags() -> dict[str, str]:
-    """torchrun's flags that have no meaning here, each with the reason."""
+    """torchrun's flags that are refused, each with the reason."""
     return {flag: reason for flag, reason in {**_VALUE_FLAGS, **_SWITCHES}.items() if reason}
 
 
@@ -158,7 +158,7 @@ def _refused(given: Namespace) -> list[Problem]:
 
 
 def _count(value: str | None, flag: str, default: int, low: int, high: int, problems: list[Problem]) -> int:
-    """The number a flag was given; a problem and the default when it is none."""
+    """The whole number that a flag was given. Otherwise adds to `problems` and returns the default."""
     if value is None:
         return default
     if flag == "--nnodes" and ":" in value:

@@ -1,7 +1,7 @@
-"""What a Config means for a training run: merged, typed, checked.
+"""The plan of a training run: a Config whose settings are merged, typed and checked.
 
-`make_plan` merges the request's options, the `key=value` part of `overrides` and `extras`, the later over the earlier,
-and reports everything that is wrong at once. A `Plan` is plain data and travels to the workers as a dict.
+`make_plan` merges the request's options, the `key=value` part of `overrides`, and `extras` (later ones win), and
+reports everything that is wrong at once. A `Plan` is plain data; the workers get it as a dict.
 """
 
 import re
@@ -21,9 +21,9 @@ from trainers.settings import ERROR_FILE
 
 EXTRAS = "fine_tuning_options.extras"
 COMPILED = "compiled"
-"""Where `compile` keeps what it makes, in a job's directory."""
+"""Cache of compiled code in a job's directory."""
 REFERENCE = "reference.safetensors"
-"""What DPO keeps of the initial model, in a job's directory."""
+"""Log-probabilities of the initial model, for DPO, in a job's directory."""
 RESERVED_NAMES = frozenset(
     {"data", "checkpoints", COMPILED, REFERENCE, "log.ndjson", "log.index", ERROR_FILE, "wandb", "ray"}
 )
@@ -31,7 +31,8 @@ RESERVED_NAMES = frozenset(
 
 
 MethodName = Literal["full", "lora", "dora", "qlora", "qat"]
-"""The ways of training, of which requests tell two apart: `full` and `qat` train every weight, the others adapters."""
+"""The fine-tuning methods: `full` and `qat` train every weight, the others adapters. (`finetuning_type` in a request
+tells these two kinds apart; extras choose between the methods of one kind.)"""
 
 
 class _Frozen(BaseModel):
@@ -50,7 +51,7 @@ class LoraSpec(_Frozen):
 
 
 class ComponentSpec(_Frozen):
-    """A component of the allow-list and the arguments the user gave it; the recipe adds the computed ones."""
+    """A component of the allow-list with the user's arguments; the recipe adds the computed ones."""
 
     component: str
     kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -124,9 +125,10 @@ class Plan(_Frozen):
 
     @property
     def updates_in_backward(self) -> bool:
-        """Whether each weight is updated as soon as the backward pass has its gradient, so that gradients never take
-        memory together. Only where a step's gradient is complete then and nothing else needs it; and where it pays:
-        not for adapters. bitsandbytes synchronises the device at each update."""
+        """Whether each weight is updated as soon as the backward pass has computed its gradient, so that all gradients
+        are never in memory at once. This needs a gradient that is complete by then and that nothing else uses: one
+        worker, no accumulation, no clipping. For adapters it isn't worth it, nor with bitsandbytes, which synchronises
+        the device at each update."""
         return (
             self.lora is None
             and self.workers == 1
@@ -137,23 +139,24 @@ class Plan(_Frozen):
 
     @property
     def fused_adam(self) -> bool:
-        """Whether the optimizer is torch's Adam or AdamW in one pass over memory: unless the plan asks for another."""
+        """Whether the optimizer is the fused version of torch's Adam or AdamW: it is unless the plan sets `foreach`, or
+        sets `fused` to false."""
         kwargs = self.optimizer.kwargs
         other = kwargs.get("foreach") is not None or kwargs.get("fused") is False
         return self.optimizer.component in ("torch.optim.Adam", "torch.optim.AdamW") and not other
 
     @property
     def pairs(self) -> bool:
-        """Whether it trains on preferences: each row of data is a pair of dialogs."""
+        """Whether the data are preferences (DPO): each row is a pair of dialogs."""
         return self.loss.component == DPO_LOSS
 
 
 DEFAULT_LR = {"full": 4e-5, "lora": 6e-4}
-"""torchtune's 2e-5 and 3e-4 are for half as many rows; docs/decisions/0022 compares."""
+"""Twice torchtune's 2e-5 and 3e-4, which are for half as many rows: see docs/decisions/0022."""
 DEFAULT_DPO_LR = {"full": 1e-6, "lora": 1e-5}
-"""TRL's DPOConfig has 1e-6, and its examples take ten times as much for adapters."""
+"""1e-6 is the default of TRL's DPOConfig; TRL's examples use ten times as much for adapters."""
 DEFAULT_ROWS, DEFAULT_GROUPS = 8, 4
-"""Rows in a micro-batch; pairs, of two rows each, or packs."""
+"""Default batch sizes: in rows, and in packs or pairs (of two rows each)."""
 _LORA_FIELDS = {
     "lora_attn_modules": "attn_modules",
     "apply_lora_to_mlp": "mlp",
@@ -165,14 +168,14 @@ _LORA_FIELDS = {
 
 
 def plan_of(job: FineTuningJob) -> Plan:
-    """The training run of `job`. Raises ConfigProblems, or ValueError, for a job of another version of Tunewright whose
-    config means nothing to this one."""
+    """The plan of `job`. Raises ConfigProblems or ValueError if the job was submitted to another version of Tunewright
+    and this one doesn't accept its config."""
     return make_plan(Config.model_validate(job.input_config), job.defaults)
 
 
 def make_plan(config: Config, defaults: Defaults | None = None) -> Plan:
-    """The training run that `config` asks for; what it leaves open is as `defaults` have it, where they are given.
-    Raises ConfigProblems with everything that is wrong with it."""
+    """The training run that `config` asks for. `defaults`, as recorded when a job was submitted, replace the present
+    default batch size and learning rate. Raises ConfigProblems with everything that is wrong with `config`."""
     options = config.fine_tuning_options
     custom = options.custom_training_options
     kind: Literal["full", "lora"] = "lora" if isinstance(custom, LoraFineTuneOptions) else "full"
@@ -220,12 +223,12 @@ def make_plan(config: Config, defaults: Defaults | None = None) -> Plan:
 
 
 def step_items(plan: Plan) -> int:
-    """Rows, pairs or packs of a step, over all workers."""
+    """Rows, pairs or packs in an optimizer step, over all workers."""
     return plan.batch_size * plan.workers * plan.gradient_accumulation_steps
 
 
 def needing_less(plan: Plan) -> list[str]:
-    """What can be changed about the plan so that a worker needs less memory, the least costly first."""
+    """Changes to the plan that save memory on a worker, the least costly first, as advice for the user."""
     advice = []
     if plan.batch_size > 1:
         advice.append(f"lower batch_size (it is {plan.batch_size}) and raise gradient_accumulation_steps")
@@ -248,7 +251,7 @@ def _component(part: tuple[str, dict[str, Any]] | None) -> ComponentSpec | None:
 def _contradictions(
     values: dict[str, Any], lora: dict[str, Any], merged: Merged, *, has_validation_data: bool
 ) -> list[Problem]:
-    """Settings that are fine by themselves and wrong together."""
+    """Problems of settings that are valid by themselves but not together."""
     problems = []
     if values.get("packed") and values.get("max_seq_len") is None:
         problems.append(Problem(merged.param("packed"), "needs max_seq_len too: the length of a pack, in tokens"))
@@ -271,7 +274,7 @@ def _contradictions(
 def _method_contradictions(
     kind: str, values: dict[str, Any], components: dict[str, Any], merged: Merged
 ) -> list[Problem]:
-    """Methods that can't be combined, and settings that a method has no use for."""
+    """Problems of methods that can't be combined, and of settings that a method can't use."""
     problems = []
     if kind == "lora" and components["quantizer"]:
         message = (
@@ -294,7 +297,7 @@ def _method_contradictions(
 def _sharding_contradictions(
     kind: str, values: dict[str, Any], components: dict[str, Any], merged: Merged
 ) -> list[Problem]:
-    """What can't be split over the workers, of which there are several."""
+    """Problems of an optimizer whose state can't be sharded. Only for more than one worker."""
     name, _ = components["optimizer"] or (DEFAULTS["optimizer"], {})
     if shardable(name):
         return []

@@ -1,7 +1,7 @@
-"""Everything that can be known to be wrong with a request before it becomes a job, found in one go.
+"""Checks a request before it becomes a job, and reports every problem at once.
 
-No tensor and no row of data is read, nothing is downloaded: what takes longer than a few milliseconds is left to the
-job's own validation.
+It reads no tensors and no data, and downloads nothing: what takes longer than a few milliseconds is left to the job's
+own validation.
 """
 
 import copy
@@ -45,15 +45,15 @@ _MEMBERS: Mapping[str, tuple[type[BaseModel], str]] = {
     "DiskLogger": (DiskLogger, "log_type 'disk'"),
     "WandBLogger": (WandBLogger, "log_type 'wandb'"),
 }
-"""Of unions, by their tags in pydantic's locations; and how a request chooses them."""
+"""The members of unions by their tags in pydantic's error locations; with each, the field and value that select it."""
 _SCALARS = {"constrained-str", "constrained-int", "constrained-float", "str", "int", "float", "none"}
 _NOT_A_PATH = (OSError, ValueError, RuntimeError)  # a name too long, a loop of links, a broken URI, `~nobody`
-_OPAQUE = ("metadata", "extras")  # what stands in them is the user's, null included
+_OPAQUE = ("metadata", "extras")  # their content is the user's: nulls in it are kept
 
 
 class Examined(NamedTuple):
-    """A request, what it means, and everything that is wrong with it. `plan` is None where no plan can be made,
-    `architecture` where the model isn't a directory that is here."""
+    """A request, its plan, and everything that is wrong with it. `plan` is None if no plan can be made; `architecture`
+    is None if the model isn't a local directory, or can't be used."""
 
     document: dict[str, Any]
     plan: Plan | None
@@ -62,9 +62,9 @@ class Examined(NamedTuple):
 
 
 def examine(document: Mapping[str, Any], settings: Settings) -> Examined:
-    """Look at a request as it came: `document` is parsed JSON. Blocks on file look-ups.
+    """Check a request. `document` is its JSON, parsed but not validated. Blocks on file look-ups.
 
-    Fields that are null count as left out, and are left out of `Examined.document`.
+    A null field counts as absent, and is left out of `Examined.document`.
     """
     sent = without_nulls(document)
     try:
@@ -76,13 +76,13 @@ def examine(document: Mapping[str, Any], settings: Settings) -> Examined:
 
 
 def problems_of(errors: Sequence[Mapping[str, Any]], body: type[BaseModel] = Config) -> list[Problem]:
-    """Pydantic's errors about a `body` in our words. None repeats a value that was sent."""
-    # An optional field is a union with None, which nobody is told to send; its other member stands in the path.
+    """Pydantic's validation errors of the model `body` as Problems. None of them repeats a value that was sent."""
+    # An optional field is a union with None. Messages don't suggest null; the error of the other member is kept.
     told = [detail for detail in errors if detail["type"] != "none_required"]
     homes = _HOMES if body is Config else {"": (body,)}
     alternatives = {_path(detail): detail for detail in told if _is_alternative(detail)}
     told = [detail for detail in told if not _is_alternative(detail)]
-    told = list({_path(detail): detail for detail in reversed(told)}.values())[::-1]  # once, of several members
+    told = list({_path(detail): detail for detail in reversed(told)}.values())[::-1]  # one error per field
     problems = [_problem(detail, homes, alternatives.get(_path(detail))) for detail in told[:MOST_PROBLEMS]]
     if len(told) > MOST_PROBLEMS:
         problems.append(Problem(None, f"and {len(told) - MOST_PROBLEMS} more problems", "more_problems"))
@@ -90,7 +90,7 @@ def problems_of(errors: Sequence[Mapping[str, Any]], body: type[BaseModel] = Con
 
 
 def _is_alternative(detail: Mapping[str, Any]) -> bool:
-    """Whether it says that the word of a union like `int | Literal["auto"]` isn't it either."""
+    """Whether this is the error of the literal in a union like `int | Literal["auto"]`."""
     return detail["type"] == "literal_error" and str(detail["loc"][-1]).startswith("literal[")
 
 
@@ -102,7 +102,7 @@ def _problem(detail: Mapping[str, Any], homes: _Homes, alternative: Mapping[str,
             return Problem(param, "is required", "missing")
         case "extra_forbidden":
             return Problem(param, _unknown_field(detail, homes), "unknown_field")
-        case "model_type" | "dict_type":  # which pydantic says in Python's words
+        case "model_type" | "dict_type":  # pydantic's own message speaks of Python's types
             return Problem(param, "input should be an object", str(detail["type"]))
     message = str(detail["msg"]).removeprefix("Value error, ")
     if alternative is not None:
@@ -111,11 +111,11 @@ def _problem(detail: Mapping[str, Any], homes: _Homes, alternative: Mapping[str,
 
 
 def _path(detail: Mapping[str, Any]) -> tuple[str | int, ...]:
-    """Where the field is in the request: pydantic's location without the members of unions."""
+    """The field's path in the request: pydantic's location without the tags of unions."""
     loc = tuple(detail["loc"])
-    if loc[:1] == ("metadata",):  # what follows are the user's keys, and may read like a member of a union
+    if loc[:1] == ("metadata",):  # the user's own keys follow, which may look like tags
         return loc
-    if detail["type"] == "extra_forbidden":  # as the last one here
+    if detail["type"] == "extra_forbidden":  # the last part is the user's key
         return (*_without_tags(loc[:-1]), loc[-1])
     path = _without_tags(loc)
     of_union = path and (path[-1] in _SCALARS or _is_alternative(detail))
@@ -127,7 +127,7 @@ def _without_tags(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 
 def _unknown_field(detail: Mapping[str, Any], homes: _Homes) -> str:
-    """What is wrong with a field that isn't one, and where it belongs or what it may have been meant to be."""
+    """The message about an unknown field: where it belongs, or which field may have been meant."""
     *before, name = (str(part) for part in _path(detail))
     parent, ours = ".".join(before), homes is _HOMES
     chosen = next((_MEMBERS[part] for part in detail["loc"][:-1] if part in _MEMBERS), None)
@@ -163,7 +163,7 @@ def without_nulls(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beyond(document: dict[str, Any], errors: Sequence[Mapping[str, Any]], settings: Settings) -> list[Problem]:
-    """What else is wrong, once the fields that don't even parse are left out of the request."""
+    """Further problems of a request with `errors`: those that show once the fields with errors are left out."""
     rest = copy.deepcopy(document)
     for detail in errors:
         _remove(rest, _path(detail))
@@ -195,7 +195,7 @@ def _examine(config: Config, settings: Settings) -> _Outcome:
 
 
 def _remove(document: dict[str, Any], path: tuple[Any, ...]) -> None:
-    """Take the field at `path` out; of a list, the whole list."""
+    """Remove the field at `path`; if it lies within a list, the whole list."""
     for part in path[:-1]:
         inner = document.get(part)
         if not isinstance(inner, dict):
@@ -212,7 +212,7 @@ def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
         return [Problem(param, message, "wrong_purpose")]
     try:
         if is_file_id(uri):
-            file_store(settings.files_url).get(uri)  # which one that has expired is not
+            file_store(settings.files_url).get(uri)  # unlike check_data_uri, refuses a file that has expired
         else:
             check_data_uri(uri, settings)
     except UserError as error:

@@ -1,7 +1,7 @@
-"""Requests, from HTTP or from a file: JSON as RFC 8259 has it, read strictly, with errors that say where.
+"""Parses the JSON of requests, from HTTP or a file, strictly as in RFC 8259; errors say where the problem is.
 
-What Python's parser lets through is refused here, because it would fail (or lie) further down: NaN and Infinity, a key
-given twice, NUL characters and lone surrogates (no file name or UTF-8 text can hold them), integers beyond 64 bits,
+It refuses what Python's parser accepts but what would fail or change its meaning later: NaN and Infinity, duplicate
+keys, NUL characters and lone surrogates (which file names and UTF-8 text can't contain), integers beyond 64 bits,
 and nesting deeper than `MAX_DEPTH`.
 """
 
@@ -19,8 +19,8 @@ _END = (None, None)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises ConfigProblems: with every problem (MOST_PROBLEMS at most), where
-    the text can be parsed at all."""
+    """The JSON object in `body`. Raises ConfigProblems: with every problem (MOST_PROBLEMS at most) if the text is JSON,
+    else with the first one."""
     document = _parse(body)
     if not isinstance(document, dict):
         raise _refuse(f"the body must be a JSON object, not {_kind(document)}")
@@ -64,9 +64,9 @@ def _constant(name: str) -> NoReturn:
 
 
 def _unsafe(document: dict[str, Any]) -> Iterator[Problem]:
-    """Walks without recursion, so that no input can exhaust the stack, and puts a path together only for a problem: a
-    long key over a wide list would make one for each element."""
-    keys: list[str | int] = []  # of the containers that are open below the document
+    """The problems in a parsed document. Doesn't recurse, so no input can exhaust the stack. Builds a path only for a
+    problem: with a long key above a long list, building one for each element would take too long."""
+    keys: list[str | int] = []  # path of the container that is being walked
     opened: list[Iterator[tuple[str | int, Any]]] = [iter(document.items())]
     while opened:
         key, value = next(opened[-1], _END)
@@ -86,7 +86,7 @@ def _unsafe(document: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _dotted(keys: Sequence[str | int]) -> str | None:
-    """The path as far as an answer may show it; None for the document itself."""
+    """The path, with long keys cut; None for the document itself."""
     return ".".join(str(key)[: LONGEST_NAME + 1] for key in keys) if keys else None
 
 
@@ -106,7 +106,7 @@ def _complaint(value: object) -> str | None:
 
 
 def shown(text: str) -> str:
-    """`text` quoted for an error message: cut short, everything unprintable escaped."""
+    """`text` quoted for an error message: shortened, with everything but printable ASCII escaped."""
     return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 

@@ -1,4 +1,4 @@
-"""Whether a plan can be carried out on the model it names: known as soon as the model's config.json is read."""
+"""Checks whether a plan works with its model. Needs only the model's config.json."""
 
 from trainers.errors import UserError
 from trainers.models.architecture import Architecture
@@ -6,21 +6,21 @@ from trainers.models.layout import linears
 from trainers.planning.plan import EXTRAS, Plan
 
 NF4_BLOCK = 64 * 256
-"""Numbers of a layer that share one scale of their scales; torchao quantises whole blocks only."""
+"""Weights per block of NF4: 256 scales, of 64 weights each, share one scale. torchao quantises whole blocks only."""
 DEFAULT_GROUPSIZE = 256
-"""torchao's."""
+"""torchao's default for QAT."""
 MAX_SEQ_LEN = 4096
-"""Longest row, in tokens, where the user sets no max_seq_len and the model would take more."""
+"""Longest row, in tokens, if the user doesn't set max_seq_len and the model would take more."""
 _CUSTOM = "fine_tuning_options.custom_training_options"
 
 
 def longest_row(plan: Plan, arch: Architecture) -> int:
-    """Tokens that a row of data keeps at most."""
+    """The number of tokens after which rows are cut off."""
     return min(plan.max_seq_len or MAX_SEQ_LEN, arch.max_seq_len)
 
 
 def check_suitable(plan: Plan, arch: Architecture) -> None:
-    """Raises UserError `unsupported_for_model` naming the setting that this model has no use for."""
+    """Raises UserError `unsupported_for_model`, which names the setting, if the plan can't be used with this model."""
     if plan.lora is not None and plan.lora.output and arch.tied:
         raise _unsuitable(
             f"{_CUSTOM}.apply_lora_to_output",

@@ -1,7 +1,7 @@
-"""Checks of single values, as they come out of JSON or off a command line.
+"""Checks of single values from JSON or a command line.
 
-A check takes the value and returns it typed, or raises ValueError with a message that reads on after the field's name:
-"must be a whole number of at least 1, not true". Nothing is coerced: the string "2e-5" is no number.
+A check returns the value with its type, or raises ValueError with a message that follows the field's name, such as
+"must be a whole number from 1 to 64, not true". Nothing is coerced: the string "2e-5" is not a number.
 """
 
 import math
@@ -16,7 +16,7 @@ _repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 80, 80
 
 
 def shown(value: object) -> str:
-    """`value` as JSON would spell it, cut to a readable length however large or deeply nested it is."""
+    """`value` for an error message, shortened if it is long or deeply nested."""
     words = {True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return "null" if value is None else words[value]
@@ -50,7 +50,7 @@ def integer(low: int, high: int) -> Check:
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Check:
-    """A finite number in [low, high]; `above` and `below` leave out the bound itself."""
+    """A finite number in [low, high]; `above` and `below` exclude the bound itself."""
     start = f"greater than {low:g}" if above else f"of at least {low:g}"
     end = "" if high == math.inf else f" and {'less than' if below else 'at most'} {high:g}"
     wanted = f"a number {start}{end}"
@@ -89,7 +89,7 @@ def choice(*allowed: str) -> Check:
 
 
 def subset(*allowed: str) -> Check:
-    """A list of different words out of `allowed`; it may be empty."""
+    """A list of distinct words from `allowed`; it may be empty."""
     wanted = f"a list of different names out of {', '.join(allowed)}"
 
     def check(value: object) -> tuple[str, ...]:
