@@ -117,8 +117,8 @@ class Memory(BaseModel):
 
 
 class Load(NamedTuple):
-    """The heaviest micro-batches, in tokens. `positions`: of the widest line; `trained`: the most that carry loss in one
-    line; `segment`: the longest segment of attention, including the positions before it that it attends to."""
+    """The heaviest micro-batches, in tokens. `positions`: of the widest line; `trained`: the most in a line that carry
+    loss; `segment`: the longest segment of attention, including the positions before it that it attends to."""
 
     positions: int
     trained: int
