@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.service.conftest import CPUS, FP32, Api, dashboard, free_cpus, losses
 from tests.service.nodes import another_node, held_by, nodes, submit_to
 from tests.waiting import WAIT_S, eventually
 from tests.wandb_file import end_of
+from trainers.dispatching.cluster import RUN_ENV
 
 pytestmark = pytest.mark.timeout(900)  # each wait in these has a limit of its own
 
@@ -97,6 +99,18 @@ def test_the_log_and_wandb_tell_how_a_run_ended_that_was_paused_interrupted_or_c
         last_line()
         == f"cancelled after step {step_of(job)} of {job['progress']['total_steps']} (its last checkpoint: {left})"
     )
+
+
+def test_a_job_whose_first_worker_hangs_is_cancelled_before_ray_would_kill_its_runner(api: Api) -> None:
+    job_id = api.submit(api.endless())
+    api.until(job_id, lambda job: step_of(job) > 0)
+    (worker,) = workers_of(api, job_id)
+    worker.suspend()
+    began = time.monotonic()
+    api.cancel(job_id)
+    api.until_status(job_id, "cancelled")
+    assert time.monotonic() - began < float(RUN_ENV["RAY_JOB_STOP_WAIT_TIME_S"])
+    assert workers_of(api, job_id) == []
 
 
 def test_workers_stand_in_equal_shares_of_the_nodes_and_move_at_a_checkpoint_from_one_that_is_drained(api: Api) -> None:
