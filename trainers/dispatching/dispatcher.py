@@ -223,7 +223,7 @@ class Dispatcher:
         elif sight.runner.state != "unknown":
             await self._free_groups(sight)
             if not sight.groups:
-                await asyncio.to_thread(leftovers.clear, self._settings.job_dir(job.job_id))
+                await self._clear(job)
                 del self._ending[job.job_id]
 
     async def _settle(self, sight: Sight) -> None:
@@ -265,8 +265,12 @@ class Dispatcher:
     async def _end(self, job: FineTuningJob, outcome: Event) -> None:
         """In place of its runner, which is gone: what nobody but the job's own runs could use goes with it. There is no
         other outcome by now."""
-        await asyncio.to_thread(leftovers.clear, self._settings.job_dir(job.job_id))
-        await self._append(job, outcome)
+        await self._clear(job)
+        if (ended := await self._append(job, outcome)) is not None:
+            await self._clear(ended)
+
+    async def _clear(self, job: FineTuningJob) -> None:
+        await asyncio.to_thread(leftovers.clear, job, self._settings.job_dir(job.job_id))
 
     async def _free_groups(self, sight: Sight) -> None:
         """Free what a runner or an attempt that is gone left behind; nobody else will."""

@@ -357,9 +357,9 @@ def _failure(
 
 def _record(outcome: Event, job_id: str, tenure: Tenure, job_dir: Path) -> None:
     try:
-        tenure.append(outcome)
+        job = tenure.append(outcome)
     except (Refused, Superseded) as refusal:
         # Cancelled meanwhile, which the dispatcher records once this process is gone; or another runner's job.
         logger.warning("%s: %s", job_id, refusal)
     else:
-        leftovers.clear(job_dir)
+        leftovers.clear(job, job_dir)
