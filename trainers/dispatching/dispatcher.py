@@ -376,13 +376,17 @@ class Dispatcher:
     async def _append(
         self, job: FineTuningJob, *events: Event, event_ids: list[str] | None = None
     ) -> FineTuningJob | None:
-        """The job as it then is. None: it moved on between this pass's look and now; the next pass looks again."""
+        """The job after the events. None: the log refused them, since the job has changed after this pass read it; the
+        next pass looks again."""
+        source = f"{events[-1].type}-{event_ids[-1] if event_ids else job.version}"
         if (line := last_line(job, events[-1])) is not None:
-            await self._say(job, line, f"{events[-1].type}-{event_ids[-1] if event_ids else job.version}")
+            await self._say(job, line, source)
         try:
             return await self._log.append(job.job_id, list(events), event_ids or [new_event_id() for _ in events])
         except Refused as refusal:
             logger.info("%s: %s", job.job_id, refusal)
+            if line is not None:
+                await self._say(job, f"disregard the line above: {refusal}", f"{source}-refused")
             return None
 
     async def _say(self, job: FineTuningJob, line: str, source: str) -> None:

@@ -9,9 +9,11 @@ from events.facts import (
     CancelRequested,
     CheckpointSaved,
     Event,
+    JobFailed,
     MetricsRecorded,
     PauseRequested,
 )
+from events.job import FineTuningJob
 from tests.events.facts_of_a_job import step
 from tests.trainers.world import World, in_world
 from trainers.dispatching import dispatcher
@@ -75,6 +77,28 @@ async def test_a_loss_whose_runner_ray_remembers_for_a_while_is_told_once(world:
     await world.pass_(times=3)
     await world.another_dispatcher().reconcile()
     assert len(await world.lines(job_id)) == 1
+
+
+@in_world
+async def test_a_line_about_an_end_that_the_event_log_then_refuses_is_corrected(world: World) -> None:
+    """The user cancels the job just as it is about to fail."""
+    job_id = await trained(world, await world.running(max_restarts=0))
+    append = world.log.append
+
+    async def cancelled_before(of: str, events: list[Event], ids: list[str]) -> FineTuningJob:
+        if isinstance(events[0], JobFailed):
+            await append(of, [CancelRequested()], ["cancelled"])
+        return await append(of, events, ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.log, "append", cancelled_before)
+        await world.pass_()
+    await world.pass_(times=2)
+    assert (await world.job(job_id)).status == "cancelled"
+    _, failed, corrected, cancelled = await world.lines(job_id)
+    assert failed.startswith("job failed (runner_died")
+    assert corrected == f"disregard the line above: job {job_id} is being cancelled"
+    assert cancelled.startswith("cancelled after step 2 of 100")
 
 
 @pytest.mark.parametrize("reason", ["No space left on device", "no answer in time"])
