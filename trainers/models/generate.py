@@ -109,32 +109,39 @@ def advance(model: TransformerDecoder, continuations: Sequence[Continuation]) ->
         hidden = layer(hidden, mask=_rotating(partial(attend_each, number)), input_pos=positions)
     last = torch.tensor(widths, device=device).cumsum(0) - 1
     logits = model.unembed(hidden[:, last])[0]  # [continuations, vocab]
-    found: list[int | UserError] = []
-    for one, width, of_one in zip(continuations, widths, logits, strict=True):
+    # All of them before anything is changed: if one fails for lack of memory, the caller may ask again.
+    chosen = [_chosen_or_error(of_one, one) for one, of_one in zip(continuations, logits, strict=True)]
+    for one, width, token in zip(continuations, widths, chosen, strict=True):
         one.known += width
-        try:
-            token = _chosen(of_one, one.sampling, one.random)
-        except UserError as broken:
-            found.append(broken)
-        else:
+        if not isinstance(token, UserError):
             one.new = [token]
-            found.append(token)
-    return found
+    return chosen
+
+
+def _chosen_or_error(logits: Tensor, continuation: Continuation) -> int | UserError:
+    try:
+        return _chosen(logits, continuation.sampling, continuation.random)
+    except UserError as broken:
+        return broken
 
 
 def _chosen(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:
-    """One token out of `logits` [vocab]. It is drawn on the CPU, so that a seed means the same everywhere."""
-    if logits.isnan().any():
-        message = "the model's output is not a number: its weights are broken, as those of a run that diverged are"
+    """One token out of `logits` [vocab]. It is drawn on the CPU, so that a seed means the same on every device.
+
+    Raises UserError `model_broken` if a logit is NaN or the largest is infinite."""
+    if not logits.max().isfinite():
+        message = "the model's output is not a number or infinite: its weights are broken, as after a run that diverged"
         raise UserError("model_broken", message, "model")
     if sampling.temperature == 0:
         return int(logits.argmax())
     logits = logits.float().cpu()
-    # The highest is taken off first: divided by next to nothing, it would be infinite.
-    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)
+    # The largest logit is subtracted first and the divisor is at least the smallest normal float32, as a quotient of
+    # inf / inf or 0 / 0 would be NaN.
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)
     if sampling.top_p < 1:
         ordered, places = probabilities.sort(descending=True, stable=True)
-        left_out = ordered.cumsum(-1) - ordered >= sampling.top_p  # those that are likelier suffice
+        left_out = ordered.cumsum(-1) - ordered >= sampling.top_p  # the likelier ones already add up to top_p
         left_out[0] = False
         probabilities = torch.zeros_like(ordered).scatter(0, places, ordered.masked_fill(left_out, 0.0))
     return int(torch.multinomial(probabilities, 1, generator=random))

@@ -3,6 +3,7 @@
 import itertools
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,8 +92,43 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
     nucleus = torch.tensor([0.0, 4 / 7, 3 / 7, 0.0, 0.0])  # 0.4 is less than the half asked for, 0.4 + 0.3 is enough
     assert shares(Sampling(top_p=0.5)).allclose(nucleus, atol=0.03)
     likeliest = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
-    for sampling in (Sampling(top_p=0), Sampling(temperature=1e-30), Sampling(temperature=0)):
+    for sampling in (
+        Sampling(top_p=0),
+        Sampling(temperature=1e-30),
+        Sampling(temperature=5e-324),
+        Sampling(temperature=0),
+    ):
         assert shares(sampling).equal(likeliest)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_no_token_can_be_chosen_from_are_the_model_s_fault(temperature: float, broken: float) -> None:
+    logits = torch.tensor([1.0, broken, 2.0])
+    with pytest.raises(UserError, match="weights are broken") as caught:
+        generation._chosen(logits, Sampling(temperature=temperature), torch.Generator())
+    assert caught.value.error.code == "model_broken"
+
+
+def test_where_no_token_is_found_for_one_answer_the_others_can_be_asked_again(
+    tmp_path: Path, build_model: BuildModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the chat engine does when memory is short: each by itself."""
+    model = build_model(make_tiny_model(tmp_path))
+    answers = [Continuation(model, p, max_new_tokens=6, sampling=Sampling(temperature=0)) for p in PROMPTS[:3]]
+    calls = itertools.count(1)
+    original = generation._chosen
+
+    def short(*arguments: Any) -> int:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError
+        return original(*arguments)
+
+    monkeypatch.setattr(generation, "_chosen", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        advance(model, answers)
+    tokens = [[token for _ in range(6) for token in advance(model, [answer])] for answer in answers]
+    assert tokens == [by_hand(model, prompt, 6, set()) for prompt in PROMPTS[:3]]
 
 
 def test_windows_move_along_with_the_answer(tmp_path: Path, build_model: BuildModel) -> None:
