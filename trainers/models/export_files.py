@@ -9,6 +9,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainers.models.wanted_files import CHAT_TEMPLATES
+
 FILE_MODE = 0o644
 GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_FILES = (
@@ -34,14 +36,15 @@ def copy_companions(source_dir: Path, out_dir: Path) -> None:
 def copy_tokenizer(source_dir: Path, out_dir: Path) -> None:
     """Copies the tokenizer and the chat templates of a model."""
     _copy(_TOKENIZER_FILES, source_dir, out_dir)
-    if (source_dir / "additional_chat_templates").is_dir():
-        shutil.copytree(source_dir / "additional_chat_templates", out_dir / "additional_chat_templates")
+    _copy(("*.jinja",), source_dir / CHAT_TEMPLATES, out_dir / CHAT_TEMPLATES)
 
 
 def _copy(patterns: Iterable[str], source_dir: Path, out_dir: Path) -> None:
+    """Copies the files that match; makes `out_dir` if there are any."""
     for pattern in patterns:
         for file in source_dir.glob(pattern):
             if file.is_file():
+                out_dir.mkdir(exist_ok=True)
                 shutil.copyfile(file, out_dir / file.name)
                 (out_dir / file.name).chmod(FILE_MODE)
 

@@ -163,7 +163,8 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
     if not _is_directory(path):
         raise UserError("model_not_found", f"there is no model directory {path}.", param="model")
     for link in _links(path):
-        if not any(link.resolve().is_relative_to(root) for root in allowed):
+        target = Path(os.path.realpath(link))  # `resolve` fails for a link that leads in a circle
+        if not any(target.is_relative_to(root) for root in allowed):
             raise UserError(
                 "path_not_allowed",
                 f"{link.relative_to(path)} of {model!r} is a link that leads outside the directories that models may "
@@ -175,14 +176,16 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
 
 
 def _links(directory: Path, levels: int = 2) -> Iterator[Path]:
-    """The symbolic links in a model's directory and in those in it: no file of a model lies deeper."""
+    """The symbolic links in a model's directory and in its folders, linked ones included. No file of a model lies
+    deeper."""
     try:
-        # It tells links without asking the disk for each file.
         with storage_of(directory), os.scandir(directory) as entries:
-            for entry in entries:
+            for entry in entries:  # the listing says which are links and folders, without a stat for each file
+                is_folder = entry.is_dir(follow_symlinks=False)
                 if entry.is_symlink():
                     yield Path(entry.path)
-                elif levels > 1 and entry.is_dir(follow_symlinks=False):
+                    is_folder = _is_directory(Path(entry.path))
+                if levels > 1 and is_folder:
                     yield from _links(Path(entry.path), levels - 1)
     except OSError as error:
         message = f"the model directory {directory} can't be read: {error.strerror or error}."

@@ -137,6 +137,36 @@ def test_a_model_whose_files_are_links_to_outside_the_roots_is_refused(tmp_path:
     assert str(tmp_path / "secret") not in error.message
 
 
+def test_a_linked_folder_of_a_model_is_looked_into(tmp_path: Path, settings: Settings) -> None:
+    model = make_tiny_model(tmp_path / "models" / "linked")
+    templates = tmp_path / "models" / "templates"
+    templates.mkdir()
+    (model / "additional_chat_templates").symlink_to(templates)
+    assert resolve_model(str(model), settings, lambda _: None) == model
+    (tmp_path / "secret").write_text("s3cret")
+    (templates / "tools.jinja").symlink_to(tmp_path / "secret")
+    error = failure(str(model), settings).error
+    assert error.code == "path_not_allowed"
+    assert error.message.startswith("additional_chat_templates/tools.jinja of ")
+
+
+def test_a_link_that_leads_nowhere_is_passed_over_unless_the_model_needs_it(tmp_path: Path, settings: Settings) -> None:
+    model = make_tiny_model(tmp_path / "models" / "linked")
+    (model / "dangling").symlink_to(model / "gone")
+    (model / "in a circle").symlink_to(model / "in a circle")
+    assert resolve_model(str(model), settings, lambda _: None) == model
+    inspect_model_dir(model)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        kept = (model / name).rename(tmp_path / name)
+        (model / name).symlink_to(model / name)
+        assert resolve_model(str(model), settings, lambda _: None) == model
+        with pytest.raises(UserError, match=name) as caught:
+            inspect_model_dir(model)
+        assert caught.value.error.code == "model_incomplete"
+        (model / name).unlink()
+        kept.rename(model / name)
+
+
 def test_a_checkpoint_of_an_earlier_job_can_be_trained_on(settings: Settings) -> None:
     model = make_tiny_model(settings.job_dir("ftjob-1") / "checkpoints" / "step-00000040")
     assert resolve_model(str(model), settings, lambda _: None) == model

@@ -145,6 +145,22 @@ def test_an_export_has_the_tokenizer_and_the_licence_and_is_readable_by_everyone
     assert files["tokenizer.json"].read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
+def test_an_export_has_the_additional_chat_templates_and_nothing_else_from_their_folder(tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "in")
+    templates = source / "additional_chat_templates"
+    (templates / "drafts").mkdir(parents=True)
+    (tmp_path / "secret").write_text("s3cret")
+    (templates / "drafts" / "link.jinja").symlink_to(tmp_path / "secret")  # deeper than links are checked
+    (templates / "notes.txt").write_text("no template")
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (templates / "tool_use.jinja").chmod(0o600)
+    arch = inspect_model_dir(source)
+    save_hf_model(load_weights(source, arch), arch, source, tmp_path / "out")
+    (template,) = (tmp_path / "out" / "additional_chat_templates").rglob("*")
+    assert (template.name, template.read_text()) == ("tool_use.jinja", "{{ tools }}")
+    assert stat.S_IMODE(template.stat().st_mode) == 0o644
+
+
 def test_training_on_loaded_weights_never_writes_to_the_file(tmp_path: Path) -> None:
     source = make_tiny_model(tmp_path)
     before = (source / "model.safetensors").read_bytes()
