@@ -9,7 +9,7 @@ import errno
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -144,11 +144,11 @@ def check_weights(model_dir: Path, arch: Architecture) -> None:
     expected = {tensor.name: tensor.shape for tensor in checkpoint_tensors(arch)}
     missing = [name for name in expected if name not in found]
     if missing:
-        raise incomplete(f"{model_dir}: the weights lack {_some(missing)}.")
+        raise incomplete(f"{model_dir}: the weights lack {first_few(missing)}.")
     unknown = [name for name in found if name not in expected and not is_ignored(name, arch)]
     if unknown:
         raise _unsupported(
-            f"{model_dir}: the weights hold tensors that {arch.family} models don't have: {_some(unknown)}."
+            f"{model_dir}: the weights hold tensors that {arch.family} models don't have: {first_few(unknown)}."
         )
     for name, shape in expected.items():
         entry = found[name]
@@ -229,7 +229,7 @@ def _indexed_files(index: Path) -> list[Path]:
     files = [index.with_name(name) for name in indexed_names(index)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise incomplete(f"{index.parent} lacks the weight files {_some(missing)} that {index.name} names.")
+        raise incomplete(f"{index.parent} lacks the weight files {first_few(missing)} that {index.name} names.")
     return files
 
 
@@ -241,7 +241,7 @@ def indexed_names(index: Path) -> list[str]:
     names = sorted({str(name) for name in weight_map.values()})
     outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if outside:
-        raise incomplete(f"{index} names files that are no safetensors beside it: {_some(outside)}.")
+        raise incomplete(f"{index} names files that are no safetensors beside it: {first_few(outside)}.")
     return names
 
 
@@ -249,6 +249,7 @@ def _unsupported(message: str) -> UserError:
     return UserError("model_unsupported", message, param="model")
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def first_few(names: Sequence[str], limit: int = 5) -> str:
+    """`names` for a message, of which the rest is only counted."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

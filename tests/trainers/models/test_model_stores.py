@@ -170,6 +170,60 @@ def test_weights_that_a_config_names_and_that_can_t_be_fetched_cost_no_download(
     assert hub.downloads() == ["config.json"]
 
 
+def sharded(path: Path, names: tuple[str, str]) -> Path:
+    """A model in two files of these names, and their index."""
+    weights = load_file(make_tiny_model(path) / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    weight_map = {name: names[number % 2] for number, name in enumerate(sorted(weights))}
+    for file in names:
+        part = {name: tensor for name, tensor in weights.items() if weight_map[name] == file}
+        save_file(part, path / file, metadata={"format": "pt"})
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def test_shards_are_fetched_by_the_names_that_their_index_has(
+    tmp_path: Path, bucket: Path, settings: Settings, hub: SmallHub
+) -> None:
+    names = ("pytorch_model-00001-of-00002.safetensors", "pytorch_model-00002-of-00002.safetensors")
+    sharded(bucket / "model", names)
+    (bucket / "model" / "model-extra.safetensors").write_bytes(b"not of this model")
+    hub.add("acme/shards", bucket / "model")
+    for model in ("acme/shards", "s3://bucket/model"):
+        path = resolve_model(model, settings, lambda _: None)
+        inspect_model_dir(path)
+        assert sorted(file.name for file in path.glob("*.safetensors")) == list(names)
+
+
+def test_an_index_that_names_a_shard_which_is_not_there_costs_no_download(
+    tmp_path: Path, bucket: Path, settings: Settings, hub: SmallHub
+) -> None:
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    (sharded(bucket / "model", names) / names[1]).unlink()
+    hub.add("acme/shards", bucket / "model")
+    for model in ("acme/shards", "s3://bucket/model"):
+        error = failure(model, settings).error
+        assert error.code == "model_incomplete"
+        assert error.message.startswith(model)
+        assert names[1] in error.message
+    assert hub.downloads() == ["config.json", "model.safetensors.index.json"]
+
+
+def test_of_a_model_in_one_file_and_in_shards_the_one_file_is_fetched(
+    tmp_path: Path, bucket: Path, settings: Settings, hub: SmallHub
+) -> None:
+    """As transformers prefers it."""
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    make_tiny_model(tmp_path / "one")
+    sharded(bucket / "model", names)
+    (tmp_path / "one" / "model.safetensors").rename(bucket / "model" / "model.safetensors")
+    hub.add("acme/both", bucket / "model")
+    for model in ("acme/both", "s3://bucket/model"):
+        path = resolve_model(model, settings, lambda _: None)
+        inspect_model_dir(path)
+        assert [file.name for file in path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
 def test_a_model_without_safetensors_is_incomplete(
     tmp_path: Path, bucket: Path, settings: Settings, hub: SmallHub
 ) -> None:
