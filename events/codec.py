@@ -24,6 +24,11 @@ class UnknownEvent:
     type: str
     body: str
 
+    @property
+    def kind(self) -> str:
+        """Type and version, for people."""
+        return f"{self.type} version {_header(self.body)[2]}"
+
 
 AnyEvent = Event | UnknownEvent
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]

@@ -25,7 +25,7 @@ class Jobs:
         self._order: list[str] = []
         self._live: dict[str, None] = {}
         self._by_key: dict[str, str] = {}
-        self._damaged: dict[str, str] = {}  # why; set by the store's thread at any time, and never unset
+        self._damaged: dict[str, str] = {}  # what is said of it; set by the store's thread at any time, and never unset
         self._by_digest: dict[str, str] = {}  # of the last minute, oldest first
         self._answered: set[str] = set()  # of these, those whose submitter was told, as far as this process knows
 
@@ -46,15 +46,21 @@ class Jobs:
 
     def damage(self, job_id: str, why: str) -> None:
         """From now on the job is not served: what is known of it may be wrong."""
-        self._damaged.setdefault(job_id, why)
+        self._refuse(
+            job_id, f"the history of job {job_id} is damaged: {why}; the operator has to restore it from a backup"
+        )
+
+    def not_understood(self, job_id: str, why: str) -> None:
+        """From now on the job is not served: another version of Tunewright began it."""
+        self._refuse(job_id, f"job {job_id} can't be served: {why}; the operator has to run the version that wrote it")
+
+    def _refuse(self, job_id: str, message: str) -> None:
+        self._damaged.setdefault(job_id, message)
 
     def check(self, job_id: str) -> None:
         """Raises Refused `job_damaged`."""
-        if (why := self._damaged.get(job_id)) is not None:
-            raise Refused(
-                "job_damaged",
-                f"the history of job {job_id} is damaged: {why}; the operator has to restore it from a backup",
-            )
+        if (message := self._damaged.get(job_id)) is not None:
+            raise Refused("job_damaged", message)
 
     def any_damaged(self) -> bool:
         return bool(self._damaged)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from events.bell import Bell
+from events.codec import UnknownEvent
 from events.decide import Refused
 from events.facts import Event, JobSubmitted
 from events.job import FineTuningJob
@@ -284,8 +285,14 @@ class EventLog:
 
     def _replayed(self) -> Draft:
         draft = Draft(self._jobs)
+        unknown: dict[str, list[Recorded]] = {}
         while page := self._store.read_all(draft.position, _PAGE):
             draft.replay(page)
+            for recorded in page:
+                if isinstance(recorded.event, UnknownEvent):
+                    unknown.setdefault(recorded.event.kind, []).append(recorded)
+        for kind, history in unknown.items():
+            self._report_unknown(kind, history)
         draft.position = max(draft.position, self._store.last_position())  # beyond damaged ones at the end
         self._heed(self._jobs)
         if lost := [damage for damage in self._store.damage.values() if damage.position and not damage.job_ids]:
@@ -294,6 +301,21 @@ class EventLog:
                 "so any job could be wrong. Restore a backup of the event log"
             )
         return draft
+
+    def _report_unknown(self, kind: str, history: list[Recorded]) -> None:
+        """Events of one kind that this version can't read. A job that begins with one is not served: nothing is known
+        of it. In other jobs the fold ignores them."""
+        logger.warning(
+            "this version of Tunewright can't read events of type %s and ignores them (%d in all, the first at "
+            "position %d, of job %s). A newer version has probably written them: run that one, or jobs may be shown and "
+            "handled as if these events had not happened",
+            kind, len(history), history[0].position, history[0].job_id,
+        )  # fmt: skip
+        for recorded in history:
+            if recorded.version == 0:
+                self._jobs.not_understood(
+                    recorded.job_id, f"this version of Tunewright can't read its first event, {kind}"
+                )
 
     def _heed(self, jobs: Jobs) -> None:
         """In the store's thread, after it has read."""
