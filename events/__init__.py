@@ -1,4 +1,5 @@
-"""What happened: the job vocabulary, the fold, the event store, and the two actors that keep events and log lines.
+"""The event log: a job's config and events, the fold that turns events into a job, the store that keeps them, the log
+lines of jobs, and the Ray actors of both.
 
 Imports nothing of `trainers` or `serve_app`, and no torch. The actors are in `events.actors`, which imports Ray.
 """

@@ -5,8 +5,9 @@
     python -m events inspect JOB_ID [--log FILE]
     python -m events verify FILE            is every event as it was written? exit code 1: no
 
-Without `--log` it is the service's log, `events.db` in TUNEWRIGHT_STORAGE. While the service runs nobody else may
-open that file, so it is asked through Ray: the cluster is the one at RAY_ADDRESS, or the one this machine has started.
+Without `--log` it is the service's log, `events.db` in TUNEWRIGHT_STORAGE. While the service runs, no other process can
+open that file, so the command asks the service through Ray, in the cluster at RAY_ADDRESS or the one that was last
+started on this machine.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class Source(Protocol):
 
 
 class _Service:
-    """The log of a service that runs. Raises LogUnavailable."""
+    """The log of a running service. Raises LogUnavailable."""
 
     def __init__(self, storage: Path) -> None:
         try:
@@ -77,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads it has enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at exit
         return 128 + signal.SIGPIPE
     except (StoreFailedError, StoreLockedError, JobDamagedError, Refused, LogUnavailable, OSError) as error:
         _say(str(error))
@@ -120,7 +121,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Reads every event and every way that leads to one. Needs the file to itself."""
+    """Checks every event and every index. No other process may have the file open."""
     with closing(_opened(arguments.file)) as store:
         position = 0
         while (reached := store.check(position)) > position:

@@ -44,14 +44,14 @@ T = TypeVar("T")
 
 
 class About(NamedTuple):
-    """What an actor keeps, and the process that it is."""
+    """An actor's storage directory and process id."""
 
     storage: str
     pid: int
 
 
 class StorageMismatchError(Exception):
-    """The cluster's actors keep another storage directory than the one asked for."""
+    """The cluster's actors use another storage directory than the one asked for."""
 
 
 class _EventLogActor(EventLog):
@@ -67,7 +67,7 @@ class _EventLogActor(EventLog):
 
 class _LogQueueActor(LogQueue):
     def __init__(self, storage: str) -> None:
-        """The lock: two processes that append to one file of lines, each counting its own, would garble the offsets."""
+        """Takes a lock: two processes that append to the same log file would both count its lines, wrongly."""
         log_with_times()
         self._storage = storage
         self._lock = _patiently(lambda: lock(Path(storage) / "log-queue.lock"))
@@ -79,22 +79,24 @@ class _LogQueueActor(LogQueue):
 
 
 def log_with_times() -> None:
-    """For a process of the service: Ray keeps what each prints, but not when. Of libraries it is warnings and worse."""
+    """Sets up logging in a process of the service, with times, which Ray's files of its output lack. From libraries,
+    only warnings and errors are logged."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s -- %(message)s")
     logging.getLogger("tunewright").setLevel(logging.INFO)
 
 
 def collect_rarely() -> None:
-    """For a process that serves many. What a commit or a request makes is freed as soon as it is done with, and the
-    rest stays: looking for cycles at the usual pace finds nothing, took up to a fifth of the time of an append, and
-    stopped a thousand tails for 0.2 s."""
+    """Makes garbage collection rare, for a process that serves many requests. The objects of a commit or a request are
+    freed by their reference counts and all others stay, so collecting at the usual pace finds nothing. It took up to a
+    fifth of the time of an append, and stopped a thousand tails for 0.2 s."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)
 
 
 def _patiently(open_: Callable[[], T]) -> T:
-    """The process before this one may need a moment to die; Ray would not try a failed start again."""
+    """Waits up to _LOCK_WAIT_S while another process holds the lock: this process's predecessor may need a moment to
+    die, and Ray would not retry a failed start."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
         try:
@@ -110,7 +112,7 @@ def _about(storage: str) -> About:
 
 
 def _actor(cls: type, name: str, storage: Path) -> ActorHandle[Any]:
-    """The actor of that name; started when there is none. Raises LogUnavailable when one that was found ends."""
+    """The actor of that name, started if there is none. Raises LogUnavailable if it ends while Ray looks it up."""
     options = {
         "name": name,
         "namespace": NAMESPACE,
@@ -122,16 +124,16 @@ def _actor(cls: type, name: str, storage: Path) -> ActorHandle[Any]:
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},
     }
-    make: Any = ray.remote(cls)  # Ray's types can't tell that it is a class
+    make: Any = ray.remote(cls)  # Ray's type hints don't know that it is a class
     try:
         handle: ActorHandle[Any] = make.options(**options).remote(str(storage))
-    except ValueError as error:  # Ray looks for the name again and again, and doesn't expect that
+    except ValueError as error:  # from Ray's second look-up of the name, which the actor has not survived
         raise LogUnavailable(f"{name} has died: {error}") from error
     return handle
 
 
 class _Client:
-    """Calls one of the actors. Picklable."""
+    """Calls methods of one of the actors. Picklable."""
 
     def __init__(self, cls: type, name: str, storage: Path) -> None:
         self._cls, self._name, self._storage = cls, name, storage
@@ -184,17 +186,17 @@ class EventLogClient(_Client):
         return job
 
     async def job_with_key(self, idempotency_key: str) -> FineTuningJob | None:
-        """None also where the log is of a version that can't tell: a submit with a known key returns the job still."""
+        """None also if the actor is of a version without this method; a submit with a known key still finds its job."""
         if not hasattr(self._handle, "job_with_key"):
             return None
         job: FineTuningJob | None = await self._call("job_with_key", idempotency_key)
         return job
 
     async def job_json(self, job_id: str) -> bytes:
-        """As the log has it at some moment after this was called. To be used from one event loop.
+        """The job's JSON as of some moment after this was called. For use from one event loop.
 
-        What is asked for while a call is under way is asked for together in the next one: with many clients that poll,
-        calls of the actor would cost more than all the rest of their answers.
+        Requests that arrive while a call is in flight share the next call: with many clients that poll, calls of the
+        actor would otherwise cost more than the rest of the answers.
         """
         if (answer := self._wanted.get(job_id)) is None:
             answer = self._wanted[job_id] = asyncio.get_running_loop().create_future()
@@ -206,7 +208,7 @@ class EventLogClient(_Client):
         return encoded
 
     async def _fetch(self) -> None:
-        """Calls for what is wanted until nothing is."""
+        """Calls the actor until no request waits."""
         while self._wanted:
             wanted, self._wanted = self._wanted, {}
             found: Sequence[bytes | Exception]
@@ -244,7 +246,7 @@ class EventLogClient(_Client):
 
 
 AnyLog = EventLog | EventLogClient
-"""The log itself, or its handle: what takes either can be tested without Ray."""
+"""The log itself or its client: code that takes either can be tested without Ray."""
 
 
 class LogQueueClient(_Client):
@@ -272,7 +274,7 @@ class Handles:
 
 
 def connect(storage: Path) -> Handles:
-    """Handles to this cluster's actors, which are started when there are none. Ray must be initialised.
+    """Handles to this cluster's actors, which are started if there are none. Ray must be initialised.
 
     Blocks until both answer. Raises StorageMismatchError, or LogUnavailable.
     """

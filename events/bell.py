@@ -1,14 +1,14 @@
-"""Waking coroutines that wait for news of one key."""
+"""Lets coroutines wait for news about a key."""
 
 import asyncio
 from collections.abc import Hashable
 
 
 class Bell:
-    """`heard` waits, `ring` wakes everyone who waits on that key now. Keys nobody waits on take no memory.
+    """`heard` waits, and `ring` wakes every coroutine that waits on the key now. Keys without waiters take no memory.
 
-    For use within one event loop. Between looking at the state and calling `heard` there must be no await, or a ring
-    in between is missed.
+    For use within one event loop. There must be no await between reading the state and calling `heard`, or a ring in
+    between is missed.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,11 @@
 """Events as versioned JSON text, and back.
 
-What was written is never changed, so a reader meets every version there ever was, and newer ones after a rollback:
+Written events are never changed, so a reader meets events of every earlier version and, after a rollback, newer ones:
 
-- an older version of an event (`v` below today's) goes through `UPCASTERS`, one version at a time;
-- an added field it lacks takes its default; a field it has and we don't know is left out;
-- what can't be understood (an unknown type, a newer version) becomes an `UnknownEvent`, kept to the letter.
+- an older version of an event (`v` below the current one) goes through `UPCASTERS`, one version at a time;
+- a missing field takes its default; an unknown field is left out;
+- an event that can't be read (an unknown type, a newer version, a value that isn't valid) becomes an `UnknownEvent`,
+  whose text is kept unchanged.
 """
 
 import json
@@ -34,7 +35,7 @@ AnyEvent = Event | UnknownEvent
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
 
 UPCASTERS: dict[tuple[str, int], Upcaster] = {}
-"""(type, version) -> what turns the JSON of that version into the next version's. `v` itself is raised by `decode`."""
+"""(type, version) -> a function that turns the fields of that version into the next version's. `decode` sets `v`."""
 
 _EVENT: TypeAdapter[Fact] = TypeAdapter(Event)
 _KINDS: tuple[type[Fact], ...] = get_args(get_args(Event)[0])
@@ -42,16 +43,16 @@ _VERSIONS: dict[str, int] = {kind.__name__: kind.model_fields["v"].default for k
 
 
 class CorruptEventError(Exception):
-    """The store gave back something that never was an event: not a JSON object with `type` and `v`."""
+    """A text from the store is not an event: no JSON object with `type` and `v`."""
 
 
 def encode(event: AnyEvent) -> str:
-    """One line of JSON. Raises ValueError for an event that holds what JSON can't."""
+    """The event as one line of JSON. Raises ValueError for an event that can't be written as JSON."""
     return event.body if isinstance(event, UnknownEvent) else event.model_dump_json()
 
 
 def decode(body: str) -> AnyEvent:
-    """The inverse of `encode`, for every version. Raises CorruptEventError."""
+    """The inverse of `encode`, for events of every version. Raises CorruptEventError."""
     try:
         event = _EVENT.validate_json(body, extra="ignore")
     except ValidationError:

@@ -1,10 +1,10 @@
-"""The job a user asks for: `Config`, as `fine_tuning_api.yaml` names it.
+"""`Config`: a request for a fine-tuning job, with the names of `fine_tuning_api.yaml`.
 
-These models are the wire format of POST /fine_tuning/jobs/submit and the payload of `JobSubmitted`. They hold what
-the user typed; what it means for a training run (merged, typed, checked) is `trainers.planning.plan.Plan`.
+These models are the wire format of POST /fine_tuning/jobs/submit. They hold the values as the user sent them;
+`trainers.planning.plan.Plan` is what they mean for a training run (merged, typed, checked).
 
-A field that is absent or null takes its documented default. Unknown fields are refused by name. What is echoed is the
-JSON as it was sent, which never was a Config.
+A field that is absent or null takes its documented default. Unknown fields are refused by name. `JobSubmitted` records,
+and the API returns, the JSON as it was sent, not a dump of the Config.
 """
 
 import math
@@ -22,9 +22,9 @@ WandBTag = Literal["wandb", "WandBLogger"]
 
 
 def optional(description: str, **schema: JsonValue) -> Any:  # noqa: ANN401  -- Field() of any type
-    """A field of type `X | None` that may be absent; its default is no constant and stands in the description.
+    """A field of type `X | None` that may be absent. If its default isn't a constant, the description states it.
 
-    `schema` is added to its JSON schema, which says nothing of null: the API neither asks for nulls nor sends any.
+    `schema` is added to its JSON schema, which doesn't mention null: the API neither asks for nulls nor sends any.
     """
 
     def finish(generated: dict[str, Any]) -> None:  # pydantic may apply it to a finished schema again
@@ -38,7 +38,7 @@ def optional(description: str, **schema: JsonValue) -> Any:  # noqa: ANN401  -- 
 
 
 def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
-    """Refuses what can't be written as JSON in UTF-8 and read back the same: these values are stored and echoed."""
+    """Refuses values that can't be written as JSON in UTF-8 and read back the same: they are stored and returned."""
     _check_json(value, depth=1)
     return value
 
@@ -148,10 +148,10 @@ class WandBLogger(_Wire):
 
 
 def _choose(value: object, tag_field: str, tags: dict[str, str], fields: dict[str, set[str]]) -> str | None:
-    """The alternative that `value` means: by its tag, else by the fields only one alternative has. Of fields that none
-    has it is the first of `fields`, which refuses them by name.
+    """The member of a union that `value` is meant to be: by its tag, else by the fields that only one member has. If no
+    member has any of its fields: the first of `fields`, which then refuses them by name.
 
-    Returns None where nothing decides; pydantic then reports the union's custom error.
+    Returns None if neither decides; pydantic then reports the union's custom error.
     """
     if not isinstance(value, dict):
         return {cls: cls for cls in fields}.get(type(value).__name__)

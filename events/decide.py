@@ -1,4 +1,4 @@
-"""`decide`: which facts may be added to a job's history. The only place that says no."""
+"""`decide`: the rules for which events may be added to a job's history."""
 
 from events.facts import (
     CancelRequested,
@@ -33,9 +33,9 @@ class Refused(Exception):
     - `stale_attempt`: the run that reports was replaced or interrupted.
     - `out_of_order`: not in this status.
 
-    and from `EventLog`: `idempotency_key_reused`, `too_many_jobs`, `invalid_event`, `unknown_after` (no job to list
-    the older ones of), and `job_damaged`: events of the job can't be read as they were written, so nothing is said
-    about it and nothing added to it.
+    and from `EventLog`: `idempotency_key_reused`, `too_many_jobs`, `invalid_event`, `unknown_after` (there is no job
+    with the id that a page of the list is to begin after), and `job_damaged`: events of the job can't be read, so it is
+    neither shown nor changed.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -48,7 +48,7 @@ class Refused(Exception):
 
 
 def decide(job: FineTuningJob | None, event: Event) -> list[Event]:
-    """What to append when `event` is proposed: `[event]`, or `[]` when that is how things stand already.
+    """What to append when `event` is proposed: `[event]`, or `[]` if it would change nothing.
 
     Raises Refused.
     """
@@ -96,7 +96,7 @@ def _while_cancelling(job: FineTuningJob, event: Event) -> list[Event]:
 
 
 def _while_paused(job: FineTuningJob, event: Event) -> list[Event]:
-    """Nothing of it runs, so nothing else can happen to it."""
+    """No process of the job runs, so nothing else can happen to it."""
     match event:
         case PauseRequested() | JobPaused():
             return []
@@ -123,7 +123,7 @@ def _while_alive(job: FineTuningJob, event: Event) -> list[Event]:
             _require(job, event, job.status == "running")
             return [] if isinstance(event, CheckpointSaved) and event.uri in job.checkpoints else [event]
         case RunInterrupted():
-            # Also of a runner that only waits. A loss that is reported again comes under the same event id.
+            # The lost runner may only have waited. A loss that is reported again has the same event id.
             _check_attempt(job, event, event.attempt)
             return [event]
         case PauseRequested():
@@ -144,15 +144,15 @@ def _while_alive(job: FineTuningJob, event: Event) -> list[Event]:
 
 
 def _data_validated(job: FineTuningJob, event: DataValidated) -> list[Event]:
-    """A runner that was started again validates again; finding the same is no news."""
+    """A runner that was started again validates again. The same result adds nothing."""
     if job.validated and (job.data, job.validation_data) == (event.data, event.validation_data):
         return []
     return _require(job, event, job.status == "validation")
 
 
 def _run_started(job: FineTuningJob, event: RunStarted) -> list[Event]:
-    """While one runs, the next may start (Ray Train replaced the workers). Admission is the dispatcher's concern: a
-    run that has started has started."""
+    """The next attempt may start while one runs: Ray Train has then replaced the workers. Admission isn't checked. That
+    is the dispatcher's task, and the run has started in any case."""
     if event.attempt <= job.attempt:
         raise Refused("stale_attempt", f"job {job.job_id}: attempt {event.attempt} has started, now is {job.attempt}")
     if event.attempt > job.attempt + 1:
@@ -161,7 +161,7 @@ def _run_started(job: FineTuningJob, event: RunStarted) -> list[Event]:
 
 
 def _job_paused(job: FineTuningJob, event: JobPaused) -> list[Event]:
-    """Also of a job that runs: its runner may have been lost before it reached a checkpoint."""
+    """Allowed while the status is `running`, too: the runner may have been lost before it reached a checkpoint."""
     if event.attempt != job.attempt:
         raise Refused("stale_attempt", f"job {job.job_id}: attempt {job.attempt} has started, not {event.attempt}")
     return [event] if job.pausing else []

@@ -1,11 +1,11 @@
-"""What is to outlast a power cut."""
+"""fsync, so that files outlast a power cut."""
 
 import os
 from pathlib import Path
 
 
 def sync_path(path: Path | str) -> None:
-    """A file, or a directory's entries, is on disk when this returns."""
+    """Writes a file, or a directory's entries, to disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -14,6 +14,6 @@ def sync_path(path: Path | str) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """All that is in a directory is on disk when this returns; the directory's own name is its parent's."""
+    """Writes everything in a directory to disk, except the directory's own name, which is an entry of its parent."""
     for entry in [*directory.rglob("*"), directory]:
         sync_path(entry)

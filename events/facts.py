@@ -1,10 +1,10 @@
-"""The facts that make up a job's history: past tense, frozen, versioned.
+"""The events of a job's history: named in the past tense, frozen, versioned.
 
-Each event is one pydantic model with a `type` tag; `Event` is their union. A fact that was written is never changed: a
-new field gets a default, a changed meaning gets a new `v` and an upcaster in `events.codec`.
+Each event is a pydantic model with a `type` tag; `Event` is their union. An event that was written is never changed: a
+new field gets a default, and a changed meaning gets a new `v` and an upcaster in `events.codec`.
 
-`attempt` counts the runs of the training function for a job, from 1. A fact about training names the attempt that
-saw it, so that a run that was replaced can't speak for the job any more.
+`attempt` counts the runs of the training function for a job, from 1. An event about training names its attempt, so that
+events of a run that was replaced can be refused.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,12 +13,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def _writable(text: str) -> str:
-    """`text` as it can be stored: what is no character (half a surrogate pair, from an odd file name) becomes '?'."""
+    """`text` with what isn't a character (half a surrogate pair, from an odd file name) replaced by '?'."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 Text = Annotated[str, AfterValidator(_writable)]
-"""Free text for people, which may quote anything: recording a failure must not fail because of its message."""
+"""Free text for people. It may quote anything, and recording a failure must not fail because of its message."""
 
 
 class _Value(BaseModel):
@@ -199,7 +199,7 @@ class RunStarted(Fact):
     nodes: int
     device: str = Field(description="`cpu` or the accelerator's name, e.g. `NVIDIA H200`.")
     total_steps: int
-    n_epochs: int | None = Field(default=None, description="Epochs the plan makes of it. None: as the config says.")
+    n_epochs: int | None = Field(default=None, description="Epochs, by the plan. None: as in the config.")
     logs: str = Field(description="Where the logger writes: a file URI or the W&B run's URL.")
 
 

@@ -1,4 +1,4 @@
-"""Copies of frozen models, as the fold makes them: three for each event."""
+"""Cheap copies of frozen pydantic models. The fold makes about three for each event."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar

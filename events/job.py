@@ -1,6 +1,6 @@
-"""A job as its events tell it: `FineTuningJob`, the object of the API, and `evolve`, the fold that makes it.
+"""`FineTuningJob`, the state of a job and the object of the API, and `evolve`, the fold that makes it from events.
 
-There is no other job state anywhere. `evolve` never raises: whatever was written replays.
+There is no other job state anywhere. `evolve` never raises, so every log can be replayed.
 """
 
 from collections.abc import Iterable
@@ -86,29 +86,29 @@ class Metrics(_Part):
 _MEASURED = tuple(name for name in Metrics.model_fields if name in StepMetrics.model_fields)
 _COUNTED = ("tokens", "peak_memory_bytes")
 _EVALUATED = frozenset({"valid_loss", "valid_token_accuracy"})
-"""Of these, what an evaluation measures: not every step has one."""
+"""Metrics of an evaluation. Not every step has one."""
 
 
 class Pace(_Part):
-    """How long the steps and evaluations of the run took so far, in seconds by the clock of its first worker."""
+    """How long the run's steps and evaluations have taken so far, in seconds by the clock of its first worker."""
 
     at: datetime
-    """The end of the last of them; before the first, when the run started."""
+    """The end of the last step or evaluation; before the first one, the start of the run."""
     steps: int = 0
     steps_s: float = 0.0
     first_s: float = 0.0
-    """The first step, which warms up what the others use."""
+    """The first step, which is slower than the others."""
     evaluations: int = 0
     evaluations_s: float = 0.0
 
     def after(self, measured: list[StepMetrics]) -> "Pace":
-        """A checkpoint's time counts with the step after it."""
+        """The pace after more steps and evaluations. The time of a checkpoint counts as part of the step after it."""
         at, changes = self.at, {**self.__dict__}
         for metrics in measured:
             try:
                 end = datetime.fromisoformat(metrics.time)
                 took = max((end - at).total_seconds(), 0.0)
-            except (ValueError, TypeError):  # not a time, or one without a zone: the fold is total
+            except (ValueError, TypeError):  # not a time, or one without a zone: the fold must not raise
                 continue
             at = end
             if metrics.loss is None:
@@ -122,7 +122,7 @@ class Pace(_Part):
         return changed(self, changes)
 
     def remaining_s(self, steps: int, evaluations: float) -> float | None:
-        """Seconds that so many more will take; None before the first step."""
+        """Seconds that this many more steps and evaluations will take; None before the first step."""
         if not self.steps:
             return None
         warm = self.steps - 1
@@ -132,7 +132,7 @@ class Pace(_Part):
 
 
 class _Saved(_Part):
-    """Where the last checkpoint stands: what an interruption falls back to. `step` and `epoch` as in Progress."""
+    """The job at its last checkpoint, which an interruption falls back to. `step` and `epoch` as in Progress."""
 
     step: int = 0
     epoch: int = 0
@@ -140,7 +140,7 @@ class _Saved(_Part):
 
 
 class _ConfigAsSent:
-    """Documents a config in the schema as `Config`; the value stays the JSON that the user sent."""
+    """Gives a config the JSON schema of `Config`; its value stays the JSON that was sent."""
 
     def __get_pydantic_json_schema__(self, _schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return handler(Config.__pydantic_core_schema__)
@@ -149,8 +149,8 @@ class _ConfigAsSent:
 class FineTuningJob(BaseModel):
     """A job. Times are UTC. A field that doesn't apply, or not yet, is absent."""
 
-    # The API shows that line. The fold carries this object too: the fields marked `exclude` are the fold's own, which
-    # travel with the object (it pickles whole) but are no part of the wire view.
+    # The API docs show that docstring. Fields marked `exclude` belong to the fold: they pickle with the object, but are
+    # not part of the API.
 
     model_config = ConfigDict(frozen=True)
 
@@ -191,7 +191,7 @@ class FineTuningJob(BaseModel):
     validated: SkipJsonSchema[bool] = Field(default=False, exclude=True)
     admitted: SkipJsonSchema[bool] = Field(default=False, exclude=True)
     pausing: SkipJsonSchema[bool] = Field(default=False, exclude=True)
-    """Whoever asked: the job is to have no runner. True until it has none."""
+    """A user or the service has asked for a pause, and JobPaused has not been recorded yet."""
     idempotency_key: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     request_digest: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
     openai: SkipJsonSchema[dict[str, Any] | None] = Field(default=None, exclude=True)
@@ -200,7 +200,7 @@ class FineTuningJob(BaseModel):
     pace: SkipJsonSchema[Pace | None] = Field(default=None, exclude=True)
     saved: SkipJsonSchema[_Saved] = Field(default=_Saved(), exclude=True)
     checkpoint_versions: SkipJsonSchema[dict[str, int]] = Field(default={}, exclude=True)
-    """By URI, the version of the event that each of `checkpoints` was saved with: so nobody has to look for it."""
+    """By URI, the version of the event that saved each of `checkpoints`."""
     version: SkipJsonSchema[int] = Field(default=-1, exclude=True)
     """Version of the last event in the job's stream."""
 
@@ -216,13 +216,13 @@ class FineTuningJob(BaseModel):
 
     @property
     def base_model(self) -> str:
-        """The model that training began with; where that was a checkpoint of an earlier job, the first job's."""
+        """The model that training began with; if that was a checkpoint of an earlier job, the first job's model."""
         known = self.resubmitted_from.base_model if self.resubmitted_from else None
         return known or str(self.input_config.get("model", ""))
 
     @property
     def suffix(self) -> str | None:
-        """What the name of its model has of the user's."""
+        """The user's part of the model's name."""
         known = self.resubmitted_from.suffix if self.resubmitted_from else None
         return (self.openai or {}).get("suffix", known)
 
@@ -236,7 +236,7 @@ class FineTuningJob(BaseModel):
 
 
 def fold(history: Iterable[Recorded]) -> FineTuningJob | None:
-    """The job that these events of one stream, in order, tell of. None: they tell of none."""
+    """The job after these events of one stream, in order; None if there are none."""
     job: FineTuningJob | None = None
     for recorded in history:
         job = evolve(job, recorded)
@@ -244,8 +244,8 @@ def fold(history: Iterable[Recorded]) -> FineTuningJob | None:
 
 
 def evolve(job: FineTuningJob | None, recorded: Recorded) -> FineTuningJob:
-    """The job after this event. Total: it never raises. That an event makes sense is `decide`'s to see to; of a job
-    that is over only the version changes."""
+    """The job after this event. Never raises: `decide` checks events before they are written. If the job is over, only
+    its version changes."""
     if job is None:
         job = _begin(recorded)
     changes = {} if job.over else _changes(job, recorded.event, recorded.time)
@@ -360,12 +360,12 @@ def _at_last_checkpoint(job: FineTuningJob) -> dict[str, Any]:
 def _pausing(job: FineTuningJob, event: PauseRequested) -> dict[str, Any]:
     changes: dict[str, Any] = {"pausing": True, "pause_requested": job.pause_requested or event.by == "user"}
     if job.status != "running":
-        changes["admitted"] = False  # whoever is next in line may have its place
+        changes["admitted"] = False  # the next in line may have its place
     return {**changes, "why": "cancelling" if job.cancel_requested else "pausing"}
 
 
 def _paused(job: FineTuningJob) -> dict[str, Any]:
-    """Like an interruption that nobody counts. A paused job reads `queued`, however far it is."""
+    """Like an interruption that isn't counted. The status of a paused job is `queued`, however far it is."""
     changes = {**_at_last_checkpoint(job), "pausing": False}
     if job.pause_requested:
         return {**changes, "status": "queued", "why": "cancelling" if job.cancel_requested else PAUSED}
@@ -373,7 +373,7 @@ def _paused(job: FineTuningJob) -> dict[str, Any]:
 
 
 def _resumed(job: FineTuningJob) -> dict[str, Any]:
-    """A job that has not stopped yet stops all the same, and then goes on."""
+    """A job that is still stopping stops nevertheless, and then goes on."""
     changes: dict[str, Any] = {"pause_requested": False}
     return changes if job.pausing else {**changes, **_in_line(job)}
 
@@ -384,7 +384,7 @@ def _in_line(job: FineTuningJob) -> dict[str, Any]:
 
 
 def _ending(job: FineTuningJob) -> str | None:
-    """Why a job that was asked to stop is still there."""
+    """The `why` of a job that was asked to stop and hasn't yet."""
     return "cancelling" if job.cancel_requested else "pausing" if job.pausing else None
 
 
@@ -402,7 +402,7 @@ def _measured(job: FineTuningJob, steps: list[StepMetrics]) -> dict[str, Any]:
 
 
 def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
-    """A checkpoint is recorded when it is on disk; training may have gone on meanwhile."""
+    """A checkpoint is recorded once it is on disk; training may have gone on meanwhile."""
     progress, metrics = job.progress, job.metrics
     if progress is not None and progress.step > event.step:
         values: dict[str, float] = {name: value for name, value in event.metrics.items() if isfinite(value)}
@@ -423,7 +423,7 @@ def _saved(job: FineTuningJob, event: CheckpointSaved) -> dict[str, Any]:
 
 
 def _epoch_of(step: int, progress: Progress) -> int:
-    """The epoch that it belongs to: all have the same number of steps."""
+    """The epoch that the step belongs to: all epochs have the same number of steps."""
     return -(-step * progress.n_epochs // max(progress.total_steps, 1))
 
 
@@ -431,7 +431,7 @@ def _latest(metrics: Metrics | None, steps: list[StepMetrics]) -> Metrics:
     metrics = metrics or Metrics()
     values: dict[str, float | None] = {"first_valid_loss": metrics.first_valid_loss}
     for step in steps:
-        measured = step.__dict__  # half the cost of `getattr` for each
+        measured = step.__dict__  # at half the cost of `getattr`
         for name in _MEASURED:
             if (value := measured[name]) is not None:
                 values[name] = value if isfinite(value) else None
@@ -441,7 +441,7 @@ def _latest(metrics: Metrics | None, steps: list[StepMetrics]) -> Metrics:
 
 
 def _n_epochs(config: dict[str, Any]) -> int:
-    """As the config says, where the run did not: extras and overrides may have changed it."""
+    """The config's number of epochs, for runs that didn't record theirs (extras and overrides may have changed it)."""
     options = config.get("fine_tuning_options")
     sent = options.get("n_epochs") if isinstance(options, dict) else None
     return sent if isinstance(sent, int) else 1

@@ -1,4 +1,4 @@
-"""Every job, folded: what the log knows by heart. `Draft` is what one commit would make of it."""
+"""All jobs in memory, folded from their events (`Jobs`), and the changes that one commit makes to them (`Draft`)."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +11,11 @@ from events.job import FineTuningJob, evolve
 from events.store import NO_STREAM, ExpectedVersionError, NewEvent, Recorded
 
 REPETITION = timedelta(seconds=60)
-"""How long after a submit an identical one may be the same one, sent again."""
+"""How long after a submit an identical one may count as a retry of it."""
 
 
 class Jobs:
-    """All jobs as of `position`. Changed only by `adopt`, with what is on disk."""
+    """All jobs as of `position`. Only `adopt` changes them, once the events are on disk."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -25,9 +25,9 @@ class Jobs:
         self._order: list[str] = []
         self._live: dict[str, None] = {}
         self._by_key: dict[str, str] = {}
-        self._damaged: dict[str, str] = {}  # what is said of it; set by the store's thread at any time, and never unset
+        self._damaged: dict[str, str] = {}  # error messages; the store's thread may add one at any time
         self._by_digest: dict[str, str] = {}  # of the last minute, oldest first
-        self._answered: set[str] = set()  # of these, those whose submitter was told, as far as this process knows
+        self._answered: set[str] = set()  # jobs of `_by_digest` whose answer was delivered, as far as is known
 
     @classmethod
     def of(cls, position: int, time: datetime | None, jobs: Iterable[FineTuningJob]) -> "Jobs":
@@ -45,13 +45,13 @@ class Jobs:
         return [self._jobs[job_id] for job_id in self._order]
 
     def damage(self, job_id: str, why: str) -> None:
-        """From now on the job is not served: what is known of it may be wrong."""
+        """Stops serving the job: its state may be wrong."""
         self._refuse(
             job_id, f"the history of job {job_id} is damaged: {why}; the operator has to restore it from a backup"
         )
 
     def not_understood(self, job_id: str, why: str) -> None:
-        """From now on the job is not served: another version of Tunewright began it."""
+        """Stops serving the job: another version of Tunewright began it."""
         self._refuse(job_id, f"job {job_id} can't be served: {why}; the operator has to run the version that wrote it")
 
     def _refuse(self, job_id: str, message: str) -> None:
@@ -75,7 +75,7 @@ class Jobs:
         return self._by_digest.get(request_digest)
 
     def answer(self, job_id: str) -> None:
-        """Whoever submitted the job has been told of it."""
+        """Notes that the answer to the job's submit was delivered."""
         job = self._jobs.get(job_id)
         if job is not None and self._by_digest.get(job.request_digest or "") == job_id:
             self._answered.add(job_id)
@@ -91,8 +91,7 @@ class Jobs:
         return len(self._live) - sum(job_id in self._live for job_id in tuple(self._damaged))
 
     def page(self, limit: int, after: str | None) -> tuple[list[FineTuningJob], bool]:
-        """Up to `limit` jobs, newest first, those older than `after`; and whether there are more. Damaged ones are left
-        out.
+        """Up to `limit` jobs older than `after`, newest first, and whether there are more. Damaged ones are left out.
 
         Raises KeyError when there is no job `after`.
         """
@@ -120,7 +119,7 @@ class Jobs:
         self._adopt_digests(draft.digests)
 
     def _adopt_digests(self, digests: Mapping[str, str]) -> None:
-        """And forgets those that no request can repeat any more."""
+        """Adds digests, and forgets those older than REPETITION."""
         for digest, job_id in digests.items():
             self._answered.discard(self._by_digest.pop(digest, ""))
             self._by_digest[digest] = job_id
@@ -133,8 +132,8 @@ class Jobs:
 
 
 class Draft:
-    """What one commit would write, and the jobs as they would then be. Proposals are decided in order, each seeing the
-    ones before it. Nothing of it is true until the store has written `events` and `Jobs.adopt` took it over."""
+    """The events that one commit will write, and the jobs as they will be then. Proposals are decided in order, each on
+    top of the ones before it. Nothing takes effect until the store has written `events` and `Jobs.adopt` is called."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.changed: dict[str, FineTuningJob] = {}
@@ -148,12 +147,12 @@ class Draft:
         self._live_change = 0
 
     def replay(self, history: Iterable[Recorded]) -> None:
-        """Events that are in the store already."""
+        """Folds events that are in the store already."""
         for recorded in history:
             self._put(evolve(self._get(recorded.job_id), recorded), recorded.position, recorded.time)
 
     def know(self, event_ids: Iterable[str]) -> None:
-        """These were written before: proposing them again changes nothing."""
+        """Marks event ids as written before: proposing them again adds nothing."""
         self._known.update(event_ids)
 
     def submit(
@@ -179,7 +178,7 @@ class Draft:
     def append(
         self, job_id: str, events: Sequence[NewEvent], expected_version: int | None, time: datetime
     ) -> FineTuningJob:
-        """Raises Refused or ExpectedVersionError, and then drafts nothing of it."""
+        """Adds all of the events, or none if it raises Refused or ExpectedVersionError."""
         self._jobs.check(job_id)
         job = self._get(job_id)
         fresh = {new.event_id: new for new in events if new.event_id not in self._known}
@@ -189,7 +188,7 @@ class Draft:
         accepted: list[tuple[Recorded, str]] = []
         for event_id, event, body in fresh.values():
             if job is None and not isinstance(event, JobSubmitted):
-                break  # `decide` would refuse it too, but without a name
+                break  # refused below, with the job's id
             if decide(job, event):  # type: ignore[arg-type]  # only Event comes in here
                 version = NO_STREAM + 1 if job is None else job.version + 1
                 recorded = Recorded(self.position + len(accepted) + 1, job_id, version, event_id, time, event)
@@ -204,7 +203,7 @@ class Draft:
         return job
 
     def put(self, job: FineTuningJob) -> None:
-        """The job as it now is."""
+        """Sets the new state of a job."""
         before = self._get(job.job_id)
         self._live_change += (not job.over) - (before is not None and not before.over)
         self.changed[job.job_id] = job
@@ -230,8 +229,8 @@ class Draft:
         return self._get(job_id)
 
     def _unanswered(self, digest: str, time: datetime, retried: bool) -> FineTuningJob | None:
-        """The job that an identical request made a moment ago, when this one must be its repetition: the sender says
-        so, or can't have had the answer."""
+        """The job of an identical request within REPETITION, if this one is a retry of it: the sender says so, or the
+        answer to the first one is not known to be delivered."""
         job_id = self.digests.get(digest) or self._jobs.with_digest(digest)
         job = None if job_id is None else self._get(job_id)
         if job is None or time - job.created > REPETITION:
@@ -241,8 +240,8 @@ class Draft:
 
 
 def same_request(job: FineTuningJob, config: Mapping[str, Any], openai: Mapping[str, Any] | None) -> bool:
-    """Whether the job was submitted like this. What OpenAI's API takes besides the config, a name for the model,
-    counts as well."""
+    """Whether the job was submitted with this config and, through /v1, with this request, which has fields that the
+    config lacks (the suffix of the model's name)."""
     return _canonical([job.input_config, job.openai]) == _canonical([config, openai])
 
 

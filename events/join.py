@@ -1,12 +1,12 @@
-"""How a command joins a Ray cluster. `ray` reads what is set here when it is first imported."""
+"""Lets a command join a Ray cluster. `ray` reads the variables set here when it is first imported."""
 
 import logging
 import os
 
 _SETTINGS = {
-    # Despite its name: without it Ray replaces 127.0.0.1, where `make serve` is, by the machine's address.
+    # For Linux, too: without it Ray replaces 127.0.0.1, where `make serve` is, by the machine's address.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Where nobody is at an address, Ray tries for ten minutes.
+    # By default, Ray tries for ten minutes to reach an address where nothing listens.
     "RAY_gcs_server_port_wait_time_s": "1",
     "RAY_gcs_rpc_server_connect_timeout_s": "2",
     "RAY_py_gcs_connect_timeout_s": "3",
@@ -14,10 +14,10 @@ _SETTINGS = {
 
 
 def join_cluster() -> None:
-    """Joins the cluster at RAY_ADDRESS, or the one that this machine has started last.
+    """Joins the cluster at RAY_ADDRESS, or the one that was last started on this machine.
 
-    Raises ConnectionError, after some seconds, where no cluster answers, the address is none, or there is no token
-    where RAY_AUTH_MODE asks for one.
+    Raises ConnectionError, after some seconds, if no cluster answers, the address is invalid, or RAY_AUTH_MODE needs a
+    token and there is none.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -32,7 +32,7 @@ def join_cluster() -> None:
         ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     except AuthenticationError as error:
         raise ConnectionError(str(error)) from error
-    except (ConnectionError, ValueError) as error:  # also where the cluster takes no call without its token
+    except (ConnectionError, ValueError) as error:  # also if the cluster refuses calls without its token
         message = (
             f"{str(error).rstrip('.')}; set RAY_ADDRESS to that of the service's cluster, as HOST:PORT, "
             "and RAY_AUTH_MODE=token where it was started with that"

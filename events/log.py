@@ -1,11 +1,10 @@
-"""`EventLog`: the one writer of the event store, and the folded jobs in memory. Plain asyncio; knows no Ray.
+"""`EventLog`: the only writer of the event store, with all jobs folded in memory. Plain asyncio, without Ray.
 
-Appends that arrive while a commit is in flight go into the next one together (group commit), so their number per
-second is not bound by the number of fsyncs. What is returned or read is on disk.
+Appends that arrive while a commit is in flight are written together by the next one (group commit), so one fsync serves
+many appends. Every event that is returned or read is on disk.
 
-A job whose events can't be read as they were written is refused with `job_damaged`; the others are served. Damage is
-found where events are read: at the start in what the snapshot doesn't cover, and everywhere else by a thread that goes
-through the whole store after each start.
+A job whose events are damaged is refused with `job_damaged`; the others are served. Damage is found when events are
+read: at the start, those after the snapshot; after each start, a thread reads the whole store.
 """
 
 import asyncio
@@ -38,7 +37,7 @@ _CACHED_JSON = 4096
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ANY = object()  # the bell's key for "anything was appended"
 _SNAPSHOT_EVENTS = 20_000
-"""A snapshot is due when this many events were written since the last: so many are folded again at the next start."""
+"""A snapshot is written after this many events: about so many have to be folded at the next start."""
 _CHECK_PAUSE_S = 0.02  # between two steps of the check, which appends wait for
 
 T = TypeVar("T")
@@ -51,7 +50,8 @@ class LogUnavailable(Exception):
 
 
 class _Proposal(NamedTuple):
-    """One caller's append, waiting for its commit. `draft` adds it, and returns the job or raises Refused."""
+    """A caller's append that waits for its commit. `draft` adds it to the commit's draft, and returns the job or raises
+    Refused."""
 
     event_ids: list[str]
     draft: Callable[[Draft, datetime], FineTuningJob]
@@ -67,17 +67,17 @@ Outcome = FineTuningJob | Refused | ExpectedVersionError | LogUnavailable
 
 
 class EventLog:
-    """Every method is a coroutine of one event loop; arguments and results pickle. The log owns the store from here.
+    """Every method is a coroutine for one event loop; arguments and results pickle. The log owns the store.
 
-    An event id that was appended before is not appended again, so every append may be retried. What added nothing left
-    nothing behind: a retry of that is decided by how things stand then.
+    An event id that was appended before is not appended again, so every append may be retried. An append that added
+    nothing leaves no trace: its retry is decided anew.
     """
 
     def __init__(self, store: EventStore) -> None:
         self._store = store
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="event-log")  # all store calls, one at a time
         self._in_background = ThreadPoolExecutor(1, thread_name_prefix="event-log-snapshot")
-        self._heeded = 0
+        self._damage_reported = 0
         self._jobs = restored(store) or Jobs()
         self._snapshot_position = self._jobs.position
         self._jobs.adopt(self._replayed())
@@ -95,11 +95,12 @@ class EventLog:
     async def submit(
         self, job_id: str, event: JobSubmitted, event_id: str, max_live_jobs: int, *, retried: bool = False
     ) -> FineTuningJob:
-        """Begins a job. With an idempotency key that was used before: returns that job. So does a request digest of
-        the last minute, when the sender says that it has `retried`, or that job was not `answered`.
+        """Begins a job and returns it. If the idempotency key was used before, returns that job. It does so, too, if
+        the request digest was used within the last minute and the sender says that it has `retried`, or that job was
+        not `answered`.
 
-        Raises Refused (`idempotency_key_reused` when that job's config differs, `too_many_jobs` when `max_live_jobs`
-        are unfinished, `job_exists`) or LogUnavailable.
+        Raises Refused (`idempotency_key_reused` if that job's config differs, `too_many_jobs` if `max_live_jobs` are
+        unfinished, `job_exists`) or LogUnavailable.
         """
         new = _new(event, event_id)
         return await self._propose(
@@ -107,24 +108,26 @@ class EventLog:
         )
 
     async def answered(self, job_id: str) -> None:
-        """The answer to the job's submit has been delivered: an identical request is another job from now on.
+        """Notes that the answer to the job's submit was delivered: from now on an identical request makes a new job.
 
-        In memory only. After a restart nobody knows, so within the minute the same job is returned.
+        Kept in memory only: after a restart, an identical request within the minute gets the same job.
         """
         self._jobs.answer(job_id)
 
     async def append(
         self, job_id: str, events: list[Event], event_ids: list[str], expected_version: int | None = None
     ) -> FineTuningJob:
-        """Adds facts to a job, all or none, and returns the job as it then is. Facts that hold already add nothing.
+        """Appends events to a job, all or none, and returns the job after them. An event that changes nothing is not
+        appended.
 
-        Raises Refused, ExpectedVersionError (when given and the stream's version is another) or LogUnavailable.
+        Raises Refused, ExpectedVersionError (if `expected_version` is given and is not that of the stream) or
+        LogUnavailable.
         """
         new = [_new(event, event_id) for event, event_id in zip(events, event_ids, strict=True)]
         return await self._propose(event_ids, lambda draft, time: draft.append(job_id, new, expected_version, time))
 
     async def job(self, job_id: str) -> FineTuningJob:
-        """Raises Refused (`unknown_job`, `job_damaged`), as all that asks for one job."""
+        """The job. Raises Refused (`unknown_job`, `job_damaged`), as every method does that asks for one job."""
         return self._job(job_id)
 
     async def job_with_key(self, idempotency_key: str) -> FineTuningJob | None:
@@ -144,7 +147,7 @@ class EventLog:
         return encoded
 
     async def jobs_json(self, job_ids: Sequence[str]) -> list[bytes | Refused]:
-        """`job_json` of each; where it raises, what it raises."""
+        """`job_json` of each job, or the Refused that it raises."""
         found: list[bytes | Refused] = []
         for job_id in job_ids:
             try:
@@ -154,7 +157,7 @@ class EventLog:
         return found
 
     async def jobs(self, limit: int, after: str | None = None) -> tuple[list[FineTuningJob], bool]:
-        """Up to `limit` jobs, newest first, those older than `after`; and whether there are more.
+        """Up to `limit` jobs older than `after`, newest first, and whether there are more.
 
         Raises Refused `unknown_after`.
         """
@@ -164,7 +167,7 @@ class EventLog:
             raise Refused("unknown_after", f"after: there is no job {after!a} in this list") from None
 
     async def live_jobs(self) -> LiveJobs:
-        """Jobs without an outcome, oldest first, and the position as of which that is so."""
+        """Jobs without an outcome, oldest first, and the log's position that they are as of."""
         return LiveJobs(self._jobs.position, self._jobs.live())
 
     async def read(self, job_id: str, after_version: int = -1, limit: int = _PAGE) -> list[Recorded]:
@@ -200,7 +203,7 @@ class EventLog:
         return self._job(job_id)
 
     async def backup(self, file: str) -> None:
-        """Copies the log, as it is when this returns or a moment before, into a new file. Appends go on meanwhile.
+        """Copies the log, as of a moment before this returns, into a new file. Appends go on meanwhile.
 
         Raises FileExistsError, OSError or LogUnavailable.
         """
@@ -210,7 +213,7 @@ class EventLog:
             raise LogUnavailable(f"the event log can't be copied: {error}") from error
 
     async def close(self) -> None:
-        """Finishes what was proposed, then closes the store."""
+        """Commits the appends that are waiting, then closes the store."""
         self._closing.set()
         if self._committing is not None:
             await self._committing
@@ -230,13 +233,13 @@ class EventLog:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def _read(self, read: Callable[[], list[Recorded]]) -> list[Recorded]:
-        def heeding() -> list[Recorded]:
+        def read_and_report() -> list[Recorded]:
             history = read()
-            self._heed(self._jobs)
+            self._report_damage(self._jobs)
             return history
 
         try:
-            return await self._in_thread(heeding)
+            return await self._in_thread(read_and_report)
         except StoreFailedError as error:
             raise LogUnavailable(f"the event log can't be read: {error}") from error
 
@@ -266,10 +269,10 @@ class EventLog:
         return outcomes
 
     def _commit(self, batch: list[_Proposal]) -> tuple[Draft, list[Outcome]]:
-        """In the store's thread. Until it returns, the event loop does not touch `_jobs` but to read."""
+        """Runs in the store's thread. Until it returns, the event loop only reads `_jobs`."""
         draft = self._recovered() if self._in_doubt else Draft(self._jobs)
         draft.know(self._store.find([event_id for proposal in batch for event_id in proposal.event_ids]))
-        self._heed(self._jobs)
+        self._report_damage(self._jobs)
         time = max(datetime.now(UTC), draft.time or _EPOCH)  # never backwards, whatever the clock does
         outcomes = [_try(proposal, draft, time) for proposal in batch]
         if draft.events:
@@ -279,7 +282,7 @@ class EventLog:
         return draft, outcomes
 
     def _recovered(self) -> Draft:
-        """After a failed commit: what of it is on disk is in the store, and goes into the jobs like any other."""
+        """After a failed commit: reopens the store and folds those of the commit's events that are on disk."""
         self._store.reopen()
         return self._replayed()
 
@@ -294,7 +297,7 @@ class EventLog:
         for kind, history in unknown.items():
             self._report_unknown(kind, history)
         draft.position = max(draft.position, self._store.last_position())  # beyond damaged ones at the end
-        self._heed(self._jobs)
+        self._report_damage(self._jobs)
         if lost := [damage for damage in self._store.damage.values() if damage.position and not damage.job_ids]:
             raise StoreFailedError(
                 f"the event at position {lost[0].position} (of {len(lost)}) is damaged and nothing tells whose it is, "
@@ -303,12 +306,12 @@ class EventLog:
         return draft
 
     def _report_unknown(self, kind: str, history: list[Recorded]) -> None:
-        """Events of one kind that this version can't read. A job that begins with one is not served: nothing is known
-        of it. In other jobs the fold ignores them."""
+        """Logs events of one kind that this version can't read. A job that begins with one is no longer served, since
+        nothing is known about it. In other jobs the fold ignores them."""
         logger.warning(
             "this version of Tunewright can't read events of type %s and ignores them (%d in all, the first at "
-            "position %d, of job %s). A newer version has probably written them: run that one, or jobs may be shown and "
-            "handled as if these events had not happened",
+            "position %d, of job %s). A newer version has probably written them: run that one, or jobs may be shown "
+            "and handled as if these events had not happened",
             kind, len(history), history[0].position, history[0].job_id,
         )  # fmt: skip
         for recorded in history:
@@ -317,10 +320,10 @@ class EventLog:
                     recorded.job_id, f"this version of Tunewright can't read its first event, {kind}"
                 )
 
-    def _heed(self, jobs: Jobs) -> None:
-        """In the store's thread, after it has read."""
-        found = list(self._store.damage.values())[self._heeded :]
-        self._heeded += len(found)
+    def _report_damage(self, jobs: Jobs) -> None:
+        """Logs the damage that reads have found, and stops serving those jobs. Runs in the store's thread."""
+        found = list(self._store.damage.values())[self._damage_reported :]
+        self._damage_reported += len(found)
         for damage in found:
             of = f"of job {' or '.join(damage.job_ids)}" if damage.job_ids else "of an unknown job"
             logger.error("the event at position %d, %s, is damaged: %s", damage.position, of, damage.why)
@@ -328,11 +331,11 @@ class EventLog:
                 jobs.damage(job_id, f"event at position {damage.position}: {damage.why}")
 
     def _check(self, through: int) -> None:
-        """Reads the store from its beginning to a position, in steps between the commits, and heeds what it finds."""
+        """Checks the store up to position `through`, in steps between the commits, and reports the damage it finds."""
 
         def step(position: int) -> int:
             position = self._store.check(position)
-            self._heed(self._jobs)
+            self._report_damage(self._jobs)
             return position
 
         position = 0
@@ -344,7 +347,8 @@ class EventLog:
                 return
 
     def _snapshot_if_due(self) -> None:
-        """Of all jobs as they are now. While any is damaged none is written: the start is to come across it again."""
+        """Writes a snapshot of all jobs, in the background. While any job is damaged none is written, so that the next
+        start finds the damage again."""
         if self._jobs.position - self._snapshot_position < _SNAPSHOT_EVENTS or self._jobs.any_damaged():
             return
         self._snapshot_position = position = self._jobs.position

@@ -1,7 +1,7 @@
-"""`LogQueue`: every job's log lines, addressed by offset. Plain asyncio; knows no Ray.
+"""`LogQueue`: the log lines of every job, addressed by offset. Plain asyncio, without Ray.
 
-Nothing is consumed by reading: any number of readers each ask for the lines from an offset on. The newest lines of
-each busy job are in memory, all of them are in the job's directory (`events.spool`).
+Reading consumes nothing: any number of readers each ask for the lines from an offset on. The newest lines of each busy
+job are in memory; all lines are on disk, in the job's directory (`events.spool`).
 """
 
 import asyncio
@@ -20,9 +20,9 @@ from events.spool import Line, Spool
 WINDOW_LINES = 1000
 WINDOW_BYTES = 256 * 1024
 READ_BYTES = 1024 * 1024
-"""What one read returns at most."""
+"""Maximum size of one read from disk."""
 IDLE_S = 300.0
-"""A job that nobody wrote to or read for this long leaves memory."""
+"""A job whose lines nobody has written or read for this long is dropped from memory."""
 
 T = TypeVar("T")
 
@@ -35,8 +35,8 @@ class LogBatch(NamedTuple):
 
 
 class LogQueue:
-    """Every method is a coroutine of one event loop; arguments and results pickle. A job nobody wrote for reads as
-    empty. Raises ValueError for a job id that is no plain name."""
+    """Every method is a coroutine for one event loop; arguments and results pickle. A job without lines reads as empty.
+    Raises ValueError for a job id that is no plain name."""
 
     def __init__(self, storage: Path, *, idle_s: float = IDLE_S) -> None:
         self._directory = storage / "jobs"
@@ -52,8 +52,8 @@ class LogQueue:
 
         `seq` counts the source's lines from 0 and is that of the first one here. Lines that are there already are
         skipped, so a batch may be sent again, or overlap the one before. A writer that starts counting anew must use
-        a new source name. Messages are cut at `spool.MAX_MESSAGE` characters. When it returns, the lines are in
-        the operating system's hands. Raises OSError when they can't be written (try again).
+        a new source name. Messages are cut at `spool.MAX_MESSAGE` characters. When this returns, the operating system
+        has the lines. Raises OSError if they can't be written (try again).
         """
         directory = self._job_dir(job_id)
         async with self._locks.setdefault(job_id, asyncio.Lock()):
@@ -62,7 +62,7 @@ class LogQueue:
             try:
                 added = await self._in_thread(lambda: job.spool.append(source, seq, lines))
             except OSError:
-                self._open.pop(job_id, None)  # opened again, it cuts off what was half written
+                self._open.pop(job_id, None)  # when it is opened again, a half-written line is cut off
                 raise
             job.keep(added)
         if added:
@@ -72,8 +72,8 @@ class LogQueue:
 
     async def read(self, job_id: str, after: int = 0, limit: int = 1000, wait_s: float = 0) -> LogBatch:
         """The lines from offset `after` on: at most `limit`, and about a megabyte. `after` is the `next` of the batch
-        before, 0 for the start. Waits up to `wait_s` for the first line; returns empty when time is up or `wake` was
-        called. Beyond the end means: at the end."""
+        before, or 0 for the start; an offset beyond the end counts as the end. Waits up to `wait_s` for the first line,
+        and returns empty if none comes or `wake` is called."""
         directory = self._job_dir(job_id)
         job = await self._known(job_id, directory)
         if wait_s > 0 and (job is None or after >= job.spool.lines):
@@ -92,7 +92,7 @@ class LogQueue:
         return LogBatch(*await self._in_thread(lambda: job.spool.read(after, limit, READ_BYTES)))
 
     async def wake(self, job_id: str) -> None:
-        """Readers that wait for this job return at once: there may be other news, such as its end."""
+        """Makes readers that wait for this job return at once, for news other than lines, such as its end."""
         self._bell.ring(job_id)
 
     async def close(self) -> None:
@@ -112,7 +112,7 @@ class LogQueue:
             return await self._opened(job_id, directory, create=False)
 
     async def _opened(self, job_id: str, directory: Path, *, create: bool) -> "_OpenJob | None":
-        """With the job's lock held."""
+        """Call it with the job's lock held."""
         if job_id not in self._open:
             spool = await self._in_thread(lambda: _open_spool(directory, create=create))
             self._open[job_id] = _OpenJob(spool)
@@ -132,7 +132,7 @@ class LogQueue:
 
 
 class _OpenJob:
-    """A job in memory: its spool, and a window over its newest lines."""
+    """A job in memory: its spool and its newest lines (the window)."""
 
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
@@ -145,7 +145,7 @@ class _OpenJob:
         self.used = time.monotonic()
 
     def keep(self, added: Sequence[Line]) -> None:
-        """Takes in what was written, and lets go of the oldest."""
+        """Adds written lines to the window, and drops the oldest ones beyond its size."""
         self.touch()
         self._window.extend(added)
         self._bytes += sum(map(_size, added))
@@ -154,7 +154,7 @@ class _OpenJob:
             self._start += 1
 
     def recent(self, first: int, limit: int) -> list[Line] | None:
-        """Lines from offset `first` on, when they are in the window; None when they are on disk only."""
+        """Lines from offset `first` on; None if that one is not in the window."""
         skip = first - self._start
         if not 0 <= skip < len(self._window):
             return None

@@ -1,4 +1,4 @@
-"""An event store in memory: for tests, and for whoever wants the log's rules without its file."""
+"""An event store in memory, for tests."""
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence

@@ -1,7 +1,7 @@
-"""Snapshots: all jobs as of a position, as JSON, so that a start folds what came after it and nothing before.
+"""Snapshots: all jobs as of a position, as JSON, so that a start folds only the events after it.
 
-A snapshot is only ever a short cut. One that is damaged, that other code has folded, or that belongs to another log (an
-older backup was restored) is not used: then everything is folded from the first event.
+A snapshot is only a shortcut. It is not used if it is damaged, if other code has made it, or if it belongs to another
+log (an older backup was restored); all events are then folded from the first one.
 
 The first line is a CRC-32 of the rest. The second names the code and the event that was folded last; each further line
 is one job, oldest first.
@@ -40,7 +40,7 @@ def take(all_jobs: Sequence[FineTuningJob], last: Recorded) -> bytes:
 
 
 def restore(snapshot: bytes, store: EventStore) -> Jobs:
-    """The jobs. Raises ValueError, which says why the snapshot is of no use to this store."""
+    """The jobs in a snapshot. Raises ValueError with the reason if the snapshot can't be used for this store."""
     checksum, _, body = snapshot.partition(b"\n")
     if not checksum.isdigit() or int(checksum) != zlib.crc32(body):
         raise ValueError("it is damaged")
@@ -54,7 +54,7 @@ def restore(snapshot: bytes, store: EventStore) -> Jobs:
 
 
 def restored(store: EventStore) -> Jobs | None:
-    """What the store's snapshot holds, if it has one of use."""
+    """The jobs in the store's snapshot; None if it has none that can be used."""
     snapshot = store.snapshot()
     if snapshot is None:
         return None
@@ -66,11 +66,11 @@ def restored(store: EventStore) -> Jobs | None:
 
 
 def _line(one: FineTuningJob) -> bytes:
-    """Every field, those of the fold too, which `model_dump` leaves out. Raises ValueError for what JSON can't hold."""
+    """Every field of a job, including those that `model_dump` excludes. Raises ValueError for what JSON can't hold."""
     return to_json({name: getattr(one, name) for name in FineTuningJob.model_fields})
 
 
 @cache
 def _code() -> int:
-    """Stands for the code that folds: whenever it changes, what it made before is made anew."""
+    """A checksum of the code that folds: snapshots of other code are not used."""
     return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (codec, facts, frozen, job)))

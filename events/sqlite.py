@@ -1,17 +1,17 @@
-"""The event store on disk: one SQLite file in WAL mode, `synchronous=FULL`, opened by one process and nobody else.
+"""The event store on disk: one SQLite file in WAL mode, `synchronous=FULL`, opened by one process only.
 
-It keeps the index of the write-ahead log in its own memory instead of in a file that processes map (`events.db-shm`):
-that is what makes WAL work on network file systems. So nobody can read the file meanwhile; `sqlite3 events.db` answers
-"database is locked".
+SQLite keeps the index of the write-ahead log (WAL) in this process's memory instead of a memory-mapped file
+(`events.db-shm`), so that WAL works on network file systems, too. No other process can read the file meanwhile:
+`sqlite3 events.db` answers "database is locked".
 
-Every event carries a CRC-32 of its columns, which any one flipped bit changes. Positions and versions have no gaps, and
-the last position is kept apart from the events, so that one that vanished is missed. What SQLite forgets of a damaged
-write-ahead log is noticed by `events.wal`, and by what `events.db.lock` says: the last position that was acknowledged.
-That is written without a sync, so after a power cut it may say less than is true, never more.
+Every event carries a CRC-32 of its columns, which changes with any flipped bit. Positions and versions have no gaps,
+and the last position is stored apart from the events, so a missing event is noticed. SQLite silently drops part of a
+damaged WAL: `events.wal` notices that, and so does the last acknowledged position, which is in `events.db.lock`. That
+position is written without a sync; after a power cut it may be too low, but never too high.
 
-An append writes at two places, which every job shares: the end of the events and of the ids' index. Where each job's
-events are, `streams` tells up to the last multiple of _STRIDE, and memory from there on: an index of the jobs that each
-commit kept up to date would change a page for every job in it.
+An append writes in two places, whatever jobs it is for: at the end of `events` and in the index of event ids. The
+positions of each job's events are in the table `streams` up to the last multiple of _STRIDE, and in memory beyond it.
+An index by job that every commit kept up to date would change a page for each job in the commit.
 """
 
 import fcntl
@@ -42,8 +42,8 @@ LOG_FILE = "events.db"
 _ONE = f"SELECT {COLUMNS} FROM events WHERE position = ?"  # noqa: S608  -- constants of this module
 _INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  -- constants of this module
 _STRIDE = 16384
-"""`streams` is brought up to date when this many events are new to it, sorted, so that each of its pages is written
-once for many events. A part of the schema: how far `streams` goes follows from it and the last position."""
+"""`streams` is extended by this many events at a time, sorted by job, so that each of its pages is written once for
+many events. Part of the schema: how far `streams` reaches follows from it and the last position."""
 _UNREACHABLE = """
 SELECT position, job_id FROM events AS e WHERE position > ? AND position <= ?
 AND (SELECT position, job_id, version FROM events INDEXED BY by_event_id WHERE event_id = e.event_id)
@@ -56,8 +56,8 @@ SELECT position, job_id FROM events AS e WHERE position > ? AND position <= ? AN
 )
 """
 _WAL_BYTES = 16 << 20
-"""The write-ahead log goes into the database file when it has grown beyond this. A page that many commits changed is
-then written once."""
+"""The write-ahead log is checkpointed when it grows beyond this. A page that many commits have changed is then written
+to the database file once."""
 _CACHE_KIB = 16 << 10
 _CHECKED_AT_ONCE = 500  # events: an append waits for as long as that takes
 _BACKUP_PAGES = 64  # copied at a time: an append waits for as long as that takes
@@ -66,8 +66,8 @@ _BACKUP_PAGES = 64  # copied at a time: an append waits for as long as that take
 class SqliteStore:
     """See `events.store.EventStore`. An append that has returned survives SIGKILL and loss of power.
 
-    Raises StoreLockedError when another process has it open: two writers would each trust their own memory. Raises
-    StoreFailedError when the file can't be read, or acknowledged events are missing and nothing tells whose.
+    Raises StoreLockedError if another process has it open: each of two writers would trust its own memory. Raises
+    StoreFailedError if the file can't be read, or if acknowledged events are missing and it is unknown of which jobs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,9 +77,9 @@ class SqliteStore:
         self._copying = threading.Lock()
         self._failed = False
         self._listed = 0
-        """`streams` has the events up to this position."""
+        """`streams` has the events up to this position ..."""
         self._unlisted: dict[str, dict[int, int]] = {}
-        """Those after it: by job, the position of each version, in order."""
+        """... and this has those after it: by job, the position of each version, in order."""
         self._lock = lock(path.with_name(path.name + ".lock"))
         try:
             self._acknowledged = _read_mark(self._lock)
@@ -127,7 +127,7 @@ class SqliteStore:
             self._empty_wal()
 
     def _list(self, batch: Sequence[tuple[Recorded, str]], through: int) -> None:
-        """Brings `streams` up to date, in the transaction that writes the batch."""
+        """Extends `streams` up to position `through`, in the transaction that writes the batch."""
         places = [(job_id, *place) for job_id, places in self._unlisted.items() for place in places.items()]
         places += [(recorded.job_id, recorded.version, recorded.position) for recorded, _ in batch]
         due = sorted(place for place in places if place[2] <= through)
@@ -193,7 +193,7 @@ class SqliteStore:
         return through
 
     def integrity(self) -> list[str]:
-        """What SQLite itself finds wrong with the whole file. Takes as long as reading it a few times."""
+        """Problems that SQLite itself finds in the whole file. Takes as long as reading the file a few times."""
         try:
             found = [str(line) for (line,) in self._db.execute("PRAGMA integrity_check")]
         except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -224,7 +224,7 @@ class SqliteStore:
         return self._path.with_name(self._path.name + ".snapshot")
 
     def backup(self, file: Path) -> None:
-        """SQLite carries over what this connection writes while it copies, and copies nothing amid a transaction."""
+        """SQLite also copies what this connection writes meanwhile, and never part of a transaction."""
         if file.exists():
             raise FileExistsError(f"{file} exists")
         partial = file.with_name(file.name + ".partial")
@@ -246,9 +246,9 @@ class SqliteStore:
             raise StoreFailedError(f"{self._path} has stopped, and the backup with it")
 
     def reopen(self) -> None:
-        """After a failed fsync the kernel may hold pages that it takes for clean and the disk never got, and a reader
-        sees them. So the whole WAL is copied into the database file, which writes and fsyncs its pages anew: what can
-        be read after that is on disk."""
+        """After a failed fsync the kernel may hold pages that it considers clean although they never reached the disk,
+        and reads return them. So the whole WAL is copied into the database file, which writes and fsyncs its pages
+        anew: everything that can be read after that is on disk."""
         self._failed = True
         try:
             with self._copying:
@@ -266,8 +266,9 @@ class SqliteStore:
 
     def _open(self) -> None:
         is_new = not self._path.exists()
-        # Calls come from one thread at a time, but not always from the thread that opened the file; and see `backup`.
-        self._db = sqlite3.connect(self._path, timeout=0, check_same_thread=False)  # who opens it may try again
+        # Calls come from one thread at a time, but not always the one that opened the file; and `backup` runs beside
+        # them.
+        self._db = sqlite3.connect(self._path, timeout=0, check_same_thread=False)  # the caller may try again
         try:
             self._prepare()
             self._read_unlisted()
@@ -279,11 +280,11 @@ class SqliteStore:
 
     def _prepare(self) -> None:
         db = self._db
-        db.execute("PRAGMA locking_mode=EXCLUSIVE")  # before the first access: then no shared memory is ever used
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")  # before the first access, so that no shared memory is used
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
-        db.execute("PRAGMA wal_autocheckpoint=0")  # `events.wal` wants it emptied as a whole: `_empty_wal`
+        db.execute("PRAGMA wal_autocheckpoint=0")  # `events.wal` needs it emptied as a whole: `_empty_wal`
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
             raise StoreFailedError(f"{self._path} was written by a newer version of Tunewright (schema {version})")
@@ -304,7 +305,7 @@ class SqliteStore:
             )
 
     def _read_head(self) -> int:
-        """The last position. When its record is damaged, that of the last event there is."""
+        """The last position; if its record is damaged, that of the last event in the table."""
         head = self._db.execute("SELECT position, checksum FROM head").fetchone()
         if head is not None and checksum_of(head[0]) == head[1]:
             return int(head[0])
@@ -318,11 +319,11 @@ class SqliteStore:
 
     def _mark(self, position: int) -> None:
         self._acknowledged = position
-        with suppress(OSError):  # it is there to find damage, and none of what it guards depends on it
+        with suppress(OSError):  # it only helps to find damage
             os.pwrite(self._lock, b"%020d %010d\n" % (position, checksum_of(position)), 0)
 
     def _range(self, after: int, through: int) -> list[Recorded]:
-        """The events of these positions that are whole. The others are noted as damaged."""
+        """The undamaged events of these positions. The others are noted as damaged."""
         query = f"SELECT {COLUMNS} FROM events WHERE position > ? AND position <= ? ORDER BY position"  # noqa: S608  -- constants
         try:
             rows = self._db.execute(query, (after, through)).fetchall()
@@ -355,7 +356,8 @@ class SqliteStore:
         return history
 
     def _note(self, damaged: dict[int, str]) -> None:
-        """Whose they were, the indexes know: they keep job and position apart from the event."""
+        """Records damage by position. The indexes, which store job and position apart from the event, tell whose it
+        is."""
         owners: dict[int, tuple[str, ...]] = {}
         for job_id, _, position in self._places(damaged):
             if str(job_id) not in owners.get(position, ()):
@@ -364,7 +366,7 @@ class SqliteStore:
             self.damage.setdefault(position, Damage(position, owners.get(position, ()), why))
 
     def _places(self, positions: Collection[int]) -> list[tuple[str, int, int]]:
-        """Job, version and position of these events, as each index knows them that can be read."""
+        """Job, version and position of these events, from each index that can be read."""
         columns, at = "job_id, version, position", "position IN (SELECT value FROM json_each(?))"
         places: list[tuple[str, int, int]] = []
         for index in ("streams", "events INDEXED BY by_event_id"):
@@ -384,7 +386,7 @@ class SqliteStore:
             self._unlisted.setdefault(job_id, {})[version] = position
 
     def _is_astray(self, recorded: Recorded) -> bool:
-        """Whether one beyond `streams` can't be found by its job, or the one before it can't."""
+        """Whether an event beyond `streams`, or the one before it in its job, can't be found by its job."""
         places = self._unlisted.get(recorded.job_id, {})
         if places.get(recorded.version) != recorded.position:
             return True
@@ -392,8 +394,8 @@ class SqliteStore:
         return before not in places and before != self._last_listed_version(recorded.job_id)
 
     def _found(self, query: str, after: int, through: int) -> list[tuple[int, str]]:
-        """Position and job of what _UNREACHABLE or _UNLISTED finds in (after, through]. With an index that can't be
-        read in places, also the events for which it would be needed."""
+        """Position and job of the events that the query (_UNREACHABLE or _UNLISTED) finds in (after, through]. If an
+        index can't be read in places, also the events that need those places."""
         try:
             return self._db.execute(query, (after, through)).fetchall()
         except sqlite3.Error as error:
@@ -422,9 +424,9 @@ class SqliteStore:
 
 
 def lock(path: Path) -> int:
-    """Holds `path` until it is closed; the kernel lets go when the process dies, however it dies.
+    """Locks `path` and returns the open file, which holds the lock until it is closed or the process dies.
 
-    Raises StoreLockedError when another process holds it.
+    Raises StoreLockedError if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -437,7 +439,7 @@ def lock(path: Path) -> int:
 
 
 def _read_mark(held: int) -> int:
-    """The last position that was acknowledged, as far as the lock file knows."""
+    """The last acknowledged position in the lock file; 0 if it has none."""
     try:
         position, checksum = map(int, os.pread(held, 64, 0).split())
     except ValueError:
@@ -446,7 +448,7 @@ def _read_mark(held: int) -> int:
 
 
 def _is_damage(error: sqlite3.Error) -> bool:
-    """Whether what is in the file is to blame, and not reading it."""
+    """Whether the contents of the file are the cause, and not an error in reading it."""
     if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
         return True
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

@@ -1,4 +1,4 @@
-"""Events as rows of a SQLite table, each with a CRC-32 of its columns, which any one flipped bit changes."""
+"""Events as rows of an SQLite table, each with a CRC-32 of its columns, which changes with any flipped bit."""
 
 import zlib
 from datetime import datetime
@@ -12,13 +12,13 @@ Row = tuple[int, str, int, str, str, str, int]
 
 
 def checksum_of(*columns: object) -> int:
-    """CRC-32. A value of another type than it was written with counts as another value."""
+    """CRC-32 of the columns as text. A value that was written with another type gives another checksum."""
     return zlib.crc32("\0".join(map(str, columns)).encode(errors="surrogatepass"))
 
 
 @lru_cache(maxsize=1)
 def _text(time: datetime) -> str:
-    """The events of a commit have the same."""
+    """Cached, because all events of a commit have the same time."""
     return time.isoformat()
 
 
@@ -29,7 +29,7 @@ def row_of(new: tuple[Recorded, str]) -> Row:
 
 
 def recorded_of(row: Row | None) -> Recorded | None:
-    """None: this is not what was written, or nothing is there."""
+    """The event in a row; None if there is no row, or it is damaged."""
     if row is None:
         return None
     position, job_id, version, event_id, time, body, checksum = row

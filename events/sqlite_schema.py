@@ -1,4 +1,4 @@
-"""The tables of the event store on disk, and how those of earlier versions become them."""
+"""The tables of the event store on disk, and the migration from earlier versions."""
 
 import sqlite3
 from pathlib import Path
@@ -17,7 +17,7 @@ SCHEMA = {
     event    TEXT NOT NULL,
     checksum INTEGER NOT NULL
 ) STRICT""",
-    # It knows whose an event is in another place than the event itself, which may be damaged.
+    # It also stores the job: if the event itself is damaged, the index still tells whose it is.
     "by_event_id": "CREATE INDEX by_event_id ON events (event_id, job_id, version)",
     "streams": """CREATE TABLE streams (
     job_id   TEXT NOT NULL,
@@ -35,7 +35,7 @@ SCHEMA = {
 
 def migrate(db: sqlite3.Connection, path: Path, version: int, stride: int) -> None:
     """Brings the tables of schema `version` (0: there are none yet) up to date. `stride` as in `events.sqlite`. Raises
-    StoreFailedError where they are those of no schema."""
+    StoreFailedError if the tables are not those of the schema."""
     schema = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
     if schema == SCHEMA:
         return

@@ -1,4 +1,5 @@
-"""The event store: streams of events, one a job, in one global order. `events.memory` and `events.sqlite` keep it."""
+"""The event store: one stream of events for each job, all in one global order. `events.memory` and `events.sqlite`
+implement it."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Recorded(NamedTuple):
 
 
 class NewEvent(NamedTuple):
-    """An event to be written, already encoded: one that can't be is refused before it reaches a batch."""
+    """An event to be written, with its encoded text. One that can't be encoded is refused before it is in a batch."""
 
     event_id: str
     event: AnyEvent
@@ -56,8 +57,8 @@ class StoreLockedError(Exception):
 
 
 class StoreFailedError(Exception):
-    """A write failed and nobody knows yet whether it reached the disk. The store has stopped: `reopen`, read what is
-    there after the last position that was acknowledged, and only then go on."""
+    """The store can't be read or written. After a failed write it has stopped, and it is unknown whether the write
+    reached the disk: call `reopen`, read the events after the last acknowledged position, and only then go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,12 @@ class Damage:
     position: int
     """0: no event, but the store's own record of how many there are."""
     job_ids: tuple[str, ...]
-    """Whose event it is. Empty: nothing tells any more."""
+    """The job that the event belongs to; several if the indexes disagree. Empty: unknown."""
     why: str
 
 
 class JobDamagedError(Exception):
-    """Events of the job can't be read as they were written."""
+    """Events of the job are damaged or missing."""
 
 
 class EventStore(Protocol):
@@ -80,7 +81,7 @@ class EventStore(Protocol):
     `keep_snapshot` may run beside the others. Any may raise StoreFailedError."""
 
     damage: dict[int, Damage]
-    """By position: what reading has come across since the store was opened."""
+    """By position: the damage that reads have found since the store was opened."""
 
     def last_position(self) -> int:
         """Of the last event; 0 when there is none."""
@@ -89,15 +90,15 @@ class EventStore(Protocol):
     def append(self, batch: Sequence[tuple[Recorded, str]]) -> None:
         """Writes all of the batch, each event with what `encode` made of it, or nothing; durably.
 
-        It goes on where the store ends: with the position after `last_position`, and in each stream with the version
-        after the last. That no event id is there already is for the caller to see to (`find`).
+        The batch must begin at the position after `last_position` and, in each stream, at the version after the last.
+        The caller makes sure that none of its event ids has been written before (`find`).
 
-        Raises ValueError when it goes on elsewhere (nothing was written), or StoreFailedError.
+        Raises ValueError if the batch begins elsewhere (nothing was written), or StoreFailedError.
         """
         ...
 
     def find(self, event_ids: Collection[str]) -> dict[str, Recorded]:
-        """Those of the events that were written. Leaves out what is damaged, and notes it in `damage`."""
+        """The events with these ids that have been written. Damaged ones are left out and noted in `damage`."""
         ...
 
     def read_stream(self, job_id: str, after_version: int = -1, limit: int = 1000) -> list[Recorded]:
@@ -108,39 +109,39 @@ class EventStore(Protocol):
         ...
 
     def read_all(self, after_position: int = 0, limit: int = 1000) -> list[Recorded]:
-        """Events of all jobs in order, those after `after_position`. Leaves out what is damaged, and notes it in
-        `damage`; empty at the end of the log only."""
+        """Events of all jobs in order, those after `after_position`. Damaged ones are left out and noted in `damage`.
+        Empty only at the end of the log."""
         ...
 
     def check(self, after_position: int) -> int:
-        """Reads some hundred events more and all that leads to them, notes in `damage` what is wrong, and returns the
-        position it has come to: the last one when that was all."""
+        """Checks the next few hundred events and the indexes that lead to them, notes what is wrong in `damage`, and
+        returns the position reached: the last one once everything has been checked."""
         ...
 
     def snapshot(self) -> bytes | None:
-        """What `keep_snapshot` was given last, if it is still there. Nobody has checked it."""
+        """What `keep_snapshot` was last given, unchecked; None if there is none."""
         ...
 
     def keep_snapshot(self, snapshot: bytes) -> None:
-        """Keeps it in place of the one before. Raises OSError; then that one is still there."""
+        """Replaces the snapshot. Raises OSError; the previous one is kept then."""
         ...
 
     def backup(self, file: Path) -> None:
-        """Writes a copy of the store, as of one moment before it returns, without holding up the other calls.
+        """Writes a copy of the store, as of a moment before it returns, without blocking the other calls.
 
         Raises FileExistsError, OSError or StoreFailedError; then there is no `file`.
         """
         ...
 
     def reopen(self) -> None:
-        """After StoreFailedError: makes sure that what can be read from now on is on disk. Raises StoreFailedError."""
+        """After StoreFailedError: makes sure that everything that can be read is on disk. Raises StoreFailedError."""
         ...
 
     def close(self) -> None: ...
 
 
 def check_places(batch: Sequence[tuple[Recorded, str]], last: int, last_version: Callable[[str], int]) -> None:
-    """For every store's `append`. Raises ValueError when the batch does not go on where the store ends."""
+    """A check for every store's `append`. Raises ValueError if the batch does not begin where the store ends."""
     ends: dict[str, int] = {}
     for position, (recorded, _) in enumerate(batch, last + 1):
         job_id = recorded.job_id

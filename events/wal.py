@@ -1,13 +1,13 @@
-"""What a write-ahead log of SQLite holds, read by ourselves before SQLite does.
+"""Finds transactions in SQLite's write-ahead log (WAL) that SQLite has dropped because of damage.
 
-SQLite takes a WAL up to the first frame whose checksum is wrong and forgets the rest without a word. That is right for
-a transaction that was being written when the power went. It is wrong after a flipped bit, when transactions behind it
-were acknowledged. The two can be told apart: our WAL is emptied as a whole, so all its frames are of one generation,
-and a transaction is begun only once the one before it is on disk. So there may be one transaction behind the readable
-ones, the unfinished one, and never a second.
+SQLite reads a WAL up to the first frame with a wrong checksum and drops the rest silently. That is right for a
+transaction that was being written when the power failed. It is wrong after a flipped bit, if acknowledged transactions
+follow. The two cases can be told apart: our WAL is always emptied as a whole, so all its frames are of one generation,
+and a transaction begins only once the one before it is on disk. So at most one transaction may follow the readable
+ones, the unfinished one.
 
-What can't be told from here is a flipped bit in the last transaction: that looks like one that was never acknowledged.
-Where the process was killed and the machine went on, `events.db.lock` knows (see `events.sqlite`).
+A flipped bit in the last transaction can't be found here: it looks like a transaction that was never acknowledged. If
+the process was killed and the machine went on, `events.db.lock` reveals it (see `events.sqlite`).
 
 The format: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
 """
@@ -18,15 +18,16 @@ from pathlib import Path
 _HEADER = struct.Struct(">8I")  # magic, version, page size, sequence, salts, checksum
 _FRAME = struct.Struct(">6I")  # page number, pages in the database if it ends a transaction, salts, checksum
 _MAGIC = 0x377F0682
-_BIG_ENDIAN = 1  # the bit of the magic number that says how words are summed
+_BIG_ENDIAN = 1  # this bit of the magic number is the byte order of the summed words
 
 Sum = tuple[int, int]
 
 
 def lost_frames(wal: Path, recovered: int) -> str | None:
-    """What is wrong with a file of which SQLite found the first `recovered` frames good. None: that may be right.
+    """What is wrong with a WAL of which SQLite has accepted the first `recovered` frames. None: nothing.
 
-    Frames are summed up one after the other, so each can be checked with the sum that the one before it carries.
+    A frame's checksum continues that of the frame before it, so each frame can be checked with the checksum stored in
+    the one before.
     """
     try:
         content = wal.read_bytes()
