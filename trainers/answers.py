@@ -1,4 +1,5 @@
-"""What a model is asked and what it answers, as it crosses processes: the API, which has no torch, knows these."""
+"""Questions to models and the parts of their answers, as they are sent between processes. Imports no torch, because the
+API uses it."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -12,48 +13,50 @@ class Sampling:
     """How the next token is chosen. The same seed, prompt and model give the same answer on one kind of device."""
 
     temperature: float = 1.0
-    """What logits are divided by. 0: always the likeliest token."""
+    """Logits are divided by this. 0: always the likeliest token."""
     top_p: float = 1.0
-    """Only the likeliest tokens whose probabilities add up to this; always at least one."""
+    """Draw only from the likeliest tokens whose probabilities add up to this, at least one."""
     seed: int | None = None
-    """None: another answer each time."""
+    """None: a different answer each time."""
 
 
 @dataclass(frozen=True)
 class Question:
+    """A dialog that a model is to continue."""
+
     model: str
-    """What `trainers.models.resolve.resolve_model` takes. A checkpoint is named by its directory."""
+    """A name as `trainers.models.resolve.resolve_model` takes it; for a checkpoint, its directory."""
     messages: tuple[dict[str, Any], ...]
-    """As chat templates take them: `trainers.data.dialog.Dialog.messages`."""
+    """In the form that chat templates take: `trainers.data.dialog.Dialog.messages`."""
     max_tokens: int | None = None
     """None: as many as the model's context leaves."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, before them."""
+    """The answer ends before the first of these texts."""
     sampling: Sampling = field(default_factory=Sampling)
 
 
 class Accepted(NamedTuple):
-    """Somebody works on the question. The model may still have to be loaded, or fetched."""
+    """A process has taken the question. It may still have to fetch or load the model."""
 
 
 class Begun(NamedTuple):
-    """The model is there and the question fits it."""
+    """The model is loaded, and the prompt fits into its context."""
 
     prompt_tokens: int
 
 
 class Piece(NamedTuple):
-    """Some more of the answer."""
+    """The next piece of the answer."""
 
     text: str
     tokens: int
-    """Of the answer so far."""
+    """Tokens of the answer so far."""
     end: Literal["stop", "length"] | None = None
-    """On the last piece, and only there: the model or a stop text ended it, or there was no room for more."""
+    """Only on the last piece. `stop`: the model or a stop text ended the answer; `length`: it reached its limit."""
 
 
 class Failed(NamedTuple):
-    """There is no answer, or no more of it."""
+    """The last part of an answer that failed before or after it began."""
 
     error: JobError
 
@@ -62,9 +65,9 @@ Part = Accepted | Begun | Piece | Failed
 
 
 class Answers(Protocol):
-    """Whoever answers questions."""
+    """Answers questions."""
 
     def answer(self, question: Question) -> AsyncGenerator[Part, None]:
-        """Accepted, Begun, Pieces; a Failed may come instead of any of them, as the last one. Closing the generator
-        stops the work within one token."""
+        """Yields Accepted, Begun and then Pieces. Instead of any of them a Failed may come, as the last part. Closing
+        the generator stops the work within one token."""
         ...

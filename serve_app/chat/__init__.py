@@ -1,1 +1,1 @@
-"""Answers of models: from a Ray Serve deployment of its own, which is there while somebody asks."""
+"""The Ray Serve deployment that answers questions to models. It has no replica while nobody asks."""

@@ -1,4 +1,4 @@
-"""Chat on Ray Serve: a deployment without a replica while nobody asks, and the API's way to it."""
+"""Chat on Ray Serve: a deployment that scales to zero while nobody asks, and the API's client of it."""
 
 import asyncio
 import importlib.util
@@ -36,20 +36,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tunewright.chat")
 
 START_S = 180.0
-"""A replica is there within seconds, unless what it reserves is held by jobs, or a node has to come first."""
+"""How long a question waits for a replica. One starts within seconds, unless jobs hold the CPUs or GPUs that it
+reserves, or the autoscaler has to add a node first."""
 ONGOING, ONGOING_WITH_VLLM, QUEUED = 8, 128, 64
-"""Questions that a replica works on together, and those that wait for one before further ones get a 429."""
-OF_GPU = 0.9
-"""Of a GPU's memory, what models of vLLM take together: the rest is for what CUDA itself needs."""
+"""Questions that a replica answers at a time (with torchtune's components, with vLLM), and questions that may wait
+before further ones get a 429."""
+VLLM_GPU_MEMORY = 0.9
+"""Share of a GPU's memory that all vLLM models take together. The rest is for CUDA itself."""
 LOOK_BACK_S = SHORTEST_IDLE_S
-"""Idle, to Serve, is who had nothing to do on an average over this; the delay begins then."""
+"""Serve scales by the average number of questions over this time, so the downscale delay begins this long after the
+last question."""
 
 
 class Chat:
-    """One replica. Holds the `chat_models` models that were asked last; the first question to one loads it."""
+    """One replica. Holds the `chat_models` models that were asked last. The first question to a model loads it."""
 
     def __init__(self, settings: Settings, share: Share | None) -> None:
-        """`share` is of vLLM. None: without it."""
+        """`share` is for vLLM. None: torchtune's components answer."""
         log_with_times()
         listen_on_node_address_only()
         give_way()
@@ -61,12 +64,12 @@ class Chat:
             yield part
 
     async def check_health(self) -> None:
-        """Serve replaces a replica for which this raises a few times."""
+        """Called by Serve, which replaces the replica if this raises a few times in a row."""
         self._check()
 
 
 def see_reserved_gpus_only() -> None:
-    """Ray lets a process that reserves no GPU see all of its node's, those of training jobs."""
+    """Hides the node's GPUs, which training jobs use, from a replica that reserves none: Ray doesn't."""
     if not ray.get_gpu_ids():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -99,7 +102,8 @@ def _with_vllm(settings: Settings, share: Share) -> tuple[Engine[Any], Callable[
 
 
 def load(model: str, settings: Settings, beside: Sequence["ChatModel"] = ()) -> "ChatModel":
-    """What `Question.model` names, fetched where it must be. Takes as long as that takes."""
+    """Loads the model that `Question.model` names, and fetches it first if necessary. Blocks. `beside`: loaded models
+    whose weights it may share."""
     from trainers.models.chat_model import ChatModel
 
     return ChatModel.load(resolve_model(model, settings, logger.info), beside)
@@ -113,7 +117,7 @@ def _load_here(model: str, settings: Settings, beside: Sequence["ChatModel"]) ->
 
 
 class RemoteAnswers:
-    """`Answers` by the deployment. Also raises RequestRefused, where it can't be reached or has too much to do."""
+    """`Answers` from the deployment. Raises RequestRefused if it can't be reached or is overloaded."""
 
     def __init__(self, chat: DeploymentHandle[Any]) -> None:
         self._chat = chat
@@ -134,11 +138,11 @@ class RemoteAnswers:
             message += "GPU or the CPUs that it needs; try again"
             raise _refused(503, message) from None
         except RayTaskError:
-            raise  # a bug of ours, which nobody mends by asking again
+            raise  # a bug of ours, which a retry would meet again
         except (RayError, RayServeException) as error:
             raise _refused(503, f"the model's process ended ({type(error).__name__}); try again") from error
         finally:
-            with suppress(RayError, RayServeException):  # of a question that was never taken it raises why, once more
+            with suppress(RayError, RayServeException):  # raised again for a question that no replica has accepted
                 parts.cancel()
 
 
@@ -157,8 +161,8 @@ def application(settings: Settings) -> Application:
 
 
 def deployment(settings: Settings, reserved: float, share: Share | None = None) -> Deployment:
-    """Scales to zero after about `chat_idle_s`, and then holds no memory and no processor. A replica reserves as many
-    GPUs; `share` is of vLLM."""
+    """The deployment, which scales to zero after about `chat_idle_s` without a question. A replica reserves `reserved`
+    GPUs; `share` is for vLLM."""
     ongoing = ONGOING if share is None else ONGOING_WITH_VLLM
     return serve.deployment(
         name="chat",
@@ -178,7 +182,10 @@ def deployment(settings: Settings, reserved: float, share: Share | None = None) 
 
 
 def _share(settings: Settings, reserved: float) -> Share | None:
-    """What vLLM gives each model, of a replica's `reserved` GPUs. None: torchtune's components answer."""
+    """What each vLLM model may take of a replica that reserves `reserved` GPUs. None: torchtune's components answer.
+
+    Raises ValueError if vLLM is required but not installed.
+    """
     installed = importlib.util.find_spec("vllm") is not None
     if settings.chat_engine == "vllm" and not installed:
         raise ValueError(
@@ -186,17 +193,18 @@ def _share(settings: Settings, reserved: float) -> Share | None:
         )
     if settings.chat_engine == "torchtune" or not installed or (settings.chat_engine == "auto" and not reserved):
         return None
-    memory = OF_GPU * min(1.0, reserved) / settings.chat_models
+    memory = VLLM_GPU_MEMORY * min(1.0, reserved) / settings.chat_models
     return Share(math.ceil(reserved), memory, _cores(settings))
 
 
 def _cores(settings: Settings) -> int:
-    """Those of a model on the CPU: the machine's other cores are those of jobs."""
+    """Cores for a model on the CPU. The machine's other cores are for jobs."""
     return max(1, int(settings.chat_cpus))
 
 
 def gpus(settings: Settings) -> float:
-    """What a replica reserves, by what the cluster has or can grow to, where this process is connected to one."""
+    """GPUs that a replica reserves. If no setting says so: 1 if this process is connected to a cluster that has GPUs or
+    can scale up to some."""
     if settings.chat_gpus is not None:
         return settings.chat_gpus
     if settings.use_gpu is not None or not ray.is_initialized():

@@ -1,4 +1,4 @@
-"""What engines have in common: the way from a question to the pieces of its answer."""
+"""The base class of both engines: from a question to the pieces of its answer."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -13,21 +13,22 @@ M = TypeVar("M")
 
 
 class Share(NamedTuple):
-    """What each model may take of its machine."""
+    """What each vLLM model may take of its machine."""
 
     gpus: int
-    """It is spread over them. 0: it computes on the CPU."""
+    """GPUs that the model is spread over. 0: it computes on the CPU."""
     gpu_memory: float
-    """Of each of the GPUs, between 0 and 1."""
+    """Share of the memory of each of these GPUs, between 0 and 1."""
     cores: int
-    """Without a GPU."""
+    """Cores that it computes on without a GPU."""
 
 
 class Engine(ABC, Generic[M]):
-    """`Answers` by the models that `load` gives."""
+    """`Answers` from the models that `load` returns."""
 
     def __init__(self, load: Callable[[str], Awaitable[M]]) -> None:
-        """`load` takes `Question.model`; it may raise UserError and InfrastructureError, and keeps what it likes."""
+        """`load` takes `Question.model`, and decides which models stay loaded. It may raise UserError and
+        InfrastructureError."""
         self._load = load
         self._loading: set[asyncio.Future[M]] = set()
 
@@ -45,15 +46,16 @@ class Engine(ABC, Generic[M]):
 
     @abstractmethod
     async def _prompt(self, model: M, question: Question) -> list[int]:
-        """Its tokens. Raises UserError as `encode_question`."""
+        """The tokens of the prompt. Raises UserError as `encode_question` does."""
 
     @abstractmethod
     def _pieces(self, model: M, prompt: list[int], question: Question) -> AsyncGenerator[Piece, None]:
-        """Up to one with an `end`. Closing it stops the work. Raises UserError and InfrastructureError."""
+        """The pieces of the answer, the last one with an `end`. Closing the generator stops the work. Raises UserError
+        and InfrastructureError."""
 
     async def _loaded(self, name: str) -> M:
-        """Loading goes on for the next one when who asked first goes away: a model that takes longer than a client
-        waits would else be loaded again and again, several times at once."""
+        """The model. Loading goes on if the client that asked first disconnects: otherwise a model that takes longer to
+        load than clients wait would be loaded again and again, several times at once."""
         loading = asyncio.ensure_future(self._load(name))
         self._loading.add(loading)  # the loop itself keeps only weak references to tasks
         loading.add_done_callback(self._loading.discard)

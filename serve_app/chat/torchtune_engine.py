@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from trainers.models.chat_model import Answering, ChatModel
 
 AHEAD = 16
-"""Pieces of an answer that may wait for who asked, before its next token waits too."""
+"""Pieces of an answer that may wait to be read. With so many waiting, no further token is made."""
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class _UnderWay:
+    """An answer that is being made, and its pieces that have not been read yet."""
+
     answering: "Answering"
     pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
     ended: bool = False
@@ -31,9 +33,9 @@ class _UnderWay:
 
 
 class TorchtuneEngine(Engine["ChatModel"]):
-    """All computing is done on one thread: the next token of all the answers that a model is at together, for most of
-    what it takes it takes for one as well, and then those of the next model. So none waits for another's end, none gets
-    in the way of the event loop, and what nobody waits for any more stops after the token it is at.
+    """All computing is done on one thread, in turns. Each turn makes the next token of every answer of one model, which
+    takes little longer than for one answer; then it is the next model's turn. So no answer waits for another to end,
+    the event loop is never blocked, and an answer that nobody reads any more stops after the current token.
     """
 
     def __init__(self, load: Callable[[str], Awaitable["ChatModel"]]) -> None:
@@ -45,7 +47,7 @@ class TorchtuneEngine(Engine["ChatModel"]):
 
     @property
     def busy(self) -> bool:
-        """Whether anybody waits for more of an answer, or a token is still made of one that nobody waits for."""
+        """Whether answers are under way, or the last token of an abandoned answer is still being made."""
         return self._working is not None and not self._working.done()
 
     async def _prompt(self, model: "ChatModel", question: Question) -> list[int]:
@@ -80,7 +82,7 @@ class TorchtuneEngine(Engine["ChatModel"]):
         self._news.set()
 
     async def _work(self) -> None:
-        """Token after token, while there is an answer under way."""
+        """Makes token after token while answers are under way."""
         while self._under_way:
             self._news.clear()
             idle = True
@@ -94,15 +96,16 @@ class TorchtuneEngine(Engine["ChatModel"]):
                 await self._news.wait()
 
     async def _advanced(self, model: "ChatModel", turn: Sequence[_UnderWay]) -> Sequence[Piece | Exception]:
-        """Where memory is short for all of them, each by itself: one question that is too long for what is left is no
-        reason to end the others. Nothing has changed then; torch says it with a RuntimeError."""
+        """The next piece of each answer, or its error. If memory is too short for all of them together, each is tried
+        alone, so that one long dialog doesn't end the other answers. A failed try has changed nothing. torch raises a
+        RuntimeError for short memory."""
         try:
             return await self._run(lambda: model.advance([one.answering for one in turn]))
         except (MemoryError, RuntimeError) as short:
             if len(turn) == 1:
                 return [_no_room() if memory_short(short) else short]
             return [(await self._advanced(model, [one]))[0] for one in turn]
-        except Exception as bug:  # noqa: BLE001  -- who waits for an answer raises it
+        except Exception as bug:  # noqa: BLE001  -- raised where the answer is read
             return [bug] * len(turn)
 
     async def _run(self, work: Callable[[], T]) -> T:

@@ -1,7 +1,7 @@
-"""Answers by vLLM, on GPUs where it is installed: https://docs.vllm.ai.
+"""Answers by vLLM (https://docs.vllm.ai), on GPUs if it is installed.
 
-Each model is an engine of vLLM's in a process of its own. Only tokens go there and come back: the prompt is made by the
-template that the model was trained with, as everywhere else.
+Each model has a vLLM engine in a process of its own. Only tokens are sent to it and come back: the prompt is made here,
+by the chat template that the model was trained with.
 """
 
 import asyncio
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tunewright.chat")
 
 CPU_CACHE_BYTES = 1 << 30
-"""Of keys and values, of each model on a CPU. On a GPU they take what its share of the memory leaves."""
+"""Memory for the keys and values of each model on a CPU. On a GPU they take what the weights leave of its share."""
 _ROOM_S = 60.0
-"""How long a model waits for one that still answers to make room."""
+"""How long loading a model waits for another one to finish its answers and make room."""
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",  # where the engine's parts listen for each other
+    "VLLM_HOST_IP": "127.0.0.1",  # the address on which the engine's processes listen for each other
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 
 
 class VllmModel:
-    """Its process ends soon after nobody holds this object any more."""
+    """A model whose vLLM process is ended once nothing refers to this object any more."""
 
     def __init__(self, llm: "AsyncLLM", tokenizer: ChatTokenizer, gone: Callable[[], object]) -> None:
-        """`gone` is called by another thread when the process of `llm` has ended."""
+        """`gone` is called, in another thread, when the process of `llm` has ended."""
         self._llm = llm
         self._tokenizer = tokenizer
         self._context: int = llm.model_config.max_model_len
@@ -60,7 +60,8 @@ class VllmModel:
         return encode_question(question, self._tokenizer, self._context)
 
     async def pieces(self, prompt: list[int], question: Question) -> AsyncGenerator[Piece, None]:
-        """Of the answer, to the one with an `end`; closing it stops the answer. Raises InfrastructureError."""
+        """The pieces of the answer, the last one with an `end`. Closing the generator stops the answer. Raises
+        InfrastructureError."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -92,11 +93,11 @@ class VllmModel:
 
 
 class VllmModels:
-    """Starts models, and `most` of them at a time: what one of them still holds, the next can't have."""
+    """Starts models. At most `most` exist at a time, because the next one needs the memory that the last one held."""
 
     def __init__(self, resolve: Callable[[str], Path], share: Share, most: int, answers: int) -> None:
-        """`resolve`: the directory of what `Question.model` names. It may raise UserError and InfrastructureError.
-        `answers`: so many of each model are made at a time."""
+        """`resolve` returns the directory of the model that `Question.model` names. It may raise UserError and
+        InfrastructureError. `answers`: maximum number of answers that a model makes at a time."""
         self._resolve = resolve
         self._share = share
         self._answers = answers
@@ -104,8 +105,8 @@ class VllmModels:
         self._started: weakref.WeakSet[VllmModel] = weakref.WeakSet()
 
     async def load(self, name: str) -> VllmModel:
-        """Takes as long as vLLM takes to start, half a minute and more. Raises UserError where there is no model,
-        InfrastructureError `no_room` where it doesn't fit beside the others, or vLLM can't start with it."""
+        """Starts the model, which takes vLLM half a minute or more. Raises UserError if there is no such model, and
+        InfrastructureError `no_room` if there is no room beside the others or vLLM can't start with it."""
         directory = await asyncio.to_thread(self._resolve, name)
         if not await asyncio.to_thread(self._room.acquire, timeout=_ROOM_S):
             message = "other models are being asked, and there is no room for one more"
@@ -126,11 +127,11 @@ class VllmModels:
 
 
 class VllmEngine(Engine[VllmModel]):
-    """The answers of one model are made together, a token of each in a step, by vLLM."""
+    """vLLM makes the answers of one model together, in each step a token of each."""
 
     def __init__(self, load: Callable[[str], Awaitable[VllmModel]]) -> None:
         super().__init__(load)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat")  # a tokenizer is for one at a time
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat")  # which alone uses the tokenizers
 
     async def _prompt(self, model: VllmModel, question: Question) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, model.prompt, question)
@@ -140,7 +141,7 @@ class VllmEngine(Engine[VllmModel]):
 
 
 def _start(directory: Path, share: Share, answers: int) -> tuple["AsyncLLM", ChatTokenizer]:
-    inspect_model_dir(directory)  # raises UserError for what is no model
+    inspect_model_dir(directory)  # raises UserError if there is no model in it
     tokenizer = ChatTokenizer.from_dir(directory)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -151,7 +152,7 @@ def _start(directory: Path, share: Share, answers: int) -> tuple["AsyncLLM", Cha
     else:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ["OMP_NUM_THREADS"] = f"{share.cores}"
-        # Compiling would take longer than what it saves a few answers.
+        # Compiling would take longer than it saves in a few answers.
         device = {"dtype": "float32", "kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -161,8 +162,8 @@ def _start(directory: Path, share: Share, answers: int) -> tuple["AsyncLLM", Cha
         load_format="safetensors",  # nothing that could run code
         trust_remote_code=False,
         skip_tokenizer_init=True,
-        generation_config="vllm",  # what is not asked for is as the API says, not as the model's file does
-        max_model_len=-1,  # as much of the model's context as there is memory for
+        generation_config="vllm",  # the defaults are the API's, not those in the model's generation_config.json
+        max_model_len=-1,  # as much of the model's context as memory allows
         max_num_seqs=answers,
         disable_log_stats=True,
         **device,
@@ -181,8 +182,8 @@ def _start(directory: Path, share: Share, answers: int) -> tuple["AsyncLLM", Cha
 
 
 def _end(llm: "AsyncLLM", gone: Callable[[], object]) -> None:
-    """Ending a process takes seconds, which the event loop has not got. vLLM kills one that takes too long, and doesn't
-    wait for it: until then its memory isn't free, and it stays a zombie."""
+    """Ends the process in a thread, because that takes seconds. vLLM kills a process that takes too long to end, but
+    doesn't wait for it; until it has ended and been joined, it holds memory or stays a zombie."""
     processes = llm.engine_core.resources.engine_manager.processes
 
     def end() -> None:

@@ -1,1 +1,2 @@
-"""OpenAI's files, uploads and fine-tuning API under /v1, as a second face of the same log: docs/openai.md."""
+"""OpenAI's API under /v1: files, uploads, fine-tuning, models, chat and webhooks. It uses the same event log as our own
+API: docs/openai.md."""

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: asks a base model, a tuned one or a checkpoint. The answer comes from `trainers.answers`."""
+"""/v1/chat/completions: asks a base model, a tuned model or a checkpoint, through `trainers.answers.Answers`."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ from serve_app.openai.chat_objects import (
     OpenAIChatRequest,
     OpenAIChunkChoice,
     OpenAIUsage,
-    without_what_is_not_offered,
+    without_unsupported,
 )
 from serve_app.openai.models import source_of
 from serve_app.openai.tuned import unknown_model
@@ -81,7 +81,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
 
 
 class _Answering:
-    """What the chunks, or the whole, of one answer have in common."""
+    """One answer as OpenAI's objects: a whole completion, or the chunks of a stream."""
 
     def __init__(self, asked: OpenAIChatRequest, request_id: str) -> None:
         self._request_id = request_id
@@ -137,7 +137,7 @@ class _Answering:
 
 
 def _event(answer: Answer) -> bytes:
-    """What a stream of server-sent events that can't go on ends with."""
+    """The server-sent event that ends a stream that can't go on."""
     return b"data: " + bytes(answer.response().body) + b"\n\n"
 
 
@@ -146,8 +146,8 @@ def _usage(prompt_tokens: int, tokens: int) -> OpenAIUsage:
 
 
 def _read(document: dict[str, object]) -> OpenAIChatRequest:
-    """Raises ConfigProblems with everything that is wrong."""
-    rest, problems = without_what_is_not_offered(document)
+    """The checked request. Raises ConfigProblems with everything that is wrong."""
+    rest, problems = without_unsupported(document)
     try:
         asked = parsed(OpenAIChatRequest, rest)
     except ConfigProblems as found:
@@ -170,7 +170,7 @@ def _turns(asked: OpenAIChatRequest) -> tuple[dict[str, object], ...]:
 
 
 async def _begun(parts: AsyncGenerator[Part, None]) -> int:
-    """Waits until the model has the prompt, and says how many tokens it has. Raises RequestRefused."""
+    """Waits until the model has accepted the prompt. Returns the prompt's number of tokens. Raises RequestRefused."""
     async for part in parts:
         if isinstance(part, Failed):
             raise _refusal(part)
@@ -198,7 +198,7 @@ def _refusal(failed: Failed) -> RequestRefused:
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Its result; given up when the client goes away, which raises ClientDisconnect."""
+    """The result of `work`. If the client disconnects first, cancels `work` and raises ClientDisconnect."""
     doing = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:

@@ -123,11 +123,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-"""What OpenAI's API also has, with the values that ask for nothing that isn't done anyway."""
+"""Fields of OpenAI's API that are not supported, and the values of each accepted because they ask for nothing."""
 
 
-def without_what_is_not_offered(document: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """The request without nulls and without fields that ask for nothing; and those that ask for what there isn't."""
+def without_unsupported(document: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The request without nulls and unsupported fields, and a problem for each of these that asks for something."""
     problems = [
         Problem(name, "is not offered by this service: leave it out", "not_offered")
         for name, value in document.items()
@@ -135,7 +135,7 @@ def without_what_is_not_offered(document: dict[str, Any]) -> tuple[dict[str, Any
     ]
     rest = {name: value for name, value in document.items() if name not in _NEUTRAL and value is not None}
     if isinstance(messages := rest.get("messages"), list):
-        # What a client got as an answer comes back as a message, with fields that are null or empty.
+        # Clients send answers back as messages, with fields that are null or empty.
         rest["messages"] = [_without_nulls(message) for message in messages]
     return rest, problems
 
@@ -147,6 +147,7 @@ def _without_nulls(message: object) -> object:
 
 
 def _same(value: object, neutral: object) -> bool:
+    """Equality as in JSON, where true is not 1."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 

@@ -28,7 +28,7 @@ MEDIA_TYPE = "application/x-tar"
 CHUNK = 1 << 20
 _END = b"\0" * 2 * tarfile.BLOCKSIZE
 _DIRECTORIES = ("additional_chat_templates",)
-"""What else than files a model's directory has in Hugging Face layout."""
+"""Subdirectories that are part of a model in Hugging Face layout."""
 
 
 @router.get(
@@ -67,13 +67,13 @@ async def content(
 
 
 class _Archive:
-    """The tar of some open files, none of which is ever in memory. Of the same files it is the same, byte by byte."""
+    """A tar of open files, which are read while it is sent. The same files always give the same bytes."""
 
     def __init__(self, name: str, directory: Path) -> None:
-        """`name` is the directory in the tar. Raises OSError for what isn't there any more."""
+        """`name` is the directory's name in the tar. Raises OSError if a file is gone."""
         self.name = name
         self._parts: list[tuple[BinaryIO, int]] = []
-        """Each with its size: the files, and what stands between them."""
+        """The files, and the headers and padding between them, each with its size."""
         state = hashlib.sha256()
         with ExitStack() as stack:
             padding = b""
@@ -138,7 +138,7 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def _header(name: str, size: int) -> bytes:
-    """Readable by everyone, owned by nobody: where the file came from is nobody's business."""
+    """A tar header without owner and time, which would tell something about this machine."""
     info = tarfile.TarInfo(name)
     info.size = size
     info.mode = 0o644

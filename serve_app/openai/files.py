@@ -30,7 +30,8 @@ from trainers.settings import Settings
 router = APIRouter(prefix="/v1", default_response_class=Response)
 OCTETS = "application/octet-stream"
 PAGE_S = 10.0
-"""How long a page of files may take: to know the size of a result file, its job's whole history is read once."""
+"""Longest time for a page of files, in seconds. The size of a result file that was never listed takes long: its job's
+whole history is read."""
 FileId = Annotated[str, Path(min_length=1, max_length=256, description="The file's id.")]
 After = Annotated[Cursor, Query(description="Only entries after this one: the last id of the previous page.")]
 
@@ -57,7 +58,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
     form = await receive(request, "file", new, limit)
     try:
         expiry = _expiry(form)
-        await room_for(store, backend.settings, 0)  # others may have written meanwhile
+        await room_for(store, backend.settings, 0)  # other requests may have written meanwhile
     except BaseException:
         await asyncio.shield(asyncio.to_thread(new.abandon))
         raise
@@ -158,7 +159,7 @@ async def store_of(settings: Settings) -> FileStore:
 
 
 async def room_for(store: FileStore, settings: Settings, size: int) -> None:
-    """Raises RequestRefused 429 where the quota doesn't leave `size` bytes, or is exceeded."""
+    """Raises RequestRefused (429) if the quota doesn't leave `size` bytes, or is exceeded."""
     if await asyncio.to_thread(store.used_bytes) + size > settings.files_quota_bytes:
         message = f"all files together may hold {settings.files_quota_bytes} bytes: delete some first"
         raise RequestRefused(Answer(429, "rate_limit_error", "quota_exceeded", message))
@@ -167,8 +168,8 @@ async def room_for(store: FileStore, settings: Settings, size: int) -> None:
 async def keep(
     store: FileStore, new: NewObject, filename: str, expiry: OpenAIExpiresAfter | None, file_id: str | None = None
 ) -> File:
-    """Makes a file of bytes that have arrived; refuses what can't be JSONL. Whatever is raised, the bytes are abandoned
-    if they became no file."""
+    """Makes a file of received bytes, if they can be JSONL. If it raises, the bytes are abandoned unless they became a
+    file."""
 
     def check_and_keep() -> File:
         try:
@@ -178,11 +179,11 @@ async def keep(
             raise
         return store.keep(new, filename, expiry.seconds if expiry else None, file_id)
 
-    return await asyncio.shield(asyncio.to_thread(check_and_keep))  # else it may never begin
+    return await asyncio.shield(asyncio.to_thread(check_and_keep))  # runs even if the request is cancelled
 
 
 async def in_use(log: JobLog) -> set[str]:
-    """What unfinished jobs name as their data."""
+    """The data of unfinished jobs, as their configs name it: ids of files, and URIs."""
     live = await log.live_jobs()
     return {str(job.input_config.get(name)) for job in live.jobs for name in ("data", "validation_data")}
 
@@ -200,8 +201,8 @@ def shown(file: File) -> OpenAIFile:
 
 
 def _order(item: File | FineTuningJob) -> tuple[int, str]:
-    """Of a file, by its id alone, so that a page can go on after one that is gone: the place of an upload in parts is
-    where it began."""
+    """The key that files are sorted by: time and id. The time of a file is that in its id, so that a page can go on
+    after a deleted file. For an upload in parts it is when the upload began."""
     if isinstance(item, FineTuningJob):
         return results.created_at(item), results.file_id(item.job_id)
     made = ulid_time(item.id, "file-")
@@ -209,8 +210,8 @@ def _order(item: File | FineTuningJob) -> tuple[int, str]:
 
 
 async def _place_of(after: str, log: JobLog) -> tuple[int, str]:
-    """Where a page ends in that order, also if what ended it was deleted since. Raises RequestRefused for what can't be
-    the id of a file."""
+    """The sort key of the file `after`, which may have been deleted. Raises RequestRefused if it can't be the id of a
+    file."""
     if (made := ulid_time(after, "file-")) is not None:
         return int(made), after
     if (job := await results.job_of(log, after)) is not None:
@@ -219,7 +220,7 @@ async def _place_of(after: str, log: JobLog) -> tuple[int, str]:
 
 
 def _expiry(form: Form) -> OpenAIExpiresAfter | None:
-    """Checks the fields beside the file."""
+    """The form's `expires_after`, if there is one. Raises ConfigProblems if any field besides the file is wrong."""
     fields = dict(form.fields)
     problems = [] if fields.pop("purpose", None) == PURPOSE else [Problem("purpose", f"must be {PURPOSE!r}")]
     expiry = {name: fields.pop(f"expires_after[{name}]", None) for name in ("anchor", "seconds")}

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: the jobs of the log as OpenAI shows them, and its requests as ours."""
+"""/v1/fine_tuning/jobs: the jobs of the log in OpenAI's format, and OpenAI's requests to create and control them."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -36,7 +36,8 @@ async def create(request: Request, backend: TheBackend, idempotency_key: Idempot
     openai = asked.model_dump(mode="json", exclude_none=True)
 
     def same(job: FineTuningJob) -> bool:
-        """What the model's name stood for then may be gone by now."""
+        """Whether this request made `job`. The model is compared by the name that was sent, which is in `openai`: the
+        checkpoint that the name stood for may be gone by now."""
         return same_request(job, config | {"model": job.input_config.get("model")}, openai)
 
     if made := await made_before(backend, idempotency_key, same):
@@ -124,7 +125,7 @@ async def list_checkpoints(
     """The checkpoints that are on disk, newest first."""
     job = await backend.log.job(job_id)
     newest = sorted(job.checkpoint_versions.values(), reverse=True)
-    if after is not None:  # which may have been deleted since it ended a page
+    if after is not None:  # that checkpoint may have been deleted since
         end = await saved_as(backend.log, job_id, after)
         if end is None:
             raise unknown_after(after, "checkpoint")
@@ -143,7 +144,7 @@ def _shown(job: FineTuningJob) -> dict[str, Any]:
 
 
 def _wanted(query: Mapping[str, str]) -> dict[str, str] | None:
-    """The filter in a query: None for no filter, an empty one for jobs without metadata."""
+    """The metadata that a query filters by: None for no filter, empty for jobs without metadata."""
     if query.get("metadata") == "null":
         return {}
     named = {name[9:-1]: value for name, value in query.items() if name.startswith("metadata[") and name.endswith("]")}

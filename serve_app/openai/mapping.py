@@ -1,4 +1,4 @@
-"""What a request of OpenAI's API means as a Config of ours, and what a job of ours looks like there."""
+"""Translates OpenAI's requests for jobs into our Config, and our jobs into OpenAI's objects."""
 
 import json
 import time
@@ -26,9 +26,9 @@ from trainers.planning.plan import DEFAULT_DPO_LR, DEFAULT_GROUPS, DEFAULT_LR, D
 
 EPOCHS, BETA = 3, 0.1
 BATCH = {"supervised": DEFAULT_ROWS, "dpo": DEFAULT_GROUPS}
-"""What `auto` means. A larger batch is accumulated from micro-batches of at most this."""
+"""Rows (pairs, with DPO) in a batch with `auto`, and at most in a micro-batch: larger batches are accumulated."""
 RATE = {"supervised": DEFAULT_LR["lora"], "dpo": DEFAULT_DPO_LR["lora"]}
-"""A learning_rate_multiplier of 1."""
+"""The learning rate with a learning_rate_multiplier of 1."""
 _STATUS: dict[Status, JobStatus] = {
     "validation": "validating_files",
     "queued": "queued",
@@ -37,7 +37,7 @@ _STATUS: dict[Status, JobStatus] = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
-_WORDS = {
+_OPENAI_NAMES = {
     "data": "training_file",
     "validation_data": "validation_file",
     "fine_tuning_options.n_epochs": "hyperparameters.n_epochs",
@@ -48,7 +48,7 @@ _WANDB, _OUR_WANDB = "integrations.0.wandb.", "logger."
 
 
 def config_of(asked: OpenAIJobRequest) -> dict[str, Any]:
-    """The body that POST /fine_tuning/jobs/submit would get for it. Raises ConfigProblems."""
+    """The same request as a body of POST /fine_tuning/jobs/submit. Raises ConfigProblems."""
     kind, chosen = _method(asked)
     beta = getattr(chosen, "beta", "auto")
     batch = BATCH[kind] if chosen.batch_size == "auto" else chosen.batch_size
@@ -76,7 +76,7 @@ def config_of(asked: OpenAIJobRequest) -> dict[str, Any]:
 
 
 def _method(asked: OpenAIJobRequest) -> tuple[Literal["supervised", "dpo"], OpenAIHyperparameters]:
-    """Which one, with the hyperparameters wherever they stand. Raises ConfigProblems where they contradict."""
+    """The method and its hyperparameters, from either place. Raises ConfigProblems for contradictions."""
     kind = asked.method.type if asked.method else "supervised"
     given = {name: getattr(asked.method, name) for name in ("supervised", "dpo")} if asked.method else {}
     problems = [
@@ -94,17 +94,17 @@ def _method(asked: OpenAIJobRequest) -> tuple[Literal["supervised", "dpo"], Open
 
 
 def in_openai_words(problem: Problem) -> Problem:
-    """The problem with the name that the field has in OpenAI's request."""
+    """The problem, with its field named as in OpenAI's request."""
     name = problem.param or ""
     if name.startswith(_OUR_WANDB):
         return problem._replace(param=_WANDB + name.removeprefix(_OUR_WANDB))
-    return problem._replace(param=_WORDS.get(name, problem.param))
+    return problem._replace(param=_OPENAI_NAMES.get(name, problem.param))
 
 
 def shown(job: FineTuningJob) -> OpenAIJob:
-    """The job as OpenAI shows it."""
+    """The job as OpenAI's object."""
     said = job.openai or {}
-    # Metadata changes no plan, may be as large as a request, and would be kept with each of them.
+    # Metadata doesn't change the plan, and may be as large as a request: it would be part of each key of the cache.
     config = {name: value for name, value in job.input_config.items() if name != "metadata"}
     plan = _plan(json.dumps(config), job.defaults)
     kind: Literal["supervised", "dpo"] = "dpo" if plan is not None and plan.pairs else "supervised"
@@ -141,12 +141,13 @@ def status_of(job: FineTuningJob) -> JobStatus:
 
 
 def metadata_of(job: FineTuningJob) -> dict[str, str]:
-    """Values that are no strings, which only our own API takes, as JSON."""
+    """The job's metadata. Values that are not strings, which only our own API takes, are written as JSON."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in job.metadata.items()}
 
 
 def model_name(job: FineTuningJob, step: int | None = None) -> str:
-    """As OpenAI names fine-tuned models: `ft:<base>:<organisation>:<suffix>:<id>`, of a checkpoint with its step."""
+    """The name of the job's model, or of its checkpoint at `step`, in OpenAI's form:
+    `ft:<base>:<organisation>:<suffix>:<id>[:ckpt-step-<step>]`."""
     base = job.base_model.rstrip("/").rpartition("/")[2].replace(":", "-")
     name = f"ft:{base}:tunewright:{job.suffix or ''}:{job.job_id.removeprefix('ftjob-')}"
     return name if step is None else f"{name}:ckpt-step-{step}"
@@ -168,7 +169,7 @@ def checkpoint(job: FineTuningJob, recorded: Recorded, event: CheckpointSaved) -
 
 
 def estimated_finish(job: FineTuningJob, plan: Plan | None, now: float) -> int | None:
-    """From how long the run's steps and evaluations took; None unless steps are being made."""
+    """In Unix seconds, from the duration of the run's steps and evaluations so far; None unless the job is training."""
     progress, pace = job.progress, job.pace
     if job.status != "running" or job.cancel_requested or progress is None or pace is None:
         return None
@@ -186,7 +187,7 @@ def _error(job: FineTuningJob) -> OpenAIError | None:
 
 
 def _trained_tokens(job: FineTuningJob) -> int | None:
-    """Every token of the data, in every epoch: what OpenAI counts."""
+    """All tokens of the data, in every epoch, as OpenAI counts them."""
     return job.data.tokens * job.progress.n_epochs if job.data and job.progress else None
 
 
@@ -203,7 +204,7 @@ def _hyperparameters(plan: Plan | None, kind: Literal["supervised", "dpo"]) -> d
 
 @lru_cache(4096)
 def _plan(config: str, defaults: Defaults | None) -> Plan | None:
-    """None for the config of another version, which doesn't mean anything to this one."""
+    """The plan; None if the config is from another version of the service and not valid in this one."""
     try:
         return make_plan(Config.model_validate_json(config), defaults)
     except (ConfigProblems, ValueError):

@@ -1,5 +1,5 @@
-"""/v1/models: what can be asked and trained, by name. What isn't tuned here (`serve_app.openai.tuned`) is a base model,
-named as jobs name it."""
+"""/v1/models: tuned models and base models. `serve_app.openai.tuned` resolves the names of tuned models; any other name
+is that of a base model, as jobs take it."""
 
 import asyncio
 from pathlib import Path
@@ -52,7 +52,7 @@ async def retrieve(backend: TheBackend, model: ModelName) -> Response:
 
 
 async def source_of(log: JobLog, settings: Settings, name: str) -> str:
-    """What `trainers.models.resolve.resolve_model` takes for the model of that name. Raises RequestRefused."""
+    """The model of that name, as `trainers.models.resolve.resolve_model` takes it. Raises RequestRefused."""
     found = await checkpoint_of(log, name)
     return await asyncio.to_thread(_base_source, name, settings) if found is None else await directory_of(found)
 

@@ -1,4 +1,4 @@
-"""multipart/form-data with one file in it, which goes to storage as it arrives: memory doesn't grow with it."""
+"""Receives multipart/form-data with one file, which is written to storage as it arrives, never held in memory whole."""
 
 import asyncio
 from typing import NamedTuple, Protocol
@@ -11,13 +11,13 @@ from serve_app.errors import Answer, RequestRefused
 from trainers.errors import Problem
 
 WRITE_BYTES = 1 << 20
-"""Bytes of the file that are gathered before they are written."""
+"""Bytes of the file that are buffered before they are written."""
 MAX_FIELD_BYTES = 64 << 10
-"""All of the form that isn't the file: names, headers, values."""
+"""Maximum size of everything in the form but the file: names, headers, values."""
 
 
 class Sink(Protocol):
-    """Where the file goes. It blocks."""
+    """Takes the bytes of the file. Its methods block."""
 
     def write(self, data: bytes) -> None: ...
     def close(self) -> None: ...
@@ -30,17 +30,17 @@ class Form(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """How large the file may be, and what the sender of a larger one is told beside that."""
+    """Maximum size of the file, and the advice in the error for a larger one."""
 
     max_bytes: int
     beyond: str
 
 
 async def receive(request: Request, file_field: str, sink: Sink, limit: Limit) -> Form:
-    """Writes the form's file to `sink`, which is closed when this returns.
+    """Writes the form's file to `sink`, which is closed when this returns. Returns the rest of the form.
 
-    Raises RequestRefused: 400 for what is no such form, 413 for a file beyond the limit, 415 for another type of body.
-    Whatever is raised, ClientDisconnect among it, the sink was abandoned.
+    Raises RequestRefused: 400 for an invalid form, 413 for a file beyond the limit, 415 for another type of body.
+    Whatever it raises, also ClientDisconnect, the sink has been abandoned.
     """
     try:
         form = await _receive(request, file_field, sink, limit)
@@ -71,7 +71,7 @@ async def _receive(request: Request, file_field: str, sink: Sink, limit: Limit) 
 
 
 class _Parser:
-    """Sorts the parts of a form as they come."""
+    """Parses a form chunk by chunk, and separates the file's bytes from the other fields."""
 
     def __init__(self, boundary: bytes, file_field: str, limit: Limit) -> None:
         self._file_field = file_field
@@ -86,7 +86,7 @@ class _Parser:
         self._file_bytes = 0
         self._file_data: list[bytes] = []
         self.waiting = 0
-        """Bytes of the file that `take` would give."""
+        """Bytes of the file that `take` would return."""
         self._complete = False
         try:
             self._parser = MultipartParser(
@@ -118,7 +118,7 @@ class _Parser:
         return data
 
     def form(self) -> Form:
-        """Once all of the body was fed."""
+        """The form, once the whole body has been fed."""
         if not self._complete:
             raise _bad_form("the form ends before its last boundary")
         if self._filename is None:

@@ -164,7 +164,7 @@ class OpenAIIntegration(_Request):
 
 
 Suffix = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
-"""Without control characters: no name of a model goes over two lines."""
+"""Without control characters, so that the name of a model stays on one line."""
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 
 

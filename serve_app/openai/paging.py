@@ -1,4 +1,4 @@
-"""Lists a page at a time, as the client reads them."""
+"""Pages of lists, in the form that OpenAI's client reads."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any

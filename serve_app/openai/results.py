@@ -40,7 +40,7 @@ def file_id(job_id: str) -> str:
 
 
 def has_results(job: FineTuningJob) -> bool:
-    """Once it is over, if it has measured anything."""
+    """Whether the job is over and has recorded metrics."""
     return job.over and job.metrics is not None
 
 

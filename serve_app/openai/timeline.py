@@ -1,4 +1,4 @@
-"""A job's events as OpenAI tells them. Each is derived from one fact of the log, whose place makes its id."""
+"""A job's events in OpenAI's format. Each is derived from one event of the log, whose version is part of its id."""
 
 import re
 
@@ -15,15 +15,15 @@ _PAUSING = {
     "shutdown": "Pausing: the service is being shut down. The job goes on by itself when it is back",
     "node_drain": "Pausing: one of the job's nodes is being drained. The job goes on by itself on other nodes",
 }
-"""By whom the pause is wanted."""
+"""The message, by who asked for the pause."""
 
 
 async def events_before(
     log: JobLog, job: FineTuningJob, after: str | None, limit: int
 ) -> tuple[list[OpenAIJobEvent], bool]:
-    """Up to `limit` events, newest first, those older than the event `after`; and whether there are more.
+    """Up to `limit` events older than the event `after`, newest first, and whether there are more.
 
-    Reads no more of the log than it shows. Raises RequestRefused for an `after` that is no event of the job.
+    Reads only the part of the log that it needs. Raises RequestRefused if `after` is not an event of the job.
     """
     last = job.version if after is None else _version(job, after)
     found: list[OpenAIJobEvent] = []
@@ -44,10 +44,10 @@ async def events_before(
 
 
 def events_of(job: FineTuningJob, recorded: Recorded) -> list[OpenAIJobEvent]:
-    """What there is to tell of one fact, in order. Nothing for what OpenAI has no word for, or isn't the user's."""
+    """OpenAI's events for one event of the log, in order. Empty if it means nothing to a user of OpenAI's API."""
     if isinstance(recorded.event, facts.MetricsRecorded):
         return [_metrics(job, recorded, number, step) for number, step in enumerate(recorded.event.steps)]
-    told = _told(job, recorded.event)
+    messages = _messages(job, recorded.event)
     level = "error" if isinstance(recorded.event, facts.JobFailed | facts.DataRejected) else "info"
     if isinstance(recorded.event, facts.RunInterrupted):
         level = "warn"
@@ -60,11 +60,11 @@ def events_of(job: FineTuningJob, recorded: Recorded) -> list[OpenAIJobEvent]:
             type="message",
             data={},
         )
-        for number, message in enumerate(told)
+        for number, message in enumerate(messages)
     ]
 
 
-def _told(job: FineTuningJob, event: object) -> list[str]:
+def _messages(job: FineTuningJob, event: object) -> list[str]:
     config = job.input_config
     match event:
         case facts.JobSubmitted():
@@ -115,7 +115,7 @@ def _id(job: FineTuningJob, recorded: Recorded, number: int) -> str:
 
 
 def _version(job: FineTuningJob, event_id: str) -> int:
-    """Of the fact that an event tells of. Raises RequestRefused where the id can't be one of the job's."""
+    """The version of the log's event that this id was made of. Raises RequestRefused if it can't be of this job."""
     own = re.escape(job.job_id.removeprefix("ftjob-"))
     found = re.fullmatch(rf"ftevent-{own}-(\d{{1,12}})-\d{{1,12}}", event_id)
     if found is None or int(found[1]) > job.version:

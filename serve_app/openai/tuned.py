@@ -1,4 +1,4 @@
-"""What the name of a tuned model, or the id of a checkpoint, stands for.
+"""Resolves the names of tuned models and the ids of checkpoints.
 
 A job's model has one name, the `fine_tuned_model` that both APIs show once it has succeeded. Each checkpoint has its
 `fine_tuned_model_checkpoint`, and its id.
@@ -23,14 +23,14 @@ _CHECKPOINT = re.compile(r"ftckpt_([0-9A-Za-z]+)-(\d{1,12})")
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was on disk when the log was asked."""
+    """A checkpoint that, by the log, was on disk when it was looked up."""
 
     job: FineTuningJob
     uri: str
 
     @property
     def name(self) -> str:
-        """For files: the job and the step."""
+        """For the names of files: the job and the step."""
         return f"{self.job.job_id}-step-{step_of(self.uri)}"
 
 
@@ -48,14 +48,15 @@ async def with_directory(log: JobLog, config: Mapping[str, Any]) -> tuple[dict[s
 
 
 async def directory_of(found: Checkpoint) -> str:
-    """Where its model lies; of an adapter's, the merged one. Raises RequestRefused where it is there no more."""
+    """The directory of its model; for an adapter, of the merged model. Raises RequestRefused if it is gone."""
     return await asyncio.to_thread(_directory, found)
 
 
 async def checkpoint_of(log: JobLog, name: str) -> Checkpoint | None:
-    """What the name of a tuned model, or the id of a checkpoint, stands for; None for the name of another model.
+    """The checkpoint that `name` stands for: the name of a tuned model, or the id of a checkpoint. None for any other
+    name.
 
-    Raises RequestRefused: 404 where there is no such job or checkpoint, 409 where the job has no model yet.
+    Raises RequestRefused: 404 if there is no such job or checkpoint, 409 if the job has not succeeded yet.
     """
     if (of_id := _CHECKPOINT.fullmatch(name)) is not None:
         return await _by_id(log, name, of_id[1], int(of_id[2]))
@@ -111,7 +112,7 @@ async def _by_id(log: JobLog, name: str, ulid: str, version: int) -> Checkpoint:
 
 
 async def saved_as(log: JobLog, job_id: str, checkpoint_id: str) -> tuple[Recorded, CheckpointSaved] | None:
-    """What saved the job's checkpoint of that id; None where it has none. It may have been deleted since."""
+    """The event that saved the job's checkpoint of that id; None if there is none. It may have been deleted since."""
     named = _CHECKPOINT.fullmatch(checkpoint_id)
     if named is None or f"ftjob-{named[1]}" != job_id:
         return None
@@ -119,7 +120,7 @@ async def saved_as(log: JobLog, job_id: str, checkpoint_id: str) -> tuple[Record
 
 
 async def saved_at(log: JobLog, job_id: str, version: int) -> tuple[Recorded, CheckpointSaved] | None:
-    """The event of that version, where it saved a checkpoint."""
+    """The event of that version, if it saved a checkpoint."""
     for recorded in await log.read(job_id, version - 1, 1):
         if recorded.version == version and isinstance(recorded.event, CheckpointSaved):
             return recorded, recorded.event

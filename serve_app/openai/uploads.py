@@ -1,8 +1,8 @@
-"""/v1/uploads: a file that comes in parts, for what is too large for one request.
+"""/v1/uploads: uploads in parts, for files that are too large for one request.
 
-An upload is a record beside the files, `<upload id>.json`, and its parts are objects `<upload id>.<part id>`. To
-complete it joins the parts, in a stream, to the bytes of a file, whose id follows from the upload's: however often that
-is tried, and wherever it was broken off, it is one file.
+An upload is a record beside the files, `<upload id>.json`, and its parts are objects `<upload id>.<part id>`.
+Completing it copies the parts, in a stream, to one object, and makes a file of that. The file's id follows from the
+upload's: however often completing is tried or interrupted, there is one file.
 """
 
 import asyncio
@@ -35,12 +35,12 @@ from trainers.settings import Settings
 router = APIRouter(prefix="/v1", default_response_class=Response)
 PART_BYTES = 64 << 20
 TAKEN = 2
-"""Parts may hold this many times what was announced: one whose answer was lost is sent again, and then there twice."""
+"""Parts may hold this many times the bytes announced: a part whose answer was lost is sent again, and stored twice."""
 UploadId = Annotated[str, Path(min_length=1, max_length=64, description="The upload's id.")]
 
 
 class _Upload(BaseModel):
-    """The record: what is answered, and what was asked for."""
+    """The record of an upload: how it is shown, and the request that began it."""
 
     shown: OpenAIUpload
     request: OpenAIUploadRequest
@@ -48,9 +48,9 @@ class _Upload(BaseModel):
 
 _RECORD: TypeAdapter[_Upload] = TypeAdapter(_Upload)
 _ending: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-"""By upload: held by whoever completes or cancels it. A lock is there as long as somebody has or wants it."""
+"""By upload id: a lock that is held while the upload is completed or cancelled. It exists while somebody uses it."""
 _tasks: set[asyncio.Task[_Upload]] = set()
-"""Those that end an upload: the event loop keeps none alive."""
+"""The tasks that complete or cancel an upload. The event loop keeps only weak references to them."""
 
 
 @router.post(
@@ -105,7 +105,7 @@ async def add_part(request: Request, backend: TheBackend, upload_id: UploadId) -
     new = await asyncio.to_thread(NewObject, store.objects, f"{upload_id}.{part_id}")
     await receive(request, "data", new, limit)
     try:
-        await _left(store, upload_id)  # it may be over since, or others have sent parts
+        await _left(store, upload_id)  # it may be over by now, or other parts have arrived
     except BaseException:
         await asyncio.shield(asyncio.to_thread(new.abandon))
         raise
@@ -140,7 +140,7 @@ async def _complete(store: FileStore, settings: Settings, upload_id: str, asked:
             new = await asyncio.to_thread(_joined, store, upload.shown, asked)
         except (RequestRefused, InfrastructureError):
             upload = await _read(store, upload_id)
-            if upload.shown.status != "completed":  # by another replica, which has dropped the parts
+            if upload.shown.status != "completed":  # else another replica completed it and deleted the parts
                 raise
         else:
             file = await keep(store, new, upload.shown.filename, upload.request.expires_after, _file_id(upload_id))
@@ -173,8 +173,11 @@ async def _cancel(store: FileStore, upload_id: str) -> _Upload:
 
 
 async def _alone(upload_id: str, ending: Coroutine[Any, Any, _Upload]) -> _Upload:
-    """What `ending` returns, run while nobody else of this process ends that upload. Once it runs it runs to its end,
-    as what its threads do can't be called off: whoever asks next waits for that."""
+    """Runs `ending` while nothing else in this process completes or cancels the upload, and returns its result.
+
+    Once started it runs to its end, even if the request is cancelled, because its threads can't be stopped. The next
+    request for this upload waits for it.
+    """
     lock = _ending.setdefault(upload_id, asyncio.Lock())
     try:
         await lock.acquire()
@@ -193,8 +196,8 @@ async def _alone(upload_id: str, ending: Coroutine[Any, Any, _Upload]) -> _Uploa
 
 
 async def _left(store: FileStore, upload_id: str) -> int:
-    """Bytes that further parts may hold. Raises RequestRefused: 409 for an upload that is over, 413 for one whose parts
-    hold more than they may."""
+    """Bytes that further parts may hold. Raises RequestRefused: 409 if the upload is over, 413 if its parts hold too
+    much already."""
     upload = (await _read(store, upload_id)).shown
     _require_pending(upload)
     stored = sum((await asyncio.to_thread(_parts, store, upload_id)).values())
@@ -205,7 +208,8 @@ async def _left(store: FileStore, upload_id: str) -> int:
 
 
 def _joined(store: FileStore, upload: OpenAIUpload, asked: OpenAIUploadCompletion) -> NewObject:
-    """The parts in their order, as one object that is complete."""
+    """Copies the parts, in their order, to one object, and closes it. Raises RequestRefused for a missing part, and if
+    the size or md5 is wrong."""
     sizes = _parts(store, upload.id)
     names = [f"{upload.id}.{part_id}" for part_id in asked.part_ids]
     if missing := [part_id for part_id, name in zip(asked.part_ids, names, strict=True) if name not in sizes]:
@@ -240,7 +244,7 @@ async def _read(store: FileStore, upload_id: str) -> _Upload:
     if upload.shown.status != "pending":
         return upload
     if (file := await asyncio.to_thread(store.find, _file_id(upload_id))) is not None:
-        return _completed(upload, file)  # which a crash kept from being written down
+        return _completed(upload, file)  # a crash came before the record was updated
     if upload.shown.expires_at <= time.time():
         return upload.model_copy(update={"shown": upload.shown.model_copy(update={"status": "expired"})})
     return upload
@@ -260,7 +264,7 @@ async def _write(store: FileStore, upload: _Upload) -> None:
 
 
 def _parts(store: FileStore, upload_id: str) -> dict[str, int]:
-    """The bytes of each part by its name, of those under way too."""
+    """Size of each part by its name, also of parts that are still being received."""
     return {name: size for name, size in store.objects.sizes().items() if name.startswith(f"{upload_id}.part_")}
 
 

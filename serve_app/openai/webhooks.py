@@ -1,4 +1,4 @@
-"""/v1/webhook_endpoints: who is told when a job is over. `deliveries` and `redeliver` are this service's own."""
+"""/v1/webhook_endpoints: URLs that are called when a job is over. OpenAI has no `deliveries` and no `redeliver`."""
 
 import hashlib
 from typing import Annotated, get_args
