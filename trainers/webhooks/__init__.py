@@ -1,5 +1,5 @@
-"""Webhooks: whoever asked for it is told when a job is over. docs/webhooks.md, docs/decisions/0016-webhooks.md.
+"""Webhooks: registered URLs are called when a job is over. docs/webhooks.md, docs/decisions/0016-webhooks.md.
 
-`deliverer.Webhooks` follows the event log and sends; `store` remembers who is to be told what; `targets` says where a
-webhook may go. They run in the dispatcher's process.
+`deliverer.Webhooks` follows the event log and sends; `store` keeps endpoints and deliveries; `targets` decides where a
+webhook may be sent. They run in the dispatcher's process.
 """

@@ -1,4 +1,4 @@
-"""`Webhooks`, as the API calls it: in the dispatcher's process."""
+"""The API's client of `Webhooks`, which runs in the dispatcher's process."""
 
 import asyncio
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from trainers.dispatching.dispatcher_actor import DispatcherClient
 
 CALL_S = 60.0
-"""How long a call waits: longer than a receiver may take to answer, and the dispatcher to start again."""
+"""Time-out of a call: longer than a receiver may take to answer, and than the dispatcher takes to start again."""
 
 
 class WebhooksClient:
-    """Raises what `Webhooks` raises, WebhooksUnavailable where the dispatcher doesn't answer, and Ray's errors where it
-    is gone. A call that was under way when it died is made again, with the same arguments."""
+    """Raises what `Webhooks` raises, WebhooksUnavailable if the dispatcher doesn't answer, and Ray's errors if it is
+    gone. A call that was under way when it died is made again, with the same arguments."""
 
     def __init__(self, dispatcher: "DispatcherClient") -> None:
         self._dispatcher = dispatcher

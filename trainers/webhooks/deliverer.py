@@ -1,8 +1,8 @@
-"""Sends webhooks: at least once for each job that is over, to each endpoint that wants it.
+"""Sends webhooks: the end of each job at least once to each endpoint that asked for it.
 
-Two loops. One follows the event log and writes down who is to be told what; the other sends what is due. Each step is
-on disk before the next one begins, so the process may be killed anywhere: what was not yet written down is read from
-the log again, what was on its way is sent again, under the same id, after the pause that it had earned by then.
+One loop follows the event log and stores deliveries; another one sends the deliveries that are due. Each step is on
+disk before the next one begins, so the process may be killed at any moment: events whose deliveries were not stored yet
+are read from the log again, and a delivery that was being sent is sent again, with the same id, after its usual pause.
 """
 
 import asyncio
@@ -45,31 +45,32 @@ from trainers.webhooks.targets import Resolve, Resolver, TargetRefused, addresse
 T = TypeVar("T")
 logger = logging.getLogger("tunewright.webhooks")
 
-TOLD: dict[type, EventType] = {
+EVENT_TYPES: dict[type, EventType] = {
     JobSucceeded: "fine_tuning.job.succeeded",
     JobFailed: "fine_tuning.job.failed",
     DataRejected: "fine_tuning.job.failed",
     JobCancelled: "fine_tuning.job.cancelled",
 }
 OLD_SECRET_S = 24 * 3600.0
-"""How long a secret that was rotated is still signed with, for who wants that. So a rotation that is repeated, because
-its answer was lost, ends no secret that a receiver has."""
+"""How long an old secret still signs after a rotation that keeps it. So a rotation that is repeated because its answer
+was lost doesn't end the secret that the receiver has."""
 GONE = 410
 _PAGE = 1000
 _LOG_WAIT_S = 30.0
 _BETWEEN_READS_S = 0.2
-"""At least: what is appended in a burst is read together."""
+"""Minimum time between two reads of the log, so that events appended in a burst are read together."""
 _CURSOR_LAG = 10_000
-"""So many events that concern nobody may be read again after a restart."""
+"""After this many events without a delivery the cursor is stored anyway. At most so many are read again after a
+restart."""
 _LOOK_AGAIN_S = 60.0
-"""What is due is looked for this often, whatever happened to the clock."""
+"""Due deliveries are looked for at least this often, in case the clock was set."""
 _PRUNE_EVERY_S = 3600.0
 _AFTER_FAILURE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often, how long and how much. With the defaults the attempts of a delivery spread over about three days:
+    """Schedule and limits of attempts. With the defaults the attempts of a delivery spread over about three days:
     after 5 s, 15 s, 45 s, 2 min, 7 min, 20 min, 1 h, 3 h, 9 h, and then each 12 h."""
 
     first_pause_s: float = 5.0
@@ -79,26 +80,27 @@ class Pace:
     """A pause is up to this share shorter or longer, so that what failed together is not tried again together."""
     attempts: int = 15
     timeout_s: float = 15.0
-    """Of an attempt, from the name's resolution to the status line."""
+    """Time-out of an attempt, from resolving the name to the status line."""
     in_flight: int = 8
     """Attempts at one time for one endpoint. Endpoints don't wait for each other."""
     kept_s: float = 30 * 24 * 3600.0
     """Deliveries that are over are listed for this long after their event."""
 
     def pause_s(self, attempts: int) -> float:
-        """After so many attempts."""
+        """The pause after this many attempts."""
         pause = min(self.first_pause_s * self.growth ** (attempts - 1), self.longest_pause_s)
         return pause * random.uniform(1 - self.jitter, 1 + self.jitter)  # noqa: S311  -- no secret
 
 
 class WebhooksUnavailable(Exception):
-    """The file of endpoints and deliveries can't be read or written. Nothing was changed, or a part of it was."""
+    """The file of endpoints and deliveries can't be read or written. A change was not made, or not completely."""
 
 
 class Webhooks:
-    """The endpoints, and the deliveries to them. Every method is a coroutine of one event loop.
+    """Manages the endpoints and sends deliveries to them. All methods must be called on one event loop.
 
-    Raises UserError for what can't be done, WebhooksUnavailable, and LogUnavailable where it asks the log.
+    They raise UserError for requests that can't be fulfilled, WebhooksUnavailable, and LogUnavailable if they need the
+    event log.
     """
 
     def __init__(
@@ -121,14 +123,15 @@ class Webhooks:
         self._in_flight: Counter[str] = Counter()
         self._attempts: set[asyncio.Task[None]] = set()
         self._pruned = float("-inf")
-        self._looked = float("inf")  # for what is due; the clock may have been set back while nothing ran
+        self._looked = float("inf")
+        """When due deliveries were last looked for. First inf: the clock may have been set back while nothing ran."""
 
     # --- what the API offers
 
     async def create(
         self, endpoint_id: str, secret: str, name: str, url: str, event_types: list[EventType]
     ) -> Endpoint:
-        """An endpoint for the jobs that end from now on. May be repeated."""
+        """Creates an endpoint for jobs that end from now on. May be repeated with the same id."""
         await self._check(url)
         begin = None
         if not await self._do(WebhookStore.has_endpoints):
@@ -140,7 +143,7 @@ class Webhooks:
         return created
 
     async def secret(self, endpoint_id: str) -> str:
-        """What is signed with from now on."""
+        """The current secret of the endpoint."""
         return (await self._do(lambda store: store.secrets(endpoint_id, time.time())))[0]
 
     async def endpoints(self, limit: int, after: str | None) -> tuple[list[Endpoint], bool]:
@@ -152,7 +155,7 @@ class Webhooks:
     async def update(
         self, endpoint_id: str, name: str | None, url: str | None, event_types: list[EventType] | None
     ) -> Endpoint:
-        """Changes what is not None, and enables the endpoint."""
+        """Changes whatever is not None, and enables the endpoint."""
         await self.endpoint(endpoint_id)
         if url is not None:
             await self._check(url)
@@ -167,7 +170,7 @@ class Webhooks:
         return await self._do(lambda store: store.rotate(endpoint_id, secret, now, until))
 
     async def test(self, endpoint_id: str, event_type: EventType) -> int:
-        """Sends a made-up event, once, and returns the status it was answered with. Raises UserError
+        """Sends a made-up event, once, and returns the status code of the answer. Raises UserError
         `webhook_unreachable`."""
         endpoint = await self.endpoint(endpoint_id)
         now = time.time()
@@ -189,7 +192,7 @@ class Webhooks:
     # --- following the log
 
     async def run(self) -> None:
-        """For ever, whatever fails."""
+        """Runs both loops until it is cancelled, whatever fails."""
         await asyncio.gather(self._for_ever(self._follow), self._for_ever(self._send))
 
     async def _for_ever(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -204,7 +207,7 @@ class Webhooks:
                 await asyncio.sleep(_AFTER_FAILURE_S)
 
     async def _follow(self) -> None:
-        """Reads the log for as long as there are endpoints: without one it costs nothing."""
+        """Follows the log while there are endpoints. Without endpoints the log is not read."""
         self._created.clear()
         if not await self._do(WebhookStore.has_endpoints):
             await self._created.wait()
@@ -215,7 +218,7 @@ class Webhooks:
             if not page:
                 continue
             position = page[-1].position
-            notices = [_notice(recorded) for recorded in page if type(recorded.event) in TOLD]
+            notices = [_notice(recorded) for recorded in page if type(recorded.event) in EVENT_TYPES]
             if notices or position - kept > _CURSOR_LAG:
                 cursor = Cursor(position, page[-1].event_id)
                 await self._do(lambda store: store.note(notices, cursor, time.time()))  # noqa: B023  -- awaited in this round
@@ -225,8 +228,9 @@ class Webhooks:
                 await asyncio.sleep(_BETWEEN_READS_S)
 
     async def _position(self) -> int:
-        """Where to go on reading. Where the log is not the one that was read (a backup was restored), all of it counts
-        that is not too old to be listed: what was told before has the same id again."""
+        """The position to go on from. If the log is not the one that was followed (a backup was restored), that is
+        before the oldest event that is not too old to be listed. Events that have a delivery already get no second one,
+        because their ids are the same."""
         cursor = await self._do(WebhookStore.cursor)
         if cursor == await self._cursor_at(cursor.position):
             return cursor.position
@@ -247,7 +251,7 @@ class Webhooks:
         while True:
             self._due.clear()
             now = time.time()
-            if now < self._looked - self._pace.timeout_s:  # by less, it would hasten what is on its way, for nothing
+            if now < self._looked - self._pace.timeout_s:  # if set back by less, attempts in flight would be due again
                 await self._do(lambda store: store.clock_was_set_back(now))  # noqa: B023  -- awaited in this round
             self._looked = now
             if now - self._pruned > _PRUNE_EVERY_S:
@@ -267,6 +271,7 @@ class Webhooks:
                     await self._due.wait()
 
     def _hold_s(self, attempts: int) -> float:
+        """When an attempt is due again if its outcome is never recorded, in seconds from its beginning."""
         return self._pace.timeout_s + self._pace.pause_s(attempts)
 
     async def _attempt(self, attempt: Attempt) -> None:
@@ -290,8 +295,8 @@ class Webhooks:
         return Outcome("pending", status_code, error, time.time() + self._pace.pause_s(attempt.attempts))
 
     async def _post(self, attempt: Attempt) -> tuple[int | None, str | None]:
-        """One attempt: the status, if there was an answer, and what was wrong, unless it was a 2xx. Redirects are not
-        followed, bodies of answers not read."""
+        """Makes one attempt. Returns the status code (None: no answer) and the error (None: a 2xx). Follows no redirect
+        and doesn't read the body of the answer."""
         try:
             async with asyncio.timeout(self._pace.timeout_s):
                 status_code = await self._answer(attempt)
@@ -314,8 +319,8 @@ class Webhooks:
         return await self._answer_from(last, url, attempt)
 
     async def _answer_from(self, address: str, url: httpx.URL, attempt: Attempt) -> int:
-        """Connects to the address, whatever the name may resolve to by now; the host's name is what the receiver and
-        its certificate are asked for."""
+        """Sends to this address, which was checked, whatever the name may resolve to by now. The host's name is in the
+        Host header and in TLS."""
         now, notice = datetime.now(UTC), attempt.notice
         signatures = [Webhook(secret).sign(notice.event_id, now, notice.body) for secret in attempt.secrets]
         request = httpx.Request(
@@ -341,8 +346,8 @@ class Webhooks:
 
     @cached_property
     def _transport(self) -> httpx.AsyncHTTPTransport:
-        """No proxy, whose connections nobody could check, and no connection twice: the next one to the same address may
-        be for another host."""
+        """Without a proxy, whose connections can't be checked, and without reusing connections: the next request to the
+        same address may be for another host."""
         return httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
     # ---
@@ -358,7 +363,7 @@ class Webhooks:
             raise UserError("webhook_url_refused", "its host can't be resolved in time", "url") from None
 
     async def _do(self, call: Callable[[WebhookStore], T]) -> T:
-        """In the store's thread. A store that has failed is opened anew by the next call."""
+        """Calls the store, in its thread. After a failure the next call opens it again."""
 
         def in_thread() -> T:
             try:
@@ -374,7 +379,8 @@ class Webhooks:
         return await asyncio.get_running_loop().run_in_executor(self._thread, in_thread)
 
     async def close(self) -> None:
-        """Once `run` was cancelled. What is in flight is given up, and due again at the next start."""
+        """To be called after `run` was cancelled. Attempts in flight are cancelled, and due again after the next
+        start."""
         for task in self._attempts:
             task.cancel()
         await asyncio.gather(*self._attempts, return_exceptions=True)
@@ -387,6 +393,7 @@ class Webhooks:
 
 
 def _notice(recorded: Recorded) -> Notice:
-    """Its id is made of the fact's own, so it stays the same even if the file of deliveries is lost."""
+    """The notice of an event of the log. Its id is made of that event's id, so it stays the same even if the file of
+    deliveries is lost."""
     event_id = f"evt_{hashlib.sha256(recorded.event_id.encode()).hexdigest()[:32]}"
-    return Notice(event_id, TOLD[type(recorded.event)], recorded.job_id, recorded.time.timestamp())
+    return Notice(event_id, EVENT_TYPES[type(recorded.event)], recorded.job_id, recorded.time.timestamp())

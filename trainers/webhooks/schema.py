@@ -1,11 +1,11 @@
-"""The file of the store of webhooks: its tables, and how it is opened."""
+"""The SQLite file of webhooks: its tables, and how it is opened."""
 
 import os
 import sqlite3
 from contextlib import suppress
 from pathlib import Path
 
-_LOCK_WAIT_S = 20.0  # the process before this one may need a moment to die
+_LOCK_WAIT_S = 20.0  # the previous process may need a moment to end
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS endpoints (
     number           INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -17,7 +17,7 @@ CREATE TABLE IF NOT EXISTS endpoints (
     updated_at       REAL NOT NULL,
     enabled          INTEGER NOT NULL DEFAULT 1,
     secret           TEXT NOT NULL,
-    old_secret       TEXT,  -- this and the next one: of earlier versions, which kept one
+    old_secret       TEXT,  -- this and the next column: used by earlier versions, which kept one old secret
     old_secret_until REAL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS deleted_endpoints (
@@ -59,8 +59,8 @@ CREATE TABLE IF NOT EXISTS cursor (
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """The file, which is made where there is none, and brought up to date where an earlier version wrote it. Only its
-    owner may read it. Raises sqlite3.Error."""
+    """Opens the file. Creates it if there is none, and updates one that an earlier version wrote. Only its owner may
+    read it. Raises sqlite3.Error and OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
@@ -68,8 +68,8 @@ def connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=_LOCK_WAIT_S, check_same_thread=False)  # not always the same thread
     db.row_factory = sqlite3.Row
     try:
-        # As the event log: no shared memory, so that a network file system will do. What a failed sync may have
-        # left in the write-ahead log is written anew and synced before it is read.
+        # As for the event log: with an exclusive lock SQLite needs no shared memory, so a network file system will do.
+        # The checkpoint writes and syncs again what a failed sync may have left in the write-ahead log.
         for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON",
                        "wal_checkpoint(TRUNCATE)"):  # fmt: skip
             db.execute(f"PRAGMA {pragma}")

@@ -1,8 +1,8 @@
-"""Webhook endpoints and what is to be sent to them: one SQLite file that one process has open.
+"""Webhook endpoints and deliveries, in one SQLite file that a single process has open.
 
-It holds the endpoints' secrets, so nobody but its owner may read it (mode 0600). What a method has changed is on disk
-when it returns. The event log is the source of truth: the cursor says how far it has been read, and moves in the same
-transaction that adds what was found there.
+It holds the endpoints' secrets, so only its owner may read it (mode 0600). When a method returns, its changes are on
+disk. The event log is the source of truth: the cursor says how far it has been read, and moves in the same transaction
+that adds the deliveries found there.
 """
 
 import base64
@@ -23,29 +23,29 @@ EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine
 DeliveryStatus = Literal["pending", "delivered", "failed"]
 MOST_ENDPOINTS = 50
 MOST_OLD_SECRETS = 10
-"""Of an endpoint, at one time. Each is one more signature in the header of what is sent."""
+"""Maximum number of valid old secrets of an endpoint. Each adds a signature to the header of every request."""
 
 
 class Cursor(NamedTuple):
-    """How far the log has been read: its last event that was."""
+    """How far the log has been read: its last event that was read."""
 
     position: int
     event_id: str
-    """Of that event; empty at position 0. A log that has another event there is another log."""
+    """The id of that event; empty at position 0. If the log has another event there, it is another log."""
 
 
 class Notice(NamedTuple):
-    """What is told: a job is over. The same fact has the same id, wherever and however often it is told."""
+    """The news that a job is over. It has the same id for each endpoint and each attempt."""
 
     event_id: str
     event_type: EventType
     job_id: str
     time: float
-    """When it was recorded, Unix seconds."""
+    """When the job's end was recorded, Unix seconds."""
 
     @property
     def body(self) -> str:
-        """The request's body, as OpenAI's."""
+        """The request's body, in OpenAI's format."""
         event = {
             "id": self.event_id,
             "object": "event",
@@ -58,7 +58,7 @@ class Notice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Who is told what. Times are Unix seconds."""
+    """A URL that is called, and for which events. Times are Unix seconds."""
 
     id: str
     name: str
@@ -79,38 +79,38 @@ class Delivery:
     attempts: int
     last_attempt_at: float | None
     next_attempt_at: float | None
-    """None: there will be none."""
+    """None: no attempt will follow."""
     last_status_code: int | None
     last_error: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A notice that is to be sent now."""
+    """A notice to be sent to an endpoint now."""
 
     endpoint_id: str
     url: str
     notice: Notice
     attempts: int
-    """This one included."""
+    """Number of attempts, with this one."""
     secrets: tuple[str, ...] = field(repr=False)
-    """What it is to be signed with: the secret, and the old ones that are still good."""
+    """What it is to be signed with: the endpoint's secret, and the old ones that are still valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of an attempt."""
+    """The outcome of an attempt."""
 
     status: DeliveryStatus
     status_code: int | None
     error: str | None
     next_attempt_at: float | None
     disable: bool = False
-    """Nothing more is to be sent to the endpoint."""
+    """Whether the endpoint is to be disabled."""
 
 
 class WebhookStore:
-    """Everything blocks, and raises sqlite3.Error where the file can't be read or written."""
+    """All methods block, and raise sqlite3.Error if the file can't be read or written."""
 
     def __init__(self, path: Path) -> None:
         self._db = connect(path)
@@ -133,8 +133,8 @@ class WebhookStore:
         now: float,
         begin: Cursor | None = None,
     ) -> Endpoint:
-        """An endpoint for what happens from `now` on; if it is there already, nothing new. `begin`: where the log is to
-        be read from, if it wasn't yet.
+        """Creates an endpoint for events from `now` on. If it exists already, changes nothing. `begin`: where to read
+        the log from, if there was no endpoint before.
 
         Raises UserError `too_many_webhook_endpoints`.
         """
@@ -156,7 +156,7 @@ class WebhookStore:
         return self.endpoint(endpoint_id)
 
     def endpoint(self, endpoint_id: str) -> Endpoint:
-        """Raises UserError `webhook_endpoint_not_found`, as all that asks for one."""
+        """Raises UserError `webhook_endpoint_not_found`, like all methods that take the id of an endpoint."""
         return _endpoint(self._endpoint_row(endpoint_id))
 
     def endpoints(self, limit: int, after: str | None) -> tuple[list[Endpoint], bool]:
@@ -175,7 +175,7 @@ class WebhookStore:
     def update(
         self, endpoint_id: str, name: str | None, url: str | None, event_types: Sequence[EventType] | None, now: float
     ) -> Endpoint:
-        """Changes what is not None. An endpoint that was disabled is enabled by it."""
+        """Changes whatever is not None, and enables the endpoint if it was disabled."""
         before = self.endpoint(endpoint_id)
         after = (
             name or before.name,
@@ -191,8 +191,8 @@ class WebhookStore:
         return self.endpoint(endpoint_id)
 
     def rotate(self, endpoint_id: str, secret: str, now: float, old_secret_until: float | None) -> Endpoint:
-        """A new secret, unless it is that one already; what is sent until then is signed with the old one as well, and
-        with each that was old before, until its own time. None: with the new one only, from now on.
+        """Sets a new secret, unless it is set already. Until `old_secret_until` the secret so far also signs, and so do
+        older ones, each until its own time. None: from now on only the new one signs.
 
         Raises UserError `too_many_webhook_secrets`.
         """
@@ -217,7 +217,7 @@ class WebhookStore:
         return self.endpoint(endpoint_id)
 
     def secrets(self, endpoint_id: str, now: float) -> tuple[str, ...]:
-        """What is signed with: the endpoint's secret, then the old ones that are still good, the latest first."""
+        """The secrets to sign with: the endpoint's own, then the old ones that are still valid, latest first."""
         rows = self._db.execute(
             "SELECT secret FROM old_secrets WHERE endpoint_id = ? AND until > ? ORDER BY until DESC", (endpoint_id, now)
         )
@@ -233,7 +233,8 @@ class WebhookStore:
     # --- deliveries
 
     def deliveries(self, endpoint_id: str, limit: int, after: str | None) -> tuple[list[Delivery], bool]:
-        """As `endpoints`."""
+        """Up to `limit` deliveries older than `after`, newest first, and whether there are more. Raises UserError
+        `unknown_after`."""
         self._endpoint_row(endpoint_id)
         query = "SELECT number FROM deliveries WHERE endpoint_id = ? AND event_id = ?"
         before = self._number(query, after, endpoint_id, after)
@@ -244,8 +245,8 @@ class WebhookStore:
         return [_delivery(row) for row in rows[:limit]], len(rows) > limit
 
     def redeliver(self, endpoint_id: str, event_id: str, now: float) -> Delivery:
-        """Sends it (again) from now on, with all its attempts. Raises UserError `webhook_delivery_not_found` or
-        `webhook_endpoint_disabled`."""
+        """Makes the delivery due now, with all its attempts before it again. Raises UserError
+        `webhook_delivery_not_found` or `webhook_endpoint_disabled`."""
         endpoint = self.endpoint(endpoint_id)
         self._delivery_row(endpoint_id, event_id)
         if not endpoint.enabled:
@@ -265,8 +266,9 @@ class WebhookStore:
         return Cursor(0, "") if row is None else Cursor(*row)
 
     def note(self, notices: Sequence[Notice], cursor: Cursor, now: float) -> None:
-        """What the log says up to `cursor`, due now. A notice that is known already, or older than an endpoint, is
-        none. (Its time may be ahead of `now`: the log's never goes back, whatever the clock does.)"""
+        """Adds a delivery, due now, of each notice to each enabled endpoint that wants it, and moves the cursor.
+        Notices that were added before, or are older than the endpoint, are skipped. (A notice's time may be ahead of
+        `now`: the log's time never goes back, whatever the clock does.)"""
         with self._db:
             for row in self._db.execute("SELECT * FROM endpoints WHERE enabled").fetchall():
                 endpoint = _endpoint(row)
@@ -282,7 +284,8 @@ class WebhookStore:
             self._move(cursor)
 
     def clock_was_set_back(self, now: float) -> None:
-        """What waits by a clock that was ahead is due now: that clock's pause would last longer by as much."""
+        """Makes pending deliveries due now if their times are of a clock that was ahead of this one: their pause would
+        last longer by as much."""
         with self._db:
             self._db.execute(
                 "UPDATE deliveries SET next_attempt_at = ? "
@@ -293,9 +296,10 @@ class WebhookStore:
     def claim(
         self, now: float, in_flight: Mapping[str, int], most: int, hold_s: Callable[[int], float]
     ) -> tuple[list[Attempt], float | None]:
-        """What is due now, as long as no endpoint has more than `most` in flight; and when the next will be due.
+        """Attempts for the deliveries that are due now, up to `most` in flight for each endpoint, and the time at which
+        the next one will be due.
 
-        The attempt counts from here on, and if nobody `settle`s it, it is due again after `hold_s(attempts)`.
+        They count as made from here on. If `settle` isn't called, they are due again after `hold_s(attempts)`.
         """
         claimed: list[Attempt] = []
         due: list[float] = []
@@ -303,7 +307,7 @@ class WebhookStore:
             for row in self._db.execute("SELECT * FROM endpoints WHERE enabled").fetchall():
                 room = most - in_flight.get(row["id"], 0)
                 if room <= 0:
-                    continue  # the end of one of its attempts is what to wait for
+                    continue  # when one of its attempts ends, this is called again
                 pending = self._db.execute(
                     "SELECT * FROM deliveries WHERE endpoint_id = ? AND status = 'pending' "
                     "ORDER BY next_attempt_at LIMIT ?",
@@ -326,23 +330,23 @@ class WebhookStore:
         return Attempt(endpoint["id"], endpoint["url"], _notice(delivery), attempts, secrets)
 
     def settle(self, attempt: Attempt, outcome: Outcome) -> None:
-        """What became of it. Nothing, if the endpoint was deleted meanwhile; nor is one disabled by what its old URL
-        says: there the attempt is as one that nobody saw the end of."""
+        """Records the outcome of an attempt. Does nothing if the endpoint was deleted meanwhile, or if the URL that
+        wants it disabled is not its URL any more: then the delivery is due again as if the outcome were unknown."""
         key = attempt.endpoint_id, attempt.notice.event_id
         with self._db:
             if outcome.disable:
                 at = attempt.endpoint_id, attempt.url
                 if self._db.execute("UPDATE endpoints SET enabled = 0 WHERE id = ? AND url = ?", at).rowcount == 0:
                     return
-            # Of two attempts at one time, as `redeliver` may cause, one that arrived is enough; and what the first one
-            # failed with is no reason to put off or to give up the one that is yet to begin.
+            # `redeliver` may cause two attempts at one time. If one arrives, the delivery is done. If the first fails,
+            # the second one, which has not begun (attempts = 0), is neither put off nor given up.
             self._db.execute(
                 "UPDATE deliveries SET status = ?, last_status_code = ?, last_error = ?, next_attempt_at = ? "
                 "WHERE endpoint_id = ? AND event_id = ? AND status != 'delivered' "
                 "AND (attempts > 0 OR ? = 'delivered')",
                 (outcome.status, outcome.status_code, outcome.error, outcome.next_attempt_at, *key, outcome.status),
             )
-            # Those that were in flight when the endpoint was disabled come here, too.
+            # This also ends deliveries that were in flight when the endpoint was disabled.
             self._db.execute(
                 "UPDATE deliveries SET status = 'failed', next_attempt_at = NULL WHERE status = 'pending' "
                 "AND endpoint_id = (SELECT id FROM endpoints WHERE id = ? AND NOT enabled)",
@@ -350,7 +354,7 @@ class WebhookStore:
             )
 
     def prune(self, before: float) -> None:
-        """Forgets deliveries of events before that time, except pending ones, and endpoints deleted before it."""
+        """Deletes what is older than that time: deliveries that aren't pending, and the places of deleted endpoints."""
         with self._db:
             self._db.execute("DELETE FROM deleted_endpoints WHERE deleted_at < ?", (before,))
             self._db.execute("DELETE FROM deliveries WHERE status != 'pending' AND created_at < ?", (before,))
@@ -378,7 +382,7 @@ class WebhookStore:
         return row
 
     def _number(self, query: str, after: str | None, *values: object) -> int:
-        """The number that a page ends before."""
+        """The number in `after`'s row; more than any for None. Raises UserError `unknown_after`."""
         if after is None:
             return 1 << 62
         row = self._one(query, *values)
@@ -388,7 +392,7 @@ class WebhookStore:
 
 
 def new_endpoint_id() -> str:
-    """Make it, and the secret, once: a try that is repeated with the same makes no second endpoint."""
+    """A new id. If creating the endpoint is tried again, use the same id and secret, so that there is no second one."""
     return f"we_{ULID()}"
 
 

@@ -1,4 +1,4 @@
-"""Where a webhook may go: a host on the public internet, or in a network that the operator allows.
+"""Where webhooks may be sent: to hosts on the public internet, or in a network that the operator allows.
 
 A name is resolved and its addresses are checked when an endpoint is created, so that its creator learns why it is
 refused, and again for each delivery, which then connects to an address that was checked and to no other.
@@ -14,7 +14,8 @@ import httpx
 
 Network = IPv4Network | IPv6Network
 Resolve = Callable[[str, int], Awaitable[list[str]]]
-"""A host and a port to addresses, in the order to try them. Raises OSError, or ValueError for what is no host."""
+"""Resolves a host and port to addresses, in the order to try them. Raises OSError, or ValueError for an invalid
+host."""
 
 NOT_PUBLIC = (
     "its host resolves to an address that is not public (private, loopback, link-local, reserved), and is not in "
@@ -24,7 +25,7 @@ _THREADS = 64
 
 
 class TargetRefused(Exception):
-    """Nothing is sent to this URL. The message says why, and repeats nothing of it."""
+    """Nothing is sent to this URL. The message says why, without repeating any of it."""
 
 
 def parse(text: str) -> httpx.URL:
@@ -49,7 +50,8 @@ def port_of(url: httpx.URL) -> int:
 
 
 async def addresses_of(url: httpx.URL, allowed: Sequence[Network], resolve: Resolve) -> list[str]:
-    """What the URL's host resolves to now, never empty. Raises TargetRefused if any of that is out of bounds."""
+    """The addresses that the URL's host resolves to now, at least one. Raises TargetRefused if it can't be resolved, or
+    if any of them is not allowed."""
     try:
         addresses = await resolve(url.raw_host.decode("ascii"), port_of(url))
     except (OSError, ValueError):
@@ -63,11 +65,11 @@ async def addresses_of(url: httpx.URL, allowed: Sequence[Network], resolve: Reso
 
 def _is_allowed(address: IPv4Address | IPv6Address, allowed: Sequence[Network]) -> bool:
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped  # the system connects to that one
+        address = address.ipv4_mapped  # the system connects to the IPv4 address
     if any(address in network for network in allowed):
         return True
     if isinstance(address, IPv6Address) and (address.sixtofour is not None or address.is_site_local):
-        return False  # 6to4 is a way to an IPv4 address; so is 64:ff9b::/96, which counts as reserved
+        return False  # 6to4 leads to an IPv4 address; so does 64:ff9b::/96, which is_reserved covers
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
