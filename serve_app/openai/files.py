@@ -17,7 +17,7 @@ from serve_app.backend import JobLog
 from serve_app.download import attachment, download
 from serve_app.errors import Answer, RequestRefused
 from serve_app.openai import results
-from serve_app.openai.multipart import Form, Limit, receive
+from serve_app.openai.multipart import Form, Limit, declared_bytes, receive
 from serve_app.openai.objects import OpenAIExpiresAfter, OpenAIFile, OpenAIFileDeleted, OpenAIFileForm, OpenAIFileList
 from serve_app.openai.paging import Cursor, page, unknown_after
 from serve_app.openapi import documented, documented_bytes, form_body
@@ -50,9 +50,7 @@ async def create(request: Request, backend: TheBackend) -> Response:
     """
     store = await store_of(backend.settings)
     await asyncio.to_thread(store.sweep, await in_use(backend.log))
-    declared = request.headers.get("content-length", "")
-    size = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
-    await room_for(store, backend.settings, min(size, backend.settings.max_file_bytes))
+    await room_for(store, backend.settings, min(declared_bytes(request), backend.settings.max_file_bytes))
     new = await asyncio.to_thread(store.new)
     limit = Limit(backend.settings.max_file_bytes, "upload larger files in parts, through /v1/uploads")
     form = await receive(request, "file", new, limit)

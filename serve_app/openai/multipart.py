@@ -51,14 +51,18 @@ async def receive(request: Request, file_field: str, sink: Sink, limit: Limit) -
     return form
 
 
+def declared_bytes(request: Request) -> int:
+    """The Content-Length; 0 if there is none, or none that could be true."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
+
+
 async def _receive(request: Request, file_field: str, sink: Sink, limit: Limit) -> Form:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         message = "send the body as multipart/form-data, with its boundary: clients make that header by themselves"
         raise RequestRefused(Answer(415, "invalid_request_error", "unsupported_media_type", message))
-    declared = request.headers.get("content-length", "")
-    most = limit.max_bytes + MAX_FIELD_BYTES
-    if declared.isascii() and declared.isdigit() and len(declared) < 20 and int(declared) > most:
+    if declared_bytes(request) > limit.max_bytes + MAX_FIELD_BYTES:
         raise _too_large(file_field, limit)
     parser = _Parser(options[b"boundary"], file_field, limit)
     async for chunk in request.stream():
