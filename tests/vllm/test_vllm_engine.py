@@ -114,7 +114,7 @@ def test_answers_are_those_of_torchtune_s_components_one_by_one_and_together(mod
     with_engine(journey)
 
 
-def test_what_nobody_waits_for_any_more_is_no_longer_made(model: Path) -> None:
+def test_an_abandoned_answer_is_stopped(model: Path) -> None:
     async def journey(engine: VllmEngine) -> None:
         answer = engine.answer(question(model, None, sampling=Sampling(2.0, seed=1)))
         async for part in answer:
@@ -148,7 +148,7 @@ def test_a_model_takes_the_place_of_another_once_that_has_answered(model: Path, 
     assert max(at_most) == 1
 
 
-def test_where_memory_is_short_the_context_is_shorter_and_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_memory_makes_the_context_shorter_which_errors_say(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "CPU_CACHE_BYTES", 2 << 20)  # of 1 KiB a token
 
     async def journey(engine: VllmEngine) -> None:
@@ -162,7 +162,7 @@ def test_where_memory_is_short_the_context_is_shorter_and_says_so(model: Path, m
     with_engine(journey)
 
 
-def test_a_process_that_dies_is_an_error_for_who_waits_and_is_noticed(model: Path) -> None:
+def test_a_process_that_dies_fails_its_answers_and_is_noticed(model: Path) -> None:
     async def journey(engine: VllmEngine) -> None:
         answer = engine.answer(question(model, None))
         seen: list[Part] = []

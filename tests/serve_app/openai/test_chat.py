@@ -363,7 +363,7 @@ def test_a_tuned_model_and_its_checkpoints_answer_under_every_name_they_have(
     ["gpt-4o", "ft:tiny:tunewright::01ARZ3NDEKTSV4RRFFQ69G5FAV", "ftckpt_01ARZ3NDEKTSV4RRFFQ69G5FAV-3", "/etc", "./x",
      "ft:x", "ftckpt_", "s3://u:p@bucket/x", "file://elsewhere/x", "\U0001f600"],
 )  # fmt: skip
-def test_a_model_that_is_none_is_a_404_that_is_not_tried_again(client: openai.OpenAI, name: str) -> None:
+def test_an_unknown_model_is_a_404_that_is_not_tried_again(client: openai.OpenAI, name: str) -> None:
     for call in (lambda: ask(client, name), lambda: streamed(client, name)):
         with pytest.raises(openai.NotFoundError) as refused:
             call()
@@ -423,7 +423,7 @@ def test_an_answer_without_a_limit_ends_with_the_context(client: openai.OpenAI, 
         ({"extra_body": {"top_k": 5}}, "top_k"),
     ],
 )  # fmt: skip
-def test_what_is_not_offered_or_not_right_is_refused_by_name(
+def test_unsupported_and_invalid_fields_are_refused_by_name(
     client: openai.OpenAI, model: str, changes: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:

@@ -24,7 +24,7 @@ BIG = 64 << 20
 
 @pytest.fixture
 def job_id(server: Server) -> str:
-    """A job that runs and has two checkpoints on disk: step 1 of LoRA, step 2 as of a full fine-tuning."""
+    """A running job with two checkpoints on disk: step 1 as from LoRA, step 2 as from full fine-tuning."""
     job_id = server.submit()
     lora, full = server.train(job_id, 1, 2).values()
     make_tiny_model(lora / "merged", seed=1)
@@ -39,24 +39,24 @@ def job_id(server: Server) -> str:
 
 
 def checkpoint(client: openai.OpenAI, job_id: str, step: int) -> tuple[str, Path]:
-    """Its id and its directory."""
+    """The id and the directory of the job's checkpoint at `step`."""
     (found,) = (one for one in client.fine_tuning.jobs.checkpoints.list(job_id) if one.step_number == step)
     return found.id, Path(found.model_dump()["uri"].removeprefix("file://"))
 
 
 def grow(path: Path) -> None:
-    """The weights of the checkpoint there become large, and take no room."""
+    """Makes the weights of the checkpoint a large, sparse file."""
     with (path / "merged" / "model.safetensors").open("r+b") as file:
         file.truncate(BIG)
 
 
 def held(path: Path) -> bool:
-    """Whether this process, which the server is in, has a file below it open."""
+    """Whether this process, which the server runs in, has a file open below `path`."""
     return any(Path(file.path).is_relative_to(path) for file in psutil.Process().open_files())
 
 
 def bytes_read() -> int:
-    """By this process, so far, from files and sockets."""
+    """Bytes that this process has read so far, from files and sockets."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -170,7 +170,9 @@ def test_a_download_that_broke_off_goes_on_where_it_was(
 @pytest.mark.parametrize(
     "asked", ["bytes=0-1,3-4", "bytes=5-3", "bytes=-", "bytes=x", "lines=1-2", f"bytes={'9' * 99}-"]
 )
-def test_what_is_no_single_range_gets_the_whole(server: Server, client: openai.OpenAI, job_id: str, asked: str) -> None:
+def test_anything_but_a_single_range_gets_the_whole(
+    server: Server, client: openai.OpenAI, job_id: str, asked: str
+) -> None:
     checkpoint_id, _ = checkpoint(client, job_id, 1)
     answer = httpx.get(url(server, checkpoint_id), headers={"Range": asked})
     assert (answer.status_code, len(answer.content)) == (200, int(answer.headers["content-length"]))

@@ -108,7 +108,7 @@ def test_no_file_is_missed_after_one_that_was_uploaded_in_parts_and_deleted(
     assert joined.created_at == int(in_a_minute)
 
 
-def test_a_file_that_is_not_there_is_named_without_what_a_terminal_would_obey(server: Server) -> None:
+def test_the_error_for_an_unknown_file_escapes_control_characters(server: Server) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/content")):
         error = httpx.request(method, f"{server.url}/v1/files/x%1B[2J{path}").json()["error"]
         assert (error["code"], error["param"]) == ("file_not_found", "file_id")
@@ -116,7 +116,7 @@ def test_a_file_that_is_not_there_is_named_without_what_a_terminal_would_obey(se
 
 
 @pytest.mark.parametrize("after", ["file-x", "file-" + "Z" * 26, SOME_ULID, f"file-results-ftjob-{SOME_ULID}"])
-def test_what_is_no_id_of_a_file_ends_no_page(client: openai.OpenAI, after: str) -> None:
+def test_after_must_be_the_id_of_a_file(client: openai.OpenAI, after: str) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.files.list(after=after)
     assert refused.value.code == "unknown_after"
@@ -165,7 +165,7 @@ def test_what_a_crash_left_is_collected_after_a_day_and_not_before(server: Serve
     new.abandon()
 
 
-def test_the_sweep_goes_by_the_records_as_they_are_and_not_as_they_were(tmp_path: Path) -> None:
+def test_the_sweep_reads_records_again_before_it_deletes_bytes(tmp_path: Path) -> None:
     """Of two processes that complete an upload at once, the second may have written its record over the first's."""
     store, file_id = FileStore(str(tmp_path)), f"file-{ULID()}"
     made = [NewObject(store.objects, f"bytes-{ULID.from_timestamp(time.time() - LEFT_OVER_S - 60)}") for _ in range(2)]
@@ -259,7 +259,7 @@ def test_a_file_over_the_limit_is_a_413_whether_or_not_it_says_so(client: openai
         (b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--b--\r\n', "missing"),
     ],
 )
-def test_a_form_that_is_none_is_a_400(server: Server, body: bytes, code: str) -> None:
+def test_an_invalid_form_is_refused(server: Server, body: bytes, code: str) -> None:
     before = stored(server)
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     answer = httpx.post(f"{server.url}/v1/files", content=body, headers=headers)
@@ -363,7 +363,7 @@ def unreachable(serve: Serve) -> Server:
     return serve(files=UNREACHABLE)
 
 
-def test_a_power_cut_takes_no_file_whose_upload_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_whose_upload_was_answered_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its record has its name on disk, and its bytes have theirs."""
     on_disk, fsync = list[tuple[Path, set[str]]](), os.fsync
 

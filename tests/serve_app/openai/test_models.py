@@ -69,7 +69,7 @@ def test_a_hub_id_of_any_length_is_a_404(server: Server, client: openai.OpenAI) 
 
 
 @pytest.mark.parametrize("name", ["gpt-4o", "/etc", "ft:x:y:z:01ARZ3NDEKTSV4RRFFQ69G5FAV"])
-def test_what_is_no_model_is_a_404(client: openai.OpenAI, name: str) -> None:
+def test_an_unknown_model_is_a_404(client: openai.OpenAI, name: str) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.models.retrieve(name)
     assert refused.value.param == "model"

@@ -62,7 +62,7 @@ def test_a_wrong_md5_size_or_part_is_a_400_and_the_upload_can_still_be_completed
     assert client.uploads.complete(upload.id, part_ids=[part.id]).status == "completed"
 
 
-def test_the_record_of_an_upload_is_no_part_of_it(client: openai.OpenAI, server: Server) -> None:
+def test_the_record_of_an_upload_can_not_be_named_as_a_part(client: openai.OpenAI, server: Server) -> None:
     upload = begin(client)
     size = file_store(server.parts.settings.files_url).objects.sizes()[f"{upload.id}.json"]
     with pytest.raises(openai.BadRequestError) as refused:
@@ -103,7 +103,7 @@ def test_an_upload_that_is_being_completed_can_not_be_cancelled(
 
 
 def new_content(server: Server, before: set[str]) -> list[str]:
-    """The bytes of files, abandoned or not, that were stored since."""
+    """The objects with bytes of files that were stored since."""
     return [name for name in stored(server) - before if name.startswith("bytes-")]
 
 

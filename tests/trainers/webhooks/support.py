@@ -1,4 +1,4 @@
-"""What the tests of webhooks share: jobs that end, a deliverer that runs, and waiting for what it does."""
+"""Helpers of the webhooks tests: jobs that end, a running deliverer, and waiting for its deliveries."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -41,7 +41,7 @@ def log_in(directory: Path) -> EventLog:
 
 
 async def end_job(log: Any, job_id: str, how: str = "succeeded") -> None:
-    """A job, from its submit to its end."""
+    """Records all of a job, from its submit to its end."""
     await log.submit(job_id, SUBMITTED, new_event_id(), 1_000_000)
     await log.append(job_id, ENDS[how], [new_event_id() for _ in ENDS[how]])
 

@@ -1,4 +1,4 @@
-"""Where a webhook really goes: to the address that was checked, and nowhere else."""
+"""Webhooks are sent to the address that was checked, and nowhere else."""
 
 import ssl
 from datetime import UTC, datetime, timedelta

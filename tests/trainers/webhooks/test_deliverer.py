@@ -41,7 +41,7 @@ from trainers.webhooks.store import new_secret
         ("cancelled", "fine_tuning.job.cancelled"),
     ],
 )
-def test_a_job_that_is_over_is_told_as_openai_tells_it(play: Play, tmp_path: Path, how: str, kind: str) -> None:
+def test_the_request_for_a_job_that_is_over_is_that_of_openai(play: Play, tmp_path: Path, how: str, kind: str) -> None:
     async def scenario(log: EventLog) -> None:
         with Receiver() as receiver:
             async with delivering(log, settings_in(tmp_path)) as webhooks:
@@ -111,7 +111,7 @@ def test_a_slow_receiver_holds_up_nobody_else(play: Play, tmp_path: Path) -> Non
     play(scenario)
 
 
-def test_an_endpoint_is_told_what_it_asked_for_and_nothing_from_before(play: Play, tmp_path: Path) -> None:
+def test_an_endpoint_gets_the_events_it_asked_for_and_none_from_before_its_creation(play: Play, tmp_path: Path) -> None:
     async def scenario(log: EventLog) -> None:
         with Receiver() as receiver:
             async with delivering(log, settings_in(tmp_path)) as webhooks:
@@ -129,7 +129,7 @@ def test_an_endpoint_is_told_what_it_asked_for_and_nothing_from_before(play: Pla
     play(scenario)
 
 
-def test_jobs_that_end_while_nothing_runs_are_told_at_the_next_start(play: Play, tmp_path: Path) -> None:
+def test_jobs_that_end_while_nothing_runs_are_delivered_after_the_next_start(play: Play, tmp_path: Path) -> None:
     async def scenario(log: EventLog) -> None:
         with Receiver() as receiver:
             async with delivering(log, settings_in(tmp_path)) as webhooks:
@@ -143,7 +143,7 @@ def test_jobs_that_end_while_nothing_runs_are_told_at_the_next_start(play: Play,
     play(scenario)
 
 
-def test_a_restart_keeps_the_pause_that_a_delivery_has_earned(play: Play, tmp_path: Path) -> None:
+def test_a_restart_keeps_the_pause_before_the_next_attempt(play: Play, tmp_path: Path) -> None:
     async def scenario(log: EventLog) -> None:
         with Receiver(lambda _: 500) as failing, Receiver() as well:
             async with delivering(log, settings_in(tmp_path), SLOW) as webhooks:
@@ -170,7 +170,7 @@ def test_a_restart_keeps_the_pause_that_a_delivery_has_earned(play: Play, tmp_pa
 
 
 class Clock:
-    """The machine's, set forward by `ahead_s`."""
+    """The machine's clock, set forward by `ahead_s`."""
 
     ahead_s = 0.0
 
@@ -180,7 +180,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What the deliverer goes by."""
+    """The clock that the deliverer reads."""
     clock = Clock()
     monkeypatch.setattr("trainers.webhooks.deliverer.time", clock)
     return clock
@@ -229,8 +229,8 @@ def test_a_clock_that_was_set_back_while_nothing_ran_puts_no_attempt_off(
     play(scenario)
 
 
-def test_what_a_log_dates_ahead_of_the_clock_is_told_at_once(play: Play, tmp_path: Path, clock: Clock) -> None:
-    """It was written to while the clock was ahead, and its time never goes back."""
+def test_an_event_with_a_time_ahead_of_the_clock_is_delivered_at_once(play: Play, tmp_path: Path, clock: Clock) -> None:
+    """The log was written while the clock was ahead, and its time never goes back."""
 
     async def scenario(log: EventLog) -> None:
         clock.ahead_s = -86400
@@ -339,7 +339,7 @@ def test_nobody_but_the_owner_may_read_the_secrets(play: Play, tmp_path: Path) -
 
 
 def test_a_log_that_was_restored_from_a_backup_is_read_again(play: Play, tmp_path: Path) -> None:
-    """Its positions mean other events than they did; those that were told before are known by their ids."""
+    """Its positions belong to other events now. Events that were delivered before are known by their ids."""
 
     async def scenario(log: EventLog) -> None:
         with Receiver() as receiver:

@@ -1,4 +1,4 @@
-"""What the store of endpoints and deliveries keeps, and for how long."""
+"""The store of endpoints and deliveries: what it keeps, and for how long."""
 
 import sqlite3
 from contextlib import closing
@@ -20,8 +20,8 @@ def with_a_notice(tmp_path: Path) -> tuple[WebhookStore, Endpoint]:
     return store, created
 
 
-def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path: Path) -> None:
-    """The process was killed amid it."""
+def test_an_attempt_without_a_recorded_outcome_counts_and_is_made_again(tmp_path: Path) -> None:
+    """The process was killed during the attempt."""
     store, created = with_a_notice(tmp_path)
     (attempt,), due = store.claim(200.0, {}, 8, lambda attempts: 10.0 * attempts)
     assert (attempt.attempts, due) == (1, None)
@@ -35,7 +35,7 @@ def test_an_attempt_that_nobody_saw_the_end_of_counts_and_is_made_again(tmp_path
     store.close()
 
 
-def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path) -> None:
+def test_pending_deliveries_to_a_disabled_endpoint_are_given_up(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
     created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
     notices = [Notice(f"evt_{n}", "fine_tuning.job.failed", "ftjob-1", 101.0) for n in range(3)]
@@ -50,7 +50,7 @@ def test_what_waits_for_an_endpoint_that_is_disabled_is_given_up(tmp_path: Path)
     store.close()
 
 
-def test_410_from_where_an_endpoint_was_before_disables_it_no_more(tmp_path: Path) -> None:
+def test_a_410_from_a_url_that_was_changed_does_not_disable_the_endpoint(tmp_path: Path) -> None:
     """The URL was changed while the request was on its way: it is sent to the new one."""
     store, created = with_a_notice(tmp_path)
     (old,), _ = store.claim(200.0, {}, 8, lambda _: 10.0)
@@ -64,8 +64,8 @@ def test_410_from_where_an_endpoint_was_before_disables_it_no_more(tmp_path: Pat
     store.close()
 
 
-def test_what_arrived_stays_delivered_whatever_becomes_of_an_attempt_before(tmp_path: Path) -> None:
-    """It was sent again while that one hung."""
+def test_a_delivery_that_arrived_stays_delivered_when_an_earlier_attempt_fails(tmp_path: Path) -> None:
+    """It was redelivered while the earlier attempt hung."""
     store, created = with_a_notice(tmp_path)
     (hanging,), _ = store.claim(200.0, {}, 8, lambda _: 10.0)
     store.redeliver(created.id, "evt_1", 201.0)
@@ -120,7 +120,7 @@ def test_a_rotation_that_keeps_nothing_ends_every_old_secret(tmp_path: Path) -> 
     store.close()
 
 
-def test_there_is_a_bound_on_old_secrets_which_those_that_are_over_do_not_count_for(tmp_path: Path) -> None:
+def test_there_is_a_limit_of_valid_old_secrets(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
     created = store.create("we_1", "whsec_0", "", "http://8.8.8.8/", TYPES, 100.0)
     for number in range(1, MOST_OLD_SECRETS + 1):
@@ -134,7 +134,7 @@ def test_there_is_a_bound_on_old_secrets_which_those_that_are_over_do_not_count_
     store.close()
 
 
-def test_a_file_that_knows_one_old_secret_is_read_with_it(tmp_path: Path) -> None:
+def test_a_file_of_the_first_version_keeps_its_old_secret(tmp_path: Path) -> None:
     """Of the first version."""
     store = WebhookStore(tmp_path / "webhooks.db")
     created = store.create("we_1", "whsec_2", "", "http://8.8.8.8/", TYPES, 100.0)
@@ -149,7 +149,7 @@ def test_a_file_that_knows_one_old_secret_is_read_with_it(tmp_path: Path) -> Non
         store.close()
 
 
-def test_there_is_a_bound_on_endpoints(tmp_path: Path) -> None:
+def test_there_is_a_limit_of_endpoints(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
     for number in range(MOST_ENDPOINTS):
         store.create(f"we_{number}", "whsec_1", "", "http://8.8.8.8/", TYPES, 100.0)
@@ -158,7 +158,7 @@ def test_there_is_a_bound_on_endpoints(tmp_path: Path) -> None:
     store.close()
 
 
-def test_what_is_over_is_forgotten_after_a_month_and_what_is_not_is_kept(tmp_path: Path) -> None:
+def test_deliveries_that_are_over_are_deleted_after_a_month_and_pending_ones_are_kept(tmp_path: Path) -> None:
     store = WebhookStore(tmp_path / "webhooks.db")
     created = store.create("we_1", "whsec_1", "", "http://8.8.8.8/", TYPES, 0.0)
     times = {"evt_old": 100.0, "evt_pending": 100.0, "evt_young": 200.0}

@@ -1,4 +1,4 @@
-"""Where a webhook may go."""
+"""Which URLs and addresses webhooks may be sent to."""
 
 import asyncio
 from ipaddress import ip_network
@@ -84,7 +84,7 @@ def test_a_host_that_has_no_address_is_refused(host: str) -> None:
         ("http://0177.0.0.1/", "not a URL"),
     ],
 )
-def test_what_is_no_http_url_is_refused_with_the_reason(url: str, says: str) -> None:
+def test_an_invalid_url_is_refused_with_the_reason(url: str, says: str) -> None:
     with pytest.raises(TargetRefused, match=says) as refused:
         parse(url)
     assert "secret" not in str(refused.value)
