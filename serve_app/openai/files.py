@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 from starlette.concurrency import iterate_in_threadpool
 
+from events.decide import Refused
 from events.ids import ulid_time
 from events.job import FineTuningJob
 from serve_app.backend import JobLog
@@ -95,13 +96,19 @@ async def list_files(
         place = await _place_of(after, backend.log)
         found = [item for item in found if (_order(item) > place if order == "asc" else _order(item) < place)]
     files: list[OpenAIFile] = []
+    seen = 0
     sizes = await asyncio.to_thread(results.sizes_in, backend.settings.storage)
     deadline = time.monotonic() + PAGE_S
     for item in found[:limit]:
         if files and time.monotonic() > deadline:
             break
-        files.append(shown(item) if isinstance(item, File) else await results.result_file(backend.log, item, sizes))
-    return JSONResponse(page(files, len(found) > len(files)))
+        seen += 1
+        try:
+            files.append(shown(item) if isinstance(item, File) else await results.result_file(backend.log, item, sizes))
+        except Refused as refused:
+            if refused.code != "job_damaged":  # found to be damaged only now; `all_jobs` leaves out such jobs
+                raise
+    return JSONResponse(page(files, len(found) > seen))
 
 
 @router.get("/files/{file_id}", summary="Retrieve a file", responses=documented(OpenAIFile, "The file.", 400, 404))

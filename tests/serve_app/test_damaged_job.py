@@ -5,7 +5,9 @@ from typing import Any
 import httpx
 import pytest
 
+from events.facts import JobSucceeded, MetricsRecorded, StepMetrics
 from events.sqlite import SqliteStore
+from tests.events.facts_of_a_job import BEGUN
 from tests.serve_app.live_server import Serve, Server
 
 
@@ -15,16 +17,21 @@ def damaged(serve: Serve) -> tuple[Server, str, str]:
     server = serve()
     config = {"model": "smollm2-135m-instruct", "data": str(server.parts.settings.storage / "rows.jsonl")}
     ids = [httpx.post(f"{server.url}/fine_tuning/jobs/submit", json=config).json()["job_id"] for _ in range(2)]
+    spoil(server, ids[0])
+    return server, ids[0], ids[1]
+
+
+def spoil(server: Server, job_id: str) -> None:
+    """Changes the job's events on disk."""
     log = server.parts.log
     store = log._store
     assert isinstance(store, SqliteStore)
 
     def spoil() -> None:
         with store._db:
-            store._db.execute("UPDATE events SET time = '2026-01-01T00:00:00+00:00' WHERE job_id = ?", ids[:1])
+            store._db.execute("UPDATE events SET time = '2026-01-01T00:00:00+00:00' WHERE job_id = ?", (job_id,))
 
     log._thread.submit(spoil).result()
-    return server, ids[0], ids[1]
 
 
 def test_a_damaged_job_is_a_503_that_is_not_tried_again_and_the_others_are_served(
@@ -55,3 +62,17 @@ def test_a_damaged_job_is_a_503_that_is_not_tried_again_and_the_others_are_serve
         listed = http.get("/fine_tuning/jobs").json()["data"]
         assert [job["job_id"] for job in listed] == [whole]
         assert http.post("/fine_tuning/jobs/cancel", json={"job_id": whole}).status_code == 200
+
+
+def test_a_job_whose_damage_is_found_when_files_are_listed_hides_no_other_file(serve: Serve) -> None:
+    server = serve()
+    whole, spoilt = server.submit(), server.submit()
+    metrics = MetricsRecorded(attempt=1, steps=[StepMetrics(step=1, epoch=1, time="2026-01-01T00:00:00Z", loss=1.0)])
+    for job_id in (whole, spoilt):
+        server.append(job_id, *BEGUN, metrics, JobSucceeded())
+    spoil(server, spoilt)
+    answer = httpx.get(f"{server.url}/v1/files")
+    assert answer.status_code == 200, answer.text
+    listed = answer.json()
+    assert [file["id"] for file in listed["data"]] == [f"file-results-{whole}"]
+    assert not listed["has_more"]
