@@ -1,7 +1,8 @@
-"""Tokenised data, kept for later jobs on the same data.
+"""A cache of tokenised data, for later jobs on the same data.
 
-An entry is a directory named by a hash of all that its content depends on. Jobs get hard links to its files (copies
-where the file system has none): nothing is stored twice, and a job keeps its data when the entry is evicted.
+An entry is a directory whose name is a hash of everything its content depends on. Jobs get hard links to its files
+(copies if the file system has no hard links): nothing is stored twice, and a job keeps its data when the entry is
+evicted.
 """
 
 import os
@@ -19,14 +20,14 @@ Make = Callable[[Path], None]
 
 
 class DataCache:
-    """Entries under `directory`, of at most `max_bytes` together: the least recently used are evicted first."""
+    """Entries in `directory`, of at most `max_bytes` in total; the least recently used are evicted first."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory, self._max_bytes = directory, max_bytes
 
     def fetch(self, key: str, make: Make, into: Path, log: Callable[[str], None]) -> None:
-        """Puts the files of entry `key` into the directory `into`, having them made by `make` where there is no such
-        entry. Any number of processes may ask for the same one: it is made once, and an entry is always complete."""
+        """Puts the files of entry `key` into the directory `into`. If there is no such entry, `make` makes it. Any
+        number of processes may ask for the same entry: it is made once, and an entry is always complete."""
         while not self._linked(make_once(self._directory / key, _or_nothing(make), log), into):
             pass  # evicted between the two
         self._evict()
@@ -48,7 +49,7 @@ class DataCache:
         return True
 
     def _evict(self) -> None:
-        for left in self._directory.glob(".*.partial"):  # by a killed run, unless somebody has its lock
+        for left in self._directory.glob(".*.partial"):  # left by a killed run, unless another process holds the lock
             self._remove(left, lock_file(left.with_name(left.name[1:].removesuffix(".partial"))))
         for left in self._directory.glob(".*.evicted"):
             shutil.rmtree(left, ignore_errors=True)
@@ -84,7 +85,7 @@ class DataCache:
 
 
 def _or_nothing(make: Make) -> Make:
-    """`make`, leaving nothing behind when it fails."""
+    """`make`, but it leaves nothing behind when it fails."""
 
     def made(directory: Path) -> None:
         try:
@@ -97,7 +98,7 @@ def _or_nothing(make: Make) -> Make:
 
 
 def _use(entry: Path) -> tuple[float, int, Path] | None:
-    """When an entry was last used, and its size in bytes; None where it is gone."""
+    """When an entry was last used, its size in bytes, and the entry; None if it is gone."""
     try:
         return entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""A model's tokenizer and chat template: dialogs to token ids with an exact loss mask.
+"""A model's tokenizer and chat template: turns dialogs into token ids with an exact loss mask.
 
 Only what the chat template writes can become a control token. Text of a row that looks like one (`<|im_end|>`) is
-tokenised as the characters it consists of; such rows take a slower path with the same result otherwise. Where `<think>`
-is a control token, the assistant's own is one too: templates look for it there.
+tokenised as plain characters; such rows take a slower path, with otherwise the same result. One exception: if `<think>`
+is a control token, it is one in the assistant's text, too, because templates look for it there.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ from trainers.errors import UserError
 from trainers.models.model_files import read_json_object
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_UNUSUAL = "\ua66e \U00013000 \U0010fffd"  # a letter, a hieroglyph, and what is no character yet
-# Noncharacters again (see spans.py, which uses the first two) stand in for control tokens that a user wrote.
+_UNUSUAL = "\ua66e \U00013000 \U0010fffd"  # a rare letter, a hieroglyph, and a private-use character
+# Noncharacters, as in spans.py, make the placeholders for a user's text that looks like a control token.
 _ESCAPE = "\ufdd2{}\ufdd3"
 _ESCAPES = re.compile("\ufdd2(\\d+)\ufdd3")
 _RESERVED = re.compile("[\ufdd0-\ufdd3]")
@@ -40,8 +40,8 @@ _ANSWERED = Dialog(({"role": "user", "content": "a"}, {"role": "assistant", "con
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A dialog as text. `trained`: its trained characters. `control`: its control tokens (start, end, token id); None
-    where the tokenizer finds them by itself, because no text of the user looks like one. `partly_shown` and
-    `unprompted` are those of `spans.Traced`."""
+    if the tokenizer can find them itself, because no text of the user looks like one. `partly_shown` and `unprompted`
+    are those of `spans.Traced`."""
 
     text: str
     trained: list[Span]
@@ -51,7 +51,7 @@ class Rendered:
 
 
 class ChatTokenizer:
-    """Made by `from_dir`. Immutable, apart from caches; use one per thread. Can be pickled."""
+    """Create it with `from_dir`. Immutable, apart from caches; use one per thread. Can be pickled."""
 
     def __init__(
         self,
@@ -61,16 +61,16 @@ class ChatTokenizer:
         eos_ids: Sequence[int],
         vocab_size: int | None = None,
     ) -> None:
-        """`named`: special tokens by name, `eos_token` among them. No `templates`: the default one of this program."""
+        """`named`: special tokens by name, `eos_token` among them. Without `templates`, DEFAULT_TEMPLATE is used."""
         self.vocab_size = vocab_size
-        """Rows of the model's embedding; None where the directory has no config.json."""
+        """Rows of the model's embedding; None if config.json is missing or doesn't say."""
         self.has_own_template = bool(templates)
         if not templates:
             begins = _adds_bos(tokenizer, named.get("bos_token"))
             templates = {"default": ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE}
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # The template writes BOS and EOS; a ByteLevel post-processor would also trim blanks off the offsets.
+        # The template writes BOS and EOS. A ByteLevel post-processor would also trim blanks off the offsets.
         tokenizer.post_processor = NoProcessing([])
         self._tokenizer = tokenizer
         self._words = WordTokenizer(tokenizer) if cuts_between_words(tokenizer) else None
@@ -90,18 +90,19 @@ class ChatTokenizer:
         eos = self._ids[named["eos_token"]]
         end = self._assistant_end()
         self.ends_turns = bool(end)
-        """Whether a token ends an assistant's turn. Where none does, none is trained."""
+        """Whether a control token ends an assistant's turn. If not, the model isn't trained to stop."""
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, eos, *end]))
-        """Ids that end generation: what the model's configs name, EOS, what ends an assistant's turn. Each once."""
+        """Ids that end generation, each once: those in the model's configs, EOS, and what ends an assistant's turn."""
         self.pad_id: int = self._ids.get(named.get("pad_token", ""), eos)
-        """Id to pad with: the pad token, or EOS where there is none."""
+        """Id to pad with: the pad token, or EOS if there is none."""
 
     @classmethod
     def from_dir(cls, model_dir: Path, *, whole: bool = True) -> Self:
         """Reads tokenizer.json and the configs beside it. Raises UserError (param `model`) for what is missing.
 
-        Not `whole`: for its template and `eos_ids` only. It then does without tokenizer.json where it can, which takes
-        40 MB for a vocabulary of fifty thousand words: where the configs list the token that ends an assistant's turn.
+        Not `whole`: only the template and `eos_ids` will be used. tokenizer.json, which takes 40 MB of memory for a
+        vocabulary of fifty thousand words, is then read only if the configs don't list the token that ends an
+        assistant's turn.
         """
         config = _read_json(model_dir / "tokenizer_config.json")
         templates = find_templates(model_dir, config)
@@ -127,30 +128,30 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that the tokens of a dialog, and which of them the model has, depend on, apart from this
-        program."""
+        """A hash of everything outside this program that the tokens of a dialog depend on, and of the number of tokens
+        that the model has."""
         parts = [self._tokenizer.to_str(), self._template.sources, self._named, self.vocab_size]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def template(self) -> str:
-        """The Jinja source in use, for dialogs without tools where there are several. Where `has_own_template` is false
-        it has to be saved with what was trained on it."""
+        """The Jinja source in use; if there are several, the one for dialogs without tools. If `has_own_template` is
+        false, it must be saved with the model that was trained with it."""
         return self._template.sources["default"]
 
     def render(
         self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool = False
     ) -> str:
-        """The dialog as the model sees it, control tokens included. Raises RowError where the template refuses it."""
+        """The dialog as the model sees it, control tokens included. Raises RowError if the template refuses it."""
         return self._template.render(messages, tools, add_generation_prompt=add_generation_prompt)
 
     @property
     def cue(self) -> str:
-        """What a prompt for generation has behind a question; "" where the template adds nothing to the dialog."""
+        """What the generation prompt adds after a user's message; "" if the template adds nothing."""
         return self._spans.cue([{"role": "user", "content": "a"}])
 
     def locate(self, dialog: Dialog) -> Rendered:
-        """The first, per-row half of `encode`. Raises RowError for a dialog this model can't be trained on."""
+        """The first half of `encode`, for one dialog. Raises RowError for a dialog this model can't be trained on."""
         if not self._looks_like_control(dialog):
             traced = self._spans.render(dialog)
             return Rendered(traced.text, self._trained(traced), None, traced.partly_shown, traced.unprompted)
@@ -160,7 +161,7 @@ class ChatTokenizer:
         return replace(rendered, partly_shown=traced.partly_shown, unprompted=traced.unprompted)
 
     def encode_rendered(self, batch: Sequence[Rendered]) -> list[Encoded]:
-        """The second half: tokens and masks. Long texts one by one, to have one of them in memory."""
+        """The second half of `encode`: tokens and masks. Long texts are encoded one by one, to save memory."""
         if self._words is not None:
             easy = [r for r in batch if r.control is None]
             done = iter(self._words.encode([r.text for r in easy], [r.trained for r in easy]))
@@ -182,8 +183,8 @@ class ChatTokenizer:
         return self.encode_rendered([self.locate(dialog) for dialog in dialogs])
 
     def encode_prompt(self, messages: Sequence[Turn]) -> list[int]:
-        """Token ids that an assistant's answer to `messages` starts from. Raises RowError where the template refuses
-        them, and as `check_embedded`."""
+        """Token ids of the prompt for an assistant's answer to `messages`. Raises RowError if the template refuses the
+        messages, and as `check_embedded` does."""
         escaped, no_tools = self._escaped(messages, ())
         rendered = self._unescape(self.render(escaped, no_tools, add_generation_prompt=True), [])
         ids = self._encode_hard(rendered)[0]
@@ -191,8 +192,8 @@ class ChatTokenizer:
         return list(ids.tolist())
 
     def check_embedded(self, ids: NDArray[np.int32]) -> None:
-        """Raises RowError where the model's embedding has no row for one of `ids`: its tokenizer gained tokens and the
-        model didn't."""
+        """Raises RowError if the model's embedding has no row for one of `ids`: tokens were added to the tokenizer, but
+        the embedding wasn't resized."""
         if self.vocab_size is not None and (beyond := ids[ids >= self.vocab_size]).size:
             first = int(beyond[0])
             raise RowError(
@@ -201,14 +202,14 @@ class ChatTokenizer:
             )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without control tokens, apart from those around a thought."""
+        """Text of `ids` without control tokens, except <think> and </think>."""
         return self._tokenizer.decode([id_ for id_ in ids if id_ not in self._silent], skip_special_tokens=False)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each of `ids`, control tokens by their names; together they are the text of all. Of a character
-        that takes several tokens, the last one has it."""
+        """The text of each of `ids`, control tokens by name; joined, they are the text of all. If a character takes
+        several tokens, the last one has it and the others are empty."""
         found: list[str] = []
-        begin = done = 0  # the text of ids[begin:done] is told; what is decoded after it keeps its leading blank
+        begin = done = 0  # ids[begin:done] are decoded again, so that what follows keeps its leading blank
         for end in range(1, len(ids) + 1):
             before, now = (
                 self._tokenizer.decode(list(ids[begin:stop]), skip_special_tokens=False) for stop in (done, end)
@@ -225,8 +226,9 @@ class ChatTokenizer:
         return [self._ids[end]] if end else []
 
     def _trained(self, traced: Traced) -> list[Span]:
-        """What is trained, apart from an empty answer that nothing ends, and from blanks that belong to the control
-        token before them (Phi 3's headers take in all that follow): to train those would train the header."""
+        """The trained characters, without empty answers that no token ends, and without blanks that belong to the
+        control token before them (Phi 3's headers include all blanks that follow): training those would train the
+        header."""
         found = []
         for start, end in traced.trained:
             before = start
@@ -240,7 +242,7 @@ class ChatTokenizer:
         return found
 
     def _looks_like_control(self, dialog: Dialog) -> bool:
-        # Role and content are all that most messages have.
+        # A fast path: most messages have only role and content.
         simple = not dialog.tools and all(len(message) == 2 for message in dialog.messages)
         texts = (m["content"] for m in dialog.messages) if simple else [_flat([dialog.messages, dialog.tools])]
         control, reserved = self._control.search, _RESERVED.search
@@ -255,7 +257,7 @@ class ChatTokenizer:
         return tuple(turns), _map_text(tuple(tools), self._escape)
 
     def _escape(self, text: str, control: re.Pattern[str] | None = None) -> str:
-        """`text` with a stand-in for all that `control` matches; that is, what looks like a control token."""
+        """`text` with a placeholder for each match of `control` (by default: what looks like a control token)."""
 
         def stand_in(match: re.Match[str]) -> str:
             if match.group() not in self._ids:
@@ -265,11 +267,11 @@ class ChatTokenizer:
         return (control or self._user_control).sub(stand_in, text)
 
     def _unescape(self, text: str, spans: list[Span]) -> Rendered:
-        """Puts the user's own text back; what is a control token until then is one for good."""
+        """Replaces the placeholders by the user's text. What is a control token before that stays one."""
         control = [match.span() for match in self._control_with_blanks.finditer(text)]
         names = {str(id_): token.content for id_, token in self._special}
         pieces: list[str] = []
-        shifts: list[tuple[int, int]] = []  # (from this offset on, characters that were added)
+        shifts: list[tuple[int, int]] = []  # (offset in `text`, characters added up to there)
         done = added = 0
         for match in _ESCAPES.finditer(text):
             name = names[match.group(1)]
@@ -290,7 +292,7 @@ class ChatTokenizer:
 
     @cached_property
     def _control_with_blanks(self) -> re.Pattern[str]:
-        """As `_control`, with the blanks that some tokens swallow on their left or right."""
+        """As `_control`, with the blanks that some tokens include on their left or right."""
         flags = {token.content: token for _, token in self._special}
         return re.compile(
             "|".join(
@@ -301,7 +303,7 @@ class ChatTokenizer:
 
     @cached_property
     def _literal(self) -> tuple[Tokenizer, Tokenizer]:
-        """Tokenizers for which control tokens are mere text: for the beginning of a dialog, and for all behind it."""
+        """Tokenizers that treat control tokens as plain text: one for the beginning of a dialog, one for the rest."""
         first = Tokenizer.from_str(self._tokenizer.to_str())
         spec = json.loads(self._tokenizer.to_str())
         for part in _parts(spec.get("pre_tokenizer")):
@@ -312,7 +314,7 @@ class ChatTokenizer:
         return first, later
 
     def _encode_hard(self, rendered: Rendered) -> Encoded:
-        """Tokenises the text between control tokens by itself, so that nothing in it can be mistaken for one."""
+        """Tokenises the text between control tokens separately, so that nothing in it can be taken for one."""
         ids: list[NDArray[np.int32]] = []
         masks: list[NDArray[np.bool_]] = []
         position = 0
@@ -344,7 +346,7 @@ def _mask_one(encoding: Encoding, trained: Sequence[Span]) -> Encoded:
         if first is None or last is None:
             mask |= _overlaps(encoding.offsets, start, end)
             continue
-        # A character of several bytes may be several tokens, of which the first was found.
+        # A character of several bytes may be several tokens; char_to_token returns the first.
         while (following := encoding.token_to_chars(last + 1)) and following[0] < end:
             last += 1
         mask[first : last + 1] = True
@@ -359,12 +361,12 @@ def _overlaps(offsets: Sequence[Span], start: int, end: int) -> NDArray[np.bool_
 
 
 def _flat(value: object) -> str:
-    """All strings in `value`, in one."""
+    """All strings in `value`, in one string."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def _map_text(value: Any, change: Any) -> Any:  # noqa: ANN401  -- any JSON value
-    """`value` with `change` made to every string in it."""
+    """`value` with `change` applied to every string in it, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -397,7 +399,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _eos_ids(path: Path) -> list[int]:
-    """`eos_token_id` of a config: one id or several; none where the key or the file is absent."""
+    """`eos_token_id` of a config, which is one id or a list; empty if the key or the file is missing."""
     entry = _read_json(path).get("eos_token_id")
     if entry is None:
         return []
@@ -412,13 +414,13 @@ def _broken(message: str) -> UserError:
 
 
 def _text_of(token: object) -> str | None:
-    """A token as configs spell it: a string, or an object with its content."""
+    """The text of a token in a config: a string, or an object with `content`; None if it is neither."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
 def _control_tokens(config: Mapping[str, Any], named: Mapping[str, str]) -> Tokenizer | None:
-    """A tokenizer of nothing but the control tokens that a tokenizer_config.json lists; None where EOS isn't one, or
+    """A tokenizer that has only the control tokens that tokenizer_config.json lists; None if EOS isn't among them, or
     the list is broken."""
     decoder = config.get("added_tokens_decoder")
     entries = decoder.items() if isinstance(decoder, dict) else ()
@@ -451,7 +453,7 @@ def _extra_tokens(config: Mapping[str, Any]) -> list[str]:
 
 
 def _declare_special(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
-    """Makes control tokens of those `tokens` that are in the vocabulary and aren't yet, as transformers does."""
+    """Makes control tokens of those `tokens` that are in the vocabulary and aren't any yet, as transformers does."""
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     for token in dict.fromkeys(tokens):
         if token not in special and tokenizer.token_to_id(token) is not None:
@@ -459,8 +461,8 @@ def _declare_special(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
 
 
 def _make_end_special(tokenizer: Tokenizer, template: ChatTemplate) -> None:
-    """Makes a control token of the added token that ends an assistant's turn, where the tokenizer has it as a common
-    one: else it would be the row's own text that ends the turn, and the end be shown with the answer."""
+    """Makes a control token of the one that ends an assistant's turn, if it is an ordinary added token. Otherwise text
+    of a row could end a turn, and answers would be shown with it."""
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values() if token.content.strip()}
     end = SpanFinder(template, _any_of(sorted(added, key=len, reverse=True))).turn_end(_ANSWERED, "assistant").strip()
     token = added.get(end)
@@ -474,7 +476,8 @@ def _any_of(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def _check_takes_any_text(tokenizer: Tokenizer) -> None:
-    """Some kinds have a token for what they don't know, and fail where they lack it: in the middle of the data."""
+    """Raises UserError for a tokenizer that fails on unknown text because it has no unk_token: without this check it
+    would fail in the middle of the data."""
     try:
         tokenizer.encode(_UNUSUAL, add_special_tokens=False)
     except Exception as error:  # noqa: BLE001  -- it raises nothing else
@@ -483,5 +486,5 @@ def _check_takes_any_text(tokenizer: Tokenizer) -> None:
 
 
 def _adds_bos(tokenizer: Tokenizer, bos: str | None) -> bool:
-    """Whether the tokenizer by itself begins a text with BOS."""
+    """Whether the tokenizer itself puts BOS at the beginning of a text."""
     return bos is not None and tokenizer.encode("a").ids[:1] == [tokenizer.token_to_id(bos)]

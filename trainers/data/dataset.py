@@ -1,8 +1,8 @@
 """Tokenised rows on disk, read through memory maps: no row is in memory before it is asked for.
 
-A directory holds `tokens.bin` (int32, all rows behind one another), `mask.bin` (uint8, one per token: 1 where the
-token is a training target), `offsets.bin` (int64, rows + 1: row i is [offsets[i], offsets[i + 1])) and `report.json`
-(a DataReport). Little-endian. `prepare` writes it, and gives it its name only when it is complete.
+A directory holds `tokens.bin` (int32, all rows one after the other), `mask.bin` (uint8, one per token: 1 if the token
+is a training target), `offsets.bin` (int64, rows + 1: row i is [offsets[i], offsets[i + 1])) and `report.json` (a
+DataReport). All little-endian. `prepare` writes the directory, and renames it into place when it is complete.
 """
 
 from functools import cached_property
@@ -19,8 +19,8 @@ _COUNTED_AT_ONCE = 1 << 16  # rows: numpy may widen every byte of the mask to ei
 
 
 class TokenisedDataset:
-    """The rows of one directory. Never empty: `prepare` refuses data without a valid row. Can be pickled: the copy maps
-    the same files."""
+    """The rows of one directory. Never empty, because `prepare` refuses data without a valid row. Can be pickled: the
+    copy maps the same files."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -46,7 +46,7 @@ class TokenisedDataset:
 
     @cached_property
     def trained(self) -> NDArray[np.int64]:
-        """Trained tokens of each row [rows]; the first token of a row never counts, as nothing predicts it."""
+        """Trained tokens of each row [rows]. The first token of a row never counts, because nothing predicts it."""
         counts = np.empty(len(self), dtype=np.int64)
         for first in range(0, len(self), _COUNTED_AT_ONCE):
             last = min(first + _COUNTED_AT_ONCE, len(self))

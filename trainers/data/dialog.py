@@ -1,8 +1,8 @@
-"""One row of training data: its wire format, and the dialog it means.
+"""One row of training data: its wire format, and the dialog made of it.
 
-`TrainingDataItem` is the row as the API documents it, and `PreferenceDataItem` that of a job that trains on
-preferences. A `Dialog` is what a row means: messages as chat templates take them, and which of them are trained on.
-`trainers.data.rows` reads one from the other.
+`TrainingDataItem` is the row as the API documents it; `PreferenceDataItem` is that of a job that trains on preferences.
+A `Dialog` is a row in normal form: messages as chat templates take them, and which of them are trained on.
+`trainers.data.rows` turns rows into dialogs.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError, from_json
 
 MAX_ROW_BYTES = 1 << 20
-"""Longest line that is read as a row, in bytes: about a quarter of a million tokens. The tokenizers library takes some
-136 bytes of memory for each byte of a text, so this is what bounds the memory of validation."""
+"""Longest line that is read as a row, in bytes: about a quarter of a million tokens. It bounds the memory that
+validation takes: the tokenizers library needs about 136 bytes for each byte of a text."""
 
 _SHOWN = 60  # characters of a bad value that an error may repeat
 
@@ -38,7 +38,7 @@ class TextPart(_Wire):
 
 def _check_arguments(value: object) -> object:
     if value is None or value == "":
-        return {}  # what servers write of a call without arguments
+        return {}  # some servers write a call without arguments like this
     if not isinstance(value, str | dict):
         raise PydanticCustomError("bad_arguments", "must be a JSON object, or one written as a string")
     return value
@@ -78,7 +78,7 @@ class Tool(_Wire):
 
 
 def _check_content(value: object) -> object:
-    """Says what is wrong with a content before the union would say it twice."""
+    """Checks a content before pydantic checks the union, which would report one error per member."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -163,7 +163,7 @@ class TrainingDataItem(_Wire):
 
     @property
     def mask(self) -> tuple[bool, ...]:
-        """Which messages are trained on, the default filled in."""
+        """Which messages are trained on: `keep_loss`, or the default."""
         if self.keep_loss is not None:
             return tuple(self.keep_loss)
         return tuple(message.role == "assistant" for message in self.dialog)
@@ -216,16 +216,16 @@ class PreferenceDataItem(_Wire):
 
     @property
     def shared(self) -> int:
-        """How many messages the two have in common at their beginning."""
+        """The number of messages at the beginning that the two dialogs have in common."""
         return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(*self.dialogs, strict=False)))
 
 
 @dataclass(frozen=True, slots=True)
 class Dialog:
-    """A row, normalised. `keep_loss` is as long as `messages` and not all false.
+    """A row in normal form. `keep_loss` is as long as `messages`, and not all false.
 
-    `messages` are dicts as chat templates take them: `role` (system, user, assistant, tool), `content` (a string, empty
-    beside mere tool calls), and where the row has them `tool_calls` (arguments as objects), `tool_call_id`, `name`.
+    `messages` are dicts as chat templates take them: `role` (system, user, assistant, tool), `content` (a string; empty
+    if there are only tool calls), and if the row has them `tool_calls` (arguments as objects), `tool_call_id`, `name`.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -234,14 +234,15 @@ class Dialog:
 
 
 class Pair(NamedTuple):
-    """A row of preferences, normalised. Both sides train their assistant messages behind the beginning they share."""
+    """A row of preferences in normal form. On both sides, the assistant messages after the shared beginning are
+    trained."""
 
     chosen: Dialog
     rejected: Dialog
 
 
 def check_order(messages: Sequence[Message]) -> None:
-    """Raises RowError where messages follow one another as no dialog does."""
+    """Raises RowError if a system message isn't the first, or a tool result doesn't follow a matching tool call."""
     try:
         _check_order(messages)
     except PydanticCustomError as error:
@@ -249,15 +250,15 @@ def check_order(messages: Sequence[Message]) -> None:
 
 
 def for_template(messages: Sequence[Message], where: str) -> tuple[dict[str, Any], ...]:
-    """The messages as chat templates take them (`Dialog.messages`); `where` is what the user calls the list. Raises
-    RowError for arguments of a tool call that are no JSON object."""
+    """The messages as chat templates take them (`Dialog.messages`). `where`: the user's name for the list, for errors.
+    Raises RowError if the arguments of a tool call aren't a JSON object."""
     return tuple(_for_template(message, f"{where}[{i}]") for i, message in enumerate(messages))
 
 
 def normalised(
     messages: Sequence[Message], keep: tuple[bool, ...], tools: Sequence[Tool] | None, where: Callable[[int], str]
 ) -> Dialog:
-    """The dialog that a row means; `where` names a message as the row does. Raises RowError as `for_template`."""
+    """The dialog of a row. `where` gives the row's name of message i, for errors. Raises RowError as `for_template`."""
     turns = tuple(_for_template(message, where(i)) for i, message in enumerate(messages))
     return Dialog(
         turns, keep, tuple(tool.model_dump(exclude_unset=True) | {"type": "function"} for tool in tools or ())
@@ -276,7 +277,8 @@ def _for_template(message: Message, where: str) -> dict[str, Any]:
 
 
 def _call_for_template(call: ToolCall, where: str) -> dict[str, Any]:
-    """Templates print arguments as JSON themselves, so they take the object that OpenAI's format has as text."""
+    """A tool call with its arguments as an object (in OpenAI's format they are text), as templates print them as JSON
+    themselves."""
     arguments = call.function.arguments
     if isinstance(arguments, str):
         try:
@@ -290,12 +292,12 @@ def _call_for_template(call: ToolCall, where: str) -> dict[str, Any]:
 
 
 def short(value: object) -> str:
-    """A bad value as an error may repeat it."""
+    """A bad value, shortened for an error message."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def json_type(value: object) -> str:
-    """What JSON calls the kind of `value`."""
+    """The JSON type of `value`, with its article."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
     return names.get(type(value), "an object")

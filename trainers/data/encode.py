@@ -1,4 +1,4 @@
-"""Lines of a data file become tokens: the work that `prepare` shares out, chunk by chunk."""
+"""Turns lines of a data file into tokens. `prepare` distributes this work over processes, chunk by chunk."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from trainers.data.words import Encoded
 ERRORS_KEPT = 20
 
 Line = tuple[int, bytes]
-"""Its number, and the text."""
+"""Line number (from 1) and text."""
 
 
 @dataclass(slots=True)
 class Chunk:
-    """What became of some lines: the rows that can be trained on, behind one another, and what is to be said of all.
+    """The result of encoding some lines: the rows that can be trained on, one after the other, and counts of all lines.
 
-    `tokens` and `mask` are bytes as in the files of `trainers.data.dataset`; `lengths` their tokens by row. A line
-    gives one row, or two behind one another, chosen and rejected. `valid`, `truncated` and `invalid` count lines;
-    `histogram` counts them by the next power of two of their (longer) row before truncation. `errors` are the first of
-    the `invalid`, `truncated_lines` the first of the `truncated`. `partly_shown` counts lines with a message to train
-    on of which the chat template shows only a part, `unprompted` those with an answer to train on that doesn't go on
-    from the prompt for generation.
+    `tokens` and `mask` are bytes as in the files of `trainers.data.dataset`; `lengths` are the tokens of each row. A
+    line gives one row or, with preferences, two: chosen, then rejected. `trained` counts trained tokens. `valid`,
+    `truncated` and `invalid` count lines; `histogram` counts the valid ones by the length of their (longer) row before
+    truncation, rounded up to a power of two. `errors` has the first invalid lines, `truncated_lines` the first
+    truncated ones. `partly_shown` counts lines with a message to train on of which the chat template shows only a part;
+    `unprompted` counts those with an answer to train on that doesn't continue the generation prompt.
     """
 
     tokens: bytes = b""
@@ -47,8 +47,8 @@ class Chunk:
 
 
 def encode_lines(tokenizer: ChatTokenizer, max_seq_len: int, lines: Sequence[Line], pairs: bool = False) -> Chunk:
-    """Reads, renders and tokenises `lines`, each a dialog or (`pairs`) a row of preferences. A row longer than
-    `max_seq_len` tokens loses its end."""
+    """Reads, renders and tokenises `lines`, each a dialog or (with `pairs`) a row of preferences. Cuts rows off after
+    `max_seq_len` tokens."""
     chunk = Chunk()
     read = [_read(raw, tokenizer, pairs) for _, raw in lines]
     encoded = tokenizer.encode_rendered([row for rows in read if not isinstance(rows, RowError) for row in rows])
@@ -93,7 +93,8 @@ def _read(raw: bytes, tokenizer: ChatTokenizer, pairs: bool) -> list[Rendered] |
 
 
 def _all_embedded(encoded: Sequence[Encoded], tokenizer: ChatTokenizer) -> bool:
-    """Asked of all rows at once: hardly any model's tokenizer has tokens that its embedding hasn't."""
+    """Whether the model's embedding has all tokens of all rows. One check is enough for nearly every chunk: hardly any
+    tokenizer has tokens that the embedding lacks."""
     try:
         tokenizer.check_embedded(np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in encoded)]))
     except RowError:
@@ -102,7 +103,7 @@ def _all_embedded(encoded: Sequence[Encoded], tokenizer: ChatTokenizer) -> bool:
 
 
 def _admitted(rows: list[Encoded], max_seq_len: int, chunk: Chunk) -> list[Encoded]:
-    """A line's rows as they will be trained on, counted in `chunk`. Raises RowError where one of them can't be."""
+    """A line's rows as they will be trained on; counts them in `chunk`. Raises RowError if one can't be trained on."""
     for (_, mask), side in zip(rows, ("chosen", "rejected"), strict=False):
         mask[:1] = False  # nothing predicts the first token
         if not mask[:max_seq_len].any():

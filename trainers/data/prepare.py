@@ -1,7 +1,7 @@
 """Validates a data file and tokenises it to disk, before any accelerator is taken.
 
-Every row is read once, as a stream; memory depends on the longest row, not on the size of the file. Large files are
-tokenised on all cores. What was tokenised once, for this or another job, isn't tokenised again.
+Rows are read as a stream: memory depends on the longest row, not on the size of the file. Large files are tokenised on
+several cores. Data that was tokenised before, for this or another job, is taken from the cache.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from trainers.errors import UserError
 
 _CHUNK_ROWS = 512
 _CHUNK_BYTES = 1 << 18
-_WORTH_PROCESSES = 4 << 20  # bytes of a file that take longer to tokenise than processes take to start
+_WORTH_PROCESSES = 4 << 20  # bytes; tokenising a smaller file is faster than starting processes for it
 _PROGRESS_S = 5.0
 
 _SUGGESTION = (
@@ -43,13 +43,13 @@ NO_END = (
     "the model's chat template doesn't end an assistant's turn with a token of its own, so the model won't learn to "
     "stop. Make the template write the tokenizer's eos_token there"
 )
-"""What is to be said where a tokenizer's `ends_turns` is false."""
+"""The warning if a tokenizer's `ends_turns` is false."""
 
 Progress = Callable[[str], None]
 
 
 class DataInvalid(UserError):
-    """More rows are invalid than the job allows, or all of them are. `report` has the first ones with line numbers."""
+    """More rows are invalid than the job allows, or all are. `report` has the first ones with their line numbers."""
 
     def __init__(self, report: DataReport, message: str) -> None:
         super().__init__("invalid_data", message, line=report.errors[0].line, suggestion=_SUGGESTION)
@@ -57,15 +57,15 @@ class DataInvalid(UserError):
 
 
 def bad_lines(report: DataReport) -> list[str]:
-    """What is wrong with the first bad lines, and how many more there are."""
+    """A message for each of the first bad lines, and the number of further ones."""
     told = [f"line {error.line}: {error.message}" for error in report.errors]
     more = report.invalid_rows - len(report.errors)
     return [*told, f"and {more} more lines"] if more else told
 
 
 def hardly_meant(report: DataReport, tokenizer: ChatTokenizer, asked: int | None, taken: int) -> list[str]:
-    """What is to be said of rows that can be trained on, though hardly as they were meant. `asked`: the tokens that the
-    user would keep of each row, where that was said; `taken`: those that the model takes."""
+    """Warnings about rows that can be trained on, but probably not as intended. `asked`: the max_seq_len that the user
+    set, if any; `taken`: the longest row that the model takes, in tokens."""
     told = []
     cut = f"{report.truncated_rows:,} of {report.rows:,} rows are cut off at {report.max_seq_len:,} tokens"
     if report.truncated_rows and asked is None and report.max_seq_len < taken:
@@ -88,7 +88,7 @@ def hardly_meant(report: DataReport, tokenizer: ChatTokenizer, asked: int | None
 
 
 def prepared(out_dir: Path, max_seq_len: int) -> DataReport | None:
-    """The report of what `prepare` has written to `out_dir`; None where that isn't complete, or for another length."""
+    """The report of the data that `prepare` wrote to `out_dir`; None if there is none, or for another max_seq_len."""
     file = out_dir / REPORT
     if not file.is_file():
         return None
@@ -107,14 +107,14 @@ def prepare(
     max_invalid_fraction: float = 0.0,
     progress: Progress,
 ) -> DataReport:
-    """Reads every row of the checked `uri` and writes the valid ones to `out_dir` for `TokenisedDataset`.
+    """Reads every row of `uri`, which has been checked, and writes the valid ones to `out_dir` for `TokenisedDataset`.
 
-    `pairs`: the rows are preferences; each becomes two, chosen and rejected, and the report counts it as one. A row
-    longer than `max_seq_len` tokens loses its end. `progress` gets a line for people every few seconds, called on
-    this thread. `out_dir` appears, or is replaced, only when it is complete. Where `cache` has the same data, tokenised
-    in the same way, that is used; else it has it afterwards. Raises DataInvalid when more than `max_invalid_fraction`
-    of the rows (or all of them) are invalid, UserError `data_changed` when the file changed meanwhile, UserError and
-    InfrastructureError as `open_lines` and `encode_in_parallel` do; then `out_dir` is as it was.
+    `pairs`: the rows are preferences; each becomes two rows, chosen and rejected, and the report counts it as one. Rows
+    are cut off after `max_seq_len` tokens. `progress` is called on this thread with a line for users every few seconds.
+    `out_dir` appears, or is replaced, only when it is complete. If `cache` has the same data, tokenised in the same
+    way, that is used; if not, it is added. Raises DataInvalid if more than `max_invalid_fraction` of the rows (or all
+    of them) are invalid, UserError `data_changed` if the file changed meanwhile, and UserError and InfrastructureError
+    as `open_lines` and `encode_in_parallel` do; `out_dir` is then unchanged.
     """
     digest = content_digest(uri)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def prepare(
         # The cached report names the URI that was tokenised first.
         report = DataReport.model_validate_json((scratch / REPORT).read_bytes()).model_copy(update={"uri": uri})
         judge(report, max_invalid_fraction)
-        (scratch / REPORT).unlink()  # it is a hard link: the cache's must stay as it is
+        (scratch / REPORT).unlink()  # a hard link: writing into it would change the cache's
         _write_report(report, scratch)
         scratch.chmod(0o755)
         sync_tree(scratch)  # files may be copies of the cache's
@@ -144,8 +144,8 @@ def prepare(
 
 
 def _key(digest: str, tokenizer: ChatTokenizer, max_seq_len: int, pairs: bool) -> str:
-    """Names all that tokenised data depends on: the file, the tokenizer with its template, the longest row, whether
-    rows are pairs, and the code that reads, renders and tokenises."""
+    """A hash of everything that the tokenised data depends on: the file, the tokenizer with its template, max_seq_len,
+    whether rows are pairs, and the code that reads, renders and tokenises."""
     depends_on = f"{digest} {tokenizer.fingerprint} {max_seq_len} {pairs} {_code()}"
     return hashlib.sha256(depends_on.encode()).hexdigest()[:40]
 
@@ -168,8 +168,8 @@ def _tokenise(
     progress: Progress,
     directory: Path,
 ) -> None:
-    """Writes the valid rows of `uri` to `directory`, with a report. Raises where there is none, or the content isn't
-    that of `digest` any more."""
+    """Writes the valid rows of `uri` to `directory`, with a report. Raises if there are none, or if the content doesn't
+    match `digest` any more."""
     size = data_size(uri)
     read = hashlib.sha256()
     chunks = _chunks(open_lines(uri, read), _Meter(size, progress))
@@ -195,7 +195,8 @@ def _tokenise(
 
 
 def judge(report: DataReport, max_invalid_fraction: float) -> None:
-    """Raises DataInvalid when more of the rows (or all of them) are invalid, UserError `data_empty` for none."""
+    """Raises DataInvalid if more than `max_invalid_fraction` of the rows are invalid, or all of them; UserError
+    `data_empty` if there are no rows."""
     total = report.rows + report.invalid_rows
     if total == 0:
         raise UserError(
@@ -213,7 +214,7 @@ def judge(report: DataReport, max_invalid_fraction: float) -> None:
 
 
 def _chunks(lines: Iterator[Line], meter: "_Meter") -> Iterator[list[Line]]:
-    """`lines` in chunks, small enough to have some for every core in memory. A long line is a chunk by itself."""
+    """`lines` in chunks, small enough to hold several per core in memory. A long line is a chunk by itself."""
     chunk: list[Line] = []
     size = 0
     for line, raw in lines:
@@ -228,7 +229,7 @@ def _chunks(lines: Iterator[Line], meter: "_Meter") -> Iterator[list[Line]]:
 
 
 class _Meter:
-    """Says how far reading is, at most every few seconds. `size`: bytes of the file, None if not known."""
+    """Reports the progress of reading, at most every few seconds. `size`: bytes of the file, None if not known."""
 
     def __init__(self, size: int | None, progress: Progress) -> None:
         self._size, self._progress = size, progress
@@ -248,7 +249,7 @@ class _Meter:
 
 @dataclass(slots=True)
 class Tally:
-    """Adds chunks up to a report."""
+    """The sum of chunks, for the report."""
 
     rows: int = 0
     invalid: int = 0
@@ -288,7 +289,7 @@ class Tally:
 
 
 class _Writer:
-    """Appends rows to the three binary files; they are whole when the context ends."""
+    """A context manager that appends rows to the three binary files; they are complete when it ends."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

@@ -1,7 +1,7 @@
-"""Reads a line of a data file: `parse_row` into a dialog, `parse_pair` into the two of a row of preferences.
+"""Reads a line of a data file: `parse_row` gives a dialog, `parse_pair` the two dialogs of a row of preferences.
 
-A row is in our own format (`TrainingDataItem`, `PreferenceDataItem`) or in OpenAI's. One that can't be trained on is a
-`RowError` that says why in one sentence.
+A row is in our own format (`TrainingDataItem`, `PreferenceDataItem`) or in OpenAI's. For a row that can't be trained
+on, they raise a RowError that says why in one sentence.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from trainers.data.dialog import (
 )
 
 _OF_SAMPLING = ("parallel_tool_calls",)
-"""Keys of OpenAI's rows that only say how answers are sampled."""
+"""Keys of OpenAI's rows that only concern sampling, and are ignored."""
 _PREFERENCE_KEYS = ("chosen", "rejected", "preferred_output", "non_preferred_output")
 
 
@@ -65,7 +65,7 @@ def parse_pair(raw: bytes) -> Pair:
 
 
 def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The row with the keys of PreferenceDataItem, and what the row itself calls each of them."""
+    """The row with the keys of PreferenceDataItem, and the row's own name for each of them."""
     if "keep_loss" in row:
         raise RowError("a row of preferences can't have keep_loss: what the two dialogs don't share is trained on")
     names = {name: name for name in PreferenceDataItem.model_fields}
@@ -105,11 +105,11 @@ def _with_our_names(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]
 
 
 _QUESTIONS = ("prompt", "question", "input", "instruction")
-"""What formats whose messages are mere strings call the user's."""
+"""Names of the user's message in formats whose messages are plain strings."""
 
 
 def _refuse_texts(row: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Raises RowError for strings in the place of messages, as many public sets of preferences have them."""
+    """Raises RowError if there are strings instead of messages, as in many public data sets of preferences."""
     question = next((key for key in _QUESTIONS if isinstance(row.get(key), str)), None)
     for side in (names["chosen"], names["rejected"]):
         text = row.get(side)
@@ -191,7 +191,7 @@ def _read_object(raw: bytes) -> dict[str, Any]:
             raw.decode()
         except UnicodeDecodeError:
             raise RowError("the line is not UTF-8 text") from None
-        reason = f"{error}".replace(" at line 1 column ", " at column ")  # the file's lines are counted elsewhere
+        reason = f"{error}".replace(" at line 1 column ", " at column ")  # not the line number in the file
         for told in ("unexpected end of hex escape", "lone leading surrogate in hex escape"):
             reason = reason.replace(told, "half of a surrogate pair, as where a text was cut within an emoji,")
         raise RowError(f"the line is not JSON: {reason}") from None
@@ -209,16 +209,16 @@ _OTHER_FORMATS = {
     "text": "plain text is not trained on; write it as messages, what is to be learned as the assistant's",
 }
 _OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
-"""Keys that OpenAI's client writes with every answer, null or empty where it has nothing to say there."""
+"""Keys that OpenAI's client writes with every answer, null or empty if they don't apply."""
 
 
 def without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without what OpenAI's client writes with every answer, where it says nothing."""
+    """A message without the keys of `_OF_ANSWERS` that are null or empty."""
     return {key: value for key, value in message.items() if key not in _OF_ANSWERS or value not in (None, [], {}, "")}
 
 
 def _as_row_message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message of OpenAI's API as rows have it; what both have is checked later."""
+    """A message of OpenAI's API in the format of our rows. What the two have in common is checked later."""
     ours = without_empty(message)
     if "function_call" in ours:
         raise RowError(f"{where} has a function_call, which OpenAI has replaced: write it as one of tool_calls")
@@ -230,7 +230,8 @@ def _as_row_message(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `messages` with weights as one of `dialog` with keep_loss. What both have is checked later."""
+    """Turns a row with `messages` and weights into one with `dialog` and `keep_loss`. What the two formats have in
+    common is checked later."""
     if replaced := row.keys() & {"functions", "function_call"}:
         raise RowError(
             f"the row has '{min(replaced)}', which OpenAI has replaced: write the functions as tools, each "
@@ -274,7 +275,7 @@ _EXPECTED = {
 
 
 def _sentence(error: ErrorDetails, names: Mapping[str, str]) -> str:
-    """pydantic's first complaint in our words; `names` is what the row calls our fields."""
+    """A message about an error of pydantic's. `names`: the row's names for our fields."""
     path = _path(error["loc"], names)
     kind = error["type"]
     if kind == "extra_forbidden":
@@ -300,6 +301,6 @@ def _path(loc: tuple[int | str, ...], names: Mapping[str, str]) -> str:
             path += f"[{step}]"
         elif i == 0:
             path = names.get(step, step)
-        elif step != "str" and "[" not in step:  # as pydantic calls the members of a union: no key of ours
+        elif step != "str" and "[" not in step:  # pydantic's names for members of a union
             path += f".{step}"
     return path

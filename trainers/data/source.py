@@ -1,8 +1,8 @@
-"""Where data files are, and their lines.
+"""Checks the URIs of data files, and reads their lines.
 
-A data URI is a local path (bare or `file://`), which must lie under a configured root, or an object that fsspec can
-read: `s3://`, `gs://`, `hf://` (`memory://` in tests); or the id of an uploaded file, `file-...`. Credentials come from
-the environment, never from the URI. No error of this module repeats a URI that may hold a secret, nor the text of a
+A data URI is a local path (bare or `file://`), which must be under a configured root; an object that fsspec can read:
+`s3://`, `gs://`, `hf://` (`memory://` in tests); or the id of an uploaded file, `file-...`. Credentials come from the
+environment, never from the URI. No error of this module repeats a URI that may contain a secret, nor the text of a
 storage library's exception.
 """
 
@@ -34,12 +34,12 @@ class Hash(Protocol):
 
 
 def check_data_uri(uri: str, settings: Settings) -> str:
-    """The normal form of `uri`: `file:///real/path` or the remote URI. Cheap: remote objects are not looked at.
+    """The normal form of `uri`: `file:///real/path` or the remote URI. Cheap: doesn't look at remote objects.
 
-    Local paths are resolved, relative ones against the data roots in turn; they must be non-empty regular files that
-    really lie under a root. The id of an uploaded file becomes where its bytes are. Raises UserError
+    Local paths are resolved, relative ones against each data root in turn; they must be non-empty regular files that
+    are under a root after links are followed. The id of an uploaded file becomes the URI of its bytes. Raises UserError
     (unsupported_scheme, credentials_in_uri, path_outside_roots, data_not_found, data_is_directory, data_not_a_file,
-    data_not_readable, data_empty, file_not_found) without a param: the caller knows which field it is.
+    data_not_readable, data_empty, file_not_found) without a param: the caller knows the field.
     """
     if is_file_id(uri):
         return file_store(settings.files_url).locate(uri)
@@ -67,15 +67,16 @@ def check_data_uri(uri: str, settings: Settings) -> str:
 
 
 def open_lines(uri: str, digest: Hash | None = None) -> Iterator[tuple[int, bytes]]:
-    """Lines of a checked URI with their numbers from 1: no line break, no byte order mark, blank ones left out.
+    """Lines of a checked URI with their numbers from 1, without line breaks and byte order marks; blank lines are left
+    out.
 
-    Reads in blocks: memory doesn't grow with the file. Of a line longer than MAX_ROW_BYTES only the first MAX_ROW_BYTES
-    + 1 bytes are given, which `parse_row` refuses. `digest` is updated with all that is read. Raises UserError
-    (data_not_found, data_is_directory, data_not_readable, data_empty) or InfrastructureError (data_unreachable), maybe
-    after some lines.
+    Reads in blocks: memory doesn't grow with the file. A line longer than MAX_ROW_BYTES is cut to MAX_ROW_BYTES + 1
+    bytes, which `parse_row` refuses. `digest` is updated with everything that is read. Raises UserError
+    (data_not_found, data_is_directory, data_not_readable, data_empty) or InfrastructureError (data_unreachable),
+    possibly after some lines.
     """
     for number, line in enumerate(_split(_blocks(uri, digest)), start=1):
-        text = line.removeprefix(_BOM)  # of the first line, or of each file's where several were joined
+        text = line.removeprefix(_BOM)  # on the first line, or on others if files with BOMs were concatenated
         if text.strip():
             yield number, text.removesuffix(b"\r")
 
@@ -89,7 +90,7 @@ def content_digest(uri: str) -> str:
 
 
 def data_size(uri: str) -> int | None:
-    """Bytes of a checked URI; None where the storage doesn't say."""
+    """Size in bytes of a checked URI; None if the storage doesn't tell."""
     try:
         size = fsspec.core.url_to_fs(_plain(uri))[0].size(_plain(uri))
     except Exception:  # noqa: BLE001  -- only progress needs it; reading reports what is wrong
@@ -122,7 +123,8 @@ def _check_local(path: str, settings: Settings) -> Path:
 
 
 def _resolve(path: str, settings: Settings) -> Path:
-    """The real path, links followed. Says nothing about what lies outside the roots, not even whether it exists."""
+    """The real path, after links are followed. Reveals nothing about files outside the roots, not even whether they
+    exist."""
     roots = [root.resolve() for root in settings.allowed_data_roots]
     candidates = [(root / path).resolve() for root in roots]
     inside = [real for real in candidates if any(real.is_relative_to(root) for root in roots)]
@@ -145,7 +147,7 @@ def _path_of(uri: str) -> str:
 
 
 def _plain(uri: str) -> str:
-    """fsspec takes file URIs literally, without undoing their percent signs."""
+    """The path of a file URI, or the remote URI: fsspec doesn't decode percent signs in file URIs."""
     return _path_of(uri) if uri.startswith("file://") else uri
 
 

@@ -1,14 +1,14 @@
-"""Which characters of a rendered dialog are trained on.
+"""Finds the characters of a rendered dialog that are trained on.
 
-The trained text of a kept message is what its speaker wrote (content and tool calls) and the token that ends the turn;
-never the header before it, never the line break after it. (What stands between the prompt for generation and an
-assistant's words belongs to the words, as the model has to write it: a blank, or the empty thought of Qwen 3.)
-Templates don't say where that is, so it is found by experiment: render the dialog again with the contents replaced by
-marks, and compare.
+The trained text of a kept message (one with keep_loss) is what its speaker wrote (content and tool calls) and the token
+that ends the turn; never the header before it, nor the line break after it. Text between the generation prompt and an
+assistant's words is trained, too, as the model has to write it: a blank, or the empty thought of Qwen 3. Templates
+don't tell where all this is. So the dialog is rendered again with marks in place of the contents, and the two
+renderings are compared.
 
-One such skeleton serves all dialogs with the same sequence of roles. Where a dialog doesn't fit its skeleton, because
-the template looks into the contents (drops earlier reasoning, say), a kept message is exchanged for a mark by itself
-and the two renderings are compared from both ends.
+One such rendering (a skeleton) serves all dialogs with the same sequence of roles. If a dialog doesn't fit its
+skeleton, because the template looks into the contents (and drops earlier reasoning, for example), each kept message is
+replaced by a mark separately, and the two renderings are compared from both ends.
 """
 
 import json
@@ -22,7 +22,7 @@ from trainers.data.template import ChatTemplate, Turn
 Span = tuple[int, int]
 """Characters [start, end)."""
 
-# Unicode's noncharacters: "never used in interchange", left alone by every filter that templates use.
+# Noncharacters of Unicode, which texts don't contain; the filters that templates use leave them unchanged.
 _MARK = "\ufdd0{}\ufdd1"
 _MARKS = re.compile("\ufdd0(\\d+)\ufdd1")
 _MAX_SKELETONS = 256
@@ -33,8 +33,8 @@ _NO_SYSTEM = "put the system message's text into the first user message"
 
 class Traced(NamedTuple):
     """A rendered dialog: its text, and its trained characters in the order of the messages. `partly_shown`: the
-    template shows only a part of a kept message. `unprompted`: a kept answer of the assistant doesn't go on from what
-    the model is prompted with (a prompt may begin the answer with `<think>`)."""
+    template shows only a part of a kept message. `unprompted`: a kept answer doesn't continue the generation prompt
+    (some prompts begin the answer with `<think>`)."""
 
     text: str
     trained: list[Span]
@@ -43,8 +43,8 @@ class Traced(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """What of the template's own text is trained with a message: what its speaker has to write before it, and what ends
-    its turn. `cue`: what a prompt for generation adds to the dialog before."""
+    """The template's text around the messages of a role. `lead` and `end` are trained: what the speaker has to write
+    before its words, and what ends the turn. `cue`: what the generation prompt adds to the dialog before an answer."""
 
     lead: str = ""
     end: str = ""
@@ -52,10 +52,8 @@ class _Frame(NamedTuple):
 
 
 class _Skeleton(NamedTuple):
-    """A template's own text around the contents: literals[0], content of fields[0], literals[1], ..., literals[-1].
-
-    `fields` are message indices; `frames` are by role.
-    """
+    """A template's text around the contents: literals[0], content of message fields[0], literals[1], ..., literals[-1].
+    `frames` are by role."""
 
     literals: list[str]
     fields: list[int]
@@ -63,8 +61,8 @@ class _Skeleton(NamedTuple):
 
 
 class SpanFinder:
-    """Finds trained characters. `control` matches every control token that the tokenizer knows, apart from those that
-    an assistant's words may hold."""
+    """Finds trained characters. `control` matches every control token of the tokenizer, except those that an
+    assistant's words may contain."""
 
     def __init__(self, template: ChatTemplate, control: re.Pattern[str]) -> None:
         self._template = template
@@ -73,10 +71,10 @@ class SpanFinder:
         self._skeletons: dict[object, _Skeleton | None] = {}
 
     def render(self, dialog: Dialog) -> Traced:
-        """The text of `dialog`, and what of it is trained.
+        """The text of `dialog`, and its trained characters.
 
-        Raises RowError where the template refuses the dialog, leaves out a message, tools or tool calls, or rewrites a
-        kept message beyond recognition.
+        Raises RowError if the template refuses the dialog; leaves out a message, tools or tool calls; or changes a kept
+        message so much that it can't be found.
         """
         text = self._render_whole(dialog)
         skeleton = self._skeleton_of(dialog)
@@ -92,7 +90,7 @@ class SpanFinder:
                 start, end = fields.get(i) or self._find_answer(text, dialog, i, frame)
             if keep:
                 spans.append(_framed(text, start, end, frame))
-                # What the prompt has of a message already is shown as well.
+                # The part of a message that the generation prompt has already counts as shown.
                 partly = partly or not (
                     _shows(text[start:end], message["content"])
                     or _shows(text[max(0, start - len(frame.cue)) : end], message["content"])
@@ -101,7 +99,7 @@ class SpanFinder:
         return Traced(text, spans, partly, unprompted)
 
     def turn_end(self, dialog: Dialog, role: str) -> str:
-        """The text that ends a turn of `role` in `dialog`; "" where there is none."""
+        """The text that ends a turn of `role` in `dialog`; "" if there is none."""
         return self._frame(role, dialog.messages, dialog.tools).end
 
     def _render_whole(self, dialog: Dialog) -> str:
@@ -120,7 +118,7 @@ class SpanFinder:
         return True
 
     def cue(self, before: Sequence[Turn], tools: Sequence[Turn] = ()) -> str:
-        """What a prompt for generation adds to `before`; "" where the template has no such prompt, or refuses it."""
+        """What the generation prompt adds to `before`; "" if the template has no such prompt, or refuses it."""
         prompt = self._prompt(before, tools)
         if prompt is None:
             return ""
@@ -131,14 +129,14 @@ class SpanFinder:
         return prompt[_common_prefix(prompt, shown) :]
 
     def _is_prompted(self, text: str, span: Span, dialog: Dialog, i: int, frame: _Frame) -> bool:
-        """Whether the kept message `i`, trained as `span` of `text`, is what the model writes when it is asked."""
+        """Whether the kept message `i`, trained as `span` of `text`, continues the generation prompt."""
         if _follows(text, span[0], frame.cue):
             return True
-        # It may be prompted otherwise than the message that the frame was seen at, behind a tool's result for example.
+        # The prompt may be another one here than at the message that the frame comes from: after a tool's result, say.
         return _follows(text, span[0], self.cue(dialog.messages[:i], dialog.tools))
 
     def _skeleton_of(self, dialog: Dialog) -> _Skeleton | None:
-        """None: the template refuses the marked dialog, or shows a message twice."""
+        """The skeleton for `dialog`; None if the template refuses the marked dialog, or shows a message twice."""
         key: object
         if not dialog.tools and all(len(message) == 2 for message in dialog.messages):  # role and content
             key = tuple((message["role"], message["content"] == "") for message in dialog.messages)
@@ -164,17 +162,17 @@ class SpanFinder:
                 raise _left_out(i, message)
         if len(set(fields)) < len(fields):
             return None
-        # Of the marks, never of this dialog's contents: the next dialog that the skeleton serves has others.
+        # The frames are made of the marked dialog, not of this dialog's contents: other dialogs will use them, too.
         return _Skeleton(literals, fields, self._frames(marked, dialog.tools))
 
     def _frames(self, messages: Sequence[Turn], tools: Sequence[Turn]) -> dict[str, _Frame]:
         return {role: self._frame(role, messages, tools) for role in {message["role"] for message in messages}}
 
     def _frame(self, role: str, messages: Sequence[Turn], tools: Sequence[Turn]) -> _Frame:
-        """The frame of a message of `role`, seen where it is the last one; for a beginning that the template takes."""
+        """The frame of the messages of `role`, found by rendering one of them as the last message of a dialog."""
         places = [i for i, message in enumerate(messages) if message["role"] == role]
         if role == "assistant":
-            places.reverse()  # a template may write something before the last answer only, and behind a question
+            places.reverse()  # some templates write a lead only before the last answer, after a user's message
         seen: _Frame | None = None
         for i in places[:_MAX_TRIES]:
             before = messages[:i]
@@ -188,23 +186,23 @@ class SpanFinder:
             if role != "assistant":
                 return _Frame(end=end)
             seen = seen or _Frame("", end, self.cue(before, tools))
-            # Where the prompt is no beginning of the text, it may be that it shows the answer before as the last one.
+            # If the text doesn't begin with the prompt, the prompt may show the previous answer as the last one does.
             prompt = self._prompt(before, tools)
             if prompt is not None and head.startswith(prompt):
                 lead = head[len(prompt) :]
-                # Where the template has no prompt for generation, the header stands there as well.
+                # If the template has no generation prompt, this includes the header.
                 return seen._replace(lead=lead if seen.cue or lead.isspace() else "")
         return seen or _Frame()
 
     def _prompt(self, before: Sequence[Turn], tools: Sequence[Turn]) -> str | None:
-        """What an answer to `before` starts from; None where the template refuses that."""
+        """The generation prompt for an answer to `before`; None if the template refuses that."""
         try:
             return self._template.render(before, tools, add_generation_prompt=True)
         except RowError:
             return None
 
     def _align(self, text: str, skeleton: _Skeleton, messages: Sequence[Turn]) -> dict[int, Span] | None:
-        """Where each content lies in `text`; None: `text` isn't the skeleton with the contents filled in."""
+        """Where each content is in `text`; None if `text` isn't the skeleton with the contents filled in."""
         position = len(skeleton.literals[0])
         if not text.startswith(skeleton.literals[0]):
             return None
@@ -219,9 +217,10 @@ class SpanFinder:
         return spans
 
     def _field_end(self, text: str, start: int, message: Turn, literal: str, last: bool) -> int | None:
-        """End of the content that starts at `start` and is followed by `literal`, to the end of `text` if `last`."""
+        """The end of the content that starts at `start` and is followed by `literal` (if `last`, up to the end of
+        `text`); None if it isn't there."""
         if "tool_calls" in message:
-            # Their rendering is the template's secret, but it can't hold the control token that ends it.
+            # Nobody knows how the template renders them, but the rendering can't contain the control token after it.
             if not self._control.search(literal):
                 return None
             end = len(text) - len(literal) if last else text.find(literal, start)
@@ -233,8 +232,8 @@ class SpanFinder:
         return None
 
     def _find_answer(self, text: str, dialog: Dialog, i: int, frame: _Frame) -> Span:
-        """As `_find_content`, from where the prompt ends: the template may have put something else before these words
-        than before a mark, as the `<think>` that they lack."""
+        """As `_find_content`, but from the end of the generation prompt if the cue isn't before the content: the
+        template may put something else before these words than before a mark, such as a `<think>` that they lack."""
         start, end = self._find_content(text, dialog, i)
         if not frame.cue or text.endswith((frame.cue, frame.cue + frame.lead), 0, start):
             return start, end
@@ -242,7 +241,7 @@ class SpanFinder:
         return len(prompt) if prompt is not None and text.startswith(prompt, 0, start) else start, end
 
     def _find_content(self, text: str, dialog: Dialog, i: int) -> Span:
-        """Where message `i` lies in `text`, found by exchanging it for a mark."""
+        """Where message `i` is in `text`, found by replacing it by a mark."""
         message, mark = dialog.messages[i], _MARK.format(i)
         other = self._template.render(_exchanged(dialog.messages, i, i + 1), dialog.tools)
         if mark not in other:
@@ -256,9 +255,10 @@ class SpanFinder:
         squeezed = _squeezed(message["content"])
         if start == end or _squeezed(text[start:end]) not in squeezed:
             raise _rewritten(i, message)
-        # The template kept a part, or changed blanks; what it puts around a mark may begin as this part does, and what
-        # stands before the words may end as the dropped part does (`<|Assistant|>` as `</think>`): not further back
-        # than the prompt reaches, nor into a control token.
+        # The template kept only a part, or changed blanks. Text around a mark may begin like this part, which puts
+        # `start` too late: extend it to the left while the text still is a part of the content. But text before the
+        # words may end like the dropped part (`<|Assistant|>` like `</think>`): so not into the prompt, nor into a
+        # control token.
         prompt = self._prompt(dialog.messages[:i], dialog.tools) or ""
         first = max(0, start - _LEAD, _common_prefix(text[:start], prompt))
         first = max(first, *(match.end() for match in self._control.finditer(text, first, start)), first)
@@ -270,17 +270,17 @@ class SpanFinder:
         return whole, end
 
     def _find_calls(self, text: str, dialog: Dialog, i: int, frame: _Frame) -> Span:
-        """Where message `i`, with its tool calls, lies in `text`: from where a mark would be to the end of its turn."""
+        """Where message `i`, with its tool calls, is in `text`: from where a mark would be to the end of its turn."""
         message, mark = dialog.messages[i], _MARK.format(i)
         endings = [ending for ending in (frame.end, self._end_of_calls(dialog, i)) if ending]
-        # What follows may not be allowed behind a plain message: leave out as much of it as it takes.
+        # The template may refuse the next messages after a plain message: leave out as few of them as necessary.
         for following in range(i + 1, min(i + _MAX_TRIES, len(dialog.messages)) + 1):
             try:
                 other = self._template.render(_exchanged(dialog.messages, i, following), dialog.tools)
             except RowError:
                 continue
             at = other.find(mark)
-            # What is put before a mark may begin as the message itself does.
+            # The text before a mark may begin like the message itself.
             lead = frame.lead if other.endswith(frame.lead, 0, at) else ""
             start = min(_common_prefix(text, other), at - len(lead))
             found = [(end, ending) for ending in endings if (end := text.find(ending, start)) >= 0]
@@ -290,8 +290,8 @@ class SpanFinder:
         raise _rewritten(i, message)
 
     def _end_of_calls(self, dialog: Dialog, i: int) -> str:
-        """The control token behind message `i`, with its tool calls, where it is the last one: it may be another than
-        that of a plain message, or end the whole dialog. "": there is none, or the template refuses that."""
+        """The control token after message `i`, with its tool calls, if it is the last message. It may differ from that
+        of a plain message, or end the whole dialog. "" if there is none, or the template refuses that."""
         try:
             shown = self._template.render(dialog.messages[: i + 1], dialog.tools).rstrip()
         except RowError:
@@ -299,14 +299,14 @@ class SpanFinder:
         return next((match.group() for match in self._control.finditer(shown) if match.end() == len(shown)), "")
 
     def _check_calls(self, written: str, dialog: Dialog, i: int) -> None:
-        """Raises RowError where the template leaves out the tool calls of message `i`, or the text beside them."""
+        """Raises RowError if the template leaves out the tool calls of message `i`, or the text beside them."""
         message = dialog.messages[i]
         rest = written.replace(message["content"], "", 1)
         if not all(call["function"]["name"] in rest for call in message["tool_calls"]):
             raise RowError("the row has tool calls, and this model's chat template has no place for tool calls")
         if _shows(written, message["content"]):
             return
-        # It may only have dropped reasoning, which a mark is not.
+        # The template may only have dropped reasoning from the text: then it shows a mark.
         mark = _MARK.format(i)
         marked = [*dialog.messages[:i], {**message, "content": mark}, *dialog.messages[i + 1 :]]
         if mark not in self._template.render(marked, dialog.tools):
@@ -323,12 +323,12 @@ def _framed(text: str, start: int, end: int, frame: _Frame) -> Span:
 
 
 def _follows(text: str, start: int, cue: str) -> bool:
-    """Whether `cue`, blanks around it apart, stands before `start` or reaches beyond it: an answer may hold its end."""
+    """Whether `cue`, without blanks around it, is before `start`, or overlaps it: an answer may contain its end."""
     return text.find(cue.strip(), max(0, start - len(cue)), start + len(cue)) >= 0
 
 
 def _exchanged(messages: Sequence[Turn], i: int, following: int) -> list[Turn]:
-    """`messages` with a mark for message `i`, and behind it only those from `following` on."""
+    """`messages` with a mark for message `i`, followed only by those from `following` on."""
     return [*messages[:i], _marked(messages[i], i), *messages[following:]]
 
 
@@ -340,12 +340,12 @@ def _mark_all(dialog: Dialog) -> list[Turn]:
 
 
 def _marked(message: Turn, i: int) -> Turn:
-    """`message` with a mark for all that its speaker wrote."""
+    """`message` with a mark instead of its content and tool calls."""
     return {key: value for key, value in message.items() if key != "tool_calls"} | {"content": _MARK.format(i)}
 
 
 def _variants(content: str) -> Iterator[str]:
-    """What templates are known to make of a content."""
+    """The forms of a content that templates are known to print."""
     yield content
     yield content.strip()
     yield content.rstrip()
@@ -354,7 +354,7 @@ def _variants(content: str) -> Iterator[str]:
 
 
 def _shows(written: str, content: str) -> bool:
-    """Whether `written` holds all of `content`, however a template changes its blanks."""
+    """Whether `written` contains all of `content`, up to changes in blanks."""
     return any(variant in written for variant in _variants(content)) or _squeezed(content) in _squeezed(written)
 
 
@@ -375,7 +375,7 @@ def _rewritten(i: int, message: Turn) -> RowError:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    """Length of the longest common beginning, by bisection: comparing slices is much faster than looping."""
+    """Length of the longest common prefix, by bisection: comparing slices is much faster than looping."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

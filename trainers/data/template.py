@@ -1,7 +1,7 @@
 """A model's chat template: Jinja source from its directory, rendered the way transformers renders it.
 
-Templates come with models, so they are other people's code: they run in Jinja's immutable sandbox, and whatever they
-raise is an error of the row they were given.
+Templates come with models, so they are untrusted code: they run in Jinja's immutable sandbox, and whatever they raise
+becomes an error of the row that was rendered.
 """
 
 import json
@@ -25,20 +25,20 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-"""For a model that brings no chat template. Needs no token but EOS, which ends every turn; has no place for tools."""
+"""For a model without a chat template. Needs no control token but EOS, which ends every turn. Doesn't support tools."""
 
 TODAY = datetime(2024, 7, 26)
-"""What templates that print the date (Llama 3.2 and others) are told it is: the fallback date of Llama's own template.
-A job's tokens must not depend on the day it runs, nor a resumed job's data differ from what it started with."""
+"""The date for templates that print today's date (Llama 3.2 and others); it is the fallback date of Llama's own
+template. A job's tokens must not depend on the day it runs, and a resumed job needs the data it started with."""
 
-_MESSAGE_LENGTH = 300  # characters of a template's own error that are repeated
+_MESSAGE_LENGTH = 300  # characters of a template's error that our message repeats
 
 Turn = Mapping[str, Any]
 """One message as templates take it: see `Dialog.messages`."""
 
 
 class _Generation(Extension):
-    """`{% generation %}`: marks what the assistant wrote. Here it only lets its body through."""
+    """The tag `{% generation %}`, which marks what the assistant wrote. Here it just renders its body."""
 
     tags = {"generation"}  # noqa: RUF012  -- Jinja's own way to declare it
 
@@ -58,8 +58,8 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML; models were trained on plain JSON. Raises ValueError for what JSON hasn't, as
-    the infinity that 1e999 is."""
+    """Replaces Jinja's `tojson`, which escapes HTML; models were trained on plain JSON. Raises ValueError for values
+    that JSON can't express, such as infinity (1e999)."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -81,11 +81,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A model's chat templates, compiled. `sources` are their Jinja texts by name, `default` among them; one named
-    `tool_use` renders the dialogs that have tools. `variables` are the special tokens they may print."""
+    """A model's chat templates, compiled. `sources` are their Jinja texts by name, `default` among them; `tool_use`, if
+    there is one, renders the dialogs with tools. `variables` are the special tokens that they may print."""
 
     def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any]) -> None:
-        """Raises UserError when one of these two is no valid Jinja."""
+        """Raises UserError if one of these two templates isn't valid Jinja."""
         self.sources = dict(sources)
         self._default = _compiled(sources["default"], variables)
         self._with_tools = _compiled(sources["tool_use"], variables) if "tool_use" in sources else self._default
@@ -93,16 +93,16 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool = False
     ) -> str:
-        """The dialog as text. Raises RowError with the template's own words where it refuses the dialog.
+        """The dialog as text. Raises RowError with the template's own message if it refuses the dialog.
 
-        Most templates print the arguments of tool calls as JSON themselves, some take them as the text that OpenAI's
-        format has: one that refuses objects is given that.
+        Most templates take the arguments of tool calls as objects, and print them as JSON. Some take them as text, as
+        in OpenAI's format: if rendering with objects fails, it is tried with text.
         """
         try:
             return self._render(messages, tools, add_generation_prompt)
         except RowError:
             if any("tool_calls" in message for message in messages):
-                with suppress(RowError, ValueError):  # the latter of numbers that JSON hasn't
+                with suppress(RowError, ValueError):  # ValueError from `_tojson`
                     return self._render([_with_text(message) for message in messages], tools, add_generation_prompt)
             raise
 
@@ -131,23 +131,23 @@ def _with_text(message: Turn) -> Turn:
 def _compiled(source: str, variables: Mapping[str, Any]) -> Template:
     try:
         template = _environment().from_string(source, globals=dict(variables))
-    except Exception as error:  # noqa: BLE001  -- also what Python says of the code that Jinja makes: nested too deep
+    except Exception as error:  # noqa: BLE001  -- also Python's errors in the code that Jinja generates: nested too deep
         reason = f"{error}"[:_MESSAGE_LENGTH]
         raise UserError(
             "model_unsupported", f"the model's chat template is not valid Jinja: {reason}", "model"
         ) from None
-    # Every rendering makes a dict of the globals, and Jinja keeps them in chained ones, which takes it longer than all
+    # Every rendering copies the globals to a dict. Jinja keeps them in a ChainMap, for which that takes longer than all
     # the rest.
     template.globals = dict(template.globals)
     return template
 
 
 def find_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """The Jinja sources that `model_dir` brings, by name: `default` is chat_template.jinja, others are the files of
-    additional_chat_templates; without such files it is what tokenizer_config.json has as chat_template, which may be
-    several by name. Empty: the model has none.
+    """The Jinja sources in `model_dir`, by name: `default` from chat_template.jinja, others from the files in
+    additional_chat_templates. Without such files, those of `chat_template` in tokenizer_config.json, which is one
+    source or several with names. Empty if the model has none.
 
-    Raises UserError when a file is not UTF-8, or when there are some and none is `default`.
+    Raises UserError if a file isn't UTF-8, or if there are templates and none is called `default`.
     """
     files = {file.stem: file for file in sorted((model_dir / "additional_chat_templates").glob("*.jinja"))}
     if (model_dir / "chat_template.jinja").is_file():

@@ -1,8 +1,8 @@
-"""Byte-level BPE word by word: the tokens that the tokenizer gives for the whole text, in a fraction of the time.
+"""Byte-level BPE word by word: gives the same tokens as the tokenizer for the whole text, in a fraction of the time.
 
-GPT-2's pattern and those of Llama 3 and Qwen cut a text wherever a blank and a letter (of ASCII) follow anything that
-is no white space: none of their pieces goes on across such a blank, and all begin one with it. BPE never looks across
-pieces. So a text is cut there first, and a word that has been seen before isn't tokenised again.
+The pre-tokenisation patterns of GPT-2, Llama 3 and Qwen split a text wherever a blank and an ASCII letter follow a
+character that isn't white space: no piece extends across such a blank, and a new one begins with it. BPE never merges
+across pieces. So a text can be cut at these blanks first, and a word that was seen before isn't tokenised again.
 """
 
 import json
@@ -20,9 +20,9 @@ from tokenizers import Encoding, Tokenizer
 from trainers.data.spans import Span
 
 Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
-"""Token ids [n], and for each [n] whether it is a training target."""
+"""Token ids [n] and loss mask [n], which says whether a token is a training target."""
 
-# Cuts before a blank, between [!-~] and a letter: a word takes in every other blank.
+# Words end before a blank that is between [!-~] and a letter; all other blanks are part of a word.
 _WORD = re.compile(r"(?= |[^ ]) ?[^ ]*(?:(?: (?![A-Za-z])|(?<![!-~]) )[^ ]*)*")
 _CUTTING_PATTERNS = {
     rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
@@ -31,7 +31,7 @@ _CUTTING_PATTERNS = {
 }
 _MAX_WORDS = 1 << 16
 _LONGEST_WORD = 64  # characters, of those that are kept
-LONG_TEXT = 1 << 16  # characters: every thread of a pool would keep the memory that its longest text took
+LONG_TEXT = 1 << 16  # characters; not encoded in a pool, each of whose threads keeps the memory of its longest text
 
 
 class WordTokenizer:
@@ -85,7 +85,7 @@ class WordTokenizer:
 
 
 def cuts_between_words(tokenizer: Tokenizer) -> bool:
-    """Whether no token of any text can stand on both sides of a cut: what stands before it and the blank behind it."""
+    """Whether no token of any text can extend across a cut between words."""
     normalizer = _spec(tokenizer.normalizer)
     if normalizer is not None and normalizer["type"] != "NFC":  # which composes letters with marks, never with a blank
         return False
@@ -102,7 +102,7 @@ def cuts_between_words(tokenizer: Tokenizer) -> bool:
 
 
 def _keeps_words(step: dict[str, Any]) -> bool:
-    """Whether what `step` makes of a text cut between words is what it makes of the words."""
+    """Whether the step of pre-tokenisation gives the same pieces for a text as for its words one by one."""
     return step["type"] == "Digits" or (step["type"] == "ByteLevel" and not step["add_prefix_space"]) or _cuts(step)
 
 

@@ -1,7 +1,7 @@
-"""Processes that encode chunks of lines side by side: most of that work is Python, which one process runs on one core.
+"""Processes that encode chunks of lines in parallel: most of the work is Python code, which uses one core per process.
 
-They are fresh interpreters, not forks: a fork of a process with threads, as a runner is, may hang. Each speaks pickle
-over its standard input and output, and ends when its input does, so it never outlives whoever started it.
+They are new interpreters, not forks: a fork of a process with threads, such as a runner, may hang. Each exchanges
+pickles over its standard input and output, and ends when its input is closed, so it never outlives its parent.
 """
 
 import os
@@ -21,23 +21,23 @@ from trainers.data.encode import Chunk, Line, encode_lines
 from trainers.errors import InfrastructureError
 
 _LONG_BYTES = 1 << 18
-"""Longer chunks than this (of one row, as `prepare` makes them) are encoded here, one at a time: tokenising takes some
-136 bytes of memory for each byte of text."""
+"""Chunks with more bytes (`prepare` makes them of one row) are encoded in this process, one at a time, as tokenising
+takes about 136 bytes of memory for each byte of text."""
 _MAX_PROCESSES = 6  # of up to 150 MB each
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, as far as the system tells."""
+    """The number of cores that this process may run on; if the system doesn't tell, of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encode_in_parallel(
     chunks: Iterable[Sequence[Line]], tokenizer: ChatTokenizer, max_seq_len: int, pairs: bool = False
 ) -> Generator[Chunk, None, None]:
-    """`encode_lines` of every chunk, in order. Takes only so many chunks ahead as keep the processes busy. They end
-    with it, also where it is closed early.
+    """`encode_lines` of every chunk, in order. Reads only as many chunks ahead as keep the processes busy. These end
+    with this generator, also if it is closed early.
 
-    Raises InfrastructureError `tokenising_failed` where one of them dies.
+    Raises InfrastructureError `tokenising_failed` if one of them dies.
     """
     count = min(usable_cores(), _MAX_PROCESSES)
     pool = _Pool(count, tokenizer, max_seq_len, pairs)
@@ -78,7 +78,7 @@ class _Pool:
                 pass
 
     def _encode(self, lines: Sequence[Line]) -> Chunk:
-        """On a thread, which waits for a process; a process is started where none is idle."""
+        """Runs on a thread, which waits for an idle process, or starts one if none is idle."""
         try:
             worker = self._idle.get_nowait()
         except queue.Empty:
@@ -124,7 +124,7 @@ class _Worker:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the one who started it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the parent process
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not get between the answers
     with suppress(EOFError, BrokenPipeError):
