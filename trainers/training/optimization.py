@@ -41,13 +41,16 @@ def build_optimizer(
             param=f"{EXTRAS}.optimizer",
             suggestion="install it on every node, or use torch.optim.AdamW",
         )
-    if not shardable(name) and any(isinstance(parameter, DTensor) for parameter in parameters):
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    if sharded and not shardable(name):
         raise UserError(
             "optimizer_not_sharded",
             f"the model is too large for each worker to hold all of it, and the state of {name} can't be sharded",
             param=f"{EXTRAS}.optimizer",
             suggestion="use torch.optim.AdamW, or quantize_base",
         )
+    if sharded and name == "torch.optim.SGD":
+        kwargs.pop("fused", None)  # torch can't compute it for sharded parameters
     module, _, kind = name.rpartition(".")
     if plan.fused_adam:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("fused", "foreach")}

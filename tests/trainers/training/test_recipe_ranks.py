@@ -60,6 +60,7 @@ SHARDED_APART = {"memory_efficient_fsdp_wrap": True, "enable_activation_checkpoi
         ("lora", "llama", {"gradient_accumulation_steps": 2, "memory_efficient_fsdp_wrap": True}),
         ("full", "llama", {"clip_grad_norm": 0.5, "run_val_every_n_steps": 2}),
         ("full", "mistral", SHARDED_APART),
+        ("full", "llama", {"optimizer": ComponentSpec(component="torch.optim.SGD", kwargs={"fused": True})}),
         ("full", "mistral", {"gradient_accumulation_steps": 3, "packed": True, "max_seq_len": 30}),
         ("lora", "mistral", SHARDED_APART | {"lora": LoraSpec(mlp=True, output=True)}),
         ("dora", "mistral", SHARDED_APART | {"lora": LoraSpec(mlp=True, output=True)}),
