@@ -1,13 +1,13 @@
-"""The command line: `python -m trainers CONFIG.json` submits one job, follows it to its end, exits with its outcome.
+"""The command line: `python -m trainers CONFIG.json` submits one job, follows it, and exits with its outcome.
 
     ray job submit --working-dir . -- python -m trainers CONFIG.json
 
-CONFIG.json is the body of POST /fine_tuning/jobs/submit. Local files it names, relative to the working directory, are
-copied into the service's storage first: a job outlives the directory that `ray job submit` unpacked. `ray job stop`,
-SIGTERM and Ctrl-C cancel the job. While the event log can't be reached, they end this process alone, which says so. A
-second one ends it at once.
+CONFIG.json is the body of POST /fine_tuning/jobs/submit. Local files that it names by a path relative to the working
+directory are copied into the service's storage first, because the job outlives the directory that `ray job submit`
+unpacked. `ray job stop`, SIGTERM and Ctrl-C cancel the job. While the event log can't be reached, they only end this
+process, which says so. A second signal ends it at once.
 
-`python -m trainers drain` comes before a shutdown: running jobs stop at a checkpoint, to go on after the restart.
+`python -m trainers drain` prepares a shutdown: running jobs stop at a checkpoint, and go on after the restart.
 
 `python -m trainers run JOB_ID` is the runner, which the dispatcher starts.
 """
@@ -23,7 +23,7 @@ from trainers.priority import give_way
 from trainers.settings import InvalidSettingsError, settings
 
 INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a program that SIGINT ended."""
+"""Exit code of a program that was ended by SIGINT."""
 NOT_SUBMITTED = 2
 
 

@@ -1,9 +1,9 @@
-"""Packages whose `__init__` imports far more than we use of them, made to run it only when something of it is wanted.
+"""Defers the `__init__` of packages that import far more than we use, until something defined in it is needed.
 
-torchtune's imports all its models and data sets, and with them pandas and Hugging Face's datasets; torchao's, every way
-to quantise: seconds of a process that wants a few layers of the one and nothing of the other. The packages listed here
-can be imported, and modules out of them, without that. Their `__init__` runs, whole and after that of the packages
-around it, the first time something is looked up in the package that is no module of it.
+torchtune's imports all its models and data sets, and with them pandas and Hugging Face's datasets; torchao's imports
+everything for quantisation. That takes seconds, in processes that need a few layers of the one and nothing of the
+other. The packages listed here, and modules in them, can be imported without that. The `__init__` of a package runs the
+first time that an attribute of it is looked up which isn't a module, after those of the packages around it.
 """
 
 import sys
@@ -27,9 +27,9 @@ PACKAGES = frozenset(
 
 
 def defer() -> None:
-    """From now on, in this process. A package that is imported already stays as it is."""
+    """Turns deferring on for this process. Has no effect on packages that are imported already."""
     if _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)  # it asks for no more than this
+        sys.meta_path.insert(0, _Finder)  # a class with a static find_spec is a finder, too
 
 
 class _Finder:
@@ -66,7 +66,7 @@ class _LookUp:
         self._loader = loader
 
     def __call__(self, name: str) -> Any:  # noqa: ANN401
-        if name.startswith("__") and name not in ("__all__", "__version__"):  # what tools ask of every module
+        if name.startswith("__") and name not in ("__all__", "__version__"):  # tools look these up in every module
             raise AttributeError(name)
         if find_spec(f"{self._module.__name__}.{name}"):
             return import_module(f"{self._module.__name__}.{name}")
@@ -74,12 +74,12 @@ class _LookUp:
         return getattr(self._module, name)
 
     def _run(self) -> None:
-        # The packages around it first, as Python would have it: torchao's import each other in a circle.
+        # Outer packages first, as in a normal import: torchao's packages import each other in a circle.
         around = sys.modules.get(self._module.__name__.rpartition(".")[0])
         if around and isinstance(look_up := around.__dict__.get("__getattr__"), _LookUp):
             look_up._run()
         if self._module.__dict__.get("__getattr__") is not self:
-            return  # they have seen to it
+            return  # running the outer ones has run this one, too
         del self._module.__dict__["__getattr__"]
         try:
             self._loader.exec_module(self._module)

@@ -1,4 +1,4 @@
-"""The errors a job can end with, and the errors of a request. All survive pickling, so they may cross Ray."""
+"""The errors that can end a job, and the errors of a request. All can be pickled, so Ray can pass them on."""
 
 import errno
 import logging
@@ -14,7 +14,7 @@ from trainers.settings import ERROR_FILE
 logger = logging.getLogger("tunewright.errors")
 
 REPORT = "the traceback is in the job's error.txt: give it to whoever runs the service"
-"""The suggestion for an error that nobody foresaw."""
+"""The suggestion for an unexpected error."""
 AGAIN = (
     "submit it again, or go on from its last checkpoint with /fine_tuning/jobs/resubmit; a larger --max-restarts "
     "allows more interruptions"
@@ -23,7 +23,7 @@ AGAIN = (
 
 
 class JobProblem(Exception):
-    """Root of everything that ends a job. `error` is what the job will show; its `fault` says who can act."""
+    """Base class of the errors that end a job. `error` is what the job will show; its `fault` says who can act."""
 
     def __init__(self, error: JobError) -> None:
         super().__init__(error)
@@ -31,7 +31,7 @@ class JobProblem(Exception):
 
     @staticmethod
     def of(error: JobError) -> "JobProblem":
-        """The problem that shows this error."""
+        """The problem with this error, of the class for its `fault`."""
         kinds = {"user": UserError, "capacity": CapacityError, "infrastructure": InfrastructureError}
         return _rebuilt(kinds[error.fault], {"error": error})
 
@@ -42,7 +42,7 @@ class JobProblem(Exception):
         return _rebuilt, (type(self), self.__dict__)
 
     def placed(self, *, param: str | None = None, rank: int | None = None) -> Self:
-        """This problem, which now knows the field of the request and the worker, unless it knew better."""
+        """Sets the field of the request and the worker in `error`, unless they are set; returns this problem."""
         given = {"param": param, "rank": rank}
         self.error = self.error.model_copy(
             update={name: value for name, value in given.items() if getattr(self.error, name) is None}
@@ -57,7 +57,7 @@ def _rebuilt(kind: type[JobProblem], state: dict[str, Any]) -> JobProblem:
 
 
 def _error(code: str, message: str, suggestion: str | None, **rest: Any) -> JobError:  # noqa: ANN401 -- its fields
-    """Its message ends with the suggestion."""
+    """A JobError whose message ends with the suggestion."""
     if suggestion is not None and message.endswith("."):
         message = f"{message} {suggestion[:1].upper()}{suggestion[1:]}."
     elif suggestion is not None:
@@ -66,9 +66,10 @@ def _error(code: str, message: str, suggestion: str | None, **rest: Any) -> JobE
 
 
 class UserError(JobProblem):
-    """The request, the data or the model is to blame: trying again unchanged can't help, unless it is `retryable`.
+    """The fault is in the request, the data or the model: trying again unchanged can't help, unless it is `retryable`.
 
-    `suggestion` reads on after the message and a colon, or is a sentence after one; it has no full stop of its own.
+    `suggestion` continues the message after a colon or, if the message ends with a full stop, follows as a sentence. It
+    has no full stop of its own.
     """
 
     def __init__(
@@ -87,14 +88,14 @@ class UserError(JobProblem):
 
 
 class CapacityError(JobProblem):
-    """The job needs more than a machine has: a smaller job helps, or a larger machine; trying again unchanged can't."""
+    """The job needs more than a machine has. A smaller job or a larger machine helps; trying again unchanged can't."""
 
     def __init__(self, code: str, message: str, param: str | None = None, *, suggestion: str) -> None:
         super().__init__(_error(code, message, suggestion, fault="capacity", retryable=False, param=param))
 
 
 class InfrastructureError(JobProblem):
-    """The machines are to blame: the same job may well succeed another time, unless it is not `retryable`."""
+    """The fault is in the machines: the same job may succeed another time, unless it is not `retryable`."""
 
     def __init__(self, code: str, message: str, *, suggestion: str, retryable: bool = True) -> None:
         super().__init__(_error(code, message, suggestion, fault="infrastructure", retryable=retryable))
@@ -106,7 +107,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def errno_of(error: BaseException) -> int | None:
-    """The number of an operating system's error; None: it is another one. Of safetensors' only the message has it."""
+    """The errno of an error of the operating system, else None. That of safetensors' errors is in the message only."""
     if isinstance(error, OSError):
         return error.errno
     told = _OS_ERROR.search(str(error))
@@ -114,7 +115,7 @@ def errno_of(error: BaseException) -> int | None:
 
 
 def storage_full(error: BaseException) -> InfrastructureError | None:
-    """The problem that `error` is a sign of, where the storage takes no more; None: it says something else."""
+    """The problem if `error` means that the storage is full, else None."""
     if errno_of(error) not in _FULL:
         return None
     return InfrastructureError(
@@ -126,12 +127,12 @@ def storage_full(error: BaseException) -> InfrastructureError | None:
 
 
 def storage_away(error: BaseException) -> bool:
-    """Whether it says that a disk, or the network to it, doesn't work just now."""
+    """Whether `error` means that a disk, or the network to it, doesn't work at the moment."""
     return errno_of(error) in _AWAY
 
 
 def storage_problem(error: BaseException) -> InfrastructureError | None:
-    """The problem that `error` is a sign of, where the storage is to blame; None: it says something else."""
+    """The problem if `error` means that the storage is full or doesn't work, else None."""
     if not storage_away(error):
         return storage_full(error)
     return InfrastructureError(
@@ -144,7 +145,7 @@ def storage_problem(error: BaseException) -> InfrastructureError | None:
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Makes a `storage_problem` of an OSError that is one."""
+    """Raises an OSError within as its `storage_problem`, if it has one."""
     try:
         yield
     except OSError as error:
@@ -154,8 +155,8 @@ def storage_errors() -> Iterator[None]:
 
 
 def memory_short(error: BaseException) -> bool:
-    """Whether memory didn't suffice, of a GPU or of the host. Not all of torch's own errors say it by their type: not
-    those of the CPU's allocator, of pinned memory, of the buffers of nccl and cuBLAS."""
+    """Whether a GPU or the host ran out of memory. Some of torch's errors show this only by their message: those of the
+    CPU's allocator, of pinned memory, and of the buffers of nccl and cuBLAS."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch may not be imported
     return named or any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
 
@@ -164,16 +165,16 @@ _URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^/@\s]*@)?([^?\s'\"]*)(?:\?[^\s'
 
 
 def without_secrets(text: str) -> str:
-    """The text with its URLs cut to scheme, host and path: without passwords, and without queries, where signatures
-    stand."""
+    """The text with its URLs reduced to scheme, host and path: without passwords, and without queries, which may hold
+    signatures."""
     return _URL.sub(r"\1\2", text)
 
 
 def write_details(text: str, job_dir: Path) -> str | None:
-    """Puts all that is known of a failure where every failed job has its details; returns the file's URI. None where
-    the storage doesn't take it: a job must be able to end on a full disk.
+    """Writes the details of a failure to ERROR_FILE in the job's directory; returns the file's URI. None if it can't be
+    written: a job must be able to end on a full disk.
 
-    Libraries put the URLs they were refused into their errors: those go in `without_secrets`."""
+    Libraries put URLs into their errors, so the text is written `without_secrets`."""
     path = job_dir / ERROR_FILE
     try:
         job_dir.mkdir(parents=True, exist_ok=True)
@@ -185,13 +186,13 @@ def write_details(text: str, job_dir: Path) -> str | None:
 
 
 MOST_PROBLEMS = 100
-"""More problems of one kind are counted, not told: finding words for each takes time, and nobody reads them."""
+"""Problems of one kind beyond this number are only counted: composing messages takes time, and nobody reads them."""
 LONGEST_NAME = 200
-"""Characters of a field's dotted path that an error repeats: a key of the request may be as long as the request."""
+"""Characters of a field's dotted path that an error repeats. A key may be as long as the request allows."""
 
 
 class Problem(NamedTuple):
-    """One thing wrong with a request. `param` is the dotted path of the field, None when it is no single field."""
+    """One thing wrong with a request. `param` is the dotted path of the field; None if it doesn't concern just one."""
 
     param: str | None
     message: str
@@ -199,7 +200,7 @@ class Problem(NamedTuple):
 
 
 class ConfigProblems(Exception):
-    """Everything that is wrong with a request, found in one go (see MOST_PROBLEMS). Never empty."""
+    """Everything that is wrong with a request (see MOST_PROBLEMS). Never empty."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__(problems)

@@ -1,12 +1,13 @@
-"""What a job would take, known before it is one: rows, tokens, steps, memory, and the first rows as they are trained.
+"""Estimates what a job would take: rows, tokens, steps and memory, with a preview of the first rows.
 
-`python -m trainers.estimate` is a process of its own, so that tokenising stalls no request, and a time-out can end it:
-an `Asked` as JSON on its standard input, an `Answer` on its standard output. `Estimator` runs it.
+An estimate runs in its own process, so that tokenising delays no request, and a time-out can end it. `Estimator` starts
+`python -m trainers.estimate`, which reads an `Asked` as JSON from its standard input and writes an `Answer` to its
+standard output.
 
-A file of up to `SAMPLE_BYTES` is read and encoded whole, by the very code that the job's validation uses; counts are
-those of its report then. Of a larger file a random sample of lines of about that size is encoded, the same lines
-every time, and the counts are extrapolated. Where reading takes longer than `READ_S`, the rest of the file is taken to
-be like what was read.
+A file of up to `SAMPLE_BYTES` is read and encoded whole, by the same code as in the job's validation, so the counts are
+those of its report. Of a larger file, a random sample of lines of about that size is encoded (the same lines every
+time), and the counts are extrapolated. If reading takes longer than `READ_S`, the counts are extrapolated from what was
+read.
 """
 
 import asyncio
@@ -45,15 +46,15 @@ from trainers.settings import Settings
 SAMPLE_BYTES = 8 << 20
 READ_S = 20.0
 LIMIT_S = 60.0
-"""An estimate that takes longer is given up: its model or its data can't be reached at a useful speed."""
+"""Time-out of an estimate: its model or data can't be read at a useful speed."""
 PREVIEW_ROWS = 3
 PREVIEW_TOKENS = 1024
-"""Of each previewed row."""
+"""Tokens that are shown of each previewed row."""
 PREVIEWED_AMONG = 100
-"""Lines: where so many are invalid, nobody needs a preview."""
+"""Rows for the preview are taken from this many lines at the beginning of the file."""
 AT_A_TIME = 2
 WAITING = 16
-"""More at a time are refused."""
+"""Estimates that may wait for their turn; more are refused."""
 _CHUNK_BYTES = 1 << 18
 _SEED = 0
 _COUNTS = ("rows", "invalid_rows", "tokens", "trained_tokens", "truncated_rows")
@@ -135,7 +136,8 @@ class Estimate(_Wire):
 
 
 class Asked(_Wire):
-    """`worker_bytes`: memory that a worker may take; `share_bytes`: what it may count on. None: nobody knows."""
+    """The input of an estimate. `worker_bytes`: memory that a worker may take; `share_bytes`: memory that it can count
+    on while other jobs run on its node. None: not known."""
 
     plan: Plan
     device: Device
@@ -144,7 +146,7 @@ class Asked(_Wire):
 
 
 class Found(_Wire):
-    """An Estimate without its time, which follows from the jobs of the past."""
+    """An Estimate without its time, which the API computes from earlier jobs."""
 
     data: DataEstimate
     validation_data: DataEstimate | None = None
@@ -169,14 +171,14 @@ class Found(_Wire):
 
 
 class Answer(_Wire):
-    """What the process says: what it found, or everything that is wrong with the request, or why it failed."""
+    """The output of the process: what it found, or everything that is wrong with the request, or why it failed."""
 
     found: Found | None = None
     problems: list[tuple[str | None, str, str]] = []
     error: JobError | None = None
 
     def result(self) -> Found:
-        """Raises ConfigProblems or JobProblem where that is the answer."""
+        """What was found. Raises ConfigProblems or JobProblem if that is the answer."""
         if self.problems:
             raise ConfigProblems([Problem(*problem) for problem in self.problems])
         if self.error is not None:
@@ -186,7 +188,7 @@ class Answer(_Wire):
 
 
 class Estimator:
-    """Runs estimates, `AT_A_TIME` of them side by side, each in a process that ends with its answer or its time."""
+    """Runs estimates, up to `AT_A_TIME` in parallel, each in a process of its own with a time-out."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -194,8 +196,8 @@ class Estimator:
         self._here = 0
 
     async def find(self, asked: Asked) -> Found:
-        """Raises ConfigProblems for all that is wrong with the model and the data, JobProblem where they can't be had,
-        and InfrastructureError `estimate_failed` or `too_many_estimates`."""
+        """Raises ConfigProblems for everything that is wrong with the model and the data, JobProblem if they can't be
+        read, and InfrastructureError `estimate_failed` or `too_many_estimates`."""
         if self._here >= AT_A_TIME + WAITING:
             raise InfrastructureError(
                 "too_many_estimates", f"{self._here} estimates are running or waiting already", suggestion="try again"
@@ -224,7 +226,7 @@ class Estimator:
                 return Answer.model_validate_json(out)
             why = f"its process ended with exit code {process.returncode}"
         finally:
-            process.kill()  # also when nobody waits for the answer any more; no matter where it has ended
+            process.kill()  # also if this coroutine is cancelled; does nothing if the process has ended
         raise InfrastructureError(
             "estimate_failed",
             f"the estimate was given up: {why}",
@@ -243,7 +245,7 @@ def main() -> None:
 
 
 def answer(asked: Asked, settings: Settings) -> Answer:
-    """What the process finds out."""
+    """Makes the estimate, in the process that `Estimator` started."""
     try:
         with storage_errors():
             return Answer(found=_find(asked, settings))
@@ -273,7 +275,7 @@ def _find(asked: Asked, settings: Settings) -> Found:
     if problems:
         raise ConfigProblems(problems)
 
-    from trainers.training.batches import Progress  # torch takes seconds to import: not before all is well
+    from trainers.training.batches import Progress  # imports torch, which takes seconds: only for a valid request
     from trainers.training.load import build_schedule, load_of
     from trainers.training.optimization import only_warm_up
 
@@ -315,23 +317,23 @@ def _problems(param: str, sample: "Sample", plan: Plan) -> list[Problem]:
 
 
 def _steps(plan: Plan, items: int) -> int:
-    """Of a file of about so many `items`, of which only a sample was seen."""
+    """Optimizer steps for about so many `items`, for a file of which only a sample was seen."""
     an_epoch = -(-items // step_items(plan))
     return plan.n_epochs * min(an_epoch, plan.max_steps_per_epoch or an_epoch)
 
 
 def _flops_per_token(plan: Plan, arch: Architecture) -> float:
-    """Floating-point operations of training on one token: 2 for each number of the matrices forward, 2 for the gradient
-    of what they are applied to, 2 for their own where they are trained, 2 to compute the forward pass again."""
+    """Floating-point operations for training on one token. For each weight: 2 in the forward pass, 2 for the gradient
+    of the activations, 2 for that of the weight if it is trained, 2 to recompute the forward pass."""
     passes = 4 + (2 if plan.lora is None else 0) + (2 if plan.enable_activation_checkpointing else 0)
     return float(passes * numbers_of(arch))
 
 
 class Sample:
-    """Rows of a data file in memory, as `TokenisedDataset` has them on disk, and what is known of the whole file."""
+    """Rows of a data file in memory, with the interface of `TokenisedDataset`, and what is known of the whole file."""
 
     def __init__(self, chunks: Sequence[Chunk], report: DataReport, *, seen: int, scale: float) -> None:
-        """`seen`: the lines that were encoded; `scale`: how many there are to each of them."""
+        """`seen`: number of lines that were encoded; `scale`: lines of the file for each of these."""
         self.report, self.seen, self.scale = report, seen, scale
         self.truncated_lines = [line for chunk in chunks for line in chunk.truncated_lines][:ERRORS_KEPT]
         self.lengths = np.array([length for chunk in chunks for length in chunk.lengths], dtype=np.int64)
@@ -350,7 +352,7 @@ class Sample:
         return self._tokens[rows], self._mask[rows].view(np.bool_)
 
     def whole(self) -> DataReport:
-        """What the report of the whole file will be, but for its errors and its histogram."""
+        """The report of the whole file, extrapolated, except for errors and histogram."""
         counts = (*_COUNTS, "partly_shown_rows", "unprompted_rows")
         scaled = {name: round(getattr(self.report, name) * self.scale) for name in counts}
         return self.report.model_copy(update=scaled)
@@ -367,7 +369,7 @@ class Sample:
 
 
 def read_sample(uri: str, tokenizer: ChatTokenizer, max_seq_len: int, pairs: bool) -> Sample:
-    """Of the checked `uri`. Raises as `open_lines` does."""
+    """Reads and encodes `uri`, or a sample of it. `uri` has been checked. Raises as `open_lines` does."""
     size, began = data_size(uri), time.monotonic()
     share = 1.0 if size is None else min(1.0, SAMPLE_BYTES / max(size, 1))
     drawn = random.Random(_SEED)  # noqa: S311  -- a sample, no secret
@@ -407,7 +409,7 @@ def read_sample(uri: str, tokenizer: ChatTokenizer, max_seq_len: int, pairs: boo
 
 
 def _previewed(chunk: Chunk, line: int, tokenizer: ChatTokenizer, max_seq_len: int) -> list[PreviewRow]:
-    """The rows of a chunk of one line: none where it is invalid, two for preferences."""
+    """The previews of a chunk of one line: none if it is invalid, two with preferences."""
     tokens, mask = np.frombuffer(chunk.tokens, TOKEN_TYPE), np.frombuffer(chunk.mask, MASK_TYPE)
     rows, end = [], 0
     for number, length in enumerate(chunk.lengths):

@@ -1,10 +1,10 @@
-"""Files that were uploaded to the service: bytes, and a record that says what they are.
+"""Files that were uploaded to the service: the bytes of each, and a record with its name, size and purpose.
 
-They lie in one flat directory, local or on anything that fsspec reaches, as two objects each: `bytes-<ulid>` and, once
-those are complete, `<file id>.json`, which names them. A file is there exactly if its record is. What a crash leaves
-behind are bytes that no record names; `sweep` collects them after a day, and what is left of an upload in parts soon
-after that has expired. A record never changes, so any number of
-processes may work on one directory; where two complete one upload at the same time, the record of the second stays.
+All are in one flat directory, local or in any storage that fsspec can reach. A file is two objects: `bytes-<ulid>` and,
+once the bytes are complete, the record `<file id>.json`, which names the former. A file exists if its record does. A
+crash can only leave bytes that no record names. `sweep` deletes these after a day, and the rest of an upload in parts
+soon after it has expired. Records never change, so any number of processes may work on one directory; if two complete
+the same upload at the same time, the record of the second stays.
 """
 
 import hashlib
@@ -31,21 +31,21 @@ logger = logging.getLogger("tunewright.files")
 
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
 RESULTS_PREFIX = "file-results-"
-"""Of the id of a job's result file, which is derived from the log and lies nowhere."""
+"""Prefix of the id of a job's result file, which is generated from the event log and isn't stored."""
 BLOCK_BYTES = 1 << 20
 LEFT_OVER_S = 24 * 3600
-"""Bytes without a record that are younger than this may belong to an upload that is under way."""
+"""Bytes without a record that are younger than this may belong to an upload in progress."""
 UPLOAD_LIFETIME_S = 3600
-"""Of an upload in parts."""
+"""Lifetime of an upload in parts."""
 PART_LEFT_OVER_S = UPLOAD_LIFETIME_S + 900
-"""Parts of an upload that began longer ago than this are not needed any more, not even by the completing of it that
-began in time."""
+"""Parts of an upload that began longer ago than this aren't needed any more, not even by a request to complete it that
+came in time."""
 _ULID = "[0-9A-HJKMNP-TV-Z]{26}"
 _FILE_ID = re.compile(f"file-{_ULID}")
 
 
 def is_file_id(text: str) -> bool:
-    """Whether it may name an uploaded file."""
+    """Whether `text` has the form of an uploaded file's id."""
     return _FILE_ID.fullmatch(text) is not None
 
 
@@ -61,7 +61,7 @@ class File(BaseModel):
     purpose: str
     expires_at: int | None = None
     content: str
-    """The object that holds its bytes."""
+    """Name of the object with the bytes."""
 
     def expired(self, now: float) -> bool:
         return self.expires_at is not None and self.expires_at <= now
@@ -69,8 +69,8 @@ class File(BaseModel):
 
 @contextmanager
 def _storage() -> Iterator[None]:
-    """Makes an InfrastructureError `files_unreachable` of whatever goes wrong with the storage. Its libraries raise
-    what they like and put signed URLs into it, so nothing of their text is told: the operator's log has its kind, and
+    """Turns every exception into an InfrastructureError `files_unreachable`. Storage libraries may raise anything, and
+    put signed URLs into their messages, so these are not repeated: the operator's log has the exception's type and
     where it was raised."""
     try:
         yield
@@ -89,8 +89,8 @@ def _storage() -> Iterator[None]:
 
 
 class Objects:
-    """A flat directory of objects. Everything blocks, and raises InfrastructureError `files_unreachable` where the
-    storage can't be read or written."""
+    """A flat directory of objects. All methods block, and raise InfrastructureError `files_unreachable` if the storage
+    can't be read or written."""
 
     @_storage()
     def __init__(self, url: str) -> None:
@@ -100,16 +100,16 @@ class Objects:
 
     @_storage()
     def sizes(self) -> dict[str, int]:
-        """Every object's name and bytes."""
+        """The size in bytes of each object, by name."""
         try:
             found = self._fs.ls(self._root, detail=True, refresh=True)
-        except FileNotFoundError:  # an object store has no empty directories
+        except FileNotFoundError:  # object stores have no empty directories
             return {}
         return {info["name"].rpartition("/")[2]: int(info["size"] or 0) for info in found if info["type"] == "file"}
 
     @_storage()
     def get(self, name: str) -> bytes | None:
-        """What a small object holds; None where there is none."""
+        """The content of a small object; None if there is no such object."""
         try:
             content: bytes = self._fs.cat_file(self._path(name))
         except FileNotFoundError:
@@ -118,8 +118,8 @@ class Objects:
 
     @_storage()
     def put(self, name: str, content: bytes) -> None:
-        """Writes a small object, whole or not at all, over what was there. It, and all that was written before it, is
-        there after a power cut."""
+        """Writes or replaces a small object, atomically. This object, and all that was written before it, survives a
+        power cut."""
         draft = f"draft-{ULID()}"
         with self.open_new(draft) as file:
             file.write(content)
@@ -133,7 +133,7 @@ class Objects:
         return self._fs.open(self._path(name), "wb", block_size=8 << 20)
 
     def read(self, name: str, start: int = 0) -> Iterator[bytes]:
-        """In blocks, from byte `start` on."""
+        """The content in blocks, from byte `start` on."""
         with (
             _storage(),
             self._fs.open(self._path(name), "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file,
@@ -148,7 +148,7 @@ class Objects:
             self._fs.rm_file(self._path(name))
 
     def uri(self, name: str) -> str:
-        """What `trainers.data.source` reads it by."""
+        """The URI by which `trainers.data.source` reads the object."""
         path = self._path(name)
         return Path(path).as_uri() if self._local else str(self._fs.unstrip_protocol(path))
 
@@ -157,15 +157,15 @@ class Objects:
 
 
 class NewObject:
-    """Bytes on their way to storage, counted and hashed. `abandon` unless they became part of something. Raises
-    InfrastructureError `files_unreachable`."""
+    """An object that is being written; its bytes are counted and hashed. Call `abandon` if it isn't needed after all.
+    Raises InfrastructureError `files_unreachable`."""
 
     def __init__(self, objects: Objects, name: str) -> None:
         self.name = name
         self.bytes = 0
         self.md5 = hashlib.md5(usedforsecurity=False)
         self.head = bytearray()
-        """The first bytes: what kind of file it is."""
+        """The first bytes (BLOCK_BYTES at most), for a check of the format."""
         self._objects = objects
         self._file = objects.open_new(name)
 
@@ -179,19 +179,19 @@ class NewObject:
 
     @_storage()
     def close(self) -> None:
-        """All of it is on disk, or accepted by the object store, when this returns."""
+        """When this returns, all bytes are on disk, or accepted by the object store."""
         sync(self._file)
         self._file.close()
 
     def abandon(self) -> None:
-        with suppress(Exception):  # whatever is wrong with the storage, there was an error before this one
+        with suppress(Exception):  # an error of the storage would hide the one that led here
             self._file.close()
         with suppress(Exception):
             self._objects.delete(self.name)
 
 
 class FileStore:
-    """The uploaded files under one URL. Everything blocks, and raises InfrastructureError `files_unreachable`."""
+    """The uploaded files under one URL. All methods block, and raise InfrastructureError `files_unreachable`."""
 
     def __init__(self, url: str) -> None:
         self.objects = Objects(url)
@@ -202,8 +202,8 @@ class FileStore:
         return NewObject(self.objects, f"bytes-{ULID()}")
 
     def keep(self, new: NewObject, filename: str, expires_after_s: int | None, file_id: str | None = None) -> File:
-        """Makes a file of bytes that are complete. If there is one of this id, that one it is, and the bytes are
-        abandoned, as they are when the file can't be made."""
+        """Makes a file of bytes that are complete. If there is a file with this id already, returns that one. Then, and
+        if the file can't be made, the bytes are abandoned."""
         if file_id is not None and (kept := self.find(file_id)) is not None:
             new.abandon()
             return kept
@@ -220,14 +220,14 @@ class FileStore:
         try:
             self.objects.put(f"{file.id}.json", file.model_dump_json().encode())
         except InfrastructureError:
-            with suppress(InfrastructureError):  # where nobody can tell whether it is written, they are left to `sweep`
+            with suppress(InfrastructureError):  # if nobody can tell whether the record exists, `sweep` will look
                 if self.find(file.id) is None:
                     new.abandon()
             raise
         return file
 
     def find(self, file_id: str) -> File | None:
-        """One that has expired too; None where there is none."""
+        """The record of a file, also of one that has expired; None if there is none."""
         content = self.objects.get(f"{file_id}.json") if is_file_id(file_id) else None
         if content is None:
             return None
@@ -235,7 +235,7 @@ class FileStore:
         return file
 
     def get(self, file_id: str) -> File:
-        """Raises UserError `file_not_found`, also when it has expired."""
+        """The record of a file. Raises UserError `file_not_found`, also if the file has expired."""
         file = self.find(file_id)
         if file is None or file.expired(time.time()):
             raise UserError(
@@ -247,8 +247,8 @@ class FileStore:
         return file
 
     def locate(self, file_id: str) -> str:
-        """The URI of its bytes, for a job that has it already: a file in use doesn't expire. Raises UserError
-        `file_not_found`."""
+        """The URI of a file's bytes, for a job that was accepted with it: a file in use doesn't expire. Raises
+        UserError `file_not_found`."""
         file = self.find(file_id)
         if file is None:
             raise UserError("file_not_found", f"the file {file_id} was deleted", suggestion="upload it again")
@@ -260,7 +260,7 @@ class FileStore:
         return [file for file in self._all(self.objects.sizes()) if not file.expired(now)]
 
     def used_bytes(self) -> int:
-        """What is stored, whatever it belongs to."""
+        """Total size of everything stored, incomplete uploads included."""
         return sum(self.objects.sizes().values())
 
     def read(self, file: File, start: int = 0) -> Iterator[bytes]:
@@ -273,7 +273,8 @@ class FileStore:
         self._records.pop(file.id, None)
 
     def sweep(self, in_use: Collection[str], every_s: float = 600) -> None:
-        """Deletes files that have expired and are not `in_use`, and left-overs. Does nothing if it did so lately."""
+        """Deletes files that have expired and are not `in_use`, and left-overs. Does nothing if it ran less than
+        `every_s` ago."""
         if time.monotonic() - self._swept < every_s:
             return
         self._swept = time.monotonic()
@@ -286,8 +287,8 @@ class FileStore:
         named = {file.content for file in files}
         left_over = [name for name in sizes if name not in named and _is_left_over(name, now)]
         if any(name.startswith("bytes-") for name in left_over):
-            # Of two processes that complete an upload at the same time, the second writes its record over the first's,
-            # which may be the one that is remembered here.
+            # If two processes complete an upload at the same time, the second one's record replaces the first one's,
+            # which may be the one in `_records`.
             self._records.clear()
             named = {file.content for file in self._all(sizes)}
         for name in left_over:
@@ -301,28 +302,28 @@ class FileStore:
 
 
 def _is_left_over(name: str, now: float) -> bool:
-    """Whether an object that no record names is old enough to be nobody's."""
+    """Whether an object that no record names is old enough to be deleted."""
     made = re.search(_ULID, name) if name.startswith(("bytes-", "draft-", "upload_")) else None
     left_over_s = PART_LEFT_OVER_S if ".part_" in name else LEFT_OVER_S
-    return made is not None and now - ULID.from_str(made[0]).timestamp > left_over_s  # of a part, when its upload began
+    return made is not None and now - ULID.from_str(made[0]).timestamp > left_over_s  # a part has its upload's ULID
 
 
 @cache
 def file_store(url: str) -> FileStore:
-    """This process's store at `url`: it remembers records."""
+    """This process's store for `url`. There is one per URL, as it caches records."""
     return FileStore(url)
 
 
 def check_jsonl(head: bytes) -> None:
-    """Whether a file that begins with `head` can be JSONL: its first line is a JSON object. Raises UserError
-    (`file_empty`, `not_jsonl`). Every other line is looked at by the job that uses it."""
+    """Raises UserError (`file_empty`, `not_jsonl`) unless the first line of a file that begins with `head` is a JSON
+    object. The other lines are checked by the job that uses the file."""
     for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         if not line.strip():
             continue
         if len(head) >= BLOCK_BYTES and b"\n" not in head:
-            return  # a line that long is refused by the job, with its number
+            return  # a line that long will be refused by the job, with its number
         try:
-            row = json.loads(line.decode())  # of bytes it would take UTF-16, too
+            row = json.loads(line.decode())  # without decode(), UTF-16 would be accepted, too
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
@@ -336,7 +337,7 @@ def check_jsonl(head: bytes) -> None:
 
 
 def sync(file: Any) -> None:  # noqa: ANN401  -- fsspec has no types
-    """Local files are on disk when this returns; an object store promises that by itself when one is closed."""
+    """Flushes a local file to disk. An object store guarantees that by itself when an object is closed."""
     file.flush()
     try:
         descriptor = file.fileno()

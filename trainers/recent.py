@@ -1,4 +1,4 @@
-"""What another actor says, kept for a moment, so that requests need not wait for it."""
+"""Caches an actor's answer for a short time, so that requests need not wait for it."""
 
 import asyncio
 import time
@@ -12,16 +12,17 @@ from events.log import LogUnavailable
 T = TypeVar("T")
 
 FIRST_ANSWER_S = 10.0
-"""A dispatcher that is starting, or starting again, answers within seconds."""
+"""Time-out for the first answer: a dispatcher that starts or restarts answers within seconds."""
 NEXT_ANSWER_S = 0.5
-"""Once there is an answer to fall back on, nobody waits longer than this."""
+"""Time-out for later answers, when there is an earlier one to fall back on."""
 
 
 class Recent(Generic[T]):
-    """The last answer of `ask`: one question serves many requests.
+    """The last answer of `ask`: one call serves many requests.
 
-    An answer older than `fresh_s` is still given at once, while the next one is asked for; one older than `stale_s` is
-    not, unless the other side can't be reached: then the last answer stands. Without one, LogUnavailable is raised.
+    If the answer is older than `fresh_s`, `get` still returns it at once, but calls `ask` again in the background. If
+    it is older than `stale_s`, `get` waits for the new one. If `ask` fails, the last answer stays; if there is none,
+    LogUnavailable is raised.
     """
 
     def __init__(self, ask: Callable[[], Awaitable[T]], fresh_s: float, stale_s: float) -> None:

@@ -1,7 +1,7 @@
-"""A new job from a checkpoint of an old one: the old config with changes, and the checkpoint as its model.
+"""Makes a new job from a checkpoint of an old one: the old config with changes, and the checkpoint as its model.
 
-The new job starts from the checkpoint's weights and from nothing else of the old run: optimizer, schedule and data
-begin anew. Of an adapter's checkpoint the merged model is taken, so any method may go on from any other.
+The new job takes only the weights of the checkpoint: optimizer, schedule and data start from the beginning. With
+adapters it takes the merged model, so any method may follow any other.
 """
 
 import re
@@ -21,7 +21,8 @@ _STEP = re.compile(r"step-0*(\d+)(?:-attempt-\d+)?/?$")
 
 
 class Resubmission(NamedTuple):
-    """`document` is a request like any other, to be examined like one. `origin` is None where `problems` say why."""
+    """`document` is the new request, not yet examined. `origin` is None if there is no such checkpoint; `problems` then
+    say so."""
 
     document: dict[str, Any]
     origin: Origin | None
@@ -29,10 +30,11 @@ class Resubmission(NamedTuple):
 
 
 def resubmission(job: FineTuningJob, checkpoint: str | int | None, changes: Mapping[str, Any]) -> Resubmission:
-    """`checkpoint` is a URI of `job.checkpoints` or the number of the step it was written after; None: the last one.
+    """The request for a new job from a checkpoint of `job`. `checkpoint` is one of the URIs in `job.checkpoints`, or
+    the step that it was written after; None: the last one.
 
-    `changes` are laid over the job's config as RFC 7396 says: objects are merged, null removes a field. An object whose
-    `finetuning_type` or `log_type` becomes another is replaced, for its other fields belong to the old kind.
+    `changes` are merged into the job's config as in RFC 7396: objects are merged, null removes a field. But an object
+    whose `finetuning_type` or `log_type` changes is replaced, as its other fields belong to the old kind.
     """
     problems = []
     if "model" in changes:
@@ -50,15 +52,15 @@ def resubmission(job: FineTuningJob, checkpoint: str | int | None, changes: Mapp
 
 
 def origin_of(job: FineTuningJob, checkpoint: str) -> Origin:
-    """What a new job that begins with a checkpoint of this one records."""
+    """The origin that a new job from this checkpoint of `job` records."""
     return Origin(job_id=job.job_id, checkpoint=checkpoint, base_model=job.base_model)
 
 
 def is_repeated(
     made: FineTuningJob, job: FineTuningJob, checkpoint: str | int | None, changes: Mapping[str, Any]
 ) -> bool:
-    """Whether the job `made` came of this resubmission. Its checkpoint may have been deleted since, and where none was
-    named there may be a later one."""
+    """Whether the same resubmission of `job` made the job `made` before. Its checkpoint may have been deleted since,
+    and if none was named, there may be a later one by now."""
     origin = made.resubmitted_from
     if origin is None or origin.job_id != job.job_id or "model" in changes:
         return False
@@ -68,14 +70,14 @@ def is_repeated(
 
 
 def problem_of_resubmission(problem: Problem) -> Problem:
-    """A problem of `Resubmission.document`, by the field of the request that is to be mended."""
+    """Renames the field of a problem of `Resubmission.document` to that of the resubmit request."""
     if problem.param is None:
         return problem
     return problem._replace(param="checkpoint" if problem.param == "model" else f"config.{problem.param}")
 
 
 def _chosen(job: FineTuningJob, wanted: str | int | None) -> str | Problem:
-    """The URI of the checkpoint."""
+    """The URI of the checkpoint, or why there is none."""
     if not job.checkpoints:
         return Problem("checkpoint", f"job {job.job_id} has no checkpoint", "no_checkpoint")
     if wanted is None:
@@ -94,13 +96,13 @@ def _chosen(job: FineTuningJob, wanted: str | int | None) -> str | Problem:
 
 
 def step_of(uri: str) -> int | None:
-    """The step that a checkpoint was written after."""
+    """The step that the checkpoint was written after; None if the URI doesn't tell."""
     match = _STEP.search(uri)
     return None if match is None else int(match[1])
 
 
 def model_dir_of(uri: str) -> Path:
-    """A checkpoint's model; of an adapter's, the merged one. It may be gone."""
+    """Directory of a checkpoint's model; with adapters, of the merged one. It may not exist any more."""
     path = Path(unquote(urlsplit(uri).path))
     merged = path / "merged"
     return merged if merged.is_dir() else path
@@ -124,5 +126,5 @@ def _another_kind(before: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
 
 
 def _kind(tag: object) -> str:
-    """Of both spellings: `lora` and `LoraFineTuneOptions`."""
+    """One name for both spellings of a tag, such as `lora` and `LoraFineTuneOptions`."""
     return str(tag).lower().removesuffix("finetuneoptions").removesuffix("logger")

@@ -1,4 +1,4 @@
-"""Waiting out a restart of the event log or the log queue."""
+"""Retries calls while the event log or the log queue restarts."""
 
 import time
 from collections.abc import Callable, Coroutine
@@ -15,8 +15,8 @@ LONGEST_PAUSE_S = 5.0
 
 
 def retrying(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """The result of the coroutine that `call` makes, awaited from this thread; again while the log can't be reached,
-    for up to `GIVE_UP_AFTER_S`; then its LogUnavailable is raised.
+    """The result of the coroutine that `call` makes; this thread blocks. Repeats the call while it raises
+    LogUnavailable, for up to `GIVE_UP_AFTER_S`; then raises that.
 
     The actors restart within seconds. `call` must be safe to repeat: appends carry event ids or sequence numbers.
     """

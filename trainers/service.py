@@ -1,4 +1,4 @@
-"""The parts behind the door, as the API and the command line see them: event log, log lines, dispatcher, webhooks."""
+"""What the API and the command line use of the cluster: event log, log lines, dispatcher, webhooks, estimates."""
 
 from events.actors import connect
 from events.facts import Resources
@@ -15,7 +15,7 @@ from trainers.webhooks.client import WebhooksClient
 
 
 class Service:
-    """Handles to the actors of one cluster; each survives the actor's restart."""
+    """Handles to the actors of one cluster. They stay valid when an actor restarts."""
 
     def __init__(self, settings: Settings, deployed_at: float | None = None) -> None:
         handles = connect(settings.storage)
@@ -29,13 +29,14 @@ class Service:
         self._estimator = Estimator(settings)
 
     async def whys(self) -> dict[str, str]:
-        """For each job that waits, why."""
+        """Why each waiting job waits, by job id."""
         return await self._whys.get()
 
     async def resources(self, plan: Plan, architecture: Architecture | None) -> Resources:
-        """What the plan's workers will hold on this cluster. `architecture`: None where the model isn't here yet.
+        """The resources that the plan's workers will reserve on this cluster. `architecture`: None if not known yet.
 
-        Raises ConfigProblems when neither the cluster nor its autoscaler could ever provide that.
+        Raises ConfigProblems if neither the cluster nor its autoscaler could ever provide them, or if the weights and
+        the optimizer alone don't fit the memory of a worker on CPUs.
         """
         capacity = await self._capacity.get()
         use_gpu = capacity.has_gpus if self.settings.use_gpu is None else self.settings.use_gpu
@@ -49,7 +50,7 @@ class Service:
         return resources
 
     async def estimate(self, plan: Plan, resources: Resources) -> Found:
-        """What a job of the plan would take. Raises ConfigProblems and JobProblem."""
+        """An estimate of the plan. Raises ConfigProblems and JobProblem."""
         capacity = await self._capacity.get()
         asked = Asked(
             plan=plan,
@@ -61,8 +62,8 @@ class Service:
 
 
 def start(settings: Settings, deployed_at: float | None = None) -> Service:
-    """Connect to the service's actors on this Ray cluster, starting what isn't there. `deployed_at`: for a part of a
-    deploy, which brings its own dispatcher, see trainers.dispatching.dispatcher_actor.
+    """Connect to the service's actors on this Ray cluster; start those that aren't there. `deployed_at`: given by parts
+    of a deploy, which brings its own dispatcher; see trainers.dispatching.dispatcher_actor.
 
     Raises StorageMismatchError, LogUnavailable or TimeoutError.
     """

@@ -1,6 +1,6 @@
-"""Every setting of the service, from the environment: `TUNEWRIGHT_<NAME>`. README.md shows this table.
+"""The settings of the service, from environment variables `TUNEWRIGHT_<NAME>`. README.md has them as a table.
 
-Lists are separated by ':' as in PATH. An empty variable is as good as none. Secrets (WANDB_API_KEY, HF_TOKEN, cloud
+Lists are separated by ':' as in PATH. An empty variable counts as unset. Secrets (WANDB_API_KEY, HF_TOKEN, cloud
 credentials) are not settings: libraries read them from the environment of the processes that need them, and they never
 pass through the API.
 """
@@ -17,10 +17,10 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ERROR_FILE = "error.txt"
-"""In a failed job's directory: the traceback, or whatever else is known of what went wrong."""
+"""Name of the file in a failed job's directory with the traceback, or other details of the failure."""
 
 SHORTEST_IDLE_S = 15
-"""Serve measures how much a replica has to do every 10 s."""
+"""Shortest `chat_idle_s`: Serve measures the load of a replica every 10 s."""
 
 Paths = Annotated[tuple[Path, ...], NoDecode]
 Names = Annotated[tuple[str, ...], NoDecode]
@@ -152,45 +152,45 @@ class Settings(BaseSettings):
 
     @property
     def allowed_data_roots(self) -> tuple[Path, ...]:
-        """Every directory that a local data file may lie in."""
+        """Every directory that local data files may be in."""
         return (self.storage / "data", *self.data_roots)
 
     @property
     def allowed_model_roots(self) -> tuple[Path, ...]:
-        """Every directory that a local model, or a checkpoint to go on from, may lie in."""
+        """Every directory that local models may be in, those of checkpoints included."""
         return (self.model_cache, self.storage / "jobs", *self.model_roots)
 
     @property
     def model_cache(self) -> Path:
-        """Where downloaded and converted models are kept."""
+        """Directory of downloaded and converted models."""
         return self.storage / "models"
 
     @property
     def data_cache(self) -> Path:
-        """Where tokenised data is kept for later jobs."""
+        """Directory of tokenised data that is kept for later jobs."""
         return self.storage / "tokenised"
 
     @property
     def files_url(self) -> str:
-        """Where uploaded files are kept."""
+        """Path or URL of the uploaded files."""
         return self.files or str(self.storage / "files")
 
     @property
     def allowed_webhook_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
-        """Where webhooks may be sent to besides the public internet."""
+        """Networks that webhooks may be sent to, besides the public internet."""
         return tuple(ip_network(network.strip()) for network in filter(None, self.webhook_networks.split(",")))
 
     @property
     def webhooks(self) -> Path:
-        """The database file of webhook endpoints and deliveries. It holds secrets."""
+        """The database file of webhook endpoints and deliveries. It contains secrets."""
         return self.storage / "webhooks.db"
 
     def job_dir(self, job_id: str) -> Path:
-        """Everything of one job: data, checkpoints, log lines, metrics."""
+        """Directory of one job: data, checkpoints, log lines, metrics."""
         return self.storage / "jobs" / job_id
 
     def as_env(self) -> dict[str, str]:
-        """The environment that makes another process read these same settings."""
+        """Environment variables that give another process the same settings."""
         values: dict[str, str] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -200,8 +200,8 @@ class Settings(BaseSettings):
 
 
 def misspelled(environment: Iterable[str]) -> list[str]:
-    """A line for each variable of `environment` that is no setting, and looks like one. (Others that begin alike may be
-    there: Kubernetes makes some in the name of a service.)"""
+    """A warning for each variable in `environment` that looks like a misspelled setting. (Not for all that begin with
+    TUNEWRIGHT_: Kubernetes sets some with the name of a service.)"""
     known = [name.upper() for name in Settings.model_fields]
     lines = []
     for variable in sorted(environment):
@@ -212,12 +212,12 @@ def misspelled(environment: Iterable[str]) -> list[str]:
 
 
 class InvalidSettingsError(Exception):
-    """The environment holds settings that can't be. Says which and why, and not what they are."""
+    """The environment has invalid settings. The message says which and why, but doesn't repeat their values."""
 
 
 @cache
 def settings() -> Settings:
-    """This process's settings, read once. Raises InvalidSettingsError."""
+    """The settings of this process, read once. Raises InvalidSettingsError."""
     try:
         return Settings()
     except ValidationError as error:

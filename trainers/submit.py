@@ -1,4 +1,4 @@
-"""Submit one job from the command line and follow it to its end."""
+"""Submits one job from the command line and follows it to its end."""
 
 import asyncio
 import shutil
@@ -26,20 +26,21 @@ BATCH_LINES = 1000
 WAIT_S = 5.0
 RETRY_S = 1.0
 TWICE_S = 0.5
-"""A signal that comes again within this is the same one: GNU timeout, for one, sends its own twice."""
+"""A second signal within this time is ignored: GNU timeout, for example, sends each signal twice."""
 LOCAL_FILES = ("data", "validation_data")
 
 
 class Unrecorded(Exception):
-    """The log couldn't be reached, and this process is to end: what it has of the job is not known."""
+    """The log couldn't be reached before this process has to end: whether it has the job is unknown."""
 
 
 def submit_and_follow(path: Path, settings: Settings) -> int:
-    """Print the job's log to stdout and what concerns the job itself to stderr. This process has joined the cluster.
+    """Submit the job in the file `path`. Prints its log to stdout, and messages about the job to stderr. This process
+    must have joined the cluster.
 
-    Returns 0 when the job succeeded, 1 when it failed, 2 when there is no job (it was refused, or the service can't be
-    reached), 130 when it was cancelled, or was to be and the log can't be reached: then it may be there and go on. A
-    second signal ends this process at once.
+    Returns 0 if the job succeeded, 1 if it failed, 2 if there is no job (it was refused, or the service can't be
+    reached), 130 if it was cancelled. Also 130 if it was to be cancelled but the log can't be reached: then the job may
+    exist and go on. A second signal ends this process at once.
     """
     document = read_config(path)
     if document is None:
@@ -56,7 +57,7 @@ def submit_and_follow(path: Path, settings: Settings) -> int:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """The request in a file, read as the API reads one; None, and a word about it on stderr, where there is none."""
+    """The request in a file, parsed as in the API. If it can't be read, prints why to stderr and returns None."""
     try:
         return parse_object(path.read_bytes())
     except (OSError, ConfigProblems) as error:
@@ -82,18 +83,18 @@ async def _submit_and_follow(path: Path, job_id: str, document: dict[str, Any], 
 async def submit(
     service: Service, job_id: str, document: dict[str, Any], settings: Settings, cancelled: asyncio.Event
 ) -> bool:
-    """Begin the job, as often as it takes to reach the log. False: `cancelled` was set before there was anything to
-    cancel.
+    """Record the job's submission; tries again until the log can be reached. Returns False if `cancelled` was set
+    before there was anything to cancel.
 
-    Raises ConfigProblems, Refused, InfrastructureError, LogUnavailable or OSError: then, as after False, none of its
-    files is kept. Raises Unrecorded when it may have begun.
+    Raises ConfigProblems, Refused, InfrastructureError, LogUnavailable or OSError; then, and if it returns False, none
+    of the job's files are kept. Raises Unrecorded if the log may have the job.
     """
     files = settings.storage / "data" / job_id
     try:
         document = await asyncio.to_thread(_with_files_kept, document, files)
         submitted = await _examined(service, job_id, document, settings)
         if not cancelled.is_set():
-            _say(f"submitting {job_id}")  # from here on it may be in the log, whatever becomes of this process
+            _say(f"submitting {job_id}")  # from here on the log may have it, even if this process dies
             event_id = new_event_id()
             await _repeated(lambda: service.log.submit(job_id, submitted, event_id, settings.max_live_jobs), cancelled)
             return True
@@ -120,19 +121,19 @@ async def _examined(service: Service, job_id: str, document: dict[str, Any], set
 
 
 def _with_files_kept(document: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """The request with its relative local files copied to `directory`, which is one of the data roots."""
+    """The request, with its local files that have relative paths copied to `directory`, which is under a data root."""
     kept = dict(document)
     for field in LOCAL_FILES:
         source = document.get(field)
         if not isinstance(source, str) or "://" in source or Path(source).is_absolute() or not Path(source).is_file():
-            continue  # what is wrong with it, if anything, is said by the check that every request goes through
+            continue  # if something is wrong with it, `examine` says so
         directory.mkdir(parents=True, exist_ok=True)
         kept[field] = shutil.copyfile(source, directory / f"{field}.jsonl").as_posix()
     return kept
 
 
 def _cancelled_by_signals(job_id: str) -> asyncio.Event:
-    """Set by the first SIGINT or SIGTERM. The next one ends this process, whatever it does then."""
+    """An event that the first SIGINT or SIGTERM sets. The next signal ends this process, whatever it is doing."""
     cancelled = asyncio.Event()
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -145,7 +146,7 @@ def _cancelled_by_signals(job_id: str) -> asyncio.Event:
 
     def let_them_end_it() -> None:
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)  # not the loop's own way, which would wait for threads
+            signal.signal(number, signal.SIG_DFL)  # KeyboardInterrupt would wait for threads
 
     for number in numbers:
         loop.add_signal_handler(number, on_signal)
@@ -153,7 +154,7 @@ def _cancelled_by_signals(job_id: str) -> asyncio.Event:
 
 
 async def _followed(service: Service, job_id: str, cancelled: asyncio.Event) -> FineTuningJob:
-    """The job once it is over; it is cancelled when `cancelled` is set. Raises Unrecorded."""
+    """Waits until the job is over and returns it; cancels it once `cancelled` is set. Raises Unrecorded."""
     following = asyncio.create_task(follow(service, job_id))
     cancelling = asyncio.create_task(_cancel_once(service, job_id, cancelled))
     try:
@@ -172,7 +173,7 @@ async def _cancel_once(service: Service, job_id: str, cancelled: asyncio.Event) 
 
 
 async def cancel(service: Service, job_id: str, cancelled: asyncio.Event) -> None:
-    """Ask for the job's end. A job that is over stays as it is. Raises Unrecorded."""
+    """Request the job's cancellation, if it isn't over. Raises Unrecorded."""
     with suppress(Refused):
         await _repeated(lambda: service.log.append(job_id, [CancelRequested()], [f"{job_id}:cancel"]), cancelled)
 
@@ -180,8 +181,8 @@ async def cancel(service: Service, job_id: str, cancelled: asyncio.Event) -> Non
 async def _repeated(
     append: Callable[[], Coroutine[Any, Any, FineTuningJob]], cancelled: asyncio.Event
 ) -> FineTuningJob:
-    """The job that `append` returns, asked again for as long as the log can't be reached; but only once more when
-    `cancelled` is set by then. It carries its event ids. Raises Unrecorded."""
+    """The job that `append` returns. Repeats the call while the log can't be reached, but only once more after
+    `cancelled` is set; repeating is safe, as appends carry event ids. Raises Unrecorded."""
     told = last = False
     while True:
         try:
@@ -197,8 +198,8 @@ async def _repeated(
 
 
 async def follow(service: Service, job_id: str) -> FineTuningJob:
-    """Print the job's lines until it is over, across restarts of the log. A job's lines are complete before the event
-    that ends it."""
+    """Print the job's lines until it is over, also across restarts of the log. A job's last lines are in the log queue
+    before the event that ends the job is in the log."""
     offset = 0
     over = False
     while True:
