@@ -88,7 +88,7 @@ COMPONENTS: Mapping[str, Component] = MappingProxyType(
         DPO_LOSS: Component("loss", {"beta": number(0, above=True), "label_smoothing": number(0, 0.5)}),
         "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer": Component(
             "quantizer",
-            {"groupsize": integer(1, 65_536)},
+            {"groupsize": integer(2, 65_536)},  # torchao can't round groups of one weight
             {
                 "padding_allowed": "a layer that groupsize doesn't divide is refused, not padded",
                 "precision": _DTYPE,

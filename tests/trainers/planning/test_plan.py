@@ -239,7 +239,7 @@ def test_a_quantizer_on_the_command_line_keeps_what_extras_do_not_set() -> None:
         ({"quantizer": {"_component_": QAT}}, "lora", "quantizer._component_", "full fine-tuning only"),
         ({"quantizer": {"groupsize": 32}}, "full", "quantizer.groupsize", "needs quantizer._component_"),
         ({"quantizer": {"_component_": QAT, "precision": "x"}}, "full", "quantizer.precision", "dtype"),
-        ({"quantizer": {"_component_": QAT, "groupsize": 0}}, "full", "quantizer.groupsize", "from 1 to 65536"),
+        ({"quantizer": {"_component_": QAT, "groupsize": 1}}, "full", "quantizer.groupsize", "from 2 to 65536"),
         ({"quantizer": {"_component_": "torch.optim.SGD"}}, "full", "quantizer._component_", "not on the list"),
         ({"quantize_base": True, "fsdp_cpu_offload": True}, "lora", "fsdp_cpu_offload", "isn't sharded"),
         ({"quantize_base": True}, "full", "quantize_base", "only LoRA"),
