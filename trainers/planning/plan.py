@@ -239,7 +239,7 @@ def needing_less(plan: Plan) -> list[str]:
         advice.append("train with LoRA")
     elif plan.method == "lora":
         advice.append("set quantize_base")
-    if plan.method != "qlora":
+    if plan.method != "qlora" and shardable(plan.optimizer.component):
         advice.append("use more workers")
     return advice
 

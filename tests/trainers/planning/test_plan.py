@@ -9,7 +9,7 @@ from events.config import Config
 from events.facts import Defaults
 from trainers.errors import ConfigProblems, Problem
 from trainers.planning.components import DPO_LOSS
-from trainers.planning.plan import ComponentSpec, LoraSpec, Plan, make_plan
+from trainers.planning.plan import ComponentSpec, LoraSpec, Plan, make_plan, needing_less
 
 
 def config(options: dict[str, Any] | None = None, **fields: Any) -> Config:
@@ -372,3 +372,9 @@ def test_bitsandbytes_which_synchronises_at_each_update_has_one_a_step() -> None
     plan = make_plan(config({"custom_training_options": {"finetuning_type": "full"}}))
     paged = ComponentSpec(component="bitsandbytes.optim.PagedAdamW8bit")
     assert not plan.model_copy(update={"optimizer": paged}).updates_in_backward
+
+
+@pytest.mark.parametrize(("optimizer", "expected"), [("torch.optim.Adam", True), ("torchao.optim.AdamW8bit", False)])
+def test_more_workers_are_advised_only_where_they_are_allowed(optimizer: str, expected: bool) -> None:
+    full = {"custom_training_options": {"finetuning_type": "full"}, "extras": {"optimizer": optimizer}}
+    assert ("use more workers" in needing_less(make_plan(config(full)))) is expected
