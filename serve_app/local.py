@@ -35,6 +35,7 @@ from rich.markup import escape
 
 from events.sqlite import LOG_FILE, lock
 from events.store import StoreLockedError
+from serve_app.scratch import PREFIX, delete_abandoned, lock_directory
 from trainers.settings import InvalidSettingsError, misspelled, settings
 
 HERE = Path(__file__).parent
@@ -82,7 +83,8 @@ class LocalService:
         self._client_port = next(ports)  # Ray Client can't be switched off; its default port is one per machine
         self._num_cpus = num_cpus
         # Unix socket paths end at 107 bytes and Ray's are long: a short parent, not TMPDIR.
-        self._dir = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))
+        self._dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
+        self._lock = lock_directory(self._dir)
         self.env = self._environment(ports, dict(env or {}))
         self._head: subprocess.Popen[bytes] | None = None
 
@@ -106,6 +108,7 @@ class LocalService:
         try:
             _take_storage(self.storage)
             _require_free(self._http_port, self._dashboard_port)
+            delete_abandoned(self._dir.parent)
             self._start_head()
             self._deploy()
         except BaseException:
@@ -138,6 +141,7 @@ class LocalService:
             self._head.wait()
             self._head = None
         shutil.rmtree(self._dir, ignore_errors=True)
+        self._lock.close()
 
     def wait(self) -> None:
         """Blocks while the service runs. Raises ServiceError when its Ray head ends by itself."""
@@ -231,7 +235,13 @@ class LocalService:
         command += [f"--{name}={value}" for name, value in options.items()]
         with self._head_log.open("wb") as log:
             self._head = subprocess.Popen(
-                command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=[self._lock.fileno()],
             )
         self._wait("Ray's dashboard", lambda: self._dashboard("GET", "/api/serve/applications/").is_success)
 
