@@ -1,1 +1,1 @@
-"""Which jobs run, and when: the one process that compares the event log with the cluster, and what it decides by."""
+"""Decides which jobs run, and when: the dispatcher, which compares the event log with the cluster, and its rules."""

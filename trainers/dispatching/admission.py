@@ -1,9 +1,9 @@
-"""Who may start now, and why the others wait. A policy: it decides and touches nothing.
+"""The admission policy: which jobs may start now, and why the others wait. Pure functions of what they are given.
 
-Jobs are admitted strictly in the order they were submitted. A job that fits the free resources starts; the head of the
-line is admitted also where it doesn't, so that its placement group, pending inside Ray, makes an autoscaler add nodes.
-Nobody behind one that doesn't fit is admitted: a small job never delays a big one that came first. What a job will take
-whose runner is being replaced is set aside for it.
+Jobs are admitted strictly in the order of their submission. A job that fits into the free resources is admitted. The
+first job in line is admitted even if it does not fit: its placement group, pending in Ray, makes an autoscaler add
+nodes. No job behind one that doesn't fit is admitted, so a small job never delays a big one that came first. The
+resources of a job whose runner is being replaced are set aside for it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,8 @@ from events.facts import Resources
 
 @dataclass(frozen=True)
 class Node:
-    """What one node has (or has free). Quantities are Ray's logical resources; `memory` in bytes, 0: not known."""
+    """The resources of one node, in total or free. Quantities are Ray's logical resources; `memory` is in bytes (0:
+    unknown)."""
 
     cpus: float
     gpus: float
@@ -23,7 +24,7 @@ class Node:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """A kind of node an autoscaler may add, up to `max_count` of them."""
+    """A node type of which an autoscaler may add up to `max_count` nodes."""
 
     node: Node
     max_count: int
@@ -44,14 +45,14 @@ class Capacity:
         )
 
     def largest(self) -> tuple[Node, ...]:
-        """Every node there could ever be. A group counts as many nodes as one job could use."""
+        """Every node there could ever be. Of a group, at most 1,024 are listed: no job can use more."""
         return self.nodes + tuple(group.node for group in self.groups for _ in range(min(group.max_count, 1024)))
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A validated job that has not started. `admitted` jobs may ask Ray for resources; `placed` ones hold them. One
-    that isn't `ready` has no runner at the moment: it can't be admitted, but it keeps its place in the line."""
+    """A validated job that has not started. An `admitted` job may ask Ray for resources; a `placed` one holds them. A
+    job that isn't `ready` has no runner at the moment: it can't be admitted, but it keeps its place in the line."""
 
     job_id: str
     resources: Resources
@@ -62,17 +63,17 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Decision:
-    """Jobs to admit now, in order, and for each job that is ready and waits, why."""
+    """The jobs to admit now, in order, and for each job that is ready and waits, the reason."""
 
     admit: tuple[str, ...]
     whys: dict[str, str]
 
 
 def place(resources: Resources, nodes: Sequence[Node]) -> tuple[Node, ...] | None:
-    """What is left of `nodes` once the job's workers are on them; None if they don't fit.
+    """The resources that remain on `nodes` once the job's workers are placed; None if they don't fit.
 
-    A job takes its workers in equal shares on exactly `resources.nodes` nodes, as torchrun's --nnodes means it. The
-    fullest nodes that still fit are taken first, which keeps room for bigger jobs.
+    A job's workers are spread in equal shares over exactly `resources.nodes` nodes, as torchrun's --nnodes means it.
+    Of the nodes that fit, those with the least free are taken first, which keeps room for bigger jobs.
     """
     share = -(-resources.workers // resources.nodes)
     cpus, gpus = share * resources.cpus_per_worker, share * resources.gpus_per_worker
@@ -87,7 +88,7 @@ def place(resources: Resources, nodes: Sequence[Node]) -> tuple[Node, ...] | Non
 
 
 def infeasible(resources: Resources, capacity: Capacity) -> str | None:
-    """Why no state of this cluster could ever hold the job; None when one could."""
+    """Why this cluster could never hold the job, even when empty and fully scaled up; None if it could."""
     if place(resources, capacity.largest()) is not None:
         return None
     biggest = max(capacity.largest(), key=lambda node: (node.gpus, node.cpus), default=Node(0, 0))
@@ -99,7 +100,7 @@ def infeasible(resources: Resources, capacity: Capacity) -> str | None:
 
 
 def worker_memory(resources: Resources, capacity: Capacity) -> int | None:
-    """Bytes that each worker of a job on CPUs may take on the roomiest node that could hold it; None: nobody knows."""
+    """Bytes that each worker of a CPU job may use on the node with most memory that could hold it; None if unknown."""
     share = -(-resources.workers // resources.nodes)
     nodes = [node for node in capacity.largest() if node.cpus >= share * resources.cpus_per_worker]
     if resources.gpus_per_worker or not nodes or not all(node.memory for node in nodes):
@@ -108,8 +109,9 @@ def worker_memory(resources: Resources, capacity: Capacity) -> int | None:
 
 
 def memory_share(resources: Resources, capacity: Capacity) -> int | None:
-    """Bytes that each worker of a job on CPUs can count on while other jobs fill its node up: as large a part of the
-    memory as of the CPUs, of the node that could hold it and has least for each. None: nobody knows."""
+    """Bytes that each worker of a CPU job can count on while other jobs fill its node: the worker's share of the node's
+    memory equals its share of the CPUs. Of the nodes that could hold the job, the one with least memory per CPU counts.
+    None if unknown."""
     share = -(-resources.workers // resources.nodes)
     nodes = [node for node in capacity.largest() if node.cpus >= share * resources.cpus_per_worker]
     if resources.gpus_per_worker or not nodes:
@@ -118,7 +120,7 @@ def memory_share(resources: Resources, capacity: Capacity) -> int | None:
 
 
 def decide(waiting: Iterable[Waiting], free: Sequence[Node]) -> Decision:
-    """Which of the `waiting` jobs (in the order they were submitted) to admit, given what is free now."""
+    """Which of the `waiting` jobs (in the order of their submission) to admit, given the `free` resources."""
     left = tuple(free)
     admit: list[str] = []
     whys: dict[str, str] = {}
@@ -136,14 +138,14 @@ def decide(waiting: Iterable[Waiting], free: Sequence[Node]) -> Decision:
                 admit.append(job.job_id)
             free_for_it = "its resources are free and are being reserved"
             whys[job.job_id] = free_for_it if rest is not None else _why(job.resources, left, ahead)
-        # Behind a job that has no placement group yet, nobody may have one pending: Ray might serve that one first.
+        # Only the first job without a placement group may have one pending: Ray might serve a later one first.
         head = False
         ahead += blocked or not job.ready
     return Decision(tuple(admit), whys)
 
 
 def describe(resources: Resources) -> str:
-    """`2 workers of 1 GPU and 4 CPUs on one node`, for people."""
+    """The resources in words: `2 workers of 1 GPU and 4 CPUs on 1 node`."""
     per_worker = _amount(resources.cpus_per_worker, "CPU")
     if resources.gpus_per_worker:
         per_worker = f"{_amount(resources.gpus_per_worker, 'GPU')} and {per_worker}"

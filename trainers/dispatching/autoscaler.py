@@ -1,8 +1,8 @@
-"""What the cluster's autoscaler may add: the node types of the file it was started with.
+"""Reads which nodes the cluster's autoscaler may add, from the cluster config that it was started with.
 
-Ray has a place for that in its control plane, which its own autoscaler leaves empty (Ray 2.60, both versions of it). It
-runs beside the dispatcher, on the head, and is told the file on its command line; Ray's launcher puts it into
-~/ray_bootstrap_config.yaml. An autoscaler that runs elsewhere (KubeRay's) isn't found.
+Ray's control plane has a field for that, but neither version of Ray's autoscaler fills it (Ray 2.60). The autoscaler
+runs on the head node, as the dispatcher does, and has the config's path on its command line (Ray's launcher writes
+~/ray_bootstrap_config.yaml). An autoscaler that runs elsewhere (KubeRay's) isn't found.
 """
 
 import logging
@@ -22,24 +22,25 @@ logger = logging.getLogger("tunewright.autoscaler")
 
 
 SEEK_S = 60.0
-"""Between two looks at all processes of this machine for an autoscaler that isn't there, or not yet."""
+"""Seconds between two searches of this machine's processes for an autoscaler, until one is found."""
 
 
 class Autoscaler:
-    """That of the cluster whose control plane listens on `gcs_address`, "host:port", of this machine. All methods
-    block on files."""
+    """The autoscaler of the cluster whose control plane (GCS) listens on this machine at `gcs_address`, "host:port".
+    All methods block on files."""
 
     def __init__(self, gcs_address: str) -> None:
         self._port = gcs_address.rpartition(":")[2]
         self._found: Path | None = None
         self._sought = float("-inf")
         self._groups: tuple[NodeGroup, ...] = ()
-        self._read_at = 0.0  # the file's time of change
+        self._read_at = 0.0  # the file's modification time
         self._complaint = ""
 
     def groups(self) -> tuple[NodeGroup, ...]:
-        """As the file says now: the autoscaler follows its changes as well. None without a file. While it can't be read
-        or makes no sense (it may be half written), as it said before; that is logged once."""
+        """The node types in the config as it is now: the autoscaler follows changes of the file, too. Empty without an
+        autoscaler. While the file can't be read or is invalid (it may be half written), its last valid content counts,
+        and a warning is logged once."""
         file = self._file()
         if file is None:
             return ()
@@ -49,7 +50,7 @@ class Autoscaler:
                 self._groups = node_groups(yaml.safe_load(file.read_text(encoding="utf-8")))
                 self._read_at = changed
             self._complaint = ""
-        except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError: no UTF-8, or not as _ClusterConfig
+        except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError: not UTF-8, or not a _ClusterConfig
             if str(error) != self._complaint:
                 self._complaint = str(error)
                 logger.warning("%s can't be read, so what the autoscaler may add is assumed unchanged: %s", file, error)
@@ -78,7 +79,7 @@ class _NodeType(BaseModel):
 
 
 class _ClusterConfig(BaseModel):
-    """What is read of Ray's cluster config. What is null is not set."""
+    """The part of Ray's cluster config that is read here. Null counts as not set."""
 
     max_workers: int | None = None
     head_node_type: str | None = None
@@ -86,8 +87,8 @@ class _ClusterConfig(BaseModel):
 
 
 def node_groups(config: object) -> tuple[NodeGroup, ...]:
-    """Of a cluster's config, as Ray's launcher takes it: there is one head, unless it says otherwise. Raises ValueError
-    when it is none."""
+    """The node types of a cluster config, as Ray's launcher takes it. No further nodes of the head's type are added,
+    unless its `max_workers` says otherwise. Raises ValueError if `config` is not a cluster config."""
     cluster = _ClusterConfig.model_validate(config)
     most = sys.maxsize if cluster.max_workers is None else cluster.max_workers
     groups = []
@@ -100,7 +101,8 @@ def node_groups(config: object) -> tuple[NodeGroup, ...]:
 
 
 def node_of(resources: Mapping[str, Any]) -> Node:
-    """Ray's two kinds of memory are together what was available when the node started."""
+    """A node with these Ray resources. Its memory is that for tasks plus that for objects: together, what was available
+    when the node started."""
     memory = resources.get("memory", 0.0)
     return Node(
         cpus=resources.get("CPU", 0.0),

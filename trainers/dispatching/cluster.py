@@ -1,6 +1,6 @@
-"""What the dispatcher knows of the Ray cluster: its capacity, its Ray Jobs and its placement groups.
+"""The Ray cluster as the dispatcher uses it: its capacity, its Ray Jobs and its placement groups.
 
-The only module that asks Ray's control plane. Every function blocks on network calls: callers run them in threads.
+The only module that calls Ray's control plane. Every method blocks on network calls: callers run them in threads.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import ray
-from ray._private import state as ray_state  # free resources by node and the autoscaler's groups are not public
+from ray._private import state as ray_state  # free resources by node and draining nodes are not public
 from ray._private.services import get_webui_url_from_internal_kv
 from ray._raylet import PlacementGroupID
 from ray.dashboard.modules.dashboard_sdk import SubmissionClient
@@ -24,27 +24,27 @@ from trainers.dispatching.admission import Capacity
 from trainers.dispatching.autoscaler import Autoscaler, node_of
 
 WATCHED_S = 4.0
-"""Ray's job manager looks at every job once a second."""
+"""Seconds until Ray's job manager has noticed that a supervisor is gone: it checks every Ray Job once a second."""
 
 ANSWER_S = 60.0
-"""The dashboard answers within a second, unless it is overloaded."""
+"""Time-out of a request to the dashboard, which answers within a second unless it is overloaded."""
 _NOT_FOUND = "Request failed with status code 404:"
-"""How Ray's client begins its only kind of error."""
+"""Beginning of the message of the RuntimeError that Ray's client raises for a 404; it has no other kind of error."""
 
 RunnerState = Literal["absent", "alive", "stopped", "ended", "unknown"]
-"""`unknown`: Ray did not say. `Cluster.runner` raises then."""
+"""`unknown`: Ray gave no answer, so `Cluster.runner` raised."""
 
-# What a run needs of Ray Train and of Ray Jobs, whatever the cluster was started with. They reach the runner
-# and the workers through the Ray Job's runtime_env.
+# Settings of Ray Train and Ray Jobs that a run needs, whatever the cluster was started with. They reach the runner and
+# the workers through the Ray Job's runtime_env.
 RUN_ENV = {
     "RAY_JOB_STOP_SIGNAL": "SIGINT",  # the runner stops its workers on SIGINT; Ray's SIGTERM handler would exit at once
-    "RAY_JOB_STOP_WAIT_TIME_S": "10",  # before SIGKILL; its workers may have to tell W&B that they were stopped
+    "RAY_JOB_STOP_WAIT_TIME_S": "10",  # then SIGKILL; until then the first worker may close its W&B run
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's /api/train/v2/runs/v1 shows the run
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of a run is noticed in 0.2 s instead of 2 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a shorter wait gives up the group's place in Ray's queue
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; the runner handles interruptions itself
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # every print would come out twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer; the dispatcher watches for nodes that are drained
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it, every printed line would appear twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "true",
@@ -55,19 +55,20 @@ _ALLOCATION = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def _allocation() -> dict[str, str]:
-    """How workers manage a GPU's memory, unless the head node's environment says. Steps differ in width: what one
-    leaves of fixed segments may not fit the next."""
+    """How workers allocate GPU memory, unless the head node's environment says so. Steps differ in width: with segments
+    of fixed size, memory that one step has freed may be too fragmented for the next."""
     return {} if any(name in os.environ for name in _ALLOCATION) else {_ALLOCATION[0]: "expandable_segments:True"}
 
 
 LINGER_S = 10.0
-"""Longer than Ray's job manager needs to remove the supervisor of a Ray Job that ended (about a second)."""
+"""Seconds after which `forget_runner` removes the supervisor of an ended Ray Job itself. Ray's job manager needs about
+one."""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A Ray Job as the dispatcher sees it. `message` is Ray's own account of how it ended; `started_ms` (Unix time)
-    tells one that ended from the others of its job."""
+    """A runner's Ray Job. `message` is Ray's account of how it ended; `started_ms` (Unix time) tells an ended runner
+    from the job's other runners."""
 
     state: RunnerState
     message: str = ""
@@ -89,10 +90,10 @@ class _Jobs(JobSubmissionClient):
 
 
 class Cluster:
-    """The Ray cluster this process is connected to."""
+    """The Ray cluster that this process is connected to."""
 
     def __init__(self) -> None:
-        self._to_forget: dict[str, float] = {}  # since when, by job
+        self._to_forget: dict[str, float] = {}  # by job, when it was first asked to be forgotten
 
     @cached_property
     def _autoscaler(self) -> Autoscaler:
@@ -100,12 +101,12 @@ class Cluster:
 
     @cached_property
     def _jobs(self) -> JobSubmissionClient:
-        # Not `get_dashboard_url`: in an actor that is Ray's default port, wherever the dashboard listens (Ray 2.60).
+        # Not `get_dashboard_url`: in an actor it returns Ray's default port, wherever the dashboard listens (Ray 2.60).
         return _Jobs(f"http://{_untyped(get_webui_url_from_internal_kv)()}")
 
     def capacity(self) -> Capacity:
-        """Totals and free resources of the alive nodes, and what the autoscaler may add. A node that is being drained
-        has nothing free."""
+        """Total and free resources of the live nodes, and what the autoscaler may add. A node that is being drained has
+        nothing free."""
         alive = [node for node in _untyped(ray).nodes() if node["Alive"]]
         free = _untyped(ray_state).available_resources_per_node()
         draining = ray_state.state.get_draining_nodes()
@@ -116,7 +117,7 @@ class Cluster:
         )
 
     def start_runner(self, job_id: str, settings_env: dict[str, str]) -> None:
-        """Start the job's Ray Job. Its submission id is the job id, so a second one can't be started beside it."""
+        """Starts the job's Ray Job. Its submission id is the job id, so Ray refuses a second one."""
         self._jobs.submit_job(
             entrypoint=f"exec {sys.executable} -m trainers run {job_id}",
             submission_id=job_id,
@@ -125,10 +126,11 @@ class Cluster:
         )
 
     def runner(self, job_id: str) -> Runner:
+        """The job's runner as Ray knows it. Raises RuntimeError or requests' errors when Ray gives no answer."""
         try:
             info = self._jobs.get_job_info(job_id)
         except RuntimeError as error:
-            if str(error).startswith(_NOT_FOUND):  # any other message may well hold a job's id, and that the digits 404
+            if str(error).startswith(_NOT_FOUND):  # not `in`: a job's id may contain 404
                 return Runner("absent")
             raise
         message = info.message or ""
@@ -141,16 +143,17 @@ class Cluster:
                 return Runner("ended", message, info.start_time or 0)
 
     def stop_runner(self, job_id: str) -> None:
-        """Ask the job's Ray Job to stop: SIGINT now, SIGKILL after ten seconds. Returns at once."""
+        """Tells the job's Ray Job to stop: SIGINT now, SIGKILL after ten seconds. Returns at once."""
         self._jobs.stop_job(job_id)
 
     def forget_runner(self, job_id: str) -> bool:
-        """Remove an ended Ray Job, so that the job can be started again under the same id. False: it is too early.
+        """Removes an ended Ray Job, so that the job can be started again under the same id. Returns False if it is too
+        early for that.
 
-        Ray's job manager looks at the supervisor actor of an ended job once more, a second or two after the actor has
-        gone: a new Ray Job of the same id would fail on that actor's name, or be declared dead with it. An actor that
-        Ray does not remove is removed here. The time is taken here, too: Ray's, of the end of a job, is by the wall
-        clock, which may be set back.
+        Ray's job manager checks the supervisor actor of an ended Ray Job once more, a second or two after the actor has
+        gone. A new Ray Job with the same id would fail because of that actor's name, or be declared dead with it. If
+        Ray does not remove the actor, it is killed here. The wait is measured by a monotonic clock: the end time that
+        Ray records is wall-clock time, which may be set back.
         """
         waited_s = time.monotonic() - self._to_forget.setdefault(job_id, time.monotonic())
         name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=job_id)
@@ -166,7 +169,8 @@ class Cluster:
         return True
 
     def placement_groups(self) -> dict[str, list[tuple[str, str]]]:
-        """Placement groups that exist, by name (`controller` names them after their job): (id, state) pairs."""
+        """Existing placement groups as (id, state) pairs, by name: `trainers.running.controller` names them after their
+        job."""
         found: dict[str, list[tuple[str, str]]] = {}
         for group_id, group in placement_group_table().items():
             if group["state"] != "REMOVED":
@@ -174,8 +178,8 @@ class Cluster:
         return found
 
     def on_draining_nodes(self) -> frozenset[str]:
-        """The jobs, by the names of their placement groups, that hold something on a node that is about to go: one a
-        cloud takes back, one the autoscaler removes, or `ray drain-node`."""
+        """Jobs (names of placement groups) that hold resources on a node that is being drained: reclaimed by the cloud,
+        removed by the autoscaler, or drained with `ray drain-node`."""
         draining = ray_state.state.get_draining_nodes()
         if not draining:
             return frozenset()
@@ -186,10 +190,10 @@ class Cluster:
         )
 
     def remove_placement_group(self, group_id: str) -> None:
-        """Free a group whose runner is gone; Ray kills whatever still runs in it."""
+        """Frees a group whose runner is gone. Ray kills the workers that still run in it."""
         remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
 
 
 def _untyped(module: Any) -> Any:  # noqa: ANN401  -- that is the point
-    """Ray's functions without annotations, for a type checker that refuses to call them."""
+    """The argument as Any: Ray's functions without annotations may not be called otherwise (mypy --strict)."""
     return module

@@ -1,4 +1,4 @@
-"""Before a shutdown: running jobs stop at a checkpoint, so that nothing they did is done again after the restart."""
+"""Stops running jobs at a checkpoint before a shutdown, so that no step is repeated after the restart."""
 
 import sys
 from typing import Any
@@ -10,13 +10,15 @@ from events.actors import NAMESPACE
 from trainers.dispatching.dispatcher_actor import NAME
 
 ANSWER_S = 15.0
+"""Seconds that the dispatcher has for its answer, beyond the drain's own time-out."""
 
 
 def drain(timeout_s: float) -> int:
-    """Drain the service of the cluster that was joined; nothing starts for ten minutes then, unless it is restarted.
+    """Drains the service on the Ray cluster that this process is connected to. Afterwards nothing starts for ten
+    minutes, unless the dispatcher is restarted.
 
-    Returns 0 when no job runs any more, 1 when some still do after `timeout_s`, or may: those go on from their last
-    checkpoint.
+    Returns the exit code: 0 when no job runs any more; 1 when some still run after `timeout_s`, or may do so. Those go
+    on from their last checkpoint.
     """
     try:
         dispatcher: Any = ray.get_actor(NAME, NAMESPACE)
@@ -26,7 +28,7 @@ def drain(timeout_s: float) -> int:
     try:
         running: list[str] = ray.get(call, timeout=timeout_s + ANSWER_S)
     except GetTimeoutError:
-        ray.cancel(call)  # else it would begin whenever the dispatcher can, and nothing would start for ten minutes
+        ray.cancel(call)  # or the dispatcher would drain as soon as it can, and nothing would start for ten minutes
         told = "it hangs, or has just been started and can't reach the event log"
         return _say(f"the dispatcher does not answer: {told}; jobs that run go on from their last checkpoint", 1)
     except RayTaskError as error:

@@ -1,4 +1,4 @@
-"""What a job's log says of its end, or of a break, where its own processes can't: they are gone, or there were none."""
+"""The line that the dispatcher writes to a job's log about its end or a break, when the job's processes are gone."""
 
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -8,7 +8,7 @@ from events.job import FineTuningJob
 
 
 def last_line(job: FineTuningJob, event: Event) -> str | None:
-    """What `event` means for the job as it was before. None: nothing that its reader waits for."""
+    """The line that tells a reader of the log about `event`; `job` is as it was before it. None for other events."""
     match event:
         case JobCancelled():
             return f"cancelled {_how_far(job)}"

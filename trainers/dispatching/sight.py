@@ -1,4 +1,4 @@
-"""What a pass of the dispatcher sees of one job, and what follows from that."""
+"""One job as a pass of the dispatcher sees it: what the log and the cluster say, and what has to be done."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from trainers.dispatching.cluster import Runner
 
 @dataclass(frozen=True)
 class Sight:
-    """One live job and what the cluster shows of it."""
+    """One live job, its runner, and its placement groups as (id, state) pairs."""
 
     job: FineTuningJob
     runner: Runner
@@ -16,9 +16,10 @@ class Sight:
 
     @property
     def unsettled(self) -> bool:
-        """To be cancelled or paused, or without the runner that the log says it has.
+        """Whether its end, a pause or the loss of its runner has to be brought about or recorded.
 
-        A run that is to pause ends by itself, at a checkpoint, and data that is being validated may be finished.
+        A live runner is not stopped for a pause while it trains or validates data: a run ends by itself at a
+        checkpoint, and a validation may be finished.
         """
         if self.runner.state == "unknown":
             return False
@@ -27,13 +28,14 @@ class Sight:
 
     @property
     def returning(self) -> bool:
-        """Its runner is gone, and it gets another as soon as that is recorded and Ray has forgotten the old one."""
+        """Whether its runner is gone, and it gets another as soon as the loss is recorded and Ray has forgotten the old
+        runner."""
         gone = self._lost or (self.job.pausing and self.runner.state != "alive")
         return self.unsettled and not self._leaving and gone
 
     @property
     def unseen(self) -> bool:
-        """Ray doesn't say how its runner is: it may well stand in line."""
+        """Whether Ray gave no answer about its runner, so that it may well be waiting in line."""
         return self.runner.state == "unknown" and not self._leaving and not self.placed
 
     @property
@@ -42,13 +44,13 @@ class Sight:
 
     @property
     def waiting(self) -> bool:
-        """It has a runner, which makes its data ready or waits for resources."""
+        """Whether it has a runner that prepares its data or waits for resources."""
         return self.runner.state == "alive" and self.job.status in ("validation", "queued") and not self.unsettled
 
     @property
     def at_work(self) -> bool:
-        """It trains, or may begin to at any moment: what it asked Ray for is granted without another word of ours, and
-        until its runner is gone."""
+        """Whether it trains or may start to at any moment: until its runner is gone, Ray may grant an admitted job its
+        resources, without asking the dispatcher."""
         asked = self.job.admitted or (self.job.pausing and self.job.status == "queued")
         return self.runner.state in ("alive", "unknown") and asked
 
@@ -58,9 +60,9 @@ class Sight:
 
     @property
     def doing(self) -> str | None:
-        """What is being done about a job that waits, where that is not for a decision of the dispatcher's."""
+        """Why it waits, unless admission decides that. For the job's `why`."""
         if self.job.cancel_requested or self.job.pausing:
-            return None  # the log says that
+            return None  # the fold sets `why` from the log
         if self.runner.state == "ended":
             return "its runner ended without an outcome and is being replaced"
         if self.runner.state == "unknown" and self.job.status != "running":
@@ -71,12 +73,16 @@ class Sight:
 
     @property
     def _leaving(self) -> bool:
-        """It gives up its place in the line."""
+        """Whether it gives up its place in the line."""
         return self.job.cancel_requested or self.job.pause_requested
 
     @property
     def _lost(self) -> bool:
-        """Gone, with more to record than that. An admission goes with the runner it was given to: the next one would
-        train without asking, whoever is first in line by then. And one loss too many is to be the end of the job."""
+        """Whether its runner is gone and that has yet to be recorded.
+
+        An absent runner matters if the job is admitted: the admission must be withdrawn, or the next runner would train
+        at once, whichever job is first in line by then. It also matters after one interruption too many, which has to
+        end the job.
+        """
         recorded = not self.job.admitted and (self.job.interruptions <= self.job.max_restarts or self.job.paused)
         return self.runner.state == "ended" or (self.runner.state == "absent" and not recorded)
