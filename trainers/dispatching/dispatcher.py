@@ -1,8 +1,8 @@
-"""Keeps the cluster equal to the log: every live job has a runner, and one that ends keeps none for long.
+"""Makes the cluster match the log: live jobs get a runner, and jobs that are over soon have none.
 
-Level-triggered. Each pass reads the live jobs and what runs, and acts on the difference, so a pass may be lost,
-repeated or cut short anywhere, and a dispatcher started after any crash simply goes on. One per cluster: see
-trainers.dispatching.dispatcher_actor. It holds nothing that matters: `whys` is a view of its last pass.
+Level-triggered: each pass compares the live jobs with what runs, and acts on the difference. So a pass may be lost,
+repeated or cut short anywhere, and a dispatcher that is started after a crash simply goes on. There is one per cluster
+(see trainers.dispatching.dispatcher_actor). It has no state that could be lost: `whys` is derived from its last pass.
 """
 
 import asyncio
@@ -46,26 +46,27 @@ T = TypeVar("T")
 logger = logging.getLogger("tunewright.dispatcher")
 
 TICK_S = 1.0
+"""Longest time between two passes, when no event arrives."""
 BETWEEN_PASSES_S = 0.25
-"""At least: what arrives in a burst is looked at together."""
+"""Shortest time between two passes: events that arrive in a burst are handled together."""
 _OF_A_RUN = MetricsRecorded | CheckpointSaved | CheckpointsDeleted
 """Events that no pass has to act on."""
 SETTLING_TICK_S = 0.2
-"""Between passes while a runner is being stopped: a cancelled job should not read `running` longer than it does."""
+"""As TICK_S, while a runner is being stopped: a cancelled job should not read `running` longer than it runs."""
 PATIENCE = 10
-"""So many passes in a row may fail to act on a job before it loses its place in the line: a hiccup of Ray's is not to
-change the order, and nobody is to wait for ever for a job for which Ray always fails."""
+"""Passes in a row that may fail to act on a job before it loses its place in the line: a short failure of Ray must not
+change the order, and no job may wait for ever behind one for which Ray always fails."""
 SAY_S = 5.0
-"""For the log queue to take a line; passes wait for it."""
+"""Time-out for the log queue to take a line; the pass waits for it."""
 LEAVING_S = 60.0
-"""The runner of a job that is over ends by itself within seconds. One that still runs after so many is stopped."""
+"""Seconds after which the runner of a job that is over is stopped. It normally ends by itself within a few."""
 SHUTTING_DOWN = "the service is being shut down; the job goes on when it is back"
 DRAIN_LASTS_S = 600.0
 """Nothing starts for this long after `drain`: a drain that no shutdown follows ends by itself."""
 
 
 class Dispatcher:
-    """Acts on the difference between `log` and `cluster`. See the module for its guarantees."""
+    """Acts on the difference between `log` and `cluster`. The module's docstring has its guarantees."""
 
     def __init__(self, log: AnyLog, lines: LogQueue | LogQueueClient, cluster: Cluster, settings: Settings) -> None:
         self._log = log
@@ -74,33 +75,33 @@ class Dispatcher:
         self._settings = settings
         self._whys: dict[str, str] = {}
         self._live: dict[str, FineTuningJob] = {}
-        self._ending: dict[str, tuple[FineTuningJob, float]] = {}  # over, since when; their runners may be there still
-        self._looked_back = False  # for what jobs that were over before have left behind
-        self._position: int | None = None  # as of which `_live` holds; None: the log was not asked yet
+        self._ending: dict[str, tuple[FineTuningJob, float]] = {}  # over, since when; they may still have runners
+        self._looked_back = False  # for groups of jobs that were over before this dispatcher started
+        self._position: int | None = None  # log position of `_live`; None: the log was not asked yet
         self._settling = False
         self._draining_until = float("-inf")
-        self._looks = 0
-        self._trouble: str | None = None  # what the last pass failed of
-        self._at_work: list[str] = []  # jobs that trained or could begin to, at the last look
+        self._looks = 0  # how often all live jobs were looked at
+        self._trouble: str | None = None  # why the last pass failed
+        self._at_work: list[str] = []  # jobs that trained or could start to, at the last look
         self._failed: set[str] = set()  # jobs that this pass could not act on
-        self._failures: dict[str, int] = {}  # passes in a row that could not, up to the last one
-        # Jobs that are known to have no runner: only this dispatcher starts one, so Ray need not be asked again. With
-        # a thousand jobs in line, that is a thousand requests less in each pass.
+        self._failures: dict[str, int] = {}  # by job: failed passes in a row, up to the last one
+        # Jobs that are known to have no runner. Only this dispatcher starts one, so Ray need not be asked again: with a
+        # thousand jobs in line, that saves a thousand requests in each pass.
         self._without_runner: set[str] = set()
 
     def whys(self) -> dict[str, str]:
-        """For each job that waits, why; as of the last pass, at most a second or two old."""
+        """By job, why it waits, as of the last pass (at most a second or two ago)."""
         return self._whys
 
     async def capacity(self) -> Capacity:
         return await asyncio.to_thread(self._cluster.capacity)
 
     async def drain(self, timeout_s: float) -> list[str]:
-        """Before a shutdown: running jobs stop at a checkpoint, admitted ones go back in line, and nothing starts for
+        """Prepares a shutdown: running jobs stop at a checkpoint, admitted jobs go back in line, and nothing starts for
         `DRAIN_LASTS_S`.
 
-        Returns when no job runs any more, or when `timeout_s` have passed: the jobs that still run then. A later
-        dispatcher takes all of them up again. Raises LogUnavailable where no pass could tell in that time.
+        Returns once no job runs any more, or after `timeout_s`, the jobs that still run. After the restart the next
+        dispatcher takes all jobs up again. Raises LogUnavailable if no pass has found out in that time what runs.
         """
         self._draining_until = time.monotonic() + DRAIN_LASTS_S
         deadline = time.monotonic() + timeout_s
@@ -119,10 +120,10 @@ class Dispatcher:
         return time.monotonic() < self._draining_until
 
     async def run(self) -> None:
-        """Pass after pass, for ever: at once when something was appended, and every `TICK_S` to watch the cluster.
+        """Makes passes for ever: one when an event was appended, and one every `TICK_S` to watch the cluster.
 
-        A pass that fails is logged and tried again: the causes (log or dashboard restarting) pass, and nothing else
-        would look after the jobs meanwhile.
+        A pass that fails is logged, and the next one follows: the causes (the log or the dashboard restarts) are
+        temporary, and nothing else looks after the jobs.
         """
         while True:
             try:
@@ -166,8 +167,8 @@ class Dispatcher:
     async def _live_jobs(self) -> list[FineTuningJob]:
         """Jobs without an outcome, oldest first, as the log has them now.
 
-        The log is asked for them once; from then on their events are folded here as well. Asking in each pass would
-        keep the log from its appends while it pickles every job in line.
+        They are fetched once; from then on their events are folded here, too. Fetching them in each pass would block
+        the log's appends while it pickles every job in line.
         """
         if self._position is None:
             self._position, jobs = await self._log.live_jobs()
@@ -177,13 +178,13 @@ class Dispatcher:
         return list(self._live.values())
 
     async def _news(self, position: int, wait_s: float) -> list[Recorded]:
-        """What was appended after `position`, folded into `_live`; waits up to `wait_s` for the first of it."""
+        """Folds the events after `position` into `_live`, and returns them. Waits up to `wait_s` for the first one."""
         news = await self._log.subscribe(position, wait_s=wait_s)
         for recorded in news:
             self._position = recorded.position
             known = self._live.get(recorded.job_id)
             if known is None and not isinstance(recorded.event, JobSubmitted):
-                continue  # of a job that is over
+                continue  # the job is over, or damaged
             job = evolve(known, recorded)
             self._live[job.job_id] = job
             if job.over:
@@ -202,20 +203,21 @@ class Dispatcher:
         return Sight(job, runner, tuple(groups.get(job.job_id, ())))
 
     async def _look_back(self, groups: Mapping[str, object]) -> None:
-        """Once: jobs that are over, and hold resources all the same, are seen off as if they had ended now."""
+        """In the first pass: jobs that are over but still have a placement group are treated as if they had just
+        ended."""
         if self._looked_back:
             return
         for name in groups.keys() - self._live.keys():
             try:
                 job = await self._log.job(name)
-            except Refused:  # somebody else's group, or of a job that is damaged
+            except Refused:  # not a job's group, or the job is damaged
                 continue
             self._ending[name] = job, time.monotonic()
         self._looked_back = True
 
     async def _see_off(self, job: FineTuningJob, since: float, groups: dict[str, list[tuple[str, str]]]) -> None:
-        """A job that is over: its runner, which has told the log so, is about to end, and its groups with it. What it
-        was to delete then goes in any case: it may have been killed before."""
+        """Frees what a job that is over still holds, once its runner has ended; stops a runner that doesn't. Deletes
+        the job's leftovers, too: the runner may have been killed before it did."""
         sight = await self._look(job, groups)
         if sight.runner.state == "alive":
             if time.monotonic() - since >= LEAVING_S:
@@ -227,7 +229,7 @@ class Dispatcher:
                 del self._ending[job.job_id]
 
     async def _settle(self, sight: Sight) -> None:
-        """A job that is to be cancelled, or whose runner is gone, though the log calls it live."""
+        """Ends the runner of a job that is to be cancelled or paused; once it is gone, records what follows."""
         job_id = sight.job.job_id
         if sight.runner.state == "alive":
             await asyncio.to_thread(self._cluster.stop_runner, job_id)
@@ -237,7 +239,7 @@ class Dispatcher:
             return  # the next pass sees whether they are gone
         try:
             job = await self._log.job(job_id)  # the runner may have appended its outcome just before it ended
-        except Refused as refusal:  # damage that was found in it after it was taken for live
+        except Refused as refusal:  # the job was found to be damaged since
             logger.warning("%s is left alone from now on: %s", job_id, refusal)
             self._live.pop(job_id, None)
             return
@@ -245,7 +247,7 @@ class Dispatcher:
             await self._record(job, sight)
 
     async def _record(self, job: FineTuningJob, sight: Sight) -> None:
-        """That nothing of the job runs any more, and what follows from it."""
+        """Records what follows for a live job of which nothing runs any more."""
         job_id = job.job_id
         if job.cancel_requested:
             await self._end(job, JobCancelled())
@@ -253,18 +255,18 @@ class Dispatcher:
             if sight.runner.state == "absent" or await asyncio.to_thread(self._cluster.forget_runner, job_id):
                 await self._append(job, JobPaused(attempt=job.attempt))
         elif sight.runner.state == "stopped":
-            # `ray job stop`, or the dashboard's stop button: somebody wanted it to end.
-            if await self._append(job, CancelRequested()) is not None:  # what could go on from is deleted after that
+            # By `ray job stop`, or the dashboard's stop button: it counts as a cancellation.
+            if await self._append(job, CancelRequested()) is not None:  # before what resuming needs is deleted
                 await self._end(job, JobCancelled())
         elif sight.runner.state == "absent" and job.admitted and job.status == "queued":
-            # The cluster went down before the job's turn had come to anything: it is back in line.
+            # The cluster went down after the admission and before the run: the job goes back in line.
             await self._append(job, PauseRequested(by="shutdown"), JobPaused(attempt=job.attempt))
         else:
             await self._interrupted(job, sight.runner)
 
     async def _end(self, job: FineTuningJob, outcome: Event) -> None:
-        """In place of its runner, which is gone: what nobody but the job's own runs could use goes with it. There is no
-        other outcome by now."""
+        """Records the outcome in place of the runner, which is gone, and deletes the job's leftovers. The caller has
+        made sure that the job has no other outcome."""
         await self._clear(job)
         if (ended := await self._append(job, outcome)) is not None:
             await self._clear(ended)
@@ -273,13 +275,13 @@ class Dispatcher:
         await asyncio.to_thread(leftovers.clear, job, self._settings.job_dir(job.job_id))
 
     async def _free_groups(self, sight: Sight) -> None:
-        """Free what a runner or an attempt that is gone left behind; nobody else will."""
+        """Frees placement groups that a lost runner or attempt has left; nothing else would."""
         for group_id, _ in sight.groups:
             await asyncio.to_thread(self._cluster.remove_placement_group, group_id)
 
     async def _pause(self, sights: list[Sight]) -> None:
-        """What runs where it can't stay stops at a checkpoint, to go on elsewhere or later. What is admitted would run
-        as soon as Ray has room for it."""
+        """Asks running jobs to stop at a checkpoint: all of them during a drain, else those on nodes that are drained.
+        During a drain admitted jobs are asked, too: they would run as soon as Ray has room for them."""
         admitted = [sight.job for sight in sights if sight.job.admitted and not sight.job.pausing]
         if self._draining:
             for job in admitted:
@@ -294,15 +296,18 @@ class Dispatcher:
                 await self._append(job, PauseRequested(by="node_drain"))
 
     async def _interrupted(self, job: FineTuningJob, runner: Runner) -> None:
-        """Counts the loss before another runner can be started, whose tenure begins with it. And once, however often a
-        pass comes here: each loss has an event id of its own."""
+        """Records the loss of a runner, and fails the job if that was one too many.
+
+        The loss is recorded before another runner can be started: it is what separates their tenures. However often a
+        pass gets here, a loss is counted once, by its event id.
+        """
         if runner.state == "absent":
             lost, reason = f"attempt-{job.attempt}", "the cluster was restarted while it ran"
         else:
             lost = f"runner-{runner.started_ms}"
             reason = f"its runner ended without an outcome: {_gist(runner.message)}"
         counted: FineTuningJob | None = job
-        if job.interruptions <= job.max_restarts:  # or a dispatcher came no further than to count the last one
+        if job.interruptions <= job.max_restarts:  # else an earlier dispatcher has recorded it, but not the failure
             interruption = RunInterrupted(attempt=job.attempt, reason=reason)
             counted = await self._append(job, interruption, event_ids=[f"{job.job_id}-{lost}-lost"])
         if counted is None:
@@ -313,17 +318,18 @@ class Dispatcher:
                 f"{reason}; it was restarted {counted.max_restarts} times, which is all --max-restarts allows",
                 suggestion=AGAIN,
             )
-            # All that Ray knows of the end, the last output included.
-            told = runner.message or reason
+            told = runner.message or reason  # Ray's message includes the last lines of output
             details = await asyncio.to_thread(write_details, told, self._settings.job_dir(job.job_id))
             await self._end(job, JobFailed(error=death.error, error_path=details))
         elif runner.state == "ended":
             await asyncio.to_thread(self._cluster.forget_runner, job.job_id)
 
     async def _start_runners(self, sights: list[Sight], whys: dict[str, str]) -> set[str]:
-        """Start what has no runner, oldest first, where few enough runners of older jobs wait, and not twice as many
-        in all; note in `whys` why the others wait. Returns the jobs whose runner is coming: it was started, is about to
-        be replaced, or is there for all that Ray says. For a while also where that failed: see PATIENCE.
+        """Starts runners for the jobs that have none, oldest first, and notes in `whys` why the others wait.
+
+        A job gets one if fewer than `max_waiting_runners` runners of older jobs wait, and fewer than twice as many in
+        all. Returns the jobs whose runner is coming: it was started, is about to be replaced, or may exist although Ray
+        gave no answer. Jobs for which that failed are among them at first: see PATIENCE.
         """
         most, in_all = self._settings.max_waiting_runners, sum(sight.waiting for sight in sights)
         coming: set[str] = set()
@@ -337,7 +343,7 @@ class Dispatcher:
                 if sight.to_be_started:
                     whys[job_id] = SHUTTING_DOWN
             elif waiting < most and in_all < 2 * most:
-                in_all += 1  # a failure, too: where Ray fails for all, not every job in line is to be tried
+                in_all += 1  # also on failure: if Ray fails for all, not every job in line shall be tried
                 if sight.to_be_started:
                     await self._alone(job_id, self._start_runner(job_id))
                 if job_id not in self._failed or self._failures.get(job_id, 0) < PATIENCE:
@@ -356,8 +362,9 @@ class Dispatcher:
         await asyncio.to_thread(self._cluster.start_runner, job_id, self._settings.as_env())
 
     async def _admit(self, sights: list[Sight], coming: set[str], whys: dict[str, str]) -> None:
-        """Admit whoever is next, of the jobs whose runner is there; note in `whys` why the others wait. Nobody is let
-        past one whose runner is `coming`; one that can have none for now would block the line for nothing."""
+        """Admits the jobs whose turn it is and whose runner is there, and notes in `whys` why the others wait. A job
+        whose runner is `coming` keeps its place. Other jobs without a runner are left out: they would only block the
+        line."""
         line = [
             Waiting(s.job.job_id, s.job.resources, admitted=s.job.admitted, placed=s.placed, ready=s.waiting)
             for s in sights
@@ -390,8 +397,8 @@ class Dispatcher:
             return None
 
     async def _say(self, job: FineTuningJob, line: str, source: str) -> None:
-        """In the job's log, and before the event: whoever follows the log may stop at that. Once for each `source`. A
-        job must be able to end without it."""
+        """Writes a line to the job's log, once for each `source`. To be called before the event is appended: a reader
+        may stop at the event. A failure is only logged: a job must be able to end without the line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         try:
             async with asyncio.timeout(SAY_S):
@@ -400,8 +407,8 @@ class Dispatcher:
             logger.warning("%s: not in its log: %s (%s)", job.job_id, line, str(error) or "no answer in time")
 
     async def _alone(self, job_id: str, work: Coroutine[Any, Any, T]) -> T | None:
-        """A job for which Ray fails must not keep a pass from all the others: None then, and the next pass tries
-        again."""
+        """The result of one job's work. If Ray fails for the job, that is logged, and None returned: the pass goes on
+        with the other jobs, and the next one tries again."""
         try:
             return await work
         except (LogUnavailable, asyncio.CancelledError):
@@ -412,7 +419,7 @@ class Dispatcher:
             return None
 
     async def _wait_for_news(self) -> None:
-        """Return when something was appended that a pass could act on, or when the cluster is due for a look."""
+        """Returns when an event was appended that a pass may have to act on, or when it is time for the next pass."""
         deadline = time.monotonic() + (SETTLING_TICK_S if self._settling else TICK_S)
         while self._position is not None and (left := deadline - time.monotonic()) > 0:
             news = await self._news(self._position, wait_s=left)
@@ -421,8 +428,8 @@ class Dispatcher:
 
 
 def _gist(message: str) -> str:
-    """Ray's account of a Ray Job's end is a sentence, then the last lines it printed: its first and last line. Of one
-    that was killed, the signal: what it printed before says nothing of that."""
+    """Ray's message about the end of a Ray Job in one clause. The message is a sentence and the last lines of output;
+    the result is the sentence and the last line, or, if the process was killed, the signal."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if not lines:
         return "no message from Ray"

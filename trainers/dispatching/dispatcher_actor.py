@@ -1,8 +1,8 @@
-"""The dispatcher as a Ray actor, one per cluster, and how the other processes call it.
+"""The dispatcher as a Ray actor, one per cluster, and its client for other processes.
 
-It belongs to a deploy of the service, and so do its settings and those of every runner that it starts. A later deploy
-replaces it, which is like any of its restarts: it holds nothing that matters (see `dispatcher`), and runs the code that
-the head has by then.
+The actor has the settings of the deploy that started it, and so have the runners that it starts. A later deploy
+replaces it. That is like any other restart: it has no state to lose (see `dispatcher`), and runs the code that the head
+node has by then.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ logger = logging.getLogger("tunewright.dispatcher")
 
 NAME = "tunewright-dispatcher"
 ANSWER_S = 60.0
-"""For a dispatcher to start, which may have to wait for the event log."""
+"""Seconds for a dispatcher to start and answer. It may have to wait for the event log."""
 LOG_AGAIN_S = 5.0
-"""Between two attempts to reach the event log, each of which may take 30 s."""
-_PAUSE_S = 0.05  # until its name is free, a moment after it was killed
+"""Seconds between two attempts to reach the event log, each of which may take 30 s."""
+_PAUSE_S = 0.05  # between two looks; the name of a killed actor is free a moment later
 
 
 class DispatcherActor:
-    """The Ray face of `Dispatcher`: its passes start with the actor, also when Ray restarts it. Webhooks are sent from
+    """`Dispatcher` as an actor: its passes start with the actor, also when Ray restarts it. Webhooks are sent from
     here, too: they follow the same log, wait most of the time, and need no process of their own."""
 
     # Ray awaits it, on the actor's loop.
@@ -63,8 +63,8 @@ class DispatcherActor:
 
 
 async def _handles(settings: Settings) -> Handles:
-    """Of the log's actors, however long they need to answer: Ray would not try a failed start of the dispatcher again.
-    Raises StorageMismatchError."""
+    """Handles to the log's actors. Waits for them without a limit: Ray would not repeat a failed start of the
+    dispatcher. Raises StorageMismatchError."""
     while True:
         try:
             return await asyncio.to_thread(connect, settings.storage)
@@ -74,7 +74,7 @@ async def _handles(settings: Settings) -> Handles:
 
 
 class DispatcherClient:
-    """Calls the cluster's dispatcher, and the one that takes its place. To be used from one event loop."""
+    """Calls the cluster's dispatcher, also after it was replaced. To be used from one event loop."""
 
     def __init__(self, settings: Settings, deployed_at: float | None = None) -> None:
         """See `start_dispatcher`."""
@@ -84,14 +84,14 @@ class DispatcherClient:
         self._starting: asyncio.Task[None] | None = None
 
     async def call(self, method: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401  -- as the method
-        """The method's result. Raises what the method raises, as Ray's RayTaskError, Ray's other errors, and what
-        `start_dispatcher` raises."""
+        """The method's result. Raises the method's error as a RayTaskError, Ray's other errors, and those of
+        `start_dispatcher`."""
         try:
             return await getattr(self._actor, method).remote(*arguments, **options)
         except RayActorError:  # it was replaced, or killed for good
             if self._starting is None:
                 self._starting = asyncio.create_task(self._start())
-            await asyncio.shield(self._starting)  # one for all: its thread goes on when a caller has given up
+            await asyncio.shield(self._starting)  # shared by all callers, and not cancelled with one
             return await getattr(self._actor, method).remote(*arguments, **options)
 
     async def _start(self) -> None:
@@ -102,11 +102,11 @@ class DispatcherClient:
 
 
 def start_dispatcher(settings: Settings, deployed_at: float | None = None) -> "ActorHandle[DispatcherActor]":
-    """The cluster's dispatcher; started if there is none yet.
+    """The cluster's dispatcher; starts one if there is none. Blocks.
 
-    `deployed_at` is when the deploy that this process is of was built, a Unix time: a dispatcher of an earlier deploy,
-    or of none, is replaced, and that of a later one stays. None: this process is of no deploy, and whatever dispatcher
-    is there stays. Raises TimeoutError.
+    `deployed_at`, a Unix time, is when this process's deploy was built. The dispatcher of an earlier deploy, or of
+    none, is replaced; that of a later one stays. None: this process belongs to no deploy, and any existing dispatcher
+    stays. Raises TimeoutError.
     """
     options = {
         "name": NAME,
@@ -127,7 +127,7 @@ def start_dispatcher(settings: Settings, deployed_at: float | None = None) -> "A
             if deployed_at is None:
                 return actor
             of = _deployed_at(actor, deadline - time.monotonic())
-        # Another process of this deploy may just have replaced it; a ValueError: while its name was looked up.
+        # Another process of this deploy may have replaced it meanwhile (a ValueError: during the look-up of its name).
         except (RayActorError, GetTimeoutError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no dispatcher answers within {ANSWER_S:g} s: {error}") from error
@@ -145,7 +145,7 @@ def start_dispatcher(settings: Settings, deployed_at: float | None = None) -> "A
 
 def _deployed_at(actor: "ActorHandle[DispatcherActor]", timeout_s: float) -> float:
     ask: Any = getattr(actor, "deployed_at", None)
-    if ask is None:  # a version that knew nothing of deploys has started it
+    if ask is None:  # it was started by a version that had no such method
         return 0.0
     answer: float = ray.get(ask.remote(), timeout=max(timeout_s, 0.0))
     return answer
@@ -154,5 +154,5 @@ def _deployed_at(actor: "ActorHandle[DispatcherActor]", timeout_s: float) -> flo
 def _is_named(actor: "ActorHandle[DispatcherActor]") -> bool:
     try:
         return bool(ray.get_actor(NAME, NAMESPACE) == actor)
-    except ValueError:  # nobody is
+    except ValueError:  # no actor has the name
         return False
