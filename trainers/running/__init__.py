@@ -1,1 +1,1 @@
-"""The processes of one job: its runner, and the workers that Ray Train starts for it."""
+"""The processes of one job: its runner, and the workers that the runner starts with Ray Train."""

@@ -1,7 +1,7 @@
-"""One attempt: a Ray Train run on a placement group of its own, and what its end means.
+"""One attempt: a Ray Train run on a placement group of its own, and the meaning of its end.
 
-Ray Train is not asked to restart anything (max_failures=0). It would restart every failure alike; here a fault of the
-user's ends the job, and a lost worker sends it back to the queue, where it is admitted and resumed like any other job.
+Ray Train itself restarts nothing (max_failures=0), since it would treat all failures alike. Here, a fault of the user
+ends the job, and a lost worker sends it back to the queue, where it is admitted and resumed like any other job.
 """
 
 from pathlib import Path
@@ -30,9 +30,9 @@ class Interrupted(Exception):
 
 
 def fit(assignment: Assignment, resources: Resources) -> None:
-    """Train to the end. Blocks, also while the placement group waits for resources.
+    """Trains to the end. Blocks, also while the placement group waits for resources.
 
-    Must be called on the main thread, for SIGINT to end it (with KeyboardInterrupt).
+    Must be called on the main thread, so that SIGINT can end it (with KeyboardInterrupt).
 
     Raises Interrupted, Paused, Superseded, or the JobProblem that ends the job.
     """
@@ -77,8 +77,8 @@ def _bundle(resources: Resources) -> dict[str, float]:
 
 
 def cause_of(failures: dict[int, Exception]) -> Exception:
-    """What the workers' failures amount to. When one rank dies the others fail too, in collective calls: the order
-    of the rules tells cause from consequence."""
+    """The error that the workers' failures, by rank, amount to. When one rank dies, the others fail as well, in
+    collective calls: the order of the rules tells the cause from its consequences."""
     causes = {rank: _unwrapped(failure) for rank, failure in sorted(failures.items())}
     for rank, cause in causes.items():
         if isinstance(cause, JobProblem):
@@ -105,7 +105,7 @@ def cause_of(failures: dict[int, Exception]) -> Exception:
             return Interrupted(f"rank {rank} lost its GPU: {_first_line(cause)}")
         if storage_away(cause):
             return Interrupted(f"rank {rank} could not reach the storage: {_first_line(cause)}")
-    # Of a worker that died with its node Ray may know nothing yet when the others have noticed.
+    # If a worker died with its node, Ray may not know yet when the others have lost their connection to it.
     rank, cause = next((one for one in causes.items() if not _lost_connection(one[1])), next(iter(causes.items())))
     if _lost_connection(cause):
         return Interrupted(f"rank {rank} lost its connection to the others: {_first_line(cause)}")
@@ -126,29 +126,29 @@ def _unwrapped(failure: Exception) -> BaseException:
     match failure:
         case UserExceptionWithTraceback():
             return failure._base_exc
-        case WorkerHealthCheckFailedError():  # what Ray says of a worker that died
+        case WorkerHealthCheckFailedError():  # how Ray reports a worker that died
             return failure.health_check_failure
         case _:
             return failure
 
 
 def _lost_device(cause: BaseException) -> bool:
-    """Whether a GPU failed (its memory, its bus, another process on it) and not what it was told to compute. By its
-    name: torch isn't imported in a job's driver."""
+    """Whether a GPU failed (its memory, its bus, another process on it), rather than the program that it ran. The error
+    is recognised by its name, because a job's driver doesn't import torch."""
     told = _first_line(cause)
     failed = type(cause).__name__ == "AcceleratorError" or told.startswith("CUDA error:")
     return failed and not any(words in told for words in ("device-side assert", "no kernel image", "out of memory"))
 
 
 def _lost_connection(cause: BaseException) -> bool:
-    """Whether a collective call broke off. nccl's errors have types of their own; gloo's are RuntimeErrors, which begin
-    with the place in its source."""
+    """Whether a collective call broke off. nccl's errors have types of their own; gloo's are RuntimeErrors whose
+    message begins with a path in gloo's source."""
     if type(cause).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
     return isinstance(cause, RuntimeError) and "/gloo/" in _first_line(cause)
 
 
 def _first_line(error: BaseException) -> str:
-    """Without its full stop: it becomes part of a sentence."""
+    """The first line of its message, without the full stop: it becomes part of a sentence."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return first.removesuffix(".")

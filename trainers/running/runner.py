@@ -1,7 +1,7 @@
-"""One job's driver process: makes the data ready, waits to be admitted, trains, records the outcome.
+"""One job's driver process: prepares the data, waits to be admitted, trains, records the outcome.
 
-Runs as the job's Ray Job (`python -m trainers run <job_id>`), started by the dispatcher. It may be killed at any moment
-and started again: it reads in the log how far the job is, and goes on from there.
+The dispatcher starts it as the job's Ray Job (`python -m trainers run <job_id>`). It may be killed and started again at
+any moment: it reads in the event log how far the job is, and goes on from there.
 """
 
 import importlib
@@ -68,19 +68,22 @@ from trainers.training.reporting import Paused
 logger = logging.getLogger("tunewright.runner")
 
 WAIT_S = 30.0
+"""Length of one call that waits for the job's next event."""
 MODEL_AWAY_S = 120.0
-"""A model's disk or hub may be away for this long before that counts as an interruption."""
+"""Seconds for which a model's disk or hub may be unreachable before that counts as an interruption."""
 MODEL_PAUSE_S = 5.0
+"""Pause between two attempts to reach it."""
 PINNED = "model.json"
-"""Beside the tokenised rows in a job's directory: the model that they are for."""
+"""The file, beside a job's tokenised rows, that names the model they were tokenised for."""
 
 
 def run(job_id: str, settings: Settings) -> int:
-    """Take the job to its end. Returns the process's exit code: 0 when it succeeded.
+    """Runs the job to its end or its next pause. Returns the process's exit code: 1 if the job is over and has not
+    succeeded, else 0.
 
-    SIGINT ends it with KeyboardInterrupt, wherever it is.
+    SIGINT raises KeyboardInterrupt, at any point.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts Ray in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell started Ray in the background
     threading.Thread(target=importlib.import_module, args=("trainers.running.fit",), daemon=True).start()
     leave_the_raylet_out()
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
@@ -94,18 +97,19 @@ def run(job_id: str, settings: Settings) -> int:
         outcome = _outcome(job, log, tenure, settings)
     if outcome is None:
         return 0
-    # Every line of the job is in its log before the event that ends it: a tail may stop at that event.
+    # By now all lines are in the job's log: a tail may stop at the event that ends the job.
     _record(outcome, job_id, tenure, settings.job_dir(job_id))
     return 0 if isinstance(outcome, JobSucceeded) else 1
 
 
 def _outcome(job: FineTuningJob, log: AnyLog, tenure: Tenure, settings: Settings) -> Event | None:
-    """Do the job's work, through as many attempts as it is allowed; returns the event that ends it. None: it is to
-    pause, and stands at a checkpoint, or it is being cancelled (the dispatcher records either once this process is
-    gone), or it is another runner's by now.
+    """Does the job's work, in as many attempts as it may have, and returns the event that ends the job. None: the job
+    has stopped at a checkpoint to pause, or is being cancelled (the dispatcher records both once this process is gone),
+    or belongs to another runner by now.
 
-    The one place where any exception becomes an outcome; but for LogUnavailable, after which none could be recorded,
-    and for a disk that fails a job whose data is ready.
+    The one place where exceptions become an outcome. It raises only LogUnavailable, after which no outcome could be
+    recorded, and errors of the storage's disk once the job's data is ready. The dispatcher counts both as a lost
+    runner.
     """
     job_dir = settings.job_dir(job.job_id)
     try:
@@ -128,7 +132,7 @@ def _outcome(job: FineTuningJob, log: AnyLog, tenure: Tenure, settings: Settings
         logger.warning("this runner ends here: %s", reason)
         return None
     except LogUnavailable:
-        raise  # it says nothing about the job: the dispatcher starts another runner once the log is back
+        raise  # not the job's fault: the dispatcher starts another runner once the log is back
     except DataInvalid as problem:
         return _failure(job, job_dir, problem.error, str(problem), problem.report)
     except JobProblem as problem:
@@ -143,7 +147,7 @@ def _outcome(job: FineTuningJob, log: AnyLog, tenure: Tenure, settings: Settings
 
 
 def _its_plan(job: FineTuningJob) -> Plan:
-    """As `plan_of`, but raises UserError `config_outdated`: the job was accepted, so by another version's rules."""
+    """As `plan_of`, but with UserError `config_outdated`: the config was accepted, so the version must have changed."""
     try:
         return plan_of(job)
     except (ConfigProblems, ValueError) as error:
@@ -159,14 +163,18 @@ def _its_plan(job: FineTuningJob) -> Plan:
 def _its_model(
     job: FineTuningJob, plan: Plan, log: AnyLog, tenure: Tenure, settings: Settings
 ) -> tuple[FineTuningJob, PinnedModel]:
-    """The model that the job is on, and the job: of one whose data is ready it is an interruption when the model's disk
-    or hub doesn't answer for `MODEL_AWAY_S`, and it stands in line again. Raises as `pinned_model`, or Superseded."""
+    """The job, and the model that it is pinned to.
+
+    If the model's disk or hub doesn't answer: a job whose data is not ready yet fails, with `pinned_model`'s error.
+    Else it is tried again; after `MODEL_AWAY_S` that is recorded as an interruption, and the job waits in line to be
+    admitted again. Raises as `pinned_model`, or Superseded.
+    """
     since: float | None = None
     while True:
         try:
             return job, pinned_model(plan.model, settings.job_dir(job.job_id) / "data" / PINNED, settings, logger.info)
         except InfrastructureError as problem:
-            if job.data is None:  # it has done nothing yet that is worth a wait
+            if job.data is None:  # no work would be lost
                 raise
             reason = problem.error.message.removesuffix(".")
         if since is None:
@@ -188,8 +196,8 @@ def _make_data_ready(
     settings: Settings,
     capacity: Callable[[], Capacity],
 ) -> FineTuningJob:
-    """Every row of both files read, checked and tokenised to the job's directory, once; and the job found to fit the
-    memory of a node."""
+    """Reads, checks and tokenises every row of both files into the job's directory, unless an earlier runner has;
+    checks that the job fits the memory of a node; and records DataValidated. Raises JobProblem."""
     architecture = inspect_model_dir(model_dir)
     check_suitable(plan, architecture)
     tokenizer = ChatTokenizer.from_dir(model_dir)
@@ -199,7 +207,7 @@ def _make_data_ready(
 
     def ready(uri: str, name: str) -> DataReport:
         out_dir = settings.job_dir(job.job_id) / "data" / name
-        # A resumed job goes on with the data it started with, whatever has become of the file.
+        # A resumed job keeps the data that it started with, even if the file has changed since.
         report = prepared(out_dir, max_seq_len)
         logger.info(
             "validating %s" if report is None else "already validated; going on with the data as it was then: %s", uri
@@ -240,7 +248,7 @@ def _make_data_ready(
         rows = _training_rows(job, settings)
         if not surely_fits(plan, architecture, rows.lengths, worker_bytes):
             from trainers.training.load import (
-                load_of,  # imports torch: seconds that a job which surely fits needn't wait
+                load_of,  # imports torch, which takes seconds: not for a job that surely fits
             )
 
             check_memory(plan, architecture, load_of(plan, architecture, rows), worker_bytes)
@@ -262,8 +270,8 @@ def _training_rows(job: FineTuningJob, settings: Settings) -> TokenisedDataset:
 
 
 def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings, capacity: Capacity) -> str | None:
-    """Train, from the last checkpoint where there is one. Returns why it was interrupted, None when it finished."""
-    # Not imported with this module: torch and Ray Train take seconds; a thread imports them since the start.
+    """Trains, from the last checkpoint if there is one. Returns why the attempt was interrupted; None: it finished."""
+    # Not at the top: torch and Ray Train take seconds. A thread has been importing them since the start.
     from trainers.running.fit import Interrupted, fit
     from trainers.running.worker import Assignment
 
@@ -293,7 +301,7 @@ def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings
 
 
 def needed(job: FineTuningJob) -> Resources:
-    """What the job was submitted with. A job of this service always has it; the fold allows for logs that lack it."""
+    """The resources that the job was submitted with. The fold allows for a log without them, which is damaged then."""
     if job.resources is None:
         raise InfrastructureError(
             "damaged_log",
@@ -305,7 +313,7 @@ def needed(job: FineTuningJob) -> Resources:
 
 
 def latest_checkpoint(job: FineTuningJob) -> Path | None:
-    """The newest checkpoint of the job that can be resumed from: it is there, with its training state."""
+    """The job's newest recorded checkpoint whose training state exists: the one to resume from."""
     for uri in reversed(job.checkpoints):
         path = Path(unquote(urlsplit(uri).path))
         if (path / "training_state").is_dir():
@@ -314,10 +322,10 @@ def latest_checkpoint(job: FineTuningJob) -> Path | None:
 
 
 def _record_interruption(job: FineTuningJob, reason: str, log: AnyLog, tenure: Tenure) -> FineTuningJob:
-    """Send the job back to the queue. Raises InfrastructureError once it was interrupted more often than it may, or
-    Superseded."""
+    """Records an interruption, which sends the job back to the queue. Raises InfrastructureError if it was one too
+    many, or Superseded."""
     job = tenure.append(RunInterrupted(attempt=retrying(lambda: log.job(job.job_id)).attempt, reason=reason))
-    if job.interruptions > job.max_restarts:  # should this process end here, the dispatcher ends the job
+    if job.interruptions > job.max_restarts:  # if this process dies here, the dispatcher fails the job
         raise InfrastructureError(
             "interrupted_too_often",
             f"{reason}; that was interruption {job.interruptions}, and --max-restarts is {job.max_restarts}",
@@ -359,7 +367,7 @@ def _record(outcome: Event, job_id: str, tenure: Tenure, job_dir: Path) -> None:
     try:
         job = tenure.append(outcome)
     except (Refused, Superseded) as refusal:
-        # Cancelled meanwhile, which the dispatcher records once this process is gone; or another runner's job.
+        # It was cancelled meanwhile (the dispatcher records that once this process is gone), or has another runner.
         logger.warning("%s: %s", job_id, refusal)
     else:
         leftovers.clear(job, job_dir)
