@@ -1,20 +1,20 @@
-"""Ray Train's controller in the runner's own process, without the helpers that this service has no use for.
+"""Runs Ray Train's controller in the runner's own process, without the helper processes that this service doesn't need.
 
-Ray Train 2.60 starts up to five processes for a run beside its workers. Each imports Ray Train: seconds of the start,
-and some 200 MiB. Of these,
+Ray Train 2.60 starts up to five processes for a run beside its workers. Each imports Ray Train, which takes seconds and
+some 200 MiB. Of these,
 
-- the controller runs here: nothing but the runner waits for it, and neither can go on without the other;
+- the controller runs here: only the runner waits for it, and neither can go on without the other;
 - the synchronization actor is for `ray.train.report` and `ray.train.collective`, which are not called;
-- the manager of data sets is for Ray Data;
-- the placement group cleaner is for a controller that dies without its driver (the group is the driver's, and Ray
-  removes it with the Ray Job);
+- the dataset manager is for Ray Data;
+- the placement group cleaner is for a controller that dies without its driver (here the group belongs to the driver,
+  and Ray removes it with the Ray Job);
 - the preemption watcher is switched off by a setting (`trainers.dispatching.cluster.RUN_ENV`).
 
-What Ray Train creates without names, the workers and the placement group, gets the job's here: the dashboard shows it
-on its Actors and Placement Groups pages, and the dispatcher finds a job's group by it.
+The workers and the placement group, which Ray Train leaves unnamed, get the job's id as their name: the dashboard shows
+it on its Actors and Placement Groups pages, and the dispatcher finds a job's group by it.
 
-There are no options for any of this: private methods are overridden, and a few private names replaced. Tests on a real
-cluster hold them to it.
+Ray has no options for any of this, so private methods are overridden and a few private names replaced. Tests on a real
+cluster cover all of them.
 """
 
 import asyncio
@@ -53,11 +53,12 @@ _STATE_TIMEOUT_S = 30.0
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer whose `fit()` controls the workers from the calling thread. SIGINT ends it there, with
-    KeyboardInterrupt; so does anything else that ends the process: Ray then ends the workers and frees their group.
+    """A TorchTrainer whose `fit()` controls the workers from the calling thread. SIGINT ends it with KeyboardInterrupt.
+    If the process ends in another way, Ray ends the workers and frees their group.
 
-    The workers stand in equal shares on exactly `nodes` nodes, as torchrun's --nnodes means it: the placement group has
-    a bundle for each node's share. (One with a bundle for each worker Ray only spreads as evenly as it can.)
+    The workers are placed in equal shares on exactly `nodes` nodes, as torchrun's --nnodes means it: the placement
+    group has one bundle for each node's share. (With one bundle for each worker, Ray would spread them only as evenly
+    as it can.)
     """
 
     def __init__(self, *arguments: Any, nodes: int, **options: Any) -> None:  # noqa: ANN401  -- as in Ray
@@ -72,7 +73,7 @@ class Trainer(TorchTrainer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RayDeprecationWarning)  # of its own parts
             controller: Any = _controller_of(str(self.run_config.name), self._nodes)(**parts)
-        # Not asyncio.run: its SIGINT handler cancels a task, which a blocking call within that task doesn't notice.
+        # Not asyncio.run: its SIGINT handler cancels the task, which doesn't interrupt a blocking call in it.
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             try:
                 loop.run_until_complete(controller.run())
@@ -84,10 +85,10 @@ class Trainer(TorchTrainer):
 
 
 def take_over_runs(job_id: str) -> None:
-    """Files the Train runs of the job's earlier attempts under the driver that runs this one.
+    """Assigns the Train runs of the job's earlier attempts to this driver, in Ray Train's state.
 
-    Of a submission with several drivers the dashboard knows the last one only, and it answers a list with a run of an
-    unknown driver (/api/train/v2/runs/v1) with 500: one job that was resumed would hide the runs of all.
+    The dashboard knows only the last driver of a submission id, and answers GET /api/train/v2/runs/v1 with 500 if a
+    run's driver is unknown: one resumed job would hide the runs of all jobs.
     """
     state: Any = get_state_actor()
     if state is None:  # no run yet in this cluster, or state tracking is off
@@ -98,7 +99,7 @@ def take_over_runs(job_id: str) -> None:
             if run.name == job_id and run.job_id != driver:
                 run.job_id = driver
                 ray.get(state.create_or_update_train_run.remote(run), timeout=_STATE_TIMEOUT_S)
-    except ray.exceptions.RayError:  # what the dashboard shows is not worth an attempt
+    except ray.exceptions.RayError:  # it concerns only the dashboard, so the attempt goes on
         logger.warning("the earlier runs of %s keep their driver in Ray Train's state", job_id, exc_info=True)
 
 
@@ -138,11 +139,11 @@ def _controller_of(job_id: str, nodes: int) -> type[TrainController]:
             self._decorate_worker_log_file_paths(workers)
 
         def shutdown(self) -> None:
-            _let_speak(self, "failed")  # unless it has told its own end
+            _let_leave(self, "failed")  # without effect on a worker that has closed its logger
             super().shutdown()  # type: ignore[no-untyped-call]
 
         def abort(self) -> None:
-            _let_speak(self, "cancelled")
+            _let_leave(self, "cancelled")
             super().abort()  # type: ignore[no-untyped-call]
 
     class Controller(TrainController):
@@ -151,51 +152,51 @@ def _controller_of(job_id: str, nodes: int) -> type[TrainController]:
     return Controller
 
 
-def _let_speak(group: WorkerGroup, end: End) -> None:
-    """Ray kills workers without a word, at whatever they are: before that, the first one says how its run ended."""
+def _let_leave(group: WorkerGroup, end: End) -> None:
+    """Gives the first worker time to close its logger and send its last lines, before Ray kills all workers."""
     if not group.has_started():
         return
     try:
         first: Any = group.get_workers()[0].actor
         ray.get(first.execute.remote(leave, end), timeout=LEAVE_S + 1)
-    except ray.exceptions.RayError as error:  # it has died, or hangs
+    except ray.exceptions.RayError as error:  # the worker has died, or hangs
         logger.info("the first worker could not say that its run was %s: %s", end, error)
 
 
 def _stop(controller: Any) -> None:  # noqa: ANN401  -- partly untyped in Ray
-    """Ends the workers, and says so to the dashboard. What this misses Ray does when the process has ended."""
+    """Ends the workers, and tells the dashboard. If it fails, Ray ends the workers once this process has ended."""
     try:
         if group := controller.get_worker_group():
             group.abort()
         controller._set_state(AbortedState())  # type: ignore[no-untyped-call]
-    except Exception:  # the process ends, whatever state this finds the run in
+    except Exception:  # the process has to end in any case
         logger.warning("the run was stopped before its workers", exc_info=True)
 
 
 def _log_to_files(context: TrainRunContext) -> None:
-    """Ray Train's log of the run stays in Ray's own log directory: the standard output of this process is the job's."""
+    """Keeps Ray Train's log of the run in Ray's log directory only: this process's standard output is the job's log."""
     config = LoggingManager._get_controller_logger_config_dict(context)
     config["loggers"]["ray.train"]["handlers"].remove("console")
     logging.config.dictConfig(config)
 
 
 def _named(cls: type, job_id: str) -> type:
-    """A subclass that shows as `Class:job_id`. Made here, it has no importable path, so it is pickled by value."""
+    """A subclass that Ray shows as `Class:job_id`. It can't be imported by a path, so it is pickled by value."""
     name = f"{cls.__name__}:{job_id}"
     return type(name, (cls,), {"__module__": "__main__", "__repr__": lambda self: name})
 
 
 def _kill(workers: list[Worker], **_options: float) -> None:
     """In place of Ray Train's `_shutdown_workers`, which first calls each worker's shutdown hooks and waits up to five
-    seconds for one that hangs: a runner that has been told to stop has ten seconds in all, and `_let_speak` may have
+    seconds for one that hangs: a runner that has been told to stop has ten seconds in all, and `_let_leave` may have
     taken five. The only hook zeroes metrics of the worker, which go with its process."""
     for worker in workers:
         ray.kill(worker.actor)
 
 
 class _StateManager(TrainStateManager):
-    """Files a run under an actor that lives as long as this process does, the supervisor of its Ray Job: Ray Train's
-    state takes a run to be aborted once that actor is dead."""
+    """Names the supervisor of the Ray Job as a run's controller actor: it lives as long as this process does. Once the
+    controller actor is dead, Ray Train's state takes the run for aborted."""
 
     def create_train_run(self, **facts: Any) -> None:  # type: ignore[override]  # noqa: ANN401  -- called by keyword
         name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=facts["name"])
@@ -204,7 +205,7 @@ class _StateManager(TrainStateManager):
 
 
 class _NoActor:
-    """In place of SynchronizationActor: starts nothing."""
+    """In place of SynchronizationActor; it starts no actor."""
 
     def options(self, **_options: Any) -> "_NoActor":  # noqa: ANN401  -- as in Ray
         return self

@@ -1,7 +1,7 @@
-"""A job's log as its processes see it: what they print goes there, and the runner shows all of it again.
+"""Sends the output of a job's processes to the job's log, and echoes that log in the runner.
 
-The runner's standard output is the Ray Job's log, so `ray job logs` and the dashboard's Jobs page show what every
-worker printed.
+The runner's standard output is the Ray Job's log, so `ray job logs` and the dashboard's Jobs page show the output of
+every worker.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ ECHO_WAIT_S = 1.0
 
 
 class LineWriter:
-    """Writes captured lines to the job's log, each once. Lines of ranks other than 0 say which rank they are from.
+    """Writes captured lines to the job's log, each once. Lines of ranks other than 0 begin with their rank.
 
-    After an error it is unknown whether the lines were written; those that follow are.
+    After an error it is unknown whether the lines were written. Later lines are not affected.
     """
 
     def __init__(self, queue: LogQueueClient, job_id: str, rank: int = 0) -> None:
         self._lines = queue
         self._job_id = job_id
-        self._source = new_event_id()  # a process is one source; a restarted one is another
+        self._source = new_event_id()  # one for each process
         self._prefix = f"[rank {rank}] " if rank else ""
         self._written = 0
 
@@ -42,15 +42,15 @@ class LineWriter:
         if self._prefix:
             lines = [(timestamp, self._prefix + message) for timestamp, message in lines]
         first = self._written
-        self._written += len(lines)  # first: lines that may be in the log already keep their numbers
+        self._written += len(lines)  # before the append: after an error, its lines may be in the log
         retrying(lambda: self._lines.append(self._job_id, self._source, first, lines))
 
 
 class JobOutput:
-    """While entered, this process's output is the job's, and the job's lines, whoever wrote them, are echoed.
+    """While entered, this process's output goes to the job's log, and all lines of that log are echoed to stdout.
 
-    On leaving, everything printed is in the job's log and was echoed, unless the log queue is gone, or what it is
-    echoed to takes nothing.
+    On exit, everything printed is in the job's log and was echoed, unless the log queue is gone, or stdout takes no
+    more.
     """
 
     def __init__(self, queue: LogQueueClient, job_id: str) -> None:
@@ -70,7 +70,7 @@ class JobOutput:
     ) -> None:
         self._capture.close()
         self._closing.set()
-        with contextlib.suppress(LogUnavailable):  # it only saves the echo its wait
+        with contextlib.suppress(LogUnavailable):  # it only shortens the echo's wait
             blocking(self._lines.wake(self._job_id))
         self._echo.join()
         os.close(self._stdout)
@@ -82,7 +82,7 @@ class JobOutput:
             try:
                 batch = blocking(self._lines.read(self._job_id, offset, ECHO_LINES, 0 if closing else ECHO_WAIT_S))
             except LogUnavailable:
-                # The lines are kept by whoever wrote them; this is only a copy for people.
+                # Nothing is lost: this is only a copy for people.
                 self._closing.wait(ECHO_WAIT_S)
                 if closing:
                     return
@@ -96,20 +96,20 @@ class JobOutput:
 
 
 def log_to_stdout() -> None:
-    """Tunewright's own log lines appear bare on stdout; those of libraries, from warnings on, on stderr."""
+    """Sends Tunewright's own log lines to stdout, without a prefix. Libraries' warnings and errors go to stderr."""
     ours = logging.getLogger("tunewright")
     ours.setLevel(logging.INFO)
     ours.propagate = False
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours.handlers = [handler]
-    # On import it warns of compiled kernels that are not used here, in words that would alarm every user.
+    # On import it warns about compiled kernels, which are not used here. The warning would alarm users.
     logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
 def leave_the_raylet_out() -> None:
-    """What Ray says of its nodes, which it prints in every driver, goes to the Ray Job's log alone: it is for whoever
-    runs the cluster. To be called before the output is captured."""
+    """Keeps Ray's messages about nodes, which Ray prints in every driver, out of the job's log: they go to the Ray
+    Job's log only, for the cluster's operator. To be called before the output is captured."""
     stdout = os.dup(1)
 
     def printed(data: dict[str, Any], ignore_prefix: bool) -> None:

@@ -1,7 +1,7 @@
-"""Everything a process prints, line by line: Python's print and logging, C libraries, subprocesses, crashes.
+"""Captures everything a process prints, line by line: Python's print and logging, C libraries, subprocesses, crashes.
 
-File descriptors 1 and 2 are replaced by one pipe, so the order of lines is the order of writes, whoever wrote them. A
-thread reads the pipe and hands over batches; what the process printed is never held back longer than `FLUSH_S`.
+File descriptors 1 and 2 are replaced by one pipe, so lines keep the order in which they were written. A thread reads
+the pipe and hands over batches; a complete line is not held back for longer than `FLUSH_S`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 Line = tuple[str, str]
-"""(RFC 3339 UTC timestamp of the moment the line was complete, message without its newline)."""
+"""(RFC 3339 UTC time at which the line was read, message without its newline)."""
 
 Sink = Callable[[list[Line]], None]
 
@@ -28,10 +28,10 @@ MAX_LINE_BYTES = 64 * 1024
 class OutputCapture:
     """Sends this process's output to `sink` until `close`.
 
-    `sink` is called from one thread, with at least one line, in order. It may block: the pipe then fills and writers
-    wait, which bounds memory. If it raises, the lines go to the original stderr instead, and capture goes on. Progress
-    bars redraw a line with carriage returns: the last state of such a line is what is kept. With `tee`, the original
-    stdout gets everything too. What the original outputs can't take (a full disk) is lost to them, and nothing stops.
+    `sink` is called from one thread, with at least one line, in order. It may block: the pipe then fills up and writers
+    wait, which bounds memory. If it raises, the lines go to the original stderr instead, and capture goes on. Of a line
+    that is redrawn with carriage returns (a progress bar), the last state is kept. With `tee`, the original stdout gets
+    everything, too. Output that the original stdout or stderr can't take (a full disk) is lost there without an error.
     """
 
     def __init__(self, sink: Sink, *, tee: bool = False) -> None:
@@ -40,7 +40,7 @@ class OutputCapture:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             if isinstance(stream, io.TextIOWrapper):
-                # While the descriptor is still what the stream was opened on: a file's stream asks it for its position.
+                # Before the descriptor becomes a pipe: the stream of a file asks for its position.
                 stream.reconfigure(line_buffering=True, errors="backslashreplace")
         self._saved = (os.dup(1), os.dup(2))
         self._read_fd, write_fd = os.pipe()
@@ -53,15 +53,15 @@ class OutputCapture:
         self._thread.start()
 
     def flush(self) -> None:
-        """Return once every line written so far has been handed over: half a second later, at most, and what `sink`
-        takes."""
+        """Returns once every line written so far has been handed over: after at most half a second, plus the time that
+        `sink` takes."""
         flushed = threading.Event()
         self._flushes.put(flushed)
         while self._thread.is_alive() and not flushed.wait(0.5):
             pass
 
     def close(self) -> None:
-        """Give 1 and 2 back, and return once every line written so far has been handed over."""
+        """Restores descriptors 1 and 2, and returns once every line written so far has been handed over."""
         if self._closing.is_set():
             return
         for stream in (sys.stdout, sys.stderr):
@@ -82,9 +82,9 @@ class OutputCapture:
         last_sent = time.monotonic()
         flushes: list[threading.Event] = []
         while True:
-            while not self._flushes.empty():  # before reading, as below
+            while not self._flushes.empty():  # before reading, so that output from before the request is read below
                 flushes.append(self._flushes.get())
-            closing = self._closing.is_set()  # asked before reading: what is written until then is read below
+            closing = self._closing.is_set()  # before reading, for the same reason
             chunk = self._read()
             if chunk is not None:
                 if self._tee:
@@ -97,7 +97,7 @@ class OutputCapture:
             done = chunk == b"" or (chunk is None and closing)
             if done and pending:
                 lines.append(_line(pending))
-            flush = bool(flushes) and chunk is None  # all that was there when it was asked for has been read
+            flush = bool(flushes) and chunk is None  # all output from before the request has been read
             if lines and (done or flush or len(lines) >= BATCH_LINES or time.monotonic() - last_sent >= FLUSH_S):
                 self._send(lines)
                 lines, last_sent = [], time.monotonic()
@@ -111,14 +111,14 @@ class OutputCapture:
                 self._wait(FLUSH_S if lines else 0.5)
 
     def _read(self) -> bytes | None:
-        """Bytes that are there; None when there are none now; b"" at the end of the pipe."""
+        """Available bytes; None if there are none now; b"" at the end of the pipe."""
         try:
             return os.read(self._read_fd, 1 << 16)
         except BlockingIOError:
             return None
 
     def _wait(self, timeout_s: float) -> None:
-        """Return when there is something to read or the pipe has ended, at the latest after `timeout_s`."""
+        """Returns when there is something to read or the pipe has ended, or after `timeout_s`."""
         poll = select.poll()  # unlike select() it takes descriptors above 1023
         poll.register(self._read_fd, select.POLLIN)
         poll.poll(1000 * timeout_s)
@@ -133,8 +133,8 @@ class OutputCapture:
 
 
 def write_or_lose(fd: int, data: bytes) -> None:
-    """Writes all of it, or what `fd` takes: its disk may be full, or its reader gone. Never raises OSError: the thread
-    that copies output must live."""
+    """Writes as much of the data as `fd` takes: its disk may be full, or its reader gone. Never raises OSError: the
+    thread that copies output must go on."""
     view = memoryview(data)
     with contextlib.suppress(OSError):
         while view:

@@ -1,8 +1,8 @@
-"""Who may speak for a job: a runner that was replaced can't change it any more, and ends.
+"""Keeps a runner that was replaced from changing its job, and ends it.
 
 A runner's tenure lasts from one interruption of the job to the next. The dispatcher records an interruption before it
-starts another runner, so the number of interruptions tells the runners of a job apart, also those that were lost before
-their training began. docs/decisions/0015 has the reasons.
+starts another runner, so the number of interruptions identifies a job's runners, also those that were lost before their
+training began. docs/decisions/0015 has the reasons.
 """
 
 import logging
@@ -23,11 +23,11 @@ from trainers.retrying import retrying
 logger = logging.getLogger("tunewright.train")
 
 WATCH_S = 5.0
-"""How often a worker asks whether it is still the one. A call to the log that hangs may add its time-out to it."""
+"""Seconds between two checks of a worker's tenure. A call to the log that hangs may add its time-out to that."""
 
 
 class Superseded(Exception):
-    """The job is over, being cancelled, or goes on without this runner: whatever that one has to say counts no more."""
+    """The job is over, paused, being cancelled, or another runner's: this runner's reports no longer count."""
 
 
 class Cancelled(Superseded):
@@ -35,16 +35,16 @@ class Cancelled(Superseded):
 
 
 class Tenure:
-    """One runner's hold on its job, and that of its workers: what they append is written only while it lasts."""
+    """The right of one runner and its workers to append to their job. Afterwards their events are refused."""
 
     def __init__(self, log: AnyLog, job_id: str, interruptions: int) -> None:
-        """`interruptions`: those the job had when the runner took it."""
+        """`interruptions`: the job's count when the runner took it."""
         self._log = log
         self._job_id = job_id
         self.interruptions = interruptions
 
     def check(self, job: FineTuningJob) -> None:
-        """Raises Superseded when `job`, as the log has it now, is over, paused, being cancelled or another runner's."""
+        """Raises Superseded if `job`, as the log has it now, is over, paused, being cancelled or another runner's."""
         if job.over:
             state: str = job.status
         elif job.interruptions != self.interruptions:
@@ -59,8 +59,8 @@ class Tenure:
         raise kind(f"job {self._job_id} is {state}")
 
     def append(self, event: Event) -> FineTuningJob:
-        """Appends the event if the tenure lasts at that very moment; the tenure goes on after an interruption that it
-        records itself. Raises Superseded, Refused or LogUnavailable."""
+        """Appends the event, provided that the tenure still lasts at the moment of the append. It goes on after an
+        interruption that is recorded here. Raises Superseded, Refused or LogUnavailable."""
         event_id = new_event_id()
         while True:
             job = retrying(lambda: self._log.job(self._job_id))
@@ -68,18 +68,19 @@ class Tenure:
             try:
                 job = retrying(partial(self._log.append, self._job_id, [event], [event_id], job.version))
             except ExpectedVersionError:
-                continue  # something was recorded in between: it may have ended the tenure
+                continue  # another event came in between, which may have ended the tenure
             self.interruptions = job.interruptions
             return job
 
 
 class Watch:
-    """Ends this process, a worker of `attempt`, within seconds after it was replaced or its job was cancelled, whatever
-    it is doing then: a step may take minutes, and a collective call whose partner is gone may never return. Until
-    `close`.
+    """A thread that ends this process, a worker of `attempt`, within seconds after it was replaced or its job
+    cancelled. The process can't be left to end by itself: a step may take minutes, and a collective call without its
+    partner may never return.
 
-    Before that, `look` is called every few seconds with the job as the log has it, and `leave` at the end, with the
-    reason."""
+    Every few seconds `look` is called with the job as the log has it, and `leave`, with the reason, before the process
+    ends. `close` stops the watch.
+    """
 
     def __init__(
         self,

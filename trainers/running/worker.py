@@ -1,7 +1,7 @@
-"""The training function that Ray Train runs on every worker, and how it reports to the log.
+"""The training function that Ray Train runs on every worker, and its reports to the log.
 
-`train_worker` is all there is between `TorchTrainer` and `trainers.training.recipe`: it captures the process's output,
-opens the logger, and turns the recipe's reports into events.
+`train_worker` connects `TorchTrainer` to `trainers.training.recipe`: it captures the process's output, opens the
+logger, and turns the recipe's reports into events.
 """
 
 import logging
@@ -38,23 +38,24 @@ logger = logging.getLogger("tunewright.train")
 
 FINISHED = "finished"
 PAUSED = "paused"
-"""What `train_worker` returns when the run did all its steps, or stopped at a checkpoint because the job is to pause.
-An aborted run returns nothing."""
+"""Return values of `train_worker`: the run has done all its steps, or stopped at a checkpoint because the job is to
+pause. A run that is aborted returns nothing."""
 
 METRICS_FLUSH_S = 0.5
-"""Metrics are gathered this long into one event."""
+"""Seconds for which metrics are gathered into one event."""
 LEAVE_S = 4.0
-"""For what a worker has yet to say before it is killed: W&B may have to upload it."""
+"""Seconds that a worker gets to close its logger and send its last lines before it is killed. W&B may have to
+upload."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker needs to know. Plain data: the dashboard's Train API shows it, so no secrets in it."""
+    """A worker's task. Plain data, without secrets: the dashboard's Train API shows it."""
 
     job_id: str
     attempt: int
     interruptions: int
-    """The runner's tenure, see trainers.running.tenure."""
+    """Identifies the runner's tenure, see trainers.running.tenure."""
     plan: dict[str, Any]
     storage: str
     job_dir: str
@@ -65,17 +66,18 @@ class Assignment:
         return asdict(self)
 
 
-_reporter: "RayReporter | None" = None  # of the rank that this process is
+_reporter: "RayReporter | None" = None  # this process's
 
 
 def leave(end: End) -> None:
-    """Called in a worker that is about to be killed, whatever it is doing: see `RayReporter.leave`."""
+    """Called by the runner in a worker that is about to be killed, at any point of its work: see
+    `RayReporter.leave`."""
     if _reporter is not None:
         _reporter.leave(end)
 
 
 def train_worker(config: dict[str, Any]) -> str:
-    """One rank of one attempt. Raises what the recipe raises, after printing it to the job's log."""
+    """Runs one rank of one attempt. Prints the recipe's errors to the job's log, and raises them."""
     global _reporter
     give_way()
     assignment = Assignment(**config)
@@ -101,11 +103,11 @@ def train_worker(config: dict[str, Any]) -> str:
         train_data = job_dir / "data" / "train"
         check_storage(train_data)
         from trainers.training.recipe import (
-            train,  # torchtune takes seconds to import: its warnings belong to the job's log
+            train,  # imports torchtune, whose warnings belong in the job's log
         )
 
         plan = Plan.model_validate(assignment.plan)
-        # Its own: a compilation that was killed leaves broken files, which would fail every later job.
+        # One cache for each job: a compilation that is killed leaves broken files, which would fail every later job.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job_dir / COMPILED)
         train(
             plan,
@@ -134,17 +136,17 @@ def train_worker(config: dict[str, Any]) -> str:
             reporter.close(end)
         finally:
             watch.close()
-            capture.close()  # the lines that say what went wrong must get out
+            capture.close()  # sends the last lines, which say what went wrong
     return FINISHED
 
 
 def _end_of(reason: Exception) -> End:
-    """Of a run that its job goes on without."""
+    """The end of a run that was superseded for this `reason`."""
     return "cancelled" if isinstance(reason, Cancelled) else "replaced"
 
 
 def check_storage(written: Path) -> None:
-    """Raises InfrastructureError where this node doesn't see what the runner has written on the head."""
+    """Raises InfrastructureError if this node doesn't see a path that the runner has written on the head node."""
     if not written.exists():
         node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         raise InfrastructureError(
@@ -157,10 +159,10 @@ def check_storage(written: Path) -> None:
 
 
 class RayReporter:
-    """Turns the recipe's reports into events. Rank 0 speaks for all; on other ranks every report is a no-op.
+    """Turns the recipe's reports into events. Rank 0 reports for all; on other ranks every report is a no-op.
 
-    Metrics are queued and appended by a thread, so a step never waits for the log. A checkpoint is recorded, after
-    every metric and every line that came before it, when `checkpoint` returns.
+    A thread appends the metrics, so a step never waits for the log. When `checkpoint` returns, the checkpoint is
+    recorded, after all metrics and lines that came before it.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class RayReporter:
     def started(self, total_steps: int, device: str) -> None:
         if not self._speaks:
             return
-        from trainers.training.checkpoint import load_standing  # imports torch, as the recipe that calls this has
+        from trainers.training.checkpoint import load_standing  # imports torch, as the recipe has by now
 
         context = ray.train.get_context()
         plan = Plan.model_validate(self._assignment.plan)
@@ -222,7 +224,7 @@ class RayReporter:
         if not self._speaks:
             return
         self._flush()
-        self._flush_output()  # an attempt that goes on from here prints the lines after it again, and none before it
+        self._flush_output()  # an attempt that resumes from it repeats only later lines
         self._append(
             CheckpointSaved(
                 attempt=self._assignment.attempt,
@@ -240,16 +242,16 @@ class RayReporter:
             self._append(CheckpointsDeleted(attempt=self._assignment.attempt, uris=uris))
 
     def should_stop(self) -> bool:
-        """True once the job is to pause. (A worker of one that is cancelled is ended.)"""
+        """True once the job is to pause. (If it is cancelled, its workers are killed instead.)"""
         return self._pausing.is_set()
 
     def look(self, job: FineTuningJob) -> None:
-        """At the job as the log has it now."""
+        """Takes note of a pause. `job` is as the log has it now."""
         if job.pausing and job.attempt == self._assignment.attempt:
             self._pausing.set()
 
     def close(self, end: End) -> None:
-        """Everything reported is in the log, and the logger is closed, when this returns."""
+        """Returns once everything reported is in the log and the logger is closed."""
         if not self._speaks or not self._thread.is_alive():
             return
         self._queue.put(None)
@@ -257,8 +259,8 @@ class RayReporter:
         self._close_logger(end)
 
     def leave(self, end: End) -> None:
-        """As `close`, amid the run and within `LEAVE_S`, after which the process is killed; lines that were printed
-        get out, too. Whatever is reported later is lost."""
+        """As `close`, but during the run, and for at most `LEAVE_S`; sends printed lines, too. The caller then kills
+        the process. Later reports are lost."""
         leaving = threading.Thread(target=self._leave, args=(end,), name="leave", daemon=True)
         leaving.start()
         leaving.join(LEAVE_S)
@@ -282,7 +284,7 @@ class RayReporter:
             raise self._failure
 
     def _drain(self) -> None:
-        """The thread: gather metrics for a moment, append them as one event."""
+        """Runs in a thread: gathers metrics for `METRICS_FLUSH_S`, and appends them as one event."""
         while True:
             batch: list[StepMetrics] = []
             waiter: threading.Event | None = None
@@ -313,7 +315,8 @@ class RayReporter:
             self._failure = error
 
     def _append(self, event: Event) -> None:
-        """Raises Superseded where the log refuses it: the job is over, or goes on without this attempt."""
+        """Appends the event. Raises Superseded if the log refuses it: the job is over, or goes on without this
+        attempt."""
         job_id, event_id = self._assignment.job_id, new_event_id()
         try:
             self.look(retrying(lambda: self._log.append(job_id, [event], [event_id])))
