@@ -1,8 +1,8 @@
-"""`python -m benchmarks.chat [--vllm]`: tokens a second of what is behind /v1/chat/completions, for one answer and for
+"""`python -m benchmarks.chat [--vllm]`: tokens/s of the engine behind /v1/chat/completions, for one answer and for
 several at a time. Takes a minute.
 
-The real model on the CPU, with as many cores as TUNEWRIGHT_CHAT_CPUS says (1, where it says nothing or 0); without Ray
-and HTTP. `--vllm` needs .venv-vllm, which `make test-vllm` makes.
+It runs the real model on the CPU, on TUNEWRIGHT_CHAT_CPUS cores (1 if that is 0 or unset), without Ray and HTTP.
+`--vllm` needs .venv-vllm, which `make test-vllm` makes.
 """
 
 import argparse
@@ -60,7 +60,7 @@ async def _by_vllm(cores: int) -> list[tuple[str, ...]]:
 
 async def measured(engine: Engine[Any]) -> list[tuple[str, ...]]:
     async def answered(number: int) -> int:
-        """How many tokens the answer to a question of its own has."""
+        """The number of tokens of an answer. Each `number` is a different question."""
         messages = ({"role": "user", "content": f"Tell me a long story about the number {number} and the sea."},)
         count = 0
         async for part in engine.answer(Question("", messages, TOKENS, sampling=Sampling(temperature=0))):

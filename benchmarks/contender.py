@@ -1,4 +1,4 @@
-"""What a contender of the training benchmarks is told, and what it tells: both plain JSON between processes.
+"""The task that a contender of the training benchmarks gets, and the recording that it returns, as JSON files.
 
 Nothing here imports torch or this project: the TRL contender runs in an environment of its own.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Task:
-    """One run of one contender. `equal`: the settings below count; otherwise they are the contender's own defaults,
-    and only `model_dir`, the data and `steps` come from here."""
+    """One run of one contender. `equal`: all contenders use the settings below. Otherwise each uses its own defaults,
+    and only `model_dir`, the data and `steps` are taken from here."""
 
     equal: bool
     method: str
@@ -30,11 +30,11 @@ class Task:
     conversations: str
     """The same rows as `messages`."""
     adapter: str
-    """First values of the adapter (safetensors, torchtune's names), so that all LoRA runs of `equal` start alike."""
+    """The initial adapter (safetensors, torchtune's names): all LoRA runs with `equal` start from it."""
     output_dir: str
     result: str
     steps: int
-    """Optimizer steps to take; the process ends itself after the last one."""
+    """Optimizer steps. The process exits after the last one."""
     batch_size: int = 4
     """Rows per step, over all workers."""
     lr: float = 2e-5
@@ -43,7 +43,7 @@ class Task:
     lora_rank: int = 8
     lora_alpha: int = 16
     exact_loss: bool = False
-    """torchtune's cross-entropy is computed in float64."""
+    """Whether torchtune computes cross-entropy in float64."""
 
     @classmethod
     def from_argv(cls) -> "Task":
@@ -57,21 +57,21 @@ class Task:
 
 @dataclass
 class Recording:
-    """The steps as they end. After the last one the result is written and the process ends: saving is nobody's time
-    and nobody's memory. Times are seconds of the monotonic clock that all processes of a machine share."""
+    """Records the end of each step. After the last step it writes the result and exits, so saving a model is not
+    measured. Times are seconds of the monotonic clock that all processes of a machine share."""
 
     task: Task
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the run was made with, for the table's notes."""
+    """The settings of the run, for the notes below the table."""
     steps: list[dict[str, float]] = field(default_factory=list)
     marks: dict[str, float] = field(default_factory=dict)
-    """Moments of the start, by what has just been done: `imported`, then `loaded`."""
+    """When the start-up was `imported` (done with imports) and `loaded`."""
 
     def mark(self, done: str) -> None:
         self.marks[done] = time.perf_counter()
 
     def step(self, tokens: int, loss: float) -> None:
-        """A step has just ended. `tokens`: of its rows, over all workers, without padding."""
+        """To be called when a step has ended. `tokens`: of its rows, over all workers, without padding."""
         self.steps.append({"at": time.perf_counter(), "tokens": tokens, "loss": loss})
         if len(self.steps) == self.task.steps:
             result = {

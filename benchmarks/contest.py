@@ -1,4 +1,4 @@
-"""Running contenders side by side: interleaved, each in a process of its own, all with the machine to themselves."""
+"""Runs contenders in turn, several rounds. Each run is a process of its own that has the machine to itself."""
 
 import json
 import os
@@ -24,14 +24,14 @@ SAMPLE_S = 1.0
 
 
 class ContenderFailed(Exception):
-    """A contender's process ended without a result. The message ends with the last lines it wrote."""
+    """A contender's process ended without a result. The message is the end of its output."""
 
 
 @dataclass(frozen=True)
 class Contender:
     name: str
     command: tuple[str, ...]
-    """The task's file is appended."""
+    """The task's file is its last argument."""
 
 
 OURS = Contender("ours", (sys.executable, "-m", "benchmarks.run_ours"))
@@ -40,8 +40,8 @@ TRL = Contender("TRL", (str(TRL_PYTHON), "-m", "benchmarks.run_trl"))
 
 
 class Run(NamedTuple):
-    """One run: per step, the moment of its end (seconds), tokens without padding, and loss; and the peak memory of all
-    its processes, up to the end of the last step."""
+    """The result of one run. Of each step: when it ended (seconds), its tokens without padding, and its loss.
+    `peak_bytes`: peak memory of all its processes, up to the end of the last step."""
 
     ends: list[float]
     tokens: list[int]
@@ -50,15 +50,16 @@ class Run(NamedTuple):
     settings: dict[str, Any]
     started: float
     marks: dict[str, float]
-    """Moments like `ends`: when the process was started, and what `Recording.marks` says."""
+    """`Recording.marks`. Like `started`, when the process was started, on the clock of `ends`."""
 
     def tokens_per_second(self, warmup: int) -> float:
-        """Of the steps after the first `warmup` (at least one: it begins the clock)."""
+        """The speed of the steps after the first `warmup`, of which there must be at least one: its end starts the
+        clock."""
         return sum(self.tokens[warmup:]) / (self.ends[-1] - self.ends[warmup - 1])
 
 
 class Standing(NamedTuple):
-    """A contender after all rounds."""
+    """A contender's results after all rounds."""
 
     runs: list[Run]
     warmup: int
@@ -83,7 +84,8 @@ class Standing(NamedTuple):
 def contest(
     contenders: Sequence[Contender], task: Task, *, workers: int, rounds: int, warmup: int
 ) -> dict[str, Standing | str]:
-    """Every contender, `rounds` times in turn. A contender that fails is left out from then on: its value is why."""
+    """Runs every contender, in turn, `rounds` times. A contender that fails is left out from then on; its value is then
+    the reason."""
     found: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
     failures: dict[str, str] = {}
     for _ in range(rounds):
@@ -126,7 +128,7 @@ def run_once(contender: Contender, task: Task, workers: int = 1) -> Run:
     tokens = [int(step["tokens"]) for step in result["steps"]]
     return Run(
         [step["at"] for step in result["steps"]],
-        tokens if workers == 1 else _tokens_in_order(task),  # torchtune's rank counts its own only
+        tokens if workers == 1 else _tokens_in_order(task),  # a rank of torchtune counts only its own tokens
         [step["loss"] for step in result["steps"]],
         shared_peak if workers > 1 else result["peak_bytes"],
         result["settings"],
@@ -136,7 +138,7 @@ def run_once(contender: Contender, task: Task, workers: int = 1) -> Run:
 
 
 def _tokens_in_order(task: Task) -> list[int]:
-    """Tokens of each step, where rows are taken as they stand in the file."""
+    """The tokens of each step of a run that takes the rows in the order of the file."""
     assert task.equal
     lines = Path(task.rows).read_text(encoding="utf-8").splitlines()
     lengths = [len(json.loads(line)["input_ids"]) for line in lines[: task.steps * task.batch_size]]
@@ -144,8 +146,8 @@ def _tokens_in_order(task: Task) -> list[int]:
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits until one of them ends. The peak of what they use together in bytes, sampled, with shared pages counted
-    once (PSS); of one process alone it is 0: the process knows its exact peak itself."""
+    """Waits until one of the processes ends. Returns the peak of their memory in bytes, sampled, with shared pages
+    counted once (PSS); 0 for a single process, which measures its exact peak itself."""
     deadline = time.monotonic() + TIMEOUT_S
     peak = 0
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
@@ -179,7 +181,7 @@ def _environment(workers: int) -> dict[str, str]:
 
 
 def as_rank(rank: int, workers: int, port: int) -> dict[str, str]:
-    """What torchrun would set; nothing for a worker that is alone."""
+    """The variables that torchrun would set; none for a single worker."""
     if workers == 1:
         return {}
     return {

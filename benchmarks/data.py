@@ -1,9 +1,9 @@
-"""How fast data becomes steps, and in how much memory.
+"""Time and memory of preparing data, and of the schedule of an epoch.
 
     python -m benchmarks.data --rows 1000000
 
-Writes dialogs of some 100 tokens, prepares them for SmolLM2 (the embedded demo model's tokenizer) twice, as two jobs
-would, and walks through an epoch of the schedule. Prints lines for the table of README.md.
+Writes dialogs of about 100 tokens, prepares them twice, as two jobs would, with the tokenizer of the demo model, and
+goes through the schedule of an epoch. Prints lines for the table of README.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics  # the English text that every Python brings
+from pydoc_data.topics import topics  # English text that comes with Python
 
 import numpy as np
 import psutil
@@ -34,7 +34,7 @@ MAX_SEQ_LEN = 2048
 
 
 def write_rows(file: Path, count: int) -> None:
-    """Dialogs with a system message, a question and an answer: runs of words from Python's manual."""
+    """Writes dialogs with a system message, a question and an answer, of consecutive words of Python's manual."""
     words = " ".join(topics.values()).split()
     rng = random.Random(0)  # noqa: S311  -- the same rows each time
 
@@ -55,8 +55,8 @@ def write_rows(file: Path, count: int) -> None:
 
 @dataclass
 class Cost:
-    """Of a block of code, with the processes it started. `peak_mb`: their resident memory together, looked at every
-    0.1 s; pages that they share count for each."""
+    """The cost of a block of code and of the processes it started. `peak_mb`: their resident memory together, sampled
+    every 0.1 s; shared pages are counted in each."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -138,7 +138,7 @@ def main() -> None:
     rows: int = parser.parse_args().rows
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
-        # In a process of its own: it takes torch, whose memory isn't to be measured.
+        # In a process of its own, as it imports torch, whose memory isn't to be measured.
         script = "import sys, trainers.models.smollm2 as m; m.convert(m.packaged_gguf(), m.Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", script, str(folder / "model")], check=True)
         write_rows(folder / "rows.jsonl", rows)

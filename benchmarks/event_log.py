@@ -1,12 +1,12 @@
-"""`python -m benchmarks.event_log`: durable appends a second, and how long a log of a million events takes to open.
+"""`python -m benchmarks.event_log`: durable appends per second, and the time to open a log of a million events.
 
-Writers are coroutines of one process, each with a job of its own, each waiting for its acknowledgement before it
-appends again; an event is one step's metrics, as a training worker sends it. Beside them, in the same run: such events
-written to the same table without group commit, a transaction and an fsync each; and the disk alone, one 4 KiB write and
-fdatasync after the other: with one append in flight each, 64 writers can't have more than 64 acknowledgements an fsync.
+Writers are coroutines of one process. Each has its own job and waits for its acknowledgement before it appends again.
+An event is the metrics of one step, as a training worker sends it. For comparison, the same run measures such events
+written to the same table without group commit (a transaction and an fsync each), and the disk alone (4 KiB writes, each
+followed by fdatasync). As each writer has one append in flight, 64 writers get at most 64 acknowledgements per fsync.
 
-Through Ray: the same writers in PROCESSES processes of their own and the log in its actor, on a cluster with nothing
-else. CPU is then that of the actor.
+Through Ray: the same writers in PROCESSES processes, and the log in its actor, on a cluster with nothing else. The CPU
+time is then that of the actor.
 
 `--rows N` opens a log of N events (default a million). Writes its section of benchmarks/README.md.
 """
@@ -49,7 +49,7 @@ from tests.conftest import a_ray_cluster
 JOBS = 1000
 PROCESSES = 4
 SNAPSHOT_S = 300.0
-"""How long a log may take to write its snapshot."""
+"""Maximum time for a log to write its snapshot."""
 RESOURCES = Resources(workers=1, nodes=1, cpus_per_worker=1, gpus_per_worker=0)
 SUBMITTED = JobSubmitted(
     config={"model": "smollm2-135m-instruct", "data": "file:///data/train.jsonl"},
@@ -69,7 +69,7 @@ RUNNING: list[Event] = [
 
 
 class Speed(NamedTuple):
-    """`cpu_us`: processor time of this process for each event, which other tenants of the machine stretch less."""
+    """`cpu_us`: CPU time of the process per event. It depends less on what else runs on the machine."""
 
     per_second: float
     p50_ms: float
@@ -92,7 +92,7 @@ def measured(step: int) -> MetricsRecorded:
 
 
 async def appends(file: Path, writers: int, at_once: int, seconds: float) -> Speed:
-    """`at_once`: events in each append."""
+    """Measures `writers` on a log in this process. `at_once`: events in each append."""
     log = EventLog(SqliteStore(file))
     job_ids = await running_jobs(log, writers)
     began, cpu = time.perf_counter(), time.process_time()
@@ -103,7 +103,7 @@ async def appends(file: Path, writers: int, at_once: int, seconds: float) -> Spe
 
 
 async def running_jobs(log: AnyLog, count: int) -> list[str]:
-    """Their ids."""
+    """Starts `count` jobs in the log; their ids."""
     job_ids = [new_job_id() for _ in range(count)]
     for job_id in job_ids:
         await log.submit(job_id, SUBMITTED, new_event_id(), JOBS)
@@ -112,14 +112,14 @@ async def running_jobs(log: AnyLog, count: int) -> list[str]:
 
 
 async def write(log: AnyLog, job_ids: Sequence[str], at_once: int, seconds: float) -> list[float]:
-    """A writer for each job. How long each append took, in seconds."""
+    """Appends to each job for `seconds`, with one writer per job; the seconds that each append took."""
     latencies: list[float] = []
     end = time.perf_counter() + seconds
     events: list[Event] = [measured(number + 1) for number in range(at_once)]
 
     async def append(job_id: str) -> None:
         while (began := time.perf_counter()) < end:
-            # Ids that sort by time, as ULIDs do. Making events and ids is the work of other processes.
+            # Ids that sort by time like ULIDs, but cheap to make: in the service, other processes make events and ids.
             await log.append(job_id, events, [f"{time.time_ns()}:{job_id[-8:]}:{number}" for number in range(at_once)])
             latencies.append(time.perf_counter() - began)
 
@@ -128,13 +128,13 @@ async def write(log: AnyLog, job_ids: Sequence[str], at_once: int, seconds: floa
 
 
 class Writers:
-    """A process of writers."""
+    """A process that runs writers."""
 
     def __init__(self, log: EventLogClient) -> None:
         self._log = log
 
     def pid(self) -> int:
-        """Answers once the process is there."""
+        """Returns once the process runs."""
         return os.getpid()
 
     def write(self, job_ids: list[str], at_once: int, seconds: float) -> list[float]:
@@ -142,7 +142,7 @@ class Writers:
 
 
 def through_ray(storage: Path, writers: int, seconds: float) -> Iterator[tuple[int, Speed]]:
-    """With one and with ten events in each append."""
+    """Measures `writers` through Ray: (events in each append, speed), for one event and for ten."""
     with a_ray_cluster():
         log = connect(storage).log
         actor = psutil.Process(blocking(log.about()).pid)
@@ -162,7 +162,7 @@ def through_ray(storage: Path, writers: int, seconds: float) -> Iterator[tuple[i
 
 
 def single_appends(file: Path, seconds: float) -> Speed:
-    """The store alone, a transaction for each event."""
+    """Measures the store alone, with a transaction for each event."""
     latencies: list[float] = []
     with closing(SqliteStore(file)) as store:
         began, cpu = time.perf_counter(), time.process_time()
@@ -176,6 +176,7 @@ def single_appends(file: Path, seconds: float) -> Speed:
 
 
 def syncs(file: Path, seconds: float) -> Speed:
+    """Measures the disk alone: 4 KiB writes, each followed by fdatasync."""
     latencies: list[float] = []
     with file.open("wb", buffering=0) as opened:
         began, cpu = time.perf_counter(), time.process_time()
@@ -188,7 +189,7 @@ def syncs(file: Path, seconds: float) -> Speed:
 
 
 def opening(file: Path, events: int) -> tuple[float, float, float]:
-    """Seconds to open a log of so many events, of JOBS jobs, without a snapshot and with one; and its size in MiB."""
+    """Seconds to open a log of `events` events of JOBS jobs, without a snapshot and with one; and its size in MiB."""
     with closing(SqliteStore(file)) as store:
         first: list[Event] = [SUBMITTED, *RUNNING]
         for start in range(0, events, 5000):
@@ -204,7 +205,7 @@ def opening(file: Path, events: int) -> tuple[float, float, float]:
 
 
 async def open_and_close(file: Path, *, wait_for_snapshot: bool = False) -> float:
-    """Until it answers."""
+    """Seconds until the log answers a read."""
     began = time.perf_counter()
     log = EventLog(SqliteStore(file))
     jobs, _ = await log.jobs(1)
@@ -224,9 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1_000_000, help="events of the log that is opened")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of appends")
     arguments = parser.parse_args(argv)
-    head = heading("python -m benchmarks.event_log")  # now: the load is that of others
+    head = heading("python -m benchmarks.event_log")  # made first, so that its load isn't that of this program
     rows: list[tuple[str, Speed]] = []
-    collect_rarely()  # as the log's own process
+    collect_rarely()  # as in the log's own process
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-", dir=Path.cwd()) as folder:
         scratch = Path(folder)
         rows.append(("the disk alone: 4 KiB and fdatasync", syncs(scratch / "sync", arguments.seconds)))

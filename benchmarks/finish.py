@@ -1,8 +1,8 @@
-"""`python -m benchmarks.finish`: how wrong `estimated_finish` is while a job trains. About five minutes.
+"""`python -m benchmarks.finish`: the error of `estimated_finish` while a job trains. Takes about five minutes.
 
-One job of the demo's model and rows, with evaluations and checkpoints, followed over HTTP to its end. Wrong by: the
-distance between the estimate and the moment of the last step's end and its checkpoint, as a share of the time from the
-first step to it.
+It follows one job of the demo's model and rows, with evaluations and checkpoints, over HTTP to its end. The error is
+the distance between the estimate and the actual end (last step and its checkpoint), as a share of the time from the
+first step to the end.
 """
 
 import json
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def follow(client: Client, config: dict[str, object]) -> tuple[float, float, list[tuple[float, float]]]:
-    """When the job's first step was seen, when it ended, and (share of the steps done, estimate) in between."""
+    """The time of the job's first step, that of its end, and (share of the steps done, estimate) in between."""
     job_id = client.submit(config)["job_id"]
     began = 0.0
     seen: list[tuple[float, float]] = []

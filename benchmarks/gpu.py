@@ -1,30 +1,30 @@
-"""The recipe on one GPU, against torchtune's: tokens/s, MFU and peak memory. One command, no Ray, nothing to download.
+"""Our recipe against torchtune's on one GPU: tokens/s, MFU and peak memory. Without Ray, and without downloads.
 
     python -m benchmarks.gpu                  Llama 3.2 1B and 3B, Llama 3.1 8B; LoRA and full; ours and torchtune
     python -m benchmarks.gpu --shape 8b --method lora
-    python -m benchmarks.gpu --tiny           on a CPU too: shows that it works, measures nothing
+    python -m benchmarks.gpu --tiny           also on a CPU: shows that it works, measures nothing
 
 **It has not been run on a GPU yet**: the tests run `--tiny` on a CPU. The goals are for one H200.
 
-Weights are random, in the shapes of the real models, and made on the device. Data are random documents, packed into
-sequences of 4,096 tokens in which each token sees its own document only; every token is trained on. Both run in bf16
-with torch.compile and AdamW (fused), without activation checkpointing unless --recompute is given; LoRA has rank 8 on
-the four attention projections. Every measurement is a process of its own: one that runs out of memory costs its row
-only.
+The weights are random, in the shapes of the real models, and made on the device. The data are random documents,
+packed into sequences of 4,096 tokens; each token attends to its own document only, and every token is trained on. Both
+contenders run in bf16 with torch.compile and fused AdamW, without activation checkpointing unless --recompute is given.
+LoRA has rank 8 on the four attention projections. Each measurement is a process of its own, so one that runs out of
+memory doesn't affect the others.
 
 - *ours* is `build_training_model` and `training_step` of trainers/, as a job runs them (`_ours`).
-- *torchtune* is its own recipe file, full_finetune_single_device or lora_finetune_single_device, run whole; a
-  checkpointer that gives random weights and a data set that counts are put into its config by name (`_stock_config`).
+- *torchtune* is its own recipe file, full_finetune_single_device or lora_finetune_single_device, run whole. Its
+  config names a checkpointer with random weights and a dataset that counts tokens (`_stock_config`).
 
-MFU is the share of the device's peak that the arithmetic of the model itself takes, recomputation not counted:
+MFU (model FLOPs utilisation) is the share of the device's peak that the model's arithmetic takes, without recomputing:
 
-    flops per token = 2·N + 2·N + 2·T + 12·L·H·Q·s/2
+    FLOPs per token = 2·N + 2·N + 2·T + 12·L·H·Q·s/2
 
-after appendix B of the PaLM paper (Chowdhery et al., 2022, arXiv:2204.02311), which has 6·N + 12·L·H·Q·s. N is the
-number of weights in matrix products (the head, not the embedding): the forward pass and the gradient of the inputs take
-2 each. T is how many of them are trained: their gradients take 2 more (T = N for full, the adapters alone for LoRA).
-L layers, H heads, Q their size; s/2 is the mean number of positions that a token attends to: here half its document,
-because attention is causal, not half the sequence.
+This follows appendix B of the PaLM paper (Chowdhery et al., 2022, arXiv:2204.02311), which has 6·N + 12·L·H·Q·s. N is
+the number of weights in matrix products (with the head, without the embedding): the forward pass and the gradient of
+the inputs take 2·N each. T is the number of trained weights, whose gradients take 2·T (T = N for full, the adapters for
+LoRA). There are L layers with H heads of size Q. s/2 is the mean number of positions that a token attends to: half its
+document, as attention is causal.
 """
 
 import argparse
@@ -129,8 +129,8 @@ PEAK_FLOPS = {
     "A10": 125e12,
     "L4": 121e12,
 }
-"""Dense bf16 FLOP/s, from NVIDIA's data sheets (which print twice as much where they mean sparse). By a part of the
-device's name, the first that fits."""
+"""Dense bf16 FLOP/s, from NVIDIA's data sheets (whose sparse rates are twice as high). The key is a part of the
+device's name; the first that matches counts."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Spec:
 class Result(NamedTuple):
     tokens_per_second: float
     peak_bytes: int
-    """Of the device's memory, in the steps after the warm-up; on a CPU of the process, in all."""
+    """Device memory, in the steps after the warm-up; on a CPU, the memory of the process, in the whole run."""
     mean_document: float
     trained: int
     device: str
@@ -204,7 +204,7 @@ def main() -> int:
 
 
 def _in_a_process(spec: Spec) -> Result | str:
-    """The result, or what a process said last that failed; or that it took too long: the others go on."""
+    """The result, or the end of the output of a process that failed, or that it took too long."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--one", json.dumps(asdict(spec))]
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
@@ -231,14 +231,14 @@ def _row(spec: Spec, result: Result) -> tuple[str, ...]:
 
 
 def flops_per_token(shape: dict[str, Any], trained: int, mean_document: float) -> float:
-    """As the module's docstring has it. `trained`: number of parameters that are; `mean_document`: tokens in the
-    document of a token, on average."""
+    """The formula of the module's docstring. `trained`: number of trained parameters; `mean_document`: number of tokens
+    in the document of a token, averaged over tokens."""
     width, ffn, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     heads = shape["num_attention_heads"]
     head_dim = width // heads
     attention = width * head_dim * (2 * heads + 2 * shape["num_key_value_heads"])
     weights = layers * (attention + 3 * width * ffn) + shape["vocab_size"] * width
-    everything = trained > weights / 2  # full; its embedding's rows and its norms are no matrix products
+    everything = trained > weights / 2  # full, where `trained` includes embedding and norms, which `weights` doesn't
     adapters = 0 if everything else trained
     scores = 12 * layers * heads * head_dim * mean_document / 2
     return float(4 * (weights + adapters) + 2 * min(trained, weights) + scores)
@@ -270,7 +270,7 @@ def measure(spec: Spec) -> Result:
 
 
 class Meter:
-    """Times the steps after the warm-up. Memory is counted from there, too: how weights were made is not in it."""
+    """Times the steps after the warm-up. Peak memory is also counted from there, without that of making the weights."""
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
@@ -278,8 +278,8 @@ class Meter:
         self._tokens: list[int] = []
 
     def step(self, tokens: int) -> None:
-        """A step over `tokens`, without padding, has been launched. The device is waited for only after the warm-up
-        and at the end: between, steps may be launched ahead as the recipe does it."""
+        """To be called when a step over `tokens`, without padding, has been launched. It waits for the device only
+        after the warm-up and at the end, so that steps may be launched ahead, as the recipe does."""
         self._tokens.append(tokens)
         done = len(self._tokens)
         if torch.cuda.is_available() and done in (self._spec.warmup, self._spec.warmup + self._spec.steps):
@@ -300,7 +300,7 @@ class Meter:
 
 
 class _Documents:
-    """Prepared data in memory: every token but a document's first is trained on."""
+    """Prepared data in memory. Every token but the first of a document is trained on."""
 
     def __init__(self, found: list[np.ndarray]) -> None:
         self._found = found
@@ -318,7 +318,7 @@ class _Documents:
 
 
 def _ours(spec: Spec, meter: Meter) -> int:
-    """Trains, and returns how many parameters are trained. The one place that knows how the recipe's parts fit."""
+    """Trains, and returns the number of trained parameters."""
     from trainers.methods import method_of
     from trainers.models.architecture import Architecture, read_architecture
     from trainers.models.layout import checkpoint_tensors
@@ -353,7 +353,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
         parts = [(part, tensor.shape[1:]) for tensor in checkpoint_tensors(arch) for part in tensor.parts]
         return {part.name: _random((part.rows, *columns), COMPUTED_IN[dtype]) for part, columns in parts}
 
-    # In place of what the method's module reads from files.
+    # Replaces the method's function that reads weights from files.
     method = method_of(plan)
     vars(sys.modules[type(method).__module__])["load_weights"] = random_weights
     model = build_training_model(plan, method, arch, Path(), None, dtype, ranks)
@@ -369,7 +369,7 @@ def _ours(spec: Spec, meter: Meter) -> int:
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """On the device. Norms (vectors) are 1, so that activations keep their size."""
+    """A random weight on the device. Norms (vectors) are 1, so that activations keep their size."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if len(shape) == 1:
         return torch.ones(shape, dtype=dtype, device=device)
@@ -380,7 +380,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _stock(spec: Spec, meter: Meter) -> int:
-    """Runs the recipe file whole, and returns how many parameters it trains."""
+    """Runs the whole recipe file, and returns the number of trained parameters."""
     from benchmarks import gpu_parts, stock_parts
 
     gpu_parts.documents = documents(spec)
@@ -394,7 +394,7 @@ def _stock(spec: Spec, meter: Meter) -> int:
 
 
 def _stock_config(spec: Spec) -> "DictConfig":
-    """The shipped config of the recipe for the 8B model, with everything that is changed."""
+    """The recipe's shipped config for the 8B model, with our changes."""
     config = shipped_config(f"llama3_1/8B_{spec.method}_single_device")
     for section in ("model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "metric_logger"):
         config.pop(section, None)

@@ -1,4 +1,4 @@
-"""Parts that torchtune's recipes take by name for `benchmarks.gpu`: random weights, packed documents."""
+"""Components that `benchmarks.gpu` names in torchtune's configs: random weights, and packed documents."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,13 @@ documents: Sequence[np.ndarray] = ()
 
 
 class RandomWeights:
-    """A checkpointer that loads random weights for the model it is told of, made on `device`, and saves nothing."""
+    """A checkpointer that "loads" random weights, made on `device`, and saves nothing."""
 
     def __init__(
         self, model: dict[str, Any], device: str, dtype: str, model_type: str, *, should_load_recipe_state: bool
     ) -> None:
-        """`model` names torchtune's builder and its arguments; the last two are what recipes give any checkpointer."""
+        """`model` names torchtune's builder and its arguments. Recipes give the last two arguments to any
+        checkpointer."""
         self._model, self._device = OmegaConf.create(model), device
         self._dtype = training.get_dtype(dtype, torch.device(device))
 
@@ -44,7 +45,7 @@ class RandomWeights:
 
 
 class _Whole:
-    """The documents as a data set of rows that are trained on every token."""
+    """A dataset of the documents, every token of which is trained on."""
 
     def __len__(self) -> int:
         return len(documents)
@@ -55,7 +56,7 @@ class _Whole:
 
 
 class Packs(PackedDataset):  # type: ignore[misc]  # torchtune ships no types
-    """torchtune's own packing of the documents. Counts the tokens it gives out, without padding."""
+    """The documents, packed by torchtune. Counts the tokens that are read from it, without padding."""
 
     def __init__(self, tokenizer: object, max_seq_len: int, *, packed: bool) -> None:
         super().__init__(_Whole(), max_seq_len=max_seq_len)

@@ -12,7 +12,7 @@ import httpx
 
 
 class Latency(NamedTuple):
-    """Percentiles in milliseconds (nearest rank), and how many measurements per second were made meanwhile."""
+    """Percentiles in milliseconds (nearest rank), the number of measurements, and how many were made per second."""
 
     p50_ms: float
     p99_ms: float
@@ -48,7 +48,7 @@ async def measure(request: Callable[[int], Awaitable[None]], connections: int, s
 
 
 async def submit_latency(url: str, config: dict[str, Any], count: int) -> tuple[Latency, list[str]]:
-    """`count` submits, one after the other; a submit answers once the job is on disk. Also returns the ids."""
+    """Submits `count` jobs, one after the other; a submit answers once the job is on disk. Also returns the ids."""
     taken, ids = [], []
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as http:
         started = time.perf_counter()
@@ -61,7 +61,7 @@ async def submit_latency(url: str, config: dict[str, Any], count: int) -> tuple[
 
 
 class _Connection:
-    """HTTP/1.1 over one kept-alive connection, GET only: httpx itself takes longer for a request than the service."""
+    """HTTP/1.1 GET over one kept-alive connection. (httpx takes longer for a request than the service does.)"""
 
     def __init__(self, host: str, port: int, path: str) -> None:
         self._address = (host, port)
@@ -100,10 +100,8 @@ async def status_load(url: str, job_id: str, connections: int, seconds: float) -
 
 
 async def tail_latency(url: str, job_id: str) -> tuple[Latency, list[tuple[str, str]]]:
-    """Follows a job to its end. For each line: from its timestamp (the moment the worker finished it) to its arrival.
-
-    Lines written before the stream was open are left out of the latency. Also returns every (timestamp, message).
-    """
+    """Follows a job to its end. The latency of a line is the time from its timestamp, when the worker wrote it, to its
+    arrival. Lines written before the stream was open don't count. Also returns every (timestamp, message)."""
     taken: list[float] = []
     lines: list[tuple[str, str]] = []
     opened = datetime.now(UTC)

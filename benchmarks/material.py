@@ -1,4 +1,4 @@
-"""What the measurements train on: a tiny random model and a few rows, so that the service's own share shows."""
+"""A tiny random model and a few rows: training takes little time with them, so the service's own share shows."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.tiny_models import make_tiny_model
 
 
 def make_material(folder: Path, rows: int) -> tuple[Path, Path]:
-    """(model directory, data file) under `folder`."""
+    """Makes a model directory and a data file in `folder`; their paths."""
     folder.mkdir(exist_ok=True)
     data = folder / "rows.jsonl"
     lines = (

@@ -7,7 +7,8 @@ import psutil
 
 
 class Footprint(NamedTuple):
-    """MiB of the processes of one name. PSS shares out pages among those that map them; it alone can be added up."""
+    """MiB of all processes of one name. PSS divides a page among the processes that map it, so it can be added up; RSS
+    can't."""
 
     name: str
     processes: int
@@ -16,7 +17,7 @@ class Footprint(NamedTuple):
 
 
 def footprints(processes: list[psutil.Process]) -> list[Footprint]:
-    """By name, largest first. Needs /proc/<pid>/smaps_rollup (Linux)."""
+    """The memory of the processes by name, largest first. Needs /proc/<pid>/smaps_rollup (Linux)."""
     found: dict[str, list[tuple[float, float]]] = {}
     for process in processes:
         try:

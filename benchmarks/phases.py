@@ -1,4 +1,4 @@
-"""Where the time between a submit and the first training step goes, read from the job's own history."""
+"""The phases between a submit and the first training step, and their times, from the job's events and log lines."""
 
 from collections.abc import Sequence
 from datetime import datetime

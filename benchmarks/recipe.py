@@ -1,15 +1,15 @@
-"""`make bench-recipe`: our recipe against torchtune's own and TRL's SFTTrainer, side by side on this machine.
+"""`make bench-recipe`: our recipe against torchtune's own and TRL's SFTTrainer on this machine.
 
-Every comparison runs its contenders in turn, several rounds, each run in a process of its own; a contender's speed is
-the median of its rounds. Speed counts tokens of rows, never padding, over the time of optimizer steps alone (from the
-end of the last warm-up step to the end of the last one): imports, loading and saving are not in it. Memory is the peak
-of the whole process until then. All see the same rows; with equal settings also in the same order, with the same
-adapters to begin with, and their losses are compared step by step. "Equal" leaves to each what doesn't change a result:
-which implementation of AdamW, how the head and the loss are computed.
+Every comparison runs its contenders in turn, several rounds, each run in a process of its own. A contender's speed is
+the median of its rounds: tokens of rows, without padding, over the time from the end of the last warm-up step to the
+end of the last step, so without imports, loading and saving. Memory is the peak of the whole process until then. All
+contenders train on the same rows. With equal settings they also have the same order of rows and the same initial
+adapters, and their losses are compared step by step. Each contender still has its own implementation of AdamW, head and
+loss, as that doesn't change results.
 
-The defaults: ours are those of a submitted job; torchtune's those of the config it ships for the smallest model of the
-family (llama3_2/1B, qwen2_5/0.5B; where that asks for an optimizer of GPUs, AdamW); TRL's those of SFTConfig and
-LoraConfig.
+With defaults, ours are those of a submitted job; torchtune's those of its shipped config for the smallest model of the
+family (llama3_2/1B, qwen2_5/0.5B; with AdamW if the config has an optimizer that needs a GPU); TRL's those of SFTConfig
+and LoraConfig.
 
     python -m benchmarks.recipe             the whole table, into benchmarks/training.md
     python -m benchmarks.recipe --quick     its first rows, fewer rounds, to the terminal only
@@ -41,7 +41,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Comparison:
-    """`goal`: what our speed is to be, as a multiple of every other contender's. `steps` include `warmup` ones."""
+    """`goal`: our speed should be this multiple of every other contender's. `steps` includes the `warmup` steps."""
 
     name: str
     title: str
@@ -115,7 +115,7 @@ def _chosen(names: Sequence[str] | None, *, quick: bool) -> list[Comparison]:
 
 
 class Material:
-    """Models and rows in a scratch directory, made when they are first asked for. `models`: those that are there."""
+    """Makes models and rows in a scratch directory, each when it is first needed. `models`: existing ones."""
 
     def __init__(self, scratch: Path, models: Mapping[str, Path] | None = None) -> None:
         self._scratch = scratch
@@ -129,7 +129,7 @@ class Material:
     def task(
         self, model: str, method: str, *, equal: bool, steps: int, dtype: str = "fp32", rows: int | None = None
     ) -> Task:
-        """A task on the rows of the demo, or on `rows` of their kind. Model and rows are made once."""
+        """A task on the rows of the demo, or on `rows` generated ones of the same kind."""
         model_dir = self.model(model)
         data = self._scratch / f"rows-{rows}"  # both models have the same tokenizer
         if not data.is_dir():
@@ -212,12 +212,11 @@ def _difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def curves(material: Material) -> tuple[str, bool]:
-    """Losses over CURVE_STEPS steps of the real model on rows of which no two are alike, with equal settings.
+    """Compares losses over CURVE_STEPS steps of the real model, with equal settings, on rows that are all different.
 
-    fp32 against torchtune's fp32, whose cross-entropy is computed in float64 for it (`ExactCrossEntropy`): the largest
-    difference over all steps. What computes in bf16 rounds, and two right
-    runs part, so the mean losses of the last 20 steps are compared: of our default, mixed, with fp32; of bf16 alone
-    with torchtune's.
+    Our fp32 against torchtune's fp32 with its cross-entropy in float64 (`ExactCrossEntropy`): the largest difference of
+    a step. In bf16 two correct runs diverge by rounding, so the mean losses of the last 20 steps are compared: our
+    default, mixed, with our fp32, and our bf16 with torchtune's.
     """
     rows: list[tuple[str, ...]] = []
     failures = []

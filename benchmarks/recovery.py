@@ -1,7 +1,8 @@
-"""`python -m benchmarks.recovery [kind ...]`: how long a job and the door stand still after a process is killed.
+"""`python -m benchmarks.recovery [kind ...]`: how long a job doesn't train, and the API doesn't answer, after a
+process is killed.
 
-A service of its own on this machine, one job that trains for ever, and each kind of process (all, unless some are
-named) killed so many times (SIGKILL). With `--times 3`, all of them take a quarter of an hour.
+It starts a service with one endless job, and kills each kind of process (all kinds by default) several times with
+SIGKILL. All kinds with `--times 3` take a quarter of an hour.
 """
 
 import argparse

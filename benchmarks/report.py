@@ -1,4 +1,4 @@
-"""What the programs here found, as text: a heading, tables, and the section of a page that each run replaces."""
+"""Text of the results: a heading, tables, and the section of a page that each run replaces."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ TRAINING = Path(__file__).parent / "training.md"
 
 
 def heading(command: str, *more: str) -> str:
-    """When, where and how it was measured."""
+    """The date, the machine and the command of a measurement."""
     return f"{', '.join((f'{datetime.now(UTC):%Y-%m-%d}', machine(), f'`{command}`', *more))}."
 
 
@@ -35,7 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_section(name: str, text: str, file: Path) -> None:
-    """Replaces what stands between the marks of `name`. Raises ValueError where `file` has no such marks."""
+    """Replaces the text between the marks of section `name`. Raises ValueError if `file` doesn't have them."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
     before, _, rest = file.read_text(encoding="utf-8").partition(begin)
     _, found, after = rest.partition(end)

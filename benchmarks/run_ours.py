@@ -81,7 +81,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 
 def plan_of(task: Task, world: int) -> Plan:
-    if not task.equal:  # what the service makes of a request that sets nothing
+    if not task.equal:  # the service's plan for a request without options
         custom = LoraFineTuneOptions() if task.method == "lora" else FullFineTuneOptions()
         options = FineTuningOptions(custom_training_options=custom)
         plan = make_plan(Config(model=task.model_dir, data=task.data_dir, fine_tuning_options=options))

@@ -1,6 +1,6 @@
 """One run of torchtune's own recipe, as a process of its own: `python -m benchmarks.run_torchtune TASK.json`.
 
-The recipe's file is run as it is installed, with one of the configs it ships; `_config` has everything that is changed.
+It runs the recipe's file as it is installed, with one of torchtune's configs and the changes in `_config`.
 With WORLD_SIZE > 1 (and torchrun's other variables) it is one rank of a gloo group.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _start_adapters_from(recipe: Any, file: Path) -> None:  # noqa: ANN401 -- a recipe
-    """The recipe's adapters begin at the values of `file` instead of its own draw."""
+    """Makes the recipe start its adapters from the values in `file` instead of random ones."""
     set_up = recipe._setup_model
 
     def with_given_adapters(*args: Any, **kwargs: Any) -> nn.Module:  # noqa: ANN401 -- the recipe's arguments

@@ -45,7 +45,7 @@ def main() -> None:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    lora = LoraConfig() if task.method == "lora" else None  # as the documentation's example has it
+    lora = LoraConfig() if task.method == "lora" else None  # as in the documentation's example
     if task.equal:
         arguments |= _equal(task)
         if lora is not None:
@@ -62,7 +62,7 @@ def main() -> None:
         peft_config=lora,
     )
     if task.equal:
-        # transformers keeps the padding token's embedding as it is, which here also ends every turn.
+        # transformers doesn't train the embedding of the padding token, which is here also the end of every turn.
         trainer.model.get_input_embeddings().padding_idx = None
     if task.equal and lora is not None:
         _start_adapters_from(trainer.model, Path(task.adapter))
@@ -97,7 +97,7 @@ def _rows(task: Task) -> Dataset:
 
 
 def _start_adapters_from(model: torch.nn.Module, file: Path) -> None:
-    """The adapters begin at the values of `file` instead of peft's own draw."""
+    """Starts the adapters from the values in `file` instead of peft's random ones."""
     values = load_file(file)
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:

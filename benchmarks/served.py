@@ -1,9 +1,9 @@
-"""A job of the service against the same recipe run bare: tokens/s of the same plan, on the same rows.
+"""A job of the service against the bare recipe: tokens/s with the same plan on the same rows.
 
-In turn, several rounds: the recipe as a process of its own, with no service on the machine; then a service is started,
-gets the job over HTTP, and is stopped. Both speeds are those of the steps after the warm-up; the job's are read from
-the metrics file that the service writes. Both compute on all cores but one: the service's processes need a seventh of
-two cores, and where a worker has all of them, each of its threads waits for the one that they interrupt.
+Each of several rounds runs the recipe as a process of its own, without a service on the machine; then it starts a
+service, submits the job over HTTP, and stops the service. Speeds are those of the steps after the warm-up; the job's
+come from the metrics file that the service writes. Both use all cores but one. (The service's processes need a seventh
+of two cores. If a worker used all cores, its other threads would wait whenever they interrupt one.)
 
     python -m benchmarks.served       about 12 minutes; into benchmarks/training.md
 """
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def run_as_job(model: Path, storage: Path) -> float:
-    """Tokens/s of a job with the plan of benchmarks.run_ours, under a service of its own. RuntimeError if it fails."""
+    """Tokens/s of a job with the plan of benchmarks.run_ours, on a new service. Raises RuntimeError if it fails."""
     env = {
         "TUNEWRIGHT_DATA_ROOTS": str(workload.TICKETS.parent),
         "TUNEWRIGHT_MODEL_ROOTS": str(model.parent),

@@ -1,7 +1,6 @@
-"""`make bench`: what the service adds to a training run, in numbers. Writes them into benchmarks/README.md.
+"""`make bench`: measures latency, start-up time and memory of the service. Writes them into benchmarks/README.md.
 
-Every measurement is made from outside, over HTTP, on a service of its own with a tiny random model. It takes about
-three minutes.
+It measures from outside, over HTTP, on a service of its own with a tiny random model. Takes about three minutes.
 """
 
 import argparse
@@ -30,8 +29,8 @@ SUBMITS = 200
 CONNECTIONS = 8
 STATUS_S = 10.0
 WARM = ("warm 1", "warm 2", "warm 3")
-SETTLE_S = 10.0  # what came before is over: start-up, or the end of a run's processes
-SHORT, LONG = 64, 600  # rows: a job to reach the first step with, and one that logs for a while
+SETTLE_S = 10.0  # for start-up, or the end of a run's processes, to be over
+SHORT, LONG = 64, 600  # rows of the jobs that measure the first step, and of the job that measures log lines
 
 console = Console(highlight=False)
 
@@ -85,7 +84,7 @@ async def measure_all(service: LocalService, model: Path, data: Path, scratch: P
     console.print("submit ...")
     results["submit beside"], ids = await submit_latency(service.url, job(model, data), SUBMITS)
     cancel_all(client, ids)
-    drain = (sys.executable, "-m", "trainers", "drain")  # from here on no runner is started
+    drain = (sys.executable, "-m", "trainers", "drain")  # after it no runner is started
     await asyncio.to_thread(subprocess.run, drain, env=service.env, check=True)
     await asyncio.sleep(SETTLE_S)
     results["submit"], ids = await submit_latency(service.url, job(model, data), SUBMITS)
@@ -103,7 +102,7 @@ async def run_to_its_end(client: Client, config: dict[str, Any]) -> tuple[str, L
 
 
 def cancel_all(client: Client, ids: list[str]) -> None:
-    """Newest first, so that no runner is started for a job that is about to go."""
+    """Cancels jobs, newest first, so that no runner is started for a job that will be cancelled next."""
     for job_id in reversed(ids):
         if client.status(job_id)["status"] not in TERMINAL:
             client.cancel(job_id)

@@ -1,10 +1,10 @@
-"""From the start of the process to the end of the first step, by phase: our recipe, torchtune's, and TRL's trainer.
+"""Time from the start of the process to the end of the first step, by phase: our recipe, torchtune's, TRL's trainer.
 
     python -m benchmarks.startup            about 3 minutes; into benchmarks/training.md
 
 Each is started ROUNDS times, in turn, for one LoRA step on the 135M model; the files are in the page cache. A second
-table says which packages our imports spend their time in: Python's own count (-X importtime), where a package's time is
-that of its modules without what they import from others.
+table has the import time of our recipe by package (-X importtime): the time of a package's own modules, without what
+they import from other packages.
 """
 
 import os
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def phases_of(run: Run, python: Path) -> list[float]:
-    """Seconds, as PHASES names them."""
+    """Seconds of each of PHASES."""
     began = time.perf_counter()
     subprocess.run([python, "-c", "pass"], check=True)
     bare = time.perf_counter() - began
@@ -72,7 +72,7 @@ def _median(runs: list[list[float]], phase: int) -> str:
 
 
 def import_seconds(module: str = "trainers.training.recipe") -> Counter[str]:
-    """Seconds by top-level package that importing `module` spends in the package's own modules."""
+    """The seconds that importing `module` spends in the modules of each top-level package."""
     command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)

@@ -1,7 +1,6 @@
-"""torchtune's stock recipes, for whoever runs them: which there are, a model as a config has it, and what they need on
-a CPU.
+"""torchtune's stock recipes: their classes, configs of models for them, and changes that they need on a CPU.
 
-torchtune is imported where it is used: that takes seconds.
+torchtune is imported only in the functions that use it, as that takes seconds.
 """
 
 import gc
@@ -22,7 +21,7 @@ RECIPES = {
 
 
 def recipe_class(method: str, workers: int) -> Any:  # noqa: ANN401 -- torchtune ships no types
-    """Of RECIPES, from the file as it is installed."""
+    """The class of a recipe of RECIPES, from its installed file."""
     file, name = RECIPES[method, workers]
     spec = importlib.util.spec_from_file_location(file, _folder() / f"{file}.py")
     assert spec is not None
@@ -33,7 +32,7 @@ def recipe_class(method: str, workers: int) -> Any:  # noqa: ANN401 -- torchtune
 
 
 def shipped_config(name: str) -> "DictConfig":
-    """A config that torchtune ships: `llama3_2/1B_lora`, say."""
+    """A config that torchtune ships, e.g. `llama3_2/1B_lora`."""
     from omegaconf import DictConfig, OmegaConf
 
     config = OmegaConf.load(_folder() / "configs" / f"{name}.yaml")
@@ -42,7 +41,7 @@ def shipped_config(name: str) -> "DictConfig":
 
 
 def _folder() -> Path:
-    """The recipes lie in a package that refuses to be imported."""
+    """The directory of torchtune's recipes, a package that can't be imported."""
     spec = importlib.util.find_spec("recipes")
     assert spec is not None
     assert spec.origin is not None
@@ -50,11 +49,11 @@ def _folder() -> Path:
 
 
 def model_config(shape: Mapping[str, Any], adapters: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """torchtune's own builder for the llama or Qwen2 whose config.json is `shape`. `adapters`: of LoRA, as the builder
-    takes them.
+    """The config of torchtune's own builder for a llama or Qwen2 model with the config.json `shape`. `adapters`: the
+    builder's LoRA arguments.
 
-    A llama is one of Llama 3.2 where its head is tied to the embedding (a scale factor of 1 makes its rotary embedding
-    the plain one), else of Llama 3.1 or, with a plain rotary embedding, of Llama 3.
+    A llama model whose head is tied to the embedding gets the builder of Llama 3.2 (with a scale factor of 1 if its
+    rotary embedding isn't scaled), otherwise that of Llama 3.1 or, if its rotary embedding isn't scaled, of Llama 3.
     """
     scaling, tied = shape.get("rope_scaling"), shape["tie_word_embeddings"]
     own: dict[str, Any] = {}
@@ -88,7 +87,7 @@ def adapter_config(
     rank: int = 8,
     alpha: int = 16,
 ) -> dict[str, Any]:
-    """LoRA's adapters, for `model_config`."""
+    """LoRA arguments for `model_config`."""
     return {
         "lora_attn_modules": list(attn_modules),
         "apply_lora_to_mlp": mlp,
@@ -99,17 +98,18 @@ def adapter_config(
 
 
 def join_on_cpu() -> None:
-    """Lets the distributed recipes run in this process, one of torchrun's, without an accelerator."""
+    """Joins the process group that torchrun's variables describe, and lets torchtune's distributed recipes run in this
+    process without an accelerator."""
     import torch.distributed as dist
     from torchtune import training
 
-    # The LoRA recipe asks for "cuda:nccl,cpu:gloo", which a build of torch without CUDA doesn't have. One gloo group
-    # serves all runs of this process: a second one could not meet at the same address.
+    # The LoRA recipe asks for "cuda:nccl,cpu:gloo", which torch without CUDA doesn't have. All runs of this process
+    # share one gloo group: a second one couldn't use the same address.
     dist.init_process_group("gloo")
     dist.init_process_group = _nothing
     dist.destroy_process_group = _nothing
-    # Both recipes report the accelerator's memory, and empty its cache, whatever device they run on. A name is looked
-    # up before: where `trainers.deferred` is at work the package runs its `__init__` only then, over what was replaced.
+    # The recipes report the accelerator's memory and empty its cache, also on a CPU. The assertion looks up a name
+    # first: with `trainers.deferred`, that runs the package's `__init__`, which would overwrite the replacements.
     assert callable(training.get_memory_stats)
     training.get_memory_stats = _no_memory_stats
     training.log_memory_stats = _nothing

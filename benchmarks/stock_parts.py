@@ -1,4 +1,4 @@
-"""Parts that torchtune's recipes take by name (`_component_`): rows, a clock, a constant learning rate, a loss."""
+"""Components (`_component_`) for torchtune's configs: rows, a clock, a constant learning rate, a loss."""
 
 import json
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 on_step: Callable[[int, float], None] = print
-"""Set by who runs a recipe with a Clock: gets the tokens of each step, and its loss, as it ends."""
+"""Called by a Clock at the end of each step with its tokens and its loss. To be set before the recipe runs."""
 _pending_tokens = 0
 
 
 class Padding:
-    """Stands where a recipe wants a tokenizer, of which it only asks what to pad with. Rows are tokenised already."""
+    """Takes the place of a tokenizer. The rows are already tokenised, so a recipe only needs its padding token."""
 
     pad_id = 0
 
 
 def rows(_tokenizer: Padding, file: str, *, packed: bool = False, max_seq_len: int | None = None) -> Any:  # noqa: ANN401 -- untyped
-    """The rows of `file`, packed by torchtune if they are to be. (The recipes read `packed`, too, to choose how they
-    collate.)"""
+    """The dataset of the rows in `file`, packed by torchtune if `packed`. (The recipes read `packed`, too, to choose
+    their collate function.)"""
     if not packed:
         return Rows(file)
     from torchtune.datasets import PackedDataset
@@ -32,8 +32,8 @@ def rows(_tokenizer: Padding, file: str, *, packed: bool = False, max_seq_len: i
 
 
 class Rows:
-    """A map-style dataset of tokenised rows, JSON lines of `input_ids` and `labels`; labels[j] belongs to input_ids[j].
-    Counts the tokens it gives out, on this rank: the recipes' loaders read no row before its step."""
+    """A map-style dataset of tokenised rows: JSON lines of `input_ids` and `labels`, where labels[j] belongs to
+    input_ids[j]. It counts the tokens read by this rank; the recipes' loaders read a row only in its step."""
 
     def __init__(self, file: str) -> None:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -49,13 +49,13 @@ class Rows:
 
 
 def given_out(tokens: int) -> None:
-    """A dataset tells the Clock what the step that comes is made of."""
+    """To be called by a dataset when a row is read: adds its tokens to those of the step, for the Clock."""
     global _pending_tokens
     _pending_tokens += tokens
 
 
 class Clock:
-    """A metric logger: the recipes call it at the end of every step."""
+    """A metric logger, which the recipes call at the end of every step."""
 
     def log_config(self, config: object) -> None:
         pass
@@ -70,12 +70,13 @@ class Clock:
 
 
 def constant(optimizer: Optimizer, num_training_steps: int, last_epoch: int) -> LambdaLR:
-    """A scheduler that leaves the learning rate as it is; the LoRA recipes insist on one."""
+    """A schedule that keeps the learning rate constant. The LoRA recipes require a schedule."""
     return LambdaLR(optimizer, lambda _: 1.0, last_epoch)
 
 
 class ExactCrossEntropy(nn.CrossEntropyLoss):
-    """In float64. In float32 torch's adds up 49,152 words to within 1e-5 only: over 200 steps losses part by 1e-4."""
+    """Cross-entropy in float64. In float32 torch's is exact only to 1e-5 with 49,152 tokens, so that losses differ by
+    1e-4 after 200 steps."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(logits.double(), labels, ignore_index=self.ignore_index).float()

@@ -1,7 +1,7 @@
 """`python -m benchmarks.tails [--readers 1000]`: many readers follow one job that writes 10 lines a second.
 
-Each reader is a connection of its own, over HTTP through HAProxy. Latency: from the moment a line is handed to the log
-queue to its arrival, at every reader. A line that a reader never sees, or sees twice, ends the measurement.
+Each reader has its own HTTP connection through HAProxy. The latency is the time from handing a line to the log queue to
+its arrival, for every line and reader. If a reader misses a line or gets it twice, the measurement fails.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from serve_app.local import LocalService
 LINES, PER_SECOND = 300, 10
 _LINE = re.compile(rb'"line (\d+) ([\d.]+)"')
 FOLLOW_S = 180.0
-"""All readers together may take so long."""
+"""Maximum time for all readers to follow the job."""
 WRITER = """
 import asyncio, sys, time
 from pathlib import Path
@@ -50,7 +50,7 @@ def main() -> int:
         model, data = make_material(Path(folder), 64)
         env = {"TUNEWRIGHT_DATA_ROOTS": folder, "TUNEWRIGHT_MODEL_ROOTS": folder}
         with LocalService(Path(folder) / "storage", env=env) as service:
-            # A paused one, so that nothing but the readers and the lines keeps this machine busy.
+            # A paused job, so that only the readers and the lines use this machine.
             client = Client(service.url)
             job_id = client.submit(job(model, data))["job_id"]
             client.pause(job_id)
@@ -64,13 +64,13 @@ def main() -> int:
 
 
 async def follow(url: str, job_id: str, readers: int, writer: "subprocess.Popen[bytes]") -> Latency:
-    """Opens all readers, lets the lines come, and returns when every reader has all of them."""
+    """Opens all readers, starts the writer, and returns when every reader has all lines."""
     where = urlsplit(url)
     assert where.hostname is not None
     assert where.port is not None
     host, port = where.hostname, where.port
     loop = asyncio.get_running_loop()
-    gc.disable()  # what it keeps of each line would be looked through again and again, in pauses of 0.2 s
+    gc.disable()  # it would scan all received lines again and again, in pauses of 0.2 s
     started = time.perf_counter()
     following = [
         (await loop.create_connection(lambda: _Reader(where.netloc, job_id), host, port))[1] for _ in range(readers)
@@ -81,13 +81,13 @@ async def follow(url: str, job_id: str, readers: int, writer: "subprocess.Popen[
     writer.stdin.flush()
     await asyncio.gather(*(reader.taken for reader in following))
     took = time.perf_counter() - started
-    for reader in following:  # not before: each goodbye is work for those who serve the others their last line
+    for reader in following:  # not before: closing a connection is work for the processes that serve the others
         reader.leave()
     return Latency.of([seconds for reader in following for seconds in reader.seconds()], took)
 
 
 class _Reader(asyncio.Protocol):
-    """One connection. It does as little as it can for a line: all of them share the machine with what is measured."""
+    """One connection. It does as little as possible per line, as all readers share the machine with the service."""
 
     def __init__(self, host: str, job_id: str) -> None:
         self._request = f"GET /fine_tuning/jobs/tail?job_id={job_id} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
@@ -119,7 +119,7 @@ class _Reader(asyncio.Protocol):
                 future.set_exception(RuntimeError(f"the stream ended after {self._lines} lines"))
 
     def seconds(self) -> list[float]:
-        """What each line took. A chunk that came in two parts counts as come with its last one."""
+        """The latency of each line. A line that came in two parts counts from the last one."""
         taken: list[float] = []
         text = b""
         for at, data in self._received:

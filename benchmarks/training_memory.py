@@ -1,10 +1,10 @@
-"""Peak memory of a training worker: what `trainers.planning.memory` estimates beside what the kernel has counted.
+"""Peak memory of a training worker: the estimate of `trainers.planning.memory` against a measurement.
 
-`python -m benchmarks.training_memory [NAME ...]` runs each of `CASES` in a process of its own (one for each worker),
-prints a table and exits with 1 where an estimate is off by more than `TOLERANCE`. On the CPU, Linux.
+`python -m benchmarks.training_memory [NAME ...]` runs each of `CASES` on the CPU, with a process for each worker. It
+prints a table and exits with 1 if an estimate is off by more than `TOLERANCE`. Linux only.
 
-Measured is the growth of resident memory: its high-water mark over the run (VmHWM, the last checkpoint included) minus
-what the process had when everything was imported and nothing of the model was loaded.
+It measures the growth of resident memory: the high-water mark over the run (VmHWM, with the last checkpoint) minus the
+resident memory after all imports, before the model is loaded.
 """
 
 import json
@@ -41,12 +41,12 @@ SMOLLM2: dict[str, Any] = {
 }
 """The shape of SmolLM2-135M."""
 ROUND: dict[str, Any] = SMOLLM2 | {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
-"""Nearly the same, with layers that NF4 can hold."""
+"""Nearly the same shape, but with layers that NF4 can hold: their sizes are multiples of 16,384."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. `row_tokens`: of each of the rows, of which the second half is trained."""
+    """One configuration. `row_tokens`: tokens of each row, the second half of which is trained."""
 
     options: dict[str, Any]
     custom: dict[str, Any]
@@ -96,7 +96,7 @@ CASES: dict[str, Case] = {
 
 
 def write_model(case: Case, path: Path) -> Path:
-    """A model directory of the case's shape with random weights, stored as its `stored` says."""
+    """Makes a model directory with random weights, in the case's shape and stored dtype."""
     import torch
     from safetensors.torch import load_file
 
@@ -110,7 +110,7 @@ def write_model(case: Case, path: Path) -> Path:
 
 
 def write_rows(case: Case, path: Path) -> Path:
-    """Prepared data: `rows` rows of `row_tokens` random tokens."""
+    """Makes prepared data: the case's `rows` rows of `row_tokens` random tokens."""
     path.mkdir()
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, case.shape["vocab_size"], (case.rows, case.row_tokens)).astype(TOKEN_TYPE)
@@ -135,7 +135,7 @@ def write_rows(case: Case, path: Path) -> Path:
 
 
 def worker(task: dict[str, Any]) -> None:
-    """In a process of its own: one worker of a run. Writes what it grew by to the task's `result`, on rank 0."""
+    """One worker of a run, in a process of its own. Rank 0 writes the growth of its memory to the task's `result`."""
     import importlib
 
     import torch
@@ -151,7 +151,7 @@ def worker(task: dict[str, Any]) -> None:
 
         dist.init_process_group("gloo")
     torch.autograd.backward(torch.zeros(1).requires_grad_())
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = peak_bytes()
     phases: list[tuple[str, int, dict[str, int]]] = []
 
@@ -180,7 +180,7 @@ def _resident() -> dict[str, int]:
 
 
 class _Marker:
-    """A Reporter."""
+    """A Reporter that marks the phases of the run."""
 
     def __init__(self, mark: Any) -> None:  # noqa: ANN401
         self._mark = mark
@@ -202,7 +202,7 @@ class _Marker:
 
 
 def measured(case: Case, folder: Path) -> dict[str, Any]:
-    """Runs the case; what its first worker tells."""
+    """Runs the case. The result of its first worker."""
     model, data = write_model(case, folder / "model"), write_rows(case, folder / "data")
     task = {
         "config": case.config(str(model)),
@@ -229,7 +229,7 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def estimated(case: Case, folder: Path) -> Memory:
-    """Of the case that was measured in `folder`."""
+    """The estimate for the case that was measured in `folder`."""
     from trainers.training.load import load_of
 
     plan = make_plan(Config.model_validate(case.config(str(folder / "model"))))

@@ -1,7 +1,7 @@
-"""The yardstick: how long torchtune's own `tune run lora_finetune_single_device` takes to its first optimizer step.
+"""For comparison: the time that torchtune's own `tune run lora_finetune_single_device` takes to its first step.
 
-Same model, same rows, same machine, no Ray. The model's byte-level BPE is given to torchtune as a Qwen2 tokenizer, the
-only one of its tokenizers that reads this format.
+With the same model and rows, on the same machine, without Ray. torchtune reads the model's byte-level BPE as a Qwen2
+tokenizer, the only one of its tokenizers for this format.
 """
 
 import json
@@ -18,7 +18,7 @@ from benchmarks.stock import adapter_config, model_config
 
 
 def seconds_to_first_step(model: Path, data: Path, scratch: Path) -> float:
-    """From the start of the command until the recipe shows the loss of step 1. The run is ended then."""
+    """The time from the start of the command until the recipe shows the loss of step 1. The run is killed then."""
     config = scratch / "stock.yaml"
     config.write_text(yaml.safe_dump(_config(model, data, scratch)))
     tune = Path(sys.executable).parent / "tune"
@@ -88,7 +88,7 @@ def _config(model: Path, data: Path, scratch: Path) -> dict[str, Any]:
 
 
 def _tokenizer_files(model: Path, scratch: Path) -> dict[str, str]:
-    """vocab.json and merges.txt, taken out of tokenizer.json."""
+    """Writes the vocab.json and merges.txt that are in tokenizer.json; the tokenizer's arguments."""
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     vocab, merges = scratch / "vocab.json", scratch / "merges.txt"
     vocab.write_text(json.dumps(tokenizer["model"]["vocab"]))

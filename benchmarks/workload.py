@@ -1,4 +1,4 @@
-"""What the training benchmarks train on: the model directories, and the demo's rows, tokenised once for everybody."""
+"""The models of the training benchmarks, and their data: the demo's rows, tokenised once for all contenders."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ TICKETS = ROOT / "examples" / "tickets" / "train.jsonl"
 SMOLLM2 = "smollm2-135m-instruct"
 SEED = 42
 MAX_SEQ_LEN = 512
-"""Longer than any row of the demo's data: nothing is cut."""
+"""Longer than any row of the demo's data, so that no row is cut."""
 
 QWEN2_05B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -44,12 +44,12 @@ QWEN2_05B: dict[str, Any] = {
 
 
 def smollm2() -> Path:
-    """The real model, converted once into the service's cache."""
+    """The directory of the real model, which is converted once and kept in the service's cache."""
     return resolve_model(SMOLLM2, settings(), print)
 
 
 def random_05b(folder: Path) -> Path:
-    """A Hugging Face directory of QWEN2_05B with random weights, in `folder`; with SmolLM2's tokenizer."""
+    """Makes a Hugging Face directory of QWEN2_05B with random weights and SmolLM2's tokenizer in `folder`."""
     import torch
 
     from trainers.models.architecture import read_architecture
@@ -77,8 +77,8 @@ def random_05b(folder: Path) -> Path:
 
 
 def tickets(rows: int | None = None) -> list[str]:
-    """The lines of the demo's training data; or that many of its kind, no two alike, all of whose tokens are trained:
-    their names and numbers can't be known, so the loss doesn't go to zero."""
+    """The lines of the demo's training data; or `rows` generated ones of the same kind, all different and with all
+    tokens trained. The model can't predict their names and numbers, so the loss doesn't go to zero."""
     if rows is None:
         return TICKETS.read_text(encoding="utf-8").splitlines()
     return [
@@ -87,7 +87,7 @@ def tickets(rows: int | None = None) -> list[str]:
 
 
 def prepared_rows(model_dir: Path, out_dir: Path, lines: Sequence[str]) -> Path:
-    """The rows of `lines` as `trainers.training.recipe.train` takes them."""
+    """The rows of `lines`, prepared for `trainers.training.recipe.train`."""
     source = out_dir.with_suffix(".jsonl")
     source.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     prepare(
@@ -114,13 +114,13 @@ def rows_for_others(prepared: Path) -> Path:
 
 
 def conversations(out: Path, lines: Sequence[str]) -> Path:
-    """The same rows as the `messages` that TRL's documentation asks for."""
+    """The same rows as `messages`, the format in TRL's documentation."""
     out.write_text("".join(json.dumps({"messages": json.loads(line)["dialog"]}) + "\n" for line in lines))
     return out
 
 
 def first_adapter(model_dir: Path, lora: LoraSpec, file: Path) -> None:
-    """The values that our recipe starts `lora` adapters at with the default seed, by torchtune's names."""
+    """Writes the initial `lora` adapter of our recipe with the default seed, with torchtune's names."""
     import torch
 
     from trainers.methods.lora import initial_adapter, lora_linear
