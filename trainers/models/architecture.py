@@ -1,7 +1,21 @@
-"""What a Hugging Face `config.json` says about a model, as far as building and training it needs.
+"""Reads a Hugging Face `config.json` into an `Architecture`: all that building, loading and training a model needs.
 
-Reading is strict: whatever would change the model's outputs and is not built here is refused by name, because a model
-that trains slightly wrong is worse than one that doesn't train.
+Reading is strict: a setting that would change the model's outputs and is not built here is refused by name, because a
+model that trains slightly wrong is worse than one that doesn't train.
+
+To add a model family, read its `configuration_*.py` and `modeling_*.py` in transformers, then:
+
+1. Add its `model_type` to `FamilyName` and an entry to `FAMILIES`: a `_Family` of the defaults in its configuration
+   class (which may differ from the values of the published models), and of how its keys are read.
+2. If its layers compute something that no other family does, add a property to `Architecture` (such as `qk_norm`), and
+   use it in `decoder.py` (the computation), `layout.py` (names and shapes of the checkpoint's tensors) and
+   `planning/memory.py` (activations). A new kind of RoPE goes into `rope_config.py` and `rope.py`, a new activation
+   into `Activation` and `feed_forward.py`.
+3. Refuse every other key that its modelling file reads and that changes outputs: `_refuse_what_is_not_built`.
+4. Describe a tiny model in `tests/tiny_models.py` (`_FAMILIES`, `_layer_shapes`): most tests of models then run on it
+   too. Add cases to `MODELS` in `tests/trainers/models/test_model_parity.py`, which compare logits, answers, adapters
+   and exports with transformers and PEFT, and one to `tests/trainers/planning/test_memory.py`.
+5. Add aliases to `names.py`, and the family to the README's list under "Limits".
 """
 
 import math
@@ -18,12 +32,12 @@ FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "g
 Activation = Literal["silu", "gelu_tanh"]
 
 MAX_LAYERS = 10_000
-"""More is taken for a broken config.json: the tables made from it would fill the memory."""
+"""A config.json with more is refused as broken: the tables made from it would fill the memory."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer, described completely. Sizes are counts of elements; `max_seq_len` is in tokens."""
+    """A complete description of a decoder-only transformer. Sizes are numbers of elements."""
 
     family: FamilyName
     vocab_size: int
@@ -35,7 +49,8 @@ class Architecture:
     head_dim: int
     norm_eps: float
     max_seq_len: int
-    """Longest sequence whose outputs are exact: within the original context of a long RoPE."""
+    """Longest sequence, in tokens, whose outputs are exact. LongRoPE: the original context, beyond which other factors
+    hold."""
     tied: bool
     """The output head is the embedding matrix; checkpoints hold no `lm_head.weight`."""
     qkv_bias: bool
@@ -44,23 +59,24 @@ class Architecture:
     activation: Activation
     attention_dropout: float
     attention_scale: float
-    """Factor of the products of queries and keys."""
+    """Queries times keys are multiplied by this."""
     attention_softcap: float | None
     """Attention scores x become c * tanh(x / c)."""
     final_softcap: float | None
     """Logits x become c * tanh(x / c)."""
     windows: tuple[int | None, ...]
-    """Of each layer: how many tokens one attends to at most, itself included. None: all that precede it."""
+    """The sliding window of each layer: the number of tokens that a token attends to at most, itself included. None: it
+    attends to all before it."""
     rope: RopeParams
-    """Of the layers without a window, and of all where a family doesn't tell them apart."""
+    """Rotary settings of the layers without a window; of all layers, unless the family has two settings."""
     local_rope: RopeParams
-    """Of the layers with a window."""
+    """Rotary settings of the layers with a window."""
     json: Mapping[str, Any] = field(repr=False, hash=False)
-    """The `config.json` this was read from, unchanged."""
+    """The parsed `config.json`, unchanged."""
 
     @property
     def fused_projections(self) -> bool:
-        """Checkpoints hold q, k and v as one matrix `qkv_proj`, and gate and up as `gate_up_proj`."""
+        """Checkpoints store q, k and v as one matrix `qkv_proj`, and gate and up as one matrix `gate_up_proj`."""
         return self.family == "phi3"
 
     @property
@@ -70,37 +86,38 @@ class Architecture:
 
     @property
     def qk_norm(self) -> bool:
-        """Queries and keys are normed, head by head, before they are rotated."""
+        """Queries and keys of each head are normalised before they are rotated."""
         return self.family in ("qwen3", "gemma3_text")
 
     @property
     def post_norms(self) -> bool:
-        """The outputs of attention and feed-forward are normed too, before they join the residual stream."""
+        """The outputs of attention and feed-forward are normalised before they are added to the residual stream."""
         return self.family in ("gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
 class _Family:
-    """What transformers assumes for this `model_type` where config.json is silent, and where it reads biases."""
+    """How config.json is read for one `model_type`: transformers' defaults for absent keys, and which keys it has."""
 
     causal_lm: str
+    """Its class in transformers; another one in `architectures` is refused."""
     norm_eps: float = 1e-6
     tied: bool = False
     kv_heads_default_to_heads: bool = False
     default_head_dim: int | None = None
     activations: Mapping[str, Activation] = field(default_factory=lambda: {"silu": "silu"})
     default_activation: str = "silu"
-    qkv_bias: bool | None = None  # None: the config's `attention_bias` decides, for all four projections
+    qkv_bias: bool | None = None  # None: `attention_bias` of the config decides, for all four projections
     has_mlp_bias: bool = False
     windowed: Literal["never", "always", "on_request", "in_turn"] = "never"
-    """Which layers have the sliding window: "on_request" the later ones, if `use_sliding_window` says so, "in_turn" all
-    but every `full_every`th. With these two, `layer_types` decides where it is given."""
+    """Which layers have the sliding window. "on_request": those from `max_window_layers` on, if `use_sliding_window` is
+    true; "in_turn": all but every `full_every`th. In both cases `layer_types` takes precedence if it is given."""
     default_window: int | None = 4096
     full_every: int = 1
     rope_theta: float = 10_000.0
-    local_rope_theta: float | None = None  # given: layers with a window have rotary settings of their own
+    local_rope_theta: float | None = None  # not None: layers with a window have rotary settings of their own
     query_pre_attn_scalar: float | None = None  # None: scores are divided by sqrt(head_dim)
-    softcaps: Mapping[str, float | None] = field(default_factory=dict)  # the keys that are read, and their defaults
+    softcaps: Mapping[str, float | None] = field(default_factory=dict)  # supported keys, and their defaults
 
 
 _GELU_TANH: Mapping[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
@@ -108,7 +125,7 @@ _GEMMA = _Family(
     "GemmaForCausalLM",
     tied=True,
     default_head_dim=256,
-    # The first releases say "gelu" and mean its tanh approximation; transformers reads it so, too.
+    # The first Gemma configs say "gelu" and mean its tanh approximation; transformers reads them like that, too.
     activations={"gelu": "gelu_tanh", **_GELU_TANH},
     default_activation="gelu_pytorch_tanh",
 )
@@ -206,11 +223,11 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def inspect_model_dir(path: Path, *, weights: bool = True) -> Architecture:
-    """The architecture of a model directory in Hugging Face layout that is complete (but for its `weights`, where they
-    are not asked for) and can be trained.
+    """Checks that a model directory in Hugging Face layout is complete and can be trained; returns its architecture.
 
-    Cheap: reads config.json and the headers of the weight files, no tensor. Raises UserError (param "model"):
-    `model_not_found`, `model_incomplete` naming the file, `model_unsupported` naming the architecture or setting.
+    Reads config.json and the headers of the weight files (unless `weights` is false), no tensors. Raises UserError
+    (param "model"): `model_not_found`, `model_incomplete` naming the file, `model_unsupported` naming the architecture
+    or setting.
     """
     if not path.is_dir():
         raise UserError("model_not_found", f"there is no model directory {path}.", param="model")
@@ -279,7 +296,7 @@ def _head_dim(config: Mapping[str, Any], family: _Family, hidden: int, heads: in
 
 
 def _max_seq_len(config: Mapping[str, Any], *ropes: RopeParams) -> int:
-    """The longest sequence for which unswitched RoPE equals what the model defines."""
+    """LongRoPE switches to other factors beyond the original context; only those within it are built."""
     original_contexts = [rope.original_context for rope in ropes if rope.kind == "longrope"]
     return min([_count(config, "max_position_embeddings"), *original_contexts])
 
@@ -340,7 +357,7 @@ def _activation(config: Mapping[str, Any], family: _Family) -> Activation:
 
 
 def _names(config: Mapping[str, Any], key: str) -> list[str]:
-    """A list of names, empty where the key is absent or null. (A string alone counts as a list of one.)"""
+    """A list of names; empty if the key is absent or null. A single string counts as a list of one."""
     value = config.get(key) or []
     if isinstance(value, str):
         return [value]

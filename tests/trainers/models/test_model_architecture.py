@@ -12,6 +12,7 @@ import pytest
 
 from tests.tiny_models import FAMILIES, make_tiny_model
 from trainers.errors import UserError
+from trainers.models import architecture
 from trainers.models.architecture import inspect_model_dir, read_architecture
 
 LLAMA: dict[str, Any] = {
@@ -272,6 +273,10 @@ def test_what_would_be_silently_wrong_is_refused_by_name(change: dict[str, Any],
 def test_a_refused_family_says_which_ones_are_supported() -> None:
     message = str(refusal(LLAMA | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
     assert all(family in message for family in FAMILIES)
+
+
+def test_every_family_has_a_tiny_model_to_be_tested_with() -> None:
+    assert set(FAMILIES) == set(architecture.FAMILIES)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"])

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tests.hf_environment import run_in_hf_environment
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILIES, make_tiny_model
 from tests.trainers.models.conftest import BuildModel
 from trainers.methods.dora import dora_linear
 from trainers.methods.lora import adapter_parameters, lora_linear
@@ -199,6 +199,10 @@ def add_smollm2(bench: Bench, build_model: BuildModel, smollm2_dir: Path) -> Non
     answer = generate(model, [prompt], max_new_tokens=16, eos_ids={2}, pad_id=2)[0]
     bench.answers["smollm2"] = answer
     bench.add("smollm2", model(torch.tensor([prompt])), model=str(smollm2_dir), tokens=[prompt], generate=16)
+
+
+def test_every_family_is_compared() -> None:
+    assert {family for family, _ in MODELS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", MODELS)
