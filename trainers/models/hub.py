@@ -1,6 +1,6 @@
-"""Models of a Hugging Face hub, downloaded once per commit.
+"""Downloads models from a Hugging Face hub, each commit once.
 
-The hub is the one `HF_ENDPOINT` names; `HF_TOKEN` of the worker's environment opens private and gated models.
+`HF_ENDPOINT` names the hub; `HF_TOKEN` in the worker's environment gives access to private and gated models.
 """
 
 import errno
@@ -36,20 +36,21 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 
 ANSWER_S = 30.0
-"""For the hub to say what a revision is; huggingface_hub has limits of its own for files, and none for that."""
+"""Seconds for the hub to answer what a revision is. huggingface_hub has time limits for files, but none for this."""
 AT_A_TIME = 8
-"""Files that are downloaded."""
+"""Files that are downloaded in parallel."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OF_NETWORK = (errno.ETIMEDOUT, errno.ENOTCONN)
-"""Errors of a disk behind a network, or of any network: while a model is downloaded they are the hub's."""
+"""Errors that a network file system and any other connection can raise; during a download they are taken for the
+hub's."""
 
 
 def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
-    """The directory of the model at the commit that its revision means now; downloaded where it isn't cached. Without
-    `weights`, a directory that lacks them will do.
+    """The directory of the model at the commit that its revision points to now; downloaded if it isn't cached. If
+    `weights` is false, the directory may lack the safetensors files.
 
-    The commit goes to `log`. When the hub can't be reached, the commit that the revision meant last time is used if
-    it is cached, and `log` says so. An architecture that can't be trained is refused before its weights are fetched.
+    Logs the commit. If the hub can't be reached, the commit that the revision pointed to last time is used if it is
+    cached, and this is logged. An architecture that can't be trained is refused before its weights are downloaded.
 
     Raises UserError `invalid_value`, `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`;
     InfrastructureError `hub_unreachable`, `storage_full` or `storage_unreachable`.
@@ -76,12 +77,13 @@ def download(model: HubModel, cache_dir: Path, log: Log, *, weights: bool = True
 
 
 def commit_of(directory: Path) -> str | None:
-    """The commit that `download` has put there; None for a directory of something else."""
+    """The commit in a directory that `download` returned; None for any other directory."""
     return directory.name if _COMMIT.fullmatch(directory.name) else None
 
 
 def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
-    """The commit of the revision, and its files with their sizes in bytes: 0 where the hub (a mirror) tells none."""
+    """The commit of the revision, and its files with their sizes in bytes (0 if the hub, such as a mirror, doesn't
+    say)."""
     from huggingface_hub import HfApi
 
     with _hub_errors(model):
@@ -91,9 +93,9 @@ def _look_up(model: HubModel) -> tuple[str, dict[str, int]]:
 
 
 def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Log, *, weights: bool) -> None:
-    for begun in partial.glob(".cache/**/*.incomplete"):  # of a process that was killed: each begins anew
+    for begun in partial.glob(".cache/**/*.incomplete"):  # of a killed process: each file begins anew
         begun.unlink()
-    for name in filter(may_be_wanted, files):  # huggingface_hub syncs none: a power cut may have left its name only
+    for name in filter(may_be_wanted, files):  # huggingface_hub doesn't fsync: a power cut may leave an empty file
         if files[name] and (partial / name).is_file() and (partial / name).stat().st_size != files[name]:
             (partial / name).unlink()
     names = choose_files(files, partial, lambda name: _get(repo, commit, [name], partial), f"{repo} at {commit}")
@@ -106,19 +108,19 @@ def _fetch(repo: str, commit: str, files: dict[str, int], partial: Path, log: Lo
 
 
 def _get(repo: str, commit: str, names: list[str], partial: Path) -> None:
-    """Not by `snapshot_download`, which asks for the names once more and waits for the answer for ever. After SIGINT
-    its threads go on until the process has ended."""
+    """Downloads files in parallel. (`snapshot_download` would list the repository again, without a time limit.) After
+    SIGINT the threads go on until the process ends."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    disable_progress_bars()  # they redraw themselves, which makes no sense in a log
+    disable_progress_bars()  # they redraw a terminal line; in a log that is noise
     get = functools.partial(hf_hub_download, repo, revision=commit, local_dir=partial, endpoint=_endpoint())
     threads = ThreadPoolExecutor(AT_A_TIME)
     stopped = False
     try:
         with _hub_errors(HubModel(repo, commit)):
             list(threads.map(get, names))
-    except KeyboardInterrupt:  # what is under way may take hours
+    except KeyboardInterrupt:  # the files in progress may take hours
         stopped = True
         raise
     finally:
@@ -126,13 +128,13 @@ def _get(repo: str, commit: str, names: list[str], partial: Path) -> None:
 
 
 def _endpoint() -> str | None:
-    """None: huggingface_hub's default. It reads the variable only once, when it is imported."""
+    """None: huggingface_hub's default. The library itself reads the variable only when it is imported."""
     return os.environ.get("HF_ENDPOINT") or None
 
 
 def _remember(path: Path, commit: str) -> None:
     if path.is_file() and path.read_text().strip() == commit:
-        return  # a model that is cached needs no room on the disk
+        return  # so that a cached model can be used though the disk is full
     with storage_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.{os.getpid()}")
@@ -143,7 +145,7 @@ def _remember(path: Path, commit: str) -> None:
 
 @contextmanager
 def _hub_errors(model: HubModel) -> Iterator[None]:
-    """Turns what huggingface_hub raises into errors that say who can do what about it."""
+    """Turns the exceptions of huggingface_hub into errors that say who can act, and how."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -177,7 +179,7 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
             param="model",
             suggestion="name a branch, tag or commit that it has",
         ) from error
-    except LocalEntryNotFoundError as error:  # its own words are the same whatever it was
+    except LocalEntryNotFoundError as error:  # its message is always the same; the cause tells more
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise _by_status(model, cause) from error
@@ -186,7 +188,7 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
         raise incomplete(f"{model.repo} at {model.revision} lacks a file: {_reason(error)}.") from error
     except HfHubHTTPError as error:
         raise _by_status(model, error) from error
-    except Exception as error:  # the HTTP library beneath, and so its errors, changes with huggingface_hub's releases
+    except Exception as error:  # the HTTP library, and so its exceptions, changes between huggingface_hub's releases
         of_disk = None if errno_of(error) in _OF_NETWORK else storage_problem(error)
         raise of_disk or _unreachable(model, error) from error
 
@@ -201,7 +203,8 @@ def _not_found(model: HubModel) -> UserError:
 
 
 def _by_status(model: HubModel, error: "HfHubHTTPError") -> JobProblem:
-    """The hub answers 401 for what doesn't exist, unless a token was sent that it doesn't know."""
+    """The error for an HTTP status. The hub answers 401 for a repository that doesn't exist, and for a token that it
+    doesn't know."""
     status, reason = error.response.status_code, error.response.headers.get("X-Error-Message", "")
     if status == 401 and "Invalid credentials" not in reason:
         return _not_found(model)
@@ -222,6 +225,6 @@ def _unreachable(model: HubModel, error: Exception) -> InfrastructureError:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what the library says, without secrets and a full stop."""
+    """The first line of the exception's message, without secrets and the final full stop."""
     lines = str(error).strip().splitlines()
     return without_secrets(lines[0]).removesuffix(".") if lines else type(error).__name__

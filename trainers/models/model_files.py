@@ -1,6 +1,6 @@
-"""The files of a model directory in Hugging Face layout, checked without reading a tensor.
+"""Finds and checks the files of a model directory in Hugging Face layout, without reading tensors.
 
-Only safetensors are ever opened: a `.bin` checkpoint is a pickle, and loading one runs whatever code it holds.
+Weights are only ever read from safetensors: a `.bin` checkpoint is a pickle, and loading one runs the code in it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:  # `architecture` imports this module
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_KEY = "transformers_weights"
-"""The key of config.json that names the weights, or their index, where they have another name than these."""
+"""The key of config.json that names the file of weights, or their index, if it has neither of these two names."""
 INDEX_SUFFIX = ".safetensors.index.json"
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of an element, by the dtypes that can be trained on."""
-# The API reads both, and parsing JSON lets nobody else run meanwhile. The largest models that can be built here have
-# some thousand tensors, at about a hundred bytes each; the limit of the safetensors library itself is 100 MB.
+"""Bytes per element of the dtypes that weights may be stored in."""
+# The API process reads headers and JSON files, and parsing JSON blocks its other threads. The largest models that can
+# be built here have some thousand tensors, at about a hundred bytes each; safetensors itself allows headers of 100 MB.
 _MAX_HEADER_BYTES = 8_000_000
 _MAX_JSON_BYTES = 16_000_000
-_POINTER = b"version "  # https://git-lfs.github.com/spec/v1; as a length it would be that of no header
+_POINTER = b"version "  # how a Git LFS pointer begins (https://git-lfs.github.com/spec/v1); no header is that long
 _FAULTS_OF_A_PATH = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -44,26 +44,26 @@ _FAULTS_OF_A_PATH = {
 
 
 class TensorEntry(NamedTuple):
-    """What a safetensors header says about one tensor."""
+    """One tensor's entry in a safetensors header."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Where it begins in the file, in bytes."""
+    """Offset in the file, in bytes."""
     size: int
-    """Bytes that it takes there."""
+    """Bytes in the file."""
 
 
 def incomplete(message: str) -> UserError:
-    """The error for a model directory that lacks something or holds something broken."""
+    """The error for a model directory in which something is missing or broken."""
     return UserError("model_incomplete", message, param="model")
 
 
 @contextmanager
 def storage_of(path: Path) -> Iterator[None]:
-    """Makes an InfrastructureError `model_unreachable` of an OSError that says nothing about `path`, but that the disk
-    it is on doesn't work just now. What is wrong with the path itself is raised as it is."""
+    """Turns an OSError that comes from the disk (input/output error, stale handle, ...) into an InfrastructureError
+    `model_unreachable`. One that is about `path` itself (it doesn't exist, isn't readable, ...) is raised unchanged."""
     try:
         yield
     except OSError as error:
@@ -77,10 +77,10 @@ def storage_of(path: Path) -> Iterator[None]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model directory. Raises UserError `model_incomplete`, or as `storage_of`."""
+    """Reads a JSON object from a file of a model directory. Raises UserError `model_incomplete`, or as `storage_of`."""
     try:
         with storage_of(path):
-            if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+            if path.exists() and not path.is_file():  # reading a pipe or a device may never end
                 raise incomplete(f"{path} is not a regular file.")
             if path.stat().st_size > _MAX_JSON_BYTES:
                 raise incomplete(f"{path} is too large: {path.stat().st_size} bytes.")
@@ -95,8 +95,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def named_weights(config: Mapping[str, Any], origin: object) -> str | None:
-    """What the config.json of the model at `origin` names as its weights, or as their index: a safetensors file beside
-    it, which may not be there. None where it names nothing. Raises UserError `model_incomplete`."""
+    """The file of weights, or their index, that the config.json of the model at `origin` names; None if it names none.
+    The file may not exist. Raises UserError `model_incomplete` for a name that is not a safetensors file beside it."""
     named = config.get(WEIGHTS_KEY)
     if named is None:
         return None
@@ -106,10 +106,10 @@ def named_weights(config: Mapping[str, Any], origin: object) -> str | None:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files that hold the model, in a fixed order. Of a directory that holds several models, the one
-    that transformers loads: what config.json names as `transformers_weights`, else the single file, else the shards.
+    """The safetensors files that hold the model, in a fixed order. If there are several sets of weights, those that
+    transformers loads: the ones named by `transformers_weights` in config.json, else the single file, else the shards.
 
-    Raises UserError `model_incomplete`, naming what is missing: all of it, a shard of the index, or only its
+    Raises UserError `model_incomplete`, which says what is missing: all weights, a shard of the index, or only the
     safetensors form. InfrastructureError as `storage_of`.
     """
     with storage_of(model_dir):
@@ -136,7 +136,7 @@ def _weight_files(model_dir: Path) -> list[Path]:
 
 
 def check_weights(model_dir: Path, arch: Architecture) -> None:
-    """Checks that the weight files are whole and hold exactly the tensors of `arch`, in floating point.
+    """Checks that the weight files are complete and hold exactly the tensors of `arch`, in floating point.
 
     Reads headers only. Raises UserError `model_incomplete` or `model_unsupported`.
     """
@@ -163,13 +163,14 @@ def check_weights(model_dir: Path, arch: Architecture) -> None:
 
 
 def is_ignored(name: str, arch: Architecture) -> bool:
-    """Tensors that some checkpoints carry and no model reads: rotary tables, and a copy of a tied head."""
+    """Whether it is a tensor that some checkpoints contain and no model reads: a rotary table, or a copy of a tied
+    head."""
     return name.endswith("rotary_emb.inv_freq") or (arch.tied and name == "lm_head.weight")
 
 
 def read_headers(files: list[Path]) -> dict[str, TensorEntry]:
-    """The tensors of some safetensors files by name. Raises UserError `model_incomplete` for a broken or cut file,
-    or as `storage_of`."""
+    """The tensors of some safetensors files, by name. Raises UserError `model_incomplete` for a broken or truncated
+    file, or as `storage_of`."""
     entries: dict[str, TensorEntry] = {}
     for file in files:
         entries |= _header(file)
@@ -177,7 +178,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorEntry]:
 
 
 def _header(file: Path) -> dict[str, TensorEntry]:
-    """The format is: length of the header (8 bytes, little endian), the header (JSON), the tensors."""
+    """The file format: length of the header (8 bytes, little endian), the header (JSON), the tensors."""
     try:
         with storage_of(file), file.open("rb") as stream:
             begin = stream.read(8)
@@ -197,14 +198,14 @@ def _header(file: Path) -> dict[str, TensorEntry]:
 
 
 def _allowed(length: int) -> int:
-    """Raises ValueError for the length of a header that isn't read."""
+    """`length`, unless it is more than is read of a header: then raises ValueError."""
     if length > _MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes, {_MAX_HEADER_BYTES} are read at most")
     return length
 
 
 def _bytes_of_tensors(offsets: Iterable[tuple[int, int]]) -> int:
-    """The end of the last tensor. Raises ValueError unless they lie one behind the other, as the library wants it."""
+    """The end of the last tensor. Raises ValueError unless the tensors are contiguous, as the format demands."""
     position = 0
     for start, end in sorted(offsets):
         if start != position or end < start:
@@ -234,7 +235,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def indexed_names(index: Path) -> list[str]:
-    """The safetensors files that an index names, which may not be there. Raises UserError `model_incomplete`."""
+    """The names of the safetensors files in an index; the files may not exist. Raises UserError `model_incomplete`."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise incomplete(f"{index} has no weight_map.")
@@ -250,6 +251,6 @@ def _unsupported(message: str) -> UserError:
 
 
 def first_few(names: Sequence[str], limit: int = 5) -> str:
-    """`names` for a message, of which the rest is only counted."""
+    """The first of `names` for a message, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,4 +1,4 @@
-"""How a model may be named in a request: which kind of name it is, what aliases mean, where local paths may lead."""
+"""Names of models in requests: their kinds, the aliases, and the directories that local paths may lead to."""
 
 import os
 import re
@@ -74,7 +74,8 @@ _HUB_ID = re.compile(
     r"(?:@(?P<revision>[A-Za-z0-9][\w./-]{0,119}))?",
     re.ASCII,
 )
-"""A repository's name as huggingface_hub takes it; a revision that, with `--` for its slashes, can name a file."""
+"""A repository's name as huggingface_hub accepts it, and a revision that is a valid file name once its slashes are
+replaced by `--`."""
 _HUB_RULE = (
     "each of the two has 1 to 96 letters, digits, '-', '_' or '.', and neither begins nor ends with '-' or '.'; "
     "'--', '..' and '.git' at the end are not allowed; a revision has up to 120 characters"
@@ -82,17 +83,17 @@ _HUB_RULE = (
 
 
 class HubModel(NamedTuple):
-    """A repository of a Hugging Face hub. `revision` is a branch, a tag or a commit."""
+    """A repository on a Hugging Face hub. `revision` is a branch, a tag or a commit."""
 
     repo: str
     revision: str = "main"
 
 
 def classify_model(model: str) -> ModelKind:
-    """What kind of name `model` is; touches neither disk nor network.
+    """The kind of name that `model` is. Uses neither disk nor network.
 
-    A path is local when it starts with '/', '.' or '~' or is a file URI; `org/name` is always a hub id. Raises
-    UserError `invalid_value` for a name that is none of these, or an URI that can't be used.
+    A path is local if it starts with '/', '.' or '~' or is a file URI; `org/name` is always a hub id. Raises UserError
+    `invalid_value` for a name of no kind, or a URI that can't be used.
     """
     if "://" in model:
         return _classify_uri(model)
@@ -122,7 +123,7 @@ def classify_model(model: str) -> ModelKind:
 
 
 def hub_model(model: str) -> HubModel:
-    """The repository that a hub id or an alias stands for."""
+    """The repository and revision that a hub id or an alias stands for."""
     match = _hub_id(model)
     if match is None:
         raise _refused(f"{model!r} is not a Hugging Face id: {_HUB_RULE}.")
@@ -130,8 +131,8 @@ def hub_model(model: str) -> HubModel:
 
 
 def base_name(model: str) -> tuple[str, str | None]:
-    """What other libraries load `model` by: the repository and the revision (None: its newest commit) that a hub id or
-    an alias stands for; any other name as it is."""
+    """The name and revision that other libraries load `model` by. For a hub id or an alias: its repository, and its
+    revision or None (the newest commit). For any other name: the name itself, and None."""
     match = _hub_id(model)
     return (model, None) if match is None else (match["repo"], match["revision"])
 
@@ -141,11 +142,11 @@ def _hub_id(model: str) -> re.Match[str] | None:
 
 
 def local_directory(model: str, roots: Iterable[Path]) -> Path:
-    """The real path of a local model, which must lie under one of `roots` after following links, and so must its files:
-    the tokenizer's, say, are copied to every checkpoint.
+    """The path of a local model, with links resolved. It must lie under one of `roots`, and so must the targets of the
+    links in it, as files such as the tokenizer are copied to every checkpoint.
 
-    Raises UserError `model_not_found`, or `path_not_allowed` without telling whether something exists there, or where
-    the roots are; InfrastructureError `model_unreachable`.
+    Raises UserError `model_not_found`, or `path_not_allowed`, whose message tells neither whether something exists
+    there nor where the roots are; InfrastructureError `model_unreachable`.
     """
     allowed = [root.resolve() for root in roots]
     try:
@@ -163,7 +164,7 @@ def local_directory(model: str, roots: Iterable[Path]) -> Path:
     if not _is_directory(path):
         raise UserError("model_not_found", f"there is no model directory {path}.", param="model")
     for link in _links(path):
-        target = Path(os.path.realpath(link))  # `resolve` fails for a link that leads in a circle
+        target = Path(os.path.realpath(link))  # Path.resolve() raises for a loop of links
         if not any(target.is_relative_to(root) for root in allowed):
             raise UserError(
                 "path_not_allowed",

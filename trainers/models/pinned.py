@@ -1,5 +1,5 @@
-"""The model that a job began with. All its attempts are on that one: adapters, an optimizer's state and tokenised rows
-mean nothing to another, though it may have the same name by now.
+"""Pins a job to the model it began with, which all its attempts use. Its adapters, optimizer state and tokenised rows
+don't fit another model, even if that has the same name by now.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ class PinnedModel(BaseModel):
 
 
 def pinned_model(model: str, file: Path, settings: Settings, log: Callable[[str], None]) -> PinnedModel:
-    """The model that `file` of a job's directory names; where there is none yet, what `model` stands for now, which
-    the file names from then on. A copy of it that is in the cache is used without asking where it came from; one that
-    isn't any more is fetched again.
+    """The job's model: the one that `file`, in the job's directory, records; if there is no such file, resolves `model`
+    and records the result in it. A cached copy is used without asking the hub or store it came from; if it is no longer
+    in the cache, it is fetched again.
 
-    Raises what `resolve_model` does, UserError `model_incomplete`, and `model_changed` where there is something else
-    now, or nothing. InfrastructureError where a disk or a network doesn't answer, which says nothing about the model.
+    Raises what `resolve_model` does, UserError `model_incomplete`, and `model_changed` if the model is a different one
+    now, or gone. InfrastructureError if a disk or a network fails, which says nothing about the model.
     """
     if not file.is_file():
         directory = resolve_model(model, settings, log)
@@ -66,7 +66,7 @@ def pinned_model(model: str, file: Path, settings: Settings, log: Callable[[str]
 
 
 def check_unchanged(pinned: PinnedModel) -> None:
-    """Raises UserError `model_changed` when the model's directory holds something else than the job began with, or as
+    """Raises UserError `model_changed` if the model's files are not those that the job began with, or as
     `storage_of`."""
     try:
         now = fingerprints(pinned.directory)
@@ -78,8 +78,8 @@ def check_unchanged(pinned: PinnedModel) -> None:
 
 
 def fingerprints(directory: Path) -> dict[str, str]:
-    """Of each file that training depends on, by its name: of a small one the SHA-256; of weights that of every tensor's
-    name, type, place, first and last few kilobytes, so that nobody waits for gigabytes to be read.
+    """A SHA-256 for each file that training depends on, by its path in `directory`. That of a file of weights covers
+    each tensor's name, dtype, shape, offset and its first and last 4,096 bytes, so that gigabytes need not be read.
 
     Raises UserError `model_incomplete`, or as `storage_of`.
     """

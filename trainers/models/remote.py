@@ -1,4 +1,4 @@
-"""Model directories on object stores (s3://, gs://), copied once per state of the directory."""
+"""Copies model directories from object stores (s3://, gs://), each state of a directory once."""
 
 import hashlib
 import shutil
@@ -18,8 +18,8 @@ _IDENTITY_KEYS = ("size", "ETag", "etag", "md5Hash", "generation", "mtime")
 
 
 def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
-    """A local copy of the model directory at `uri`; copied again when any of its files has changed. Without `weights`,
-    a copy that lacks them will do.
+    """A local copy of the model directory at `uri`, made again if any of its files has changed. If `weights` is false,
+    the copy may lack the safetensors files.
 
     Raises UserError `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`, `model_changed`;
     InfrastructureError `model_unreachable` or `storage_full`. Credentials come from the environment.
@@ -45,7 +45,7 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
             log(f"copying {len(names)} files from {uri}, {sum(files[name]['size'] for name in names) / 1e9:.2f} GB")
             for name in names:
                 get(name)
-        except JobProblem:  # a change may look like that: a file is gone, or s3fs wants it as it was listed
+        except JobProblem:  # may be due to a change: a file is gone, or isn't the version that was listed
             check(partial)
             raise
         check(partial)
@@ -55,7 +55,7 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
             fs.invalidate_cache()
             now = _state(_list_files(fs, root))
         if now != state:
-            shutil.rmtree(partial)  # nobody will ask for what is neither the old one nor the new one
+            shutil.rmtree(partial)  # a mixture of two states is of no use to anyone
             raise UserError(
                 "model_changed",
                 f"{uri} changed while it was copied",
@@ -68,7 +68,7 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
 
 
 def _list_files(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str, Any]]:
-    """What the store says of the files of a model directory, by their paths in it."""
+    """The store's entries for the files of a model directory, by their paths in it."""
     entries = fs.ls(root, detail=True)
     files = {Path(entry["name"]).name: entry for entry in entries if _is_file(entry)}
     for folder in entries:
@@ -79,13 +79,13 @@ def _list_files(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str,
 
 
 def _state(files: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    """What tells the model from any other that was or will be there."""
+    """What identifies this state of the directory: names, sizes, hashes, times."""
     wanted = sorted(name for name in files if may_be_wanted(name))
     return [(name, *(str(files[name].get(key)) for key in _IDENTITY_KEYS)) for name in wanted]
 
 
 def _is_file(entry: dict[str, Any]) -> bool:
-    """Stores list an empty object where somebody has made a folder: its name ends with a slash."""
+    """False also for the empty objects that stand for folders in a store: their names end with a slash."""
     return entry["type"] == "file" and not entry["name"].endswith("/")
 
 
@@ -112,7 +112,7 @@ def _store_errors(uri: str) -> Iterator[None]:
             param="model",
             suggestion="ask the operator for credentials that open it, or use another model",
         ) from error
-    except Exception as error:  # each store's client has errors of its own, and may put signed URLs into them
+    except Exception as error:  # each store's client has its own exceptions, whose texts may contain signed URLs
         raise storage_full(error) or InfrastructureError(
             "model_unreachable",
             f"{uri} could not be read: {type(error).__name__}.",

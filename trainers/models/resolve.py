@@ -11,17 +11,17 @@ from trainers.settings import Settings
 __all__ = ["classify_model", "lasting_name", "resolve_model"]
 
 _PARTIALS = (f".{smollm2.MODEL_NAME}-*.partial", "hub/*/.*.partial", "remote/.*.partial")
-"""What unfinished attempts leave in the model cache, beside which users may keep directories of their own."""
+"""Partial directories in the model cache. Users may keep directories of their own there, so the patterns are narrow."""
 
 
 def resolve_model(model: str, settings: Settings, log: Callable[[str], None], *, weights: bool = True) -> Path:
-    """The local directory of `model`, fetched or converted into `settings.model_cache` where that is needed. Without
-    `weights`, what would have to be fetched may lack them.
+    """The local directory of `model`, which is first downloaded or converted into `settings.model_cache` if necessary.
+    If `weights` is false, a directory that has to be downloaded may lack the safetensors files.
 
-    A cached directory is complete: it gets its name only when all of it is there, and jobs that want the same model
-    at once fetch it once. What was chosen (alias, commit) goes to `log`. Use `inspect_model_dir` to check the result.
+    A cached directory is complete, as it gets its name only at the end, and jobs that need the same model at once
+    download it once. Logs what an alias or a revision stands for. The result is not checked: see `inspect_model_dir`.
 
-    Raises UserError (param "model") where the name or the model is to blame, InfrastructureError for the network.
+    Raises UserError (param "model") if the name or the model is wrong, InfrastructureError if the network or a disk is.
     """
     kind = classify_model(model)
     if kind == "local":
@@ -38,8 +38,8 @@ def resolve_model(model: str, settings: Settings, log: Callable[[str], None], *,
 
 
 def lasting_name(model: str, directory: Path) -> str:
-    """A name for what `model` was resolved to, `directory`, that can't come to mean another one: the path of a local
-    model, a hub's with its commit. Where there is none, `model`."""
+    """A name for the model that was resolved to `directory` which will not mean another model later: the path of a local
+    one, the repository and commit of a hub's. For other kinds, `model` itself."""
     kind = classify_model(model)
     if kind == "local":
         return str(directory)
