@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters in PEFT layout, and merged into their base."""
+"""Saves and loads LoRA and DoRA adapters in PEFT's layout, and merges them into their base model."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from trainers.planning.plan import LoraSpec
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MAGNITUDE = ".magnitude"
-"""How the name of a layer's magnitudes [rows] ends; only DoRA has them."""
+"""Suffix of the name of a layer's magnitudes [rows], which only DoRA has."""
 _PREFIX = "base_model.model."
 
 
@@ -32,13 +32,13 @@ def save_peft_adapter(
     out_dir: Path,
     revision: str | None = None,
 ) -> None:
-    """Writes an adapter that `peft.PeftModel.from_pretrained` and vLLM load. Values are stored as they are.
-    `base_model` is a path, or a repository of a hub; of that, `revision` is what was trained on (None: its newest).
+    """Writes an adapter that `peft.PeftModel.from_pretrained` and vLLM load. Values are stored unchanged. `base_model`
+    is a path, or a repository on a hub, whose commit `revision` was trained on (None: the newest).
 
-    Where a family fuses projections (Phi-3's qkv_proj), PEFT wants one adapter for the fused layer: the A's are
-    stacked and the B's set on the diagonal of one block matrix, which computes the same. Its rank is then a multiple
-    of `lora.rank`, named in `rank_pattern`. Magnitudes follow one another; where there are any, parts that have no
-    adapter need theirs too (`untouched_magnitudes`).
+    If a family fuses projections (Phi-3's qkv_proj), PEFT needs one adapter for the fused layer: the A matrices are
+    stacked, and the B matrices become the diagonal blocks of one matrix, which computes the same. Its rank, a multiple
+    of `lora.rank`, is given in `rank_pattern`. Magnitudes are concatenated; with DoRA, parts without an adapter need
+    theirs, too (`untouched_magnitudes`).
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -60,8 +60,9 @@ def save_peft_adapter(
 
 
 def load_peft_adapter(adapter_dir: Path, arch: Architecture, lora: LoraSpec) -> dict[str, Tensor]:
-    """The adapter state that `save_peft_adapter` wrote for the same `arch` and `lora`, bit for bit, on the CPU. Raises
-    UserError `model_incomplete`."""
+    """The adapter state that `save_peft_adapter` wrote for the same `arch` and `lora`, bit for bit, on the CPU.
+
+    Raises UserError `model_incomplete` for an adapter that can't be read, or has another rank or alpha."""
     file = adapter_dir / ADAPTER_FILE
     try:
         stored = load_file(file)
@@ -91,10 +92,11 @@ def merge_lora(
     lora: LoraSpec,
     like: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The base with the adapter added: W + alpha / rank * B @ A, computed in float32, in the dtype that `like` has it
-    in, or W itself. Rows that have a magnitude are brought to that length.
+    """The base's parameters with the adapter merged in: W + alpha / rank * B @ A. With DoRA, each row is then scaled to
+    the length that its magnitude says.
 
-    Parameters without an adapter are passed through, not copied; `base_state` is not changed.
+    Computed in float32; the result has the dtype of the parameter in `like`, or without `like` that of W. Parameters
+    without an adapter are passed on, not copied; `base_state` is not changed.
     """
     merged = dict(base_state)
     for name, a in adapter_state.items():
@@ -112,8 +114,8 @@ def merge_lora(
 def untouched_magnitudes(
     base_state: Mapping[str, Tensor], adapter_state: Mapping[str, Tensor], arch: Architecture
 ) -> dict[str, Tensor]:
-    """What PEFT needs besides the magnitudes of a DoRA adapter: the lengths, float32, of the rows that stay as they are
-    in layers of which other parts are adapted."""
+    """The magnitudes that PEFT needs besides those of a DoRA adapter: for the parts without an adapter of fused layers
+    whose other parts have one, the lengths of their rows, in float32."""
     parts = (part for linear in linears(arch) if _adapted_parts(linear, adapter_state) for part in linear.parts)
     return {
         f"{part.name}{MAGNITUDE}": torch.linalg.norm(base_state[f"{part.name}.weight"].float(), dim=1)
@@ -154,7 +156,7 @@ def _magnitude_name(linear: Linear) -> str:
 
 
 def _blocks(linear: Linear, adapted: list[Part], rank: int) -> Iterator[tuple[Part, slice, slice]]:
-    """Where each adapted part's B lies in the fused B: its rows of the layer, its own `rank` columns."""
+    """The place of each adapted part's B in the fused B: the part's rows of the layer, and its own `rank` columns."""
     row = 0
     for part in linear.parts:
         if part in adapted:

@@ -1,4 +1,4 @@
-"""Between a question's text and a model's tokens: the prompt before, and the text of the answer's tokens after."""
+"""Turns a question into the prompt's tokens, and the answer's tokens into text while they are generated."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ from trainers.data.chat import ChatTokenizer
 from trainers.data.dialog import RowError
 from trainers.errors import UserError
 
-_UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
+_UNFINISHED = "\ufffd"  # a character whose bytes are not all there yet decodes to this
 
 
 def encode_question(question: Question, tokenizer: ChatTokenizer, context: int) -> list[int]:
-    """The tokens that the answer starts from: the template that the model was trained with.
+    """The prompt's tokens, made with the model's chat template.
 
-    Raises UserError (param `messages`) where the template refuses them, the model's embedding has no row for a token,
-    or its `context`, in tokens, has no room for them and the answer.
+    Raises UserError (param `messages`) if the template refuses the messages, if the model's embedding has no row for a
+    token, or if prompt and answer don't fit into the `context`, which is in tokens.
     """
     try:
         prompt = tokenizer.encode_prompt(question.messages)
@@ -30,9 +30,9 @@ def encode_question(question: Question, tokenizer: ChatTokenizer, context: int) 
 
 
 class AnswerText:
-    """The text of an answer whose tokens come one by one. What a token costs does not grow with the answer.
+    """Decodes an answer token by token, at a cost per token that does not grow with the answer.
 
-    Characters are held back while they may yet change or turn out to begin a stop text.
+    Characters are held back while they may still change, or may be the beginning of a stop text.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str], max_tokens: int) -> None:
@@ -40,13 +40,14 @@ class AnswerText:
         self._stop = stop
         self._max_tokens = max_tokens
         self._tokens = 0
-        self._window: list[int] = []  # the tokens that were decoded last, and those since
-        self._decoded = 0  # tokens of the window whose text is known
-        self._text = ""  # of what is known, the end: from where the piece before the last one began, at the latest
-        self._sent = 0  # characters of it
+        self._window: list[int] = []  # the tokens that were decoded last, and those after them
+        self._decoded = 0  # how many tokens of the window have final text
+        self._text = ""  # the end of that text; it contains every character that was not sent yet
+        self._sent = 0  # how many characters of `_text` were sent
 
     def add(self, token: int) -> Piece:
-        """What the next `token` adds to the text. Nothing may follow a piece that has an `end`."""
+        """Takes the answer's next token; returns the text that can be sent now. Not to be called after a piece that has
+        an `end`."""
         ended = token in self._tokenizer.eos_ids
         if not ended:
             self._tokens += 1
@@ -65,21 +66,21 @@ class AnswerText:
         return piece
 
     def _undecoded(self) -> str:
-        """The text of the window's last tokens. They are decoded after others that have a text, as some tokenizers
-        leave out the blank that the very first one begins with."""
+        """The text of the window's tokens after the first `_decoded`. These are decoded with the others before them,
+        because some tokenizers drop the blank that the first token begins with."""
         decode = self._tokenizer.decode
         return decode(self._window)[len(decode(self._window[: self._decoded])) :]
 
 
 def _stopped(text: str, stop: Sequence[str], sent: int) -> int | None:
-    """Where the first of the stop texts begins; None where there is none. None begins in what was `sent` already."""
+    """The index at which the first stop text begins, or None. It can't begin within the characters already `sent`."""
     found = [at for word in stop if (at := text.find(word, sent)) >= 0]
     return min(found, default=None)
 
 
 def _held_back(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters may yet change, or be the beginning of a stop text: that of a character, and what
-    comes before it, which may go on with that one."""
+    """How many characters at the end must not be sent yet: unfinished ones, and before them the possible beginning of a
+    stop text."""
     whole = text.rstrip(_UNFINISHED)
     begun = max(
         (n for word in stop for n in range(1, len(word)) if whole.endswith(word[:n])),

@@ -1,4 +1,4 @@
-"""A model that answers dialogs: a directory in Hugging Face layout, with its chat template, its tokens and its text."""
+"""Answers chat questions with the model of a directory in Hugging Face layout, computed by torchtune's components."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from trainers.models.generate import Continuation, advance
 from trainers.models.weights import load_weights
 
 FITS = 0.8
-"""Of the free memory, what weights may take: answers need some, and so do the neighbours."""
+"""Share of the free memory that weights may take. Answers need some, too, and so do other processes."""
 
 
 class ChatModel:
-    """Made by `load`. One thread at a time."""
+    """A model and its tokenizer, made by `load`. Not thread-safe."""
 
     def __init__(self, decoder: TransformerDecoder, tokenizer: ChatTokenizer) -> None:
         self._decoder = decoder
@@ -33,12 +33,13 @@ class ChatModel:
 
     @classmethod
     def load(cls, directory: Path, beside: Iterable["ChatModel"] = ()) -> Self:
-        """On the GPU in bf16 where this process has one, else on the CPU in fp32.
+        """Loads a model: onto the GPU in bf16 if this process has one, else onto the CPU in fp32.
 
-        Tensors that a model `beside` it has too, to the bit, are shared with it: of what was tuned by adapters all
-        layers without one. On the CPU, weights stored in fp32 are mapped from their files, not copied. Raises UserError
-        for a directory that holds no model, InfrastructureError `no_room` where memory is short: a model must not push
-        out a job.
+        Tensors that are bit-identical to those of a model in `beside` are shared with it: for models tuned with
+        adapters, every layer without an adapter. On the CPU, weights stored in fp32 are memory-mapped from their files.
+
+        Raises UserError if the directory holds no usable model, InfrastructureError `no_room` if memory is short, as
+        loading must not crowd out a running job.
         """
         arch = inspect_model_dir(directory)
         tokenizer = ChatTokenizer.from_dir(directory)
@@ -55,7 +56,7 @@ class ChatModel:
         return cls(decoder.requires_grad_(False).eval(), tokenizer)
 
     def weights(self) -> dict[str, Tensor]:
-        """As they are held, by the decoder's names."""
+        """The parameters in memory, by the decoder's names."""
         return {name: parameter.detach() for name, parameter in self._decoder.named_parameters()}
 
     def prompt(self, question: Question) -> list[int]:
@@ -63,7 +64,7 @@ class ChatModel:
         return encode_question(question, self._tokenizer, self._decoder.max_seq_len)
 
     def begin(self, prompt: Sequence[int], question: Question) -> "Answering":
-        """The answer to a `prompt` of this model's, of which nothing is known yet."""
+        """Begins an answer to `prompt`, which must be of this model; nothing is computed yet."""
         max_tokens = question.max_tokens or self._decoder.max_seq_len - len(prompt)
         return Answering(
             Continuation(self._decoder, prompt, max_new_tokens=max_tokens, sampling=question.sampling),
@@ -71,8 +72,8 @@ class ChatModel:
         )
 
     def advance(self, answers: Sequence["Answering"]) -> list[Piece | UserError]:
-        """One more piece of each, for one token, though its text may come with a later one. None of them may have had
-        its last one; an error is the last one too."""
+        """Computes one more token of each answer. Its text may come with a later piece. An answer that has had a piece
+        with an `end`, or an error, is over and must not be passed again."""
         tokens = advance(self._decoder, [answer.continuation for answer in answers])
         return [
             token if isinstance(token, UserError) else answer.text.add(token)
@@ -82,22 +83,22 @@ class ChatModel:
 
 @dataclass(frozen=True)
 class Answering:
-    """An answer under way."""
+    """An answer that is being generated."""
 
     continuation: Continuation
     text: AnswerText
 
 
 def compute_on(cores: int) -> None:
-    """All models of this process together, from now on."""
+    """Sets the number of CPU threads for all models of this process."""
     torch.set_num_threads(cores)
 
 
 def _shared(
     stored: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of `others` that `stored` ones become on `device` in `dtype`, to the bit. What is only mapped from
-    its file is not looked at."""
+    """The tensors of `others` that are bit-identical to `stored` ones on `device` in `dtype`. Tensors that stay
+    memory-mapped are not compared."""
     found: dict[str, Tensor] = {}
     for name, value in stored.items():
         alike = [other[name] for other in others if name in other and other[name].shape == value.shape]
@@ -110,10 +111,10 @@ def _shared(
 
 
 def _check_room(stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """What is mapped from a file as it is needs no memory of its own."""
+    """Raises InfrastructureError `no_room` if `stored` takes too much memory. Memory-mapped tensors don't count."""
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.empty_cache()  # what models that are gone have left counts as taken otherwise
+        torch.cuda.empty_cache()  # memory that unloaded models have left in torch's cache counts as taken otherwise
     needed = sum(value.numel() * dtype.itemsize for value in stored.values() if on_gpu or value.dtype != dtype)
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > FITS * free:

@@ -1,8 +1,9 @@
-"""One builder for every family: an `Architecture` becomes a torchtune `TransformerDecoder`.
+"""Builds a torchtune `TransformerDecoder` from an `Architecture`, for every family.
 
-torchtune's own builders are not used because they permute q and k, tie head_dim to hidden_size / heads, and have no
-rope settings from a config. Parameters carry torchtune's names (`layers.0.attn.q_proj.weight`, ...), those of the norms
-behind attention and feed-forward included (`sa_scale.scale`, `mlp_scale.scale`).
+torchtune's own builders are not used because they permute q and k, tie head_dim to hidden_size / heads, and don't take
+rope settings from a config. Parameters have torchtune's names (`layers.0.attn.q_proj.weight`, ...), and so do the norms
+after attention and feed-forward (`sa_scale.scale`, `mlp_scale.scale`). `architecture.py` says how to add a family; what
+its layers compute is chosen here, in `_layer`, `_attention`, `_feed_forward` and `_norm`.
 """
 
 from collections.abc import Callable
@@ -26,16 +27,15 @@ from trainers.training.collate import Layout
 
 
 class MakeLinear(Protocol):
-    """Makes the linear layer `name` of the decoder, as a method of fine-tuning wants it: `attn.q_proj`, `attn.k_proj`,
-    `attn.v_proj`, `attn.output_proj`, `mlp.w1`, `mlp.w2`, `mlp.w3`, or `output`, where the head has a matrix of its
-    own."""
+    """Makes a linear layer of the decoder, of the kind that a fine-tuning method needs. `name` is `attn.q_proj`,
+    `attn.k_proj`, `attn.v_proj`, `attn.output_proj`, `mlp.w1`, `mlp.w2`, `mlp.w3`, or `output` (an untied head)."""
 
     def __call__(self, name: str, inputs: int, outputs: int, *, bias: bool) -> nn.Module: ...
 
 
 class Head(nn.Linear):
-    """The output head. A loss that wants the matrix itself is called from here: while the head is called, FSDP has the
-    matrix whole."""
+    """An untied output head. A loss that needs the weight matrix itself is passed as `use`, because FSDP has gathered
+    the whole matrix only while the head's `forward` runs."""
 
     def forward(self, hidden: Tensor, use: Callable[[Tensor, Tensor], Tensor] = functional.linear) -> Tensor:
         return use(hidden, self.weight)
@@ -47,7 +47,7 @@ def plain_linear(name: str, inputs: int, outputs: int, *, bias: bool) -> nn.Modu
 
 
 class Embedding(nn.Embedding):
-    """Of tokens; Gemma's are multiplied by the root of their width, in their own type."""
+    """The token embedding. Gemma's is multiplied by the square root of its width, in its own dtype."""
 
     def __init__(self, vocabulary: int, width: int, *, gemma_style: bool) -> None:
         super().__init__(vocabulary, width)
@@ -73,7 +73,7 @@ class CappedTiedLinear(TiedLinear):  # type: ignore[misc]  # torchtune ships no 
 
 
 class Layer(TransformerSelfAttentionLayer):  # type: ignore[misc]  # torchtune ships no types
-    """torchtune's, which leaves out what nobody wants."""
+    """torchtune's layer, which can compute the outputs of selected positions only."""
 
     def forward(
         self,
@@ -82,9 +82,9 @@ class Layer(TransformerSelfAttentionLayer):  # type: ignore[misc]  # torchtune s
         mask: Attend | None = None,
         input_pos: Tensor | None = None,
         wanted: Tensor | None = None,
-        **_: None,  # of encoders, from torchtune's decoder
+        **_: None,  # torchtune's decoder passes arguments for encoders
     ) -> Tensor:
-        """[b, s, d] -> [b, s, d], or of the positions `wanted` [n] only, [b, n, d]. `mask` and `input_pos` as in
+        """[b, s, d] -> [b, s, d], or [b, n, d] for the positions `wanted` [n] only. `mask` and `input_pos` are as in
         `Attention`."""
         attended = self.attn(self.sa_norm(x), mask=mask, input_pos=input_pos, wanted=wanted)
         hidden: Tensor = self.sa_scale(attended) + (x if wanted is None else x.index_select(1, wanted))
@@ -95,11 +95,11 @@ class Layer(TransformerSelfAttentionLayer):  # type: ignore[misc]  # torchtune s
 def build_decoder(
     arch: Architecture, *, linear: MakeLinear = plain_linear, max_seq_len: int | None = None
 ) -> TransformerDecoder:
-    """The decoder of `arch`; weights are not loaded. `linear` makes the layers that a method of fine-tuning may change.
+    """The decoder of `arch`, without its weights. `linear` makes the layers that a fine-tuning method may change.
 
-    Built under the current default device and dtype. Under `torch.device("meta")` nothing is allocated; then load the
-    weights with `load_state_dict(..., assign=True)` and call `init_rope(model, device)`. `max_seq_len` (default: the
-    architecture's) is the longest sequence, in tokens, that will be fed.
+    It is built on the current default device and dtype. Under `torch.device("meta")` nothing is allocated; then load
+    the weights with `load_state_dict(..., assign=True)` and call `init_rope(model, device)`. `max_seq_len` (default:
+    the architecture's) is the longest sequence, in tokens, that the model will be given.
     """
     seq_len = max_seq_len or arch.max_seq_len
     ropes = {params: RotaryEmbedding(params, arch.head_dim, seq_len) for params in {arch.rope, arch.local_rope}}
@@ -119,9 +119,9 @@ def build_decoder(
 
 
 def causal(model: TransformerDecoder, tokens: Tensor, layout: Layout | None = None) -> Causal:
-    """What the positions of `tokens` [b, s] see: the `mask` of every layer of `model`, or of `model` itself.
+    """What each position of `tokens` [b, s] attends to: the `mask` argument of `model`, and of each of its layers.
 
-    `layout` says how the documents of one line lie; None: each line is one document.
+    `layout` describes the documents in a line; None: each line is one document.
     """
     rules = {layer.attn.rules for layer in model.layers}
     dtype = model.tok_embeddings.weight.dtype
@@ -129,7 +129,7 @@ def causal(model: TransformerDecoder, tokens: Tensor, layout: Layout | None = No
 
 
 def init_rope(model: nn.Module, device: torch.device | str) -> None:
-    """Computes the rotary tables on `device`: for a model that was built on the meta device."""
+    """Computes the rotary tables on `device`, for a model that was built on the meta device."""
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):
             module.rope_init(device)

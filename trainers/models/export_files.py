@@ -1,4 +1,4 @@
-"""Writing the files of a model or adapter directory: readable by everyone (0644), whatever the umask of the writer."""
+"""Writes the files of a model or adapter directory, readable by everyone (mode 0644) whatever the writer's umask."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ _OTHER_FILES = (GENERATION_CONFIG, "LICENSE*", "NOTICE*")
 
 
 def copy_companions(source_dir: Path, out_dir: Path) -> None:
-    """Copies what belongs to a model besides weights and config.json: tokenizer, chat templates, licence."""
+    """Copies a model's files besides weights and config.json: tokenizer, chat templates, generation config, licence."""
     copy_tokenizer(source_dir, out_dir)
     _copy(_OTHER_FILES, source_dir, out_dir)
 
@@ -50,7 +50,7 @@ def _copy(patterns: Iterable[str], source_dir: Path, out_dir: Path) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes tensors with mode 0644; `format: pt` is what transformers asks of a file's metadata."""
+    """Writes tensors with mode 0644 and the metadata `format: pt`, which transformers requires."""
     save_file(dict(tensors), path, metadata={"format": "pt"})
     path.chmod(FILE_MODE)
 

@@ -1,5 +1,5 @@
-"""Generation with keys and values kept: greedy for a batch of prompts, as the demo and the tests ask a model, or token
-by token for as many as there are just now, as the chat endpoint does."""
+"""Generation with a key-value cache. `generate`: greedy, for a batch of prompts, used by the demo and the tests.
+`advance`: one more token for each of any number of answers, which may join at any time; used by the chat endpoint."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -25,12 +25,12 @@ def generate(
     eos_ids: Collection[int],
     pad_id: int,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, token by token; the same as generating one prompt at a time.
+    """The greedy continuation of each prompt, in the order of the prompts. Batching doesn't change an answer.
 
-    An answer ends before the first token of `eos_ids` and has at most `max_new_tokens`. Prompts of similar length
-    share a batch; answers come in the order of the prompts. The model is left in the mode it was in.
+    An answer ends before the first token of `eos_ids` and has at most `max_new_tokens` tokens. Prompts of similar
+    length share a batch. The model is left in the mode (training or eval) it was in.
 
-    Raises ValueError for an empty prompt, and where a prompt plus `max_new_tokens` exceeds the model's `max_seq_len`.
+    Raises ValueError for an empty prompt, or if a prompt plus `max_new_tokens` exceeds the model's `max_seq_len`.
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
@@ -51,9 +51,9 @@ def generate(
 
 
 class Continuation:
-    """What follows one prompt, as far as it is known: `advance` finds the next token of it.
+    """The state of one answer: the random generator, the cache, and the tokens to feed next. `advance` adds a token.
 
-    Memory grows with what was generated, not with what may be. Raises ValueError as `generate` does.
+    Memory grows with the tokens generated so far, not with `max_new_tokens`. Raises ValueError as `generate` does.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class Continuation:
             self.random.manual_seed(sampling.seed)
         self.caches = [_Cache(1, len(prompt)) for _ in model.layers]
         self.known = 0
-        """Tokens that the caches hold."""
+        """Number of tokens in the caches."""
         self.new: Sequence[int] = prompt
-        """Those that come next."""
+        """The tokens to feed next: at first the prompt, then the last token."""
 
 
 @torch.inference_mode()
 def advance(model: TransformerDecoder, continuations: Sequence[Continuation]) -> list[int | UserError]:
-    """One more token of each; where the model's output is not a number, the error `model_broken`. `model` must be in
-    eval mode.
+    """Computes one more token of each, or a UserError `model_broken` if the model's output is not a number. `model` must
+    be in eval mode.
 
-    They are computed as one line, each attending to its own: the weights, which are most of what a token takes to read,
-    are read once for all of them.
+    All are computed as one line, in which each attends to its own tokens only: reading the weights takes most of the
+    time, and so they are read once for all.
     """
     device = model.tok_embeddings.weight.device
     widths = [len(one.new) for one in continuations]
@@ -109,7 +109,7 @@ def advance(model: TransformerDecoder, continuations: Sequence[Continuation]) ->
         hidden = layer(hidden, mask=_rotating(partial(attend_each, number)), input_pos=positions)
     last = torch.tensor(widths, device=device).cumsum(0) - 1
     logits = model.unembed(hidden[:, last])[0]  # [continuations, vocab]
-    # All of them before anything is changed: if one fails for lack of memory, the caller may ask again.
+    # All are chosen before any state changes: if there is too little memory for one, the caller may try again.
     chosen = [_chosen_or_error(of_one, one) for one, of_one in zip(continuations, logits, strict=True)]
     for one, width, token in zip(continuations, widths, chosen, strict=True):
         one.known += width
@@ -148,7 +148,7 @@ def _chosen(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:
 
 
 def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Row numbers, sorted by length of the prompt so that little is padded."""
+    """Indices of the prompts of each batch, sorted by length so that there is little padding."""
     rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     for start in range(0, len(rows), MAX_BATCH):
         yield rows[start : start + MAX_BATCH]
@@ -181,22 +181,21 @@ def _generate_batch(
 
 
 class _Cache:
-    """Keys and values of one layer, for `rows` rows. There is room for `slots` tokens of each; it doubles when it is
-    full."""
+    """Keys and values of one layer, for `rows` rows of up to `slots` tokens. When it is full, its size doubles."""
 
     def __init__(self, rows: int, slots: int) -> None:
         self._rows, self._slots = rows, slots
         self._kept: tuple[Tensor, ...] | None = None  # [b, slots, kv, d] each
 
     def attend(self, start: int, visible: Tensor, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
-        """Keeps `k` and `v` [b, s, kv, d] from slot `start` on; the outputs for `q` over all slots so far."""
+        """Stores `k` and `v` [b, s, kv, d] from slot `start` on; returns the outputs for `q` over all slots so far."""
         end = start + k.shape[1]
         if self._kept is None or end > self._slots:
             slots = max(end, self._slots if self._kept is None else 2 * self._slots)
             grown = tuple(x.new_empty(self._rows, slots, *x.shape[2:]) for x in (k, v))
             for kept, before in zip(grown, self._kept or (), strict=False):
                 kept[:, :start] = before[:, :start]
-            self._kept, self._slots = grown, slots  # not before: where memory is short, nothing has changed
+            self._kept, self._slots = grown, slots  # only now: if memory was too short, nothing has changed
         for kept, new in zip(self._kept, (k, v), strict=True):
             kept[:, start:end] = new
         keys, values = (kept[:, :end] for kept in self._kept)
@@ -206,7 +205,7 @@ class _Cache:
 def _next_logits(
     model: TransformerDecoder, tokens: Tensor, start: int, pads: Tensor, caches: Sequence[_Cache]
 ) -> Tensor:
-    """Feeds `tokens` [b, s], which take the slots from `start` on; the logits of the next token of each row,
+    """Feeds `tokens` [b, s], which take the slots from `start` on; returns the logits of the next token of each row,
     [b, vocab].
 
     Prompts are padded on the left by `pads` [b], so a token's position is its slot minus the padding of its row.
@@ -218,13 +217,13 @@ def _next_logits(
     hidden = model.tok_embeddings(tokens)
     for layer, window, cache in zip(model.layers, windows, caches, strict=True):
         hidden = layer(hidden, mask=_rotating(partial(cache.attend, start, visible[window])), input_pos=positions)
-    # Only the last position is asked for: on a short prompt the head would cost more than a few layers.
+    # Only for the last position: on a short prompt the head would otherwise cost more than a few layers.
     logits: Tensor = model.unembed(hidden[:, -1:])
     return logits[:, -1]
 
 
 def _rotating(attend_to: Callable[[Tensor, Tensor, Tensor, Rules], Tensor]) -> Attend:
-    """`attend_to` takes queries and keys that are rotated, as they are kept."""
+    """`attend_to`, given queries and keys that are rotated already, as the cache keeps them."""
 
     def rotate_and_attend(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, rules: Rules) -> Tensor:
         return attend_to(rotation(q), rotation(k), v, rules)
@@ -233,10 +232,10 @@ def _rotating(attend_to: Callable[[Tensor, Tensor, Tensor, Rules], Tensor]) -> A
 
 
 def _visible(queries: Tensor, keys: Tensor, pads: Tensor, window: int | None) -> Tensor:
-    """Which of the slots `keys` [t] the tokens in the slots `queries` [s] see: bool [b, 1, s, t].
+    """Which of the slots `keys` [t] the tokens in the slots `queries` [s] attend to: bool [b, 1, s, t].
 
-    Those from the row's first real token, or from where the window begins, up to its own. A padding token sees itself,
-    as a softmax over nothing is NaN.
+    A token attends to the slots from the row's first real token, or from the begin of its window, up to its own. A
+    padding token attends to itself, as a softmax over nothing is NaN.
     """
     distance = queries[:, None] - keys  # [s, t]
     seen = distance >= 0

@@ -1,8 +1,8 @@
-"""The one table of names: which tensor of a Hugging Face checkpoint holds which parameters of our decoder.
+"""Maps the tensors of a Hugging Face checkpoint to the parameters of our decoder: names and shapes.
 
-A checkpoint tensor is the concatenation, along the first dimension, of one or more of our parameters (more than one
-where a family stores fused projections). Loading splits, saving concatenates; no value is ever changed or permuted, so
-load -> save is bit-exact.
+A checkpoint tensor is the concatenation, along the first dimension, of one or more of our parameters (more than one if
+the family stores fused projections). Loading splits, saving concatenates; no value is changed or permuted, so loading
+and saving again is bit-exact. `architecture.py` says what else to edit for a new family.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # `architecture` imports this module
 
 
 class Part(NamedTuple):
-    """A parameter of our decoder and how many rows of the checkpoint tensor it takes."""
+    """A parameter of our decoder and the number of rows that it takes in the checkpoint tensor."""
 
     name: str
     rows: int
@@ -33,7 +33,8 @@ class CheckpointTensor:
 
 
 class Linear(NamedTuple):
-    """A linear layer of the checkpoint: its name there, its inputs, our modules that share its rows, its bias."""
+    """A linear layer of the checkpoint: its name there, its number of inputs, the modules of our decoder that its rows
+    are divided among, and whether it has a bias."""
 
     name: str
     columns: int
@@ -46,7 +47,7 @@ class Linear(NamedTuple):
 
 
 def checkpoint_tensors(arch: Architecture) -> Iterator[CheckpointTensor]:
-    """Every tensor that a checkpoint of this architecture holds, in the order of the model."""
+    """All tensors in a checkpoint of this architecture, in the order of the model."""
     yield _whole("model.embed_tokens.weight", "tok_embeddings.weight", (arch.vocab_size, arch.hidden_size))
     for layer in range(arch.num_layers):
         yield from _layer_tensors(arch, layer)
@@ -56,12 +57,12 @@ def checkpoint_tensors(arch: Architecture) -> Iterator[CheckpointTensor]:
 
 
 def numbers_of(arch: Architecture) -> int:
-    """How many numbers a checkpoint of this architecture holds."""
+    """The number of elements of all tensors in a checkpoint of this architecture."""
     return sum(prod(tensor.shape) for tensor in checkpoint_tensors(arch))
 
 
 def linears(arch: Architecture) -> Iterator[Linear]:
-    """Every linear layer of a checkpoint (an untied head is the last one): what an adapter can be put on."""
+    """All linear layers of a checkpoint, which adapters can be put on. An untied head is the last one."""
     for layer in range(arch.num_layers):
         yield from _layer_linears(arch, layer)
     if not arch.tied:
@@ -94,8 +95,8 @@ def _layer_tensors(arch: Architecture, layer: int) -> Iterator[CheckpointTensor]
 
 
 def _norms(arch: Architecture) -> dict[str, str]:
-    """The norms of a layer, theirs and ours. `post_attention_layernorm` is what its name says only where two norms
-    follow; else it is the one before the feed-forward."""
+    """The norms of a layer, the checkpoint's names and ours. `post_attention_layernorm` follows the attention, as it
+    says, only in families with `post_norms`; in the others it precedes the feed-forward."""
     if arch.post_norms:
         return {
             "input_layernorm": "sa_norm",

@@ -38,7 +38,7 @@ def resolve_model(model: str, settings: Settings, log: Callable[[str], None], *,
 
 
 def lasting_name(model: str, directory: Path) -> str:
-    """A name for the model that was resolved to `directory` which will not mean another model later: the path of a local
+    """A name for the model that was resolved to `directory` which won't mean another model later: the path of a local
     one, the repository and commit of a hub's. For other kinds, `model` itself."""
     kind = classify_model(model)
     if kind == "local":

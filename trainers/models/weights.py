@@ -1,4 +1,4 @@
-"""Weights between Hugging Face checkpoints and our decoder. Loading renames and splits, saving is its exact inverse."""
+"""Loads Hugging Face checkpoints as our decoder's parameters, and saves them. Saving exactly reverses loading."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -19,9 +19,9 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def load_weights(model_dir: Path, arch: Architecture, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The parameters of our decoder out of a checkpoint, on the CPU; `dtype` None keeps the stored one.
+    """Our decoder's parameters from a checkpoint, on the CPU, in `dtype` (None: the stored one).
 
-    Tensors of the stored dtype are memory-mapped, copy on write: they cost memory only when they are read, and
+    Tensors that keep the stored dtype are memory-mapped, copy on write: they take memory only once they are read, and
     changing them never changes the file. Raises UserError `model_incomplete`.
     """
     weights: dict[str, Tensor] = {}
@@ -45,11 +45,11 @@ def save_hf_model(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes `out_dir` as a model directory that transformers and vLLM load as it is.
+    """Writes a model directory that transformers and vLLM load as it is.
 
-    `state_dict` holds the parameters of our decoder (adapters merged). config.json, the tokenizer and the generation
-    config come from `source_dir`. Files have mode 0644. `out_dir` must be new or empty;
-    it is the caller who makes the whole appear at once (write to a temporary name, then rename).
+    `state_dict` holds our decoder's parameters (adapters merged). config.json is `arch.json` with the new dtype; the
+    tokenizer and the generation config are copied from `source_dir`. Files have mode 0644. `out_dir` must be new or
+    empty. Files appear one by one: a caller that needs the directory to appear complete renames it afterwards.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     shards = list(_shards(state_dict, arch, max_shard_bytes))
@@ -102,7 +102,7 @@ def _size(state_dict: Mapping[str, Tensor], tensor: CheckpointTensor) -> int:
 def _shards(
     state_dict: Mapping[str, Tensor], arch: Architecture, max_shard_bytes: int
 ) -> Iterator[list[CheckpointTensor]]:
-    """Groups of tensors that fit a file, in the order of the model; a tensor larger than a file gets its own."""
+    """The tensors of each file, in the order of the model. A tensor larger than `max_shard_bytes` gets its own file."""
     shard: list[CheckpointTensor] = []
     used = 0
     for tensor in checkpoint_tensors(arch):
@@ -116,7 +116,7 @@ def _shards(
 
 
 def _exported_config(arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:
-    """The model's own config.json with the dtype of the weights, under the key that transformers 4 and 5 both read."""
+    """The model's config.json with the dtype of the weights, under the key that both transformers 4 and 5 read."""
     dropped = ("dtype", "_name_or_path", "auto_map", WEIGHTS_KEY)
     config = {key: value for key, value in arch.json.items() if key not in dropped}
     return config | {"torch_dtype": str(dtype).removeprefix("torch.")}
