@@ -1,8 +1,8 @@
-"""Attention: every position sees itself and what precedes it in its document, exactly, in what each family makes of it.
+"""Causal attention within documents: each position attends to itself and to those before it in its document.
 
-A line holds several documents, which may share what they begin with; what a position sees is worked out once per
-batch, in `Causal`, for all layers. On CUDA, FlexAttention skips the blocks of scores that nobody sees; elsewhere (and
-where FlexAttention can't be used) each segment is attended to by itself.
+A line of tokens holds several documents, which may share a prefix. What each position attends to is worked out once per
+batch for all layers, in `Causal`. On CUDA, FlexAttention skips blocks of scores that are masked entirely; on other
+devices, and where FlexAttention can't be used, attention is computed segment by segment.
 """
 
 import os
@@ -27,39 +27,41 @@ from trainers.training.collate import Layout, Segment
 
 BLOCK = 128
 """Positions in a block of FlexAttention."""
-
-
 LEAST_HEAD = 16
+"""The smallest head_dim that FlexAttention's kernels take: Triton multiplies no narrower matrices."""
 NARROW_HEAD_BYTES = 256
+"""FlexAttention's blocks of heads of up to so many bytes (head_dim times bytes per element) fit every supported GPU."""
 FOR_WIDER_HEADS = frozenset({(8, 0), (9, 0), (10, 0), (10, 3)})
-"""Compute capabilities with 163 kB of shared memory and more. The blocks that FlexAttention chooses for wider heads
-(more than 128 numbers in bf16, 64 in fp32) need more than the 99 kB of others (L4, RTX):
+"""Compute capabilities with at least 163 kB of shared memory. The blocks that FlexAttention chooses for wider heads
+(head_dim above 128 in bf16, above 64 in fp32) need more than the 99 kB of other GPUs (L4, RTX):
 https://github.com/pytorch/pytorch/issues/198224. Compiled for an L4, heads of 128 take 97 kB in bf16, 145 in fp32."""
 
 
 class Rules(NamedTuple):
-    """How a layer weighs what its positions see."""
+    """The settings of a layer's attention."""
 
     window: int | None
-    """Tokens that one attends to at most, itself included. None: all that precede it."""
+    """Number of tokens that a token attends to at most, itself included. None: it attends to all before it."""
     scale: float
+    """Queries times keys are multiplied by this."""
     softcap: float | None
     """Scores x become c * tanh(x / c)."""
     dropout: float
+    """Probability with which an attention weight is dropped."""
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Rotation, Rules], Tensor]
-"""Queries [b, s, h, d], keys and values [b, s, kv, d], the rotation that queries and keys still need, rules -> outputs
-[b, s, h, d]."""
+"""A function of queries [b, s, h, d], keys and values [b, s, kv, d], the rotation to apply to queries and keys, and
+rules. Returns outputs [b, s, h, d]."""
 
 
 class Attention(nn.Module):
-    """The attention of one layer. Queries and keys are normed (where a family does that) before they are rotated.
+    """The attention of one layer. Queries and keys are normalised, in families that do so, before they are rotated.
 
-    Parameters carry the names of torchtune's MultiHeadAttention, whose norms come after the rotation.
+    Parameters have the names of torchtune's MultiHeadAttention, which normalises after the rotation.
     """
 
-    kv_cache = None  # torchtune's decoder asks; `generate` has caches of its own
+    kv_cache = None  # read by torchtune's decoder; `generate` has its own caches
     cache_enabled = False
 
     def __init__(
@@ -87,7 +89,7 @@ class Attention(nn.Module):
 
     @property
     def rules(self) -> Rules:
-        """Dropout is for training only."""
+        """The layer's settings; without dropout in eval mode."""
         return self._rules if self.training else self._rules._replace(dropout=0.0)
 
     def forward(
@@ -98,10 +100,10 @@ class Attention(nn.Module):
         input_pos: Tensor | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """[b, s, d] -> [b, s, d], or of the positions `wanted` [n] only, [b, n, d].
+        """[b, s, d] -> [b, s, d], or [b, n, d] for the positions `wanted` [n] only.
 
-        `mask` says what the positions see; it is made once for all layers (`decoder.causal`). None: all that precedes
-        them, worked out here. `input_pos` [b, s] holds positions within a document; None: 0, 1, 2, ...
+        `mask` computes the attention; `decoder.causal` makes it once for all layers. None: each position attends to all
+        before it. `input_pos` [b, s] holds positions within a document; None: 0, 1, 2, ...
         """
         b, s, _width = x.shape
         q, k, v = (proj(x).view(b, s, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -114,7 +116,7 @@ class Attention(nn.Module):
 
 
 class Causal:
-    """What the positions of one batch see, for every layer of a model; an `Attend`."""
+    """An `Attend` for one batch and all layers of a model: causal attention within documents."""
 
     def __init__(
         self,
@@ -126,9 +128,9 @@ class Causal:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        """For lines of `width` positions and layers of `rules`, whose heads hold `head_dim` numbers of `dtype`.
+        """For lines of `width` positions, and layers with `rules`, whose heads have `head_dim` elements of `dtype`.
 
-        `layout` says how the documents of one line lie and what they share; the outputs of padding are finite and
+        `layout` describes the documents in a line and the prefixes they share; outputs for padding are finite but
         otherwise undefined. None: each line is one document.
         """
         self._segments = None if layout is None else layout.segments
@@ -138,7 +140,7 @@ class Causal:
         capped = any(rule.softcap is not None for rule in rules)
         dropping = any(rule.dropout for rule in rules)
         self._blocks: dict[int | None, BlockMask] = {}
-        # Explicit matrices, where SDPA can't make do with its own causal one: of a line, or of each segment.
+        # Masks, where SDPA's is_causal isn't enough: of a whole line, or of each segment.
         self._visible: dict[int | None, Tensor] = {}
         self._parts: dict[int | None, list[Tensor | None]] = {}
         self._short: ShortSegments | None = None
@@ -153,7 +155,7 @@ class Causal:
             self._parts = {
                 w: [_part(segment, w, device, always=capped) for segment in layout.segments] for w in windows
             }
-        # Of its own: compiled code that asked for the segments would be for as many of them only.
+        # A flag of its own, because compiled code that looked at the segments would be specialised to their number.
         self._apart = layout is not None and not self._blocks
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, rules: Rules) -> Tensor:
@@ -167,12 +169,12 @@ class Causal:
         return attend(q, k, v, self._visible.get(window), rules)
 
     def _window(self, rules: Rules) -> int | None:
-        """None where nothing lies outside the window."""
+        """The window of a layer; None if it is at least as wide as the line."""
         return rules.window if rules.window in self._narrow else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled anew for the documents of each batch
     def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, rules: Rules) -> Tensor:
-        """Padding gets zeros."""
+        """Attention computed segment by segment; outputs for padding are zeros."""
         assert self._segments is not None  # noqa: S101  -- nobody else calls it
         if self._short is not None:
             return self._short(q, k, v, rotation, window=self._window(rules), scale=rules.scale)
@@ -181,7 +183,7 @@ class Causal:
         if q.device.type == "cpu" and max(widths) < SHORT_SEGMENT:
             q, k, v = q.float(), k.float(), v.float()
         padding = q.shape[1] - self._segments[-1].end
-        # Split at once: the gradient of a split is one concatenation, that of every slice a tensor of the whole line.
+        # One split, whose gradient is one concatenation; that of each slice would be a tensor of the whole line.
         queries, keys, values = (torch.split(x, [*widths, padding], dim=1) for x in (q, k, v))
         number = {segment.start: i for i, segment in enumerate(self._segments)}
         outputs = []
@@ -195,16 +197,16 @@ class Causal:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, rules: Rules) -> Tensor:
-    """Of queries that are rotated, over all of `k` and `v` ([b, t, kv, d]) that `visible` allows: bool, [s, t] or
-    [b, 1, s, t].
+    """Attention of rotated queries over those keys and values ([b, t, kv, d]) that `visible` (bool, [s, t] or
+    [b, 1, s, t]) allows.
 
-    None: causal, for s = t. `visible` has to be given where the rules have a soft-cap; their window is `visible`'s
-    business. A position that sees nothing gives NaN.
+    `visible` None: causal, for s = t. With a soft-cap it is required. It must account for the window, which is not read
+    from `rules`. The output of a position that attends to nothing is NaN.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, h or kv, s or t, d]
     if rules.softcap is None and q.device.type == "cpu":
         grouped = True
-    else:  # not every CUDA kernel takes groups, and without one of them SDPA falls back to a matrix of scores
+    else:  # not every CUDA kernel supports grouped queries; without one, SDPA would materialise all scores
         grouped = False
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if rules.softcap is None:
@@ -227,14 +229,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, rules: Rules
 
 
 VARIANTS = 64
-"""Of compiled code: for each combination of window, soft-cap, packed or not, with gradients or without, with or without
-`wanted`, and twice while the width is new."""
+"""Enough variants of compiled code: one for each combination of window, soft-cap, packed or not, with or without
+gradients, with or without `wanted`; and two of each while the width is new."""
 
 
 def allow_variants() -> None:
-    """So that compiled code is compiled again for what is new to it, and doesn't give up after eight times: it would
-    silently run uncompiled then, with a matrix of scores. Holds for the calling thread only, as torch's settings do;
-    activations are recomputed by another thread than made them."""
+    """Raises torch's limit of recompilations from eight to `VARIANTS`. Beyond its limit, FlexAttention would silently
+    run uncompiled, and materialise all scores. Affects only the calling thread, as torch's settings are per thread;
+    activation checkpointing recomputes in another thread."""
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
 
 
@@ -245,7 +247,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 def _flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention, compiled; or as it is, where it becomes part of what is being compiled."""
+    """FlexAttention, compiled; uncompiled if the caller itself is being compiled."""
     if torch.compiler.is_compiling():
         return cast(Callable[..., Tensor], flex_attention)
     allow_variants()
@@ -255,7 +257,7 @@ def _flex_attention() -> Callable[..., Tensor]:
 def flex_attend(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, rules: Rules, flex: Callable[..., Tensor] | None = None
 ) -> Tensor:
-    """The same by FlexAttention, which has no dropout. `flex` stands in for the compiled one."""
+    """As `attend`, by FlexAttention, which has no dropout. `flex` replaces the compiled function in tests."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     output: Tensor = (flex or _flex_attention())(
         q,
@@ -270,14 +272,14 @@ def flex_attend(
 
 
 def block_mask(width: int, window: int | None, device: torch.device, layout: Layout | None = None) -> BlockMask:
-    """The blocks that FlexAttention has to compute, for lines as `Causal` takes them.
+    """The blocks of scores that FlexAttention has to compute, for lines as `Causal` takes them.
 
-    Worked out from what holds of whole blocks: creating it from single positions (torch's create_block_mask) takes a
-    matrix [s, s] or a compilation. A block in which nothing is seen may be among them where rows share what they begin
-    with, never one too few. Waits for nothing on the device.
+    They are worked out from the bounds of whole blocks, as torch's create_block_mask, which looks at single positions,
+    needs a matrix [s, s] or a compilation. If rows share a prefix, a block that is masked entirely may be among them;
+    no block is ever missing. Doesn't synchronise with the device.
     """
     shared = layout is not None and any(segment.before for segment in layout.segments)
-    # Distances can be told by places in the line where nothing stands between a document's positions.
+    # If no rows share a prefix, each document is contiguous: distances in the line are distances in the document.
     positions = layout.positions if layout is not None and shared else torch.arange(width, device=device)[None]
     until = torch.full_like(positions, width) if layout is None else layout.until
 
@@ -304,14 +306,15 @@ def block_mask(width: int, window: int | None, device: torch.device, layout: Lay
 
 
 def _of_blocks(values: Tensor, which: Callable[..., Any]) -> Tensor:
-    """The least or the greatest of `values` [1, s] in each block of positions [blocks]."""
-    beyond = values[:, -1:].expand(-1, -values.shape[1] % BLOCK)  # the last block is filled up with what is in it
+    """The minimum or maximum (`which`) of `values` [1, s] in each block of positions; [blocks]."""
+    beyond = values[:, -1:].expand(-1, -values.shape[1] % BLOCK)  # fills the last block up with its own last value
     blocks = torch.cat([values, beyond], 1).view(-1, BLOCK)
     return blocks.amin(1) if which is min else blocks.amax(1)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool [b, 1, query blocks, key blocks] -> how many are true for each query block, and which, these first."""
+    """Bool [b, 1, query blocks, key blocks] -> for each query block the number of true entries, and the indices of all
+    key blocks, those of true entries first."""
     counts = blocks.sum(-1, dtype=torch.int32)
     return counts, blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
@@ -326,8 +329,8 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 @cache
 def _flex_works(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether FlexAttention can be compiled for `device`: by Triton, which itself compiles C at run time, and compiles
-    nothing in bf16 for what came before compute capability 8.0, nor products of matrices narrower than 16."""
+    """Whether FlexAttention can be compiled for `device`. It needs Triton, which needs a C compiler at run time, has no
+    bf16 below compute capability 8.0, and multiplies no matrices narrower than 16."""
     if device.type != "cuda":
         return False
     capability = torch.cuda.get_device_capability(device)
@@ -337,19 +340,19 @@ def _flex_works(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool
 
 
 def can_compile_c() -> bool:
-    """Whether there is a C compiler, and what it needs of Python, which a system's own lacks without its -dev."""
+    """Whether there are a C compiler and Python's headers (for a system's Python, those are in its -dev package)."""
     compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     return compiler and (Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h").exists()  # as Triton
 
 
 def _band(width: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
-    """Bool [width, before + width]: what the positions (rows) of a document see that `before` others precede."""
+    """Bool [width, before + width]: what `width` positions (rows) attend to that come after `before` others."""
     visible = torch.ones(width, before + width, dtype=torch.bool, device=device).tril(before)
     return visible if window is None else visible.triu(before + 1 - window)
 
 
 def _part(segment: Segment, window: int | None, device: torch.device, *, always: bool) -> Tensor | None:
-    """What a segment sees of those before it and of itself; None where SDPA's causal matrix will do."""
+    """The mask of a segment over those before it and itself; None if SDPA's is_causal is enough and not `always`."""
     before = sum(end - start for start, end in segment.before)
     width = segment.end - segment.start
     if not always and not before and (window is None or width <= window):

@@ -1,7 +1,7 @@
-"""The feed-forward layer of all families, whose outputs and gradients are the bits of torchtune's.
+"""The feed-forward layer of all families. Its outputs and gradients are bit-identical to torchtune's.
 
-On a CPU what is between its products keeps gate and value for the gradient, and activates the gate once more; torch's
-autograd would keep that too. All else is worked out in place.
+On a CPU, a custom autograd function between the matrix products keeps only gate and value for the backward pass and
+applies the activation again there; torch's autograd would keep its result, too. Everything else is computed in place.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,8 @@ from trainers.training.autograd import Context
 class _Activation(NamedTuple):
     of: Callable[[Tensor], Tensor]
     backward_: Callable[[Tensor, Tensor], object]
-    """Turns the gradient of what is activated, which comes first, into that of what was before, which comes second."""
+    """Given the gradient of the activation's output and the activation's input, overwrites the former with the gradient
+    of the input."""
 
 
 def _silu_backward_(gradient: Tensor, x: Tensor) -> None:
@@ -38,7 +39,7 @@ _ACTIVATIONS: dict[Activation, _Activation] = {
 
 
 class GatedFeedForward(nn.Module):
-    """w2(activation(w1(x)) * w3(x)): [..., d] -> [..., d]. The names are those of torchtune's `FeedForward`."""
+    """w2(activation(w1(x)) * w3(x)): [..., d] -> [..., d]. Its layers are named as in torchtune's `FeedForward`."""
 
     def __init__(self, *, w1: nn.Module, w2: nn.Module, w3: nn.Module, activation: Activation) -> None:
         super().__init__()

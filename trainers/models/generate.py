@@ -78,8 +78,8 @@ class Continuation:
 
 @torch.inference_mode()
 def advance(model: TransformerDecoder, continuations: Sequence[Continuation]) -> list[int | UserError]:
-    """Computes one more token of each, or a UserError `model_broken` if the model's output is not a number. `model` must
-    be in eval mode.
+    """Computes one more token of each, or a UserError `model_broken` if the model's output is not a number. `model`
+    must be in eval mode.
 
     All are computed as one line, in which each attends to its own tokens only: reading the weights takes most of the
     time, and so they are read once for all.

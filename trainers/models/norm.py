@@ -1,7 +1,7 @@
-"""RMSNorm, whose outputs are the bits of torchtune's.
+"""RMSNorm. Its outputs are bit-identical to torchtune's.
 
-On a CPU torch computes it, and its gradients, in a dozen operations, each of which makes a new matrix in float32; two
-of these stay for the backward pass. Here they are worked out in place, from the input and a number for each row.
+On a CPU, torch computes it and its gradients in a dozen operations that each allocate a float32 matrix, of which two
+are kept for the backward pass. Here both passes work in place and keep only the input and one number for each row.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from trainers.training.autograd import Context
 
 
 class FusedRMSNorm(RMSNorm):  # type: ignore[misc]  # torchtune ships no types
-    """torchtune's RMSNorm without its cast of the input, which keeps PyTorch from its fused kernel in bfloat16."""
+    """torchtune's RMSNorm without the cast of the input that prevents PyTorch's fused kernel in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.scale, self.eps)
@@ -44,12 +44,12 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With r = rms(x) and g the gradient of x / r, that of x is g / r - x * mean(g * x) / r^3."""
+    """With r = rms(x) and g the gradient of x / r, the gradient of x is g / r - x * mean(g * x) / r^3."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, scale: Tensor, eps: float) -> Tensor:
         normed = x.to(torch.float32, copy=True)
-        inverse = normed.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # of the root mean square, [..., 1]
+        inverse = normed.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # 1 / root mean square, [..., 1]
         ctx.save_for_backward(x, scale, inverse)
         return normed.mul_(inverse).mul_(scale).to(x.dtype)
 

@@ -19,9 +19,9 @@ from trainers.training.autograd import Context
 class RotaryEmbedding(nn.Module):
     """Rotates queries or keys, shape [b, s, heads, head_dim], by their positions.
 
-    The tables are derived, never saved, and always float32: moving, casting or emptying the module (`to`, `to_empty`)
-    computes them again on the device it ends up on. Whatever materialises a module tensor by tensor (FSDP2) calls
-    `rope_init(device)` afterwards.
+    The tables of cosines and sines are not saved and always float32: moving, casting or emptying the module (`to`,
+    `to_empty`) computes them again on the new device. Code that materialises a module tensor by tensor (FSDP2) must
+    call `rope_init(device)` afterwards.
     """
 
     cos: Tensor
@@ -48,7 +48,7 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def at(self, length: int, input_pos: Tensor | None = None) -> "Rotation":
-        """Of `length` positions: `input_pos`, shape [s] or [b, s]; None: 0, 1, 2, ..."""
+        """The rotation for `length` positions: `input_pos`, shape [s] or [b, s]; None: 0, 1, 2, ..."""
         cos = self.cos[:length] if input_pos is None else self.cos[input_pos]
         sin = self.sin[:length] if input_pos is None else self.sin[input_pos]
         return Rotation(cos.unsqueeze(-2), sin.unsqueeze(-2))
@@ -59,13 +59,13 @@ class RotaryEmbedding(nn.Module):
 
 
 class Rotation(NamedTuple):
-    """By the angles of some positions, the same for every head: [s, 1, d / 2] or [b, s, 1, d / 2]."""
+    """A rotation by the angles of some positions, the same for all heads: [s, 1, d / 2] or [b, s, 1, d / 2]."""
 
     cos: Tensor
     sin: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Queries or keys, shape [b, s, heads, d]. Returns their shape and dtype."""
+        """Rotates queries or keys, shape [b, s, heads, d]. Returns the same shape and dtype."""
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _rotated_on_cpu(x, self.cos, self.sin)
         first, second = x.float().chunk(2, dim=-1)
@@ -74,7 +74,7 @@ class Rotation(NamedTuple):
 
 
 class _Rotated(torch.autograd.Function):
-    """Its gradient is the rotation back, for which autograd would keep twice as much, and fill halves of matrices with
+    """Its gradient is the inverse rotation. Autograd would keep twice as much for it, and fill halves of matrices with
     zeros."""
 
     @staticmethod
@@ -93,7 +93,7 @@ _rotated_on_cpu: Callable[..., Tensor] = _Rotated.apply
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The halves of `x` [..., d], float32, against one another. Without a gradient."""
+    """Rotates the pairs (x[i], x[i + d/2]) of `x` [..., d], float32. Not differentiable by autograd."""
     output = torch.empty_like(x)
     (first, second), (of_first, of_second) = x.chunk(2, dim=-1), output.chunk(2, dim=-1)
     torch.mul(first, cos, out=of_first).addcmul_(second, sin, value=-1)
@@ -119,7 +119,7 @@ def inverse_frequencies(params: RopeParams, head_dim: int, device: torch.device 
 
 
 def _llama3(params: RopeParams, frequencies: Tensor) -> Tensor:
-    """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    """Llama 3.1: long wavelengths' frequencies are divided by `factor`, short ones' are kept, others interpolated."""
     wavelengths = 2 * math.pi / frequencies
     longest = params.original_context / params.low_freq_factor
     shortest = params.original_context / params.high_freq_factor

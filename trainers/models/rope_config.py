@@ -1,4 +1,4 @@
-"""The rotary position settings of a `config.json`, in the spelling of transformers 4 and of transformers 5."""
+"""Reads the rotary position settings of a `config.json`, as transformers 4 or transformers 5 spells them."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ RopeKind = Literal["default", "linear", "llama3", "longrope"]
 
 @dataclass(frozen=True)
 class RopeParams:
-    """What `rope.inverse_frequencies` needs. Fields that a kind does not use keep their neutral default.
+    """The settings of one kind of RoPE. Fields that a kind does not use keep their default.
 
     `attention_factor` multiplies cos and sin. `short_factor` has head_dim / 2 entries, one per frequency.
     """
@@ -28,7 +28,7 @@ class RopeParams:
     attention_factor: float = 1.0
 
     def for_head_dim(self, head_dim: int) -> "RopeParams":
-        """These parameters, checked to fit heads of that size."""
+        """These parameters; raises UserError if they don't fit heads of that size."""
         if self.kind == "longrope" and len(self.short_factor) != head_dim // 2:
             raise _refused(f"short_factor has {len(self.short_factor)} entries for {head_dim // 2} frequencies")
         return self
@@ -37,14 +37,15 @@ class RopeParams:
 def read_layer_ropes(
     config: Mapping[str, Any], theta: float, local_theta: float | None
 ) -> tuple[RopeParams, RopeParams]:
-    """The rotary settings of a parsed config.json: of layers that attend to everything, and of those with a window.
+    """The rotary settings of a parsed config.json: those of layers with full attention, and those of layers with a
+    sliding window.
 
-    `theta` and `local_theta` hold where the config is silent. `local_theta` None: the family has the same settings in
-    all layers. Raises UserError `model_unsupported` for what is not built.
+    `theta` and `local_theta` are the defaults. `local_theta` None: the family has the same settings in all layers.
+    Raises UserError `model_unsupported` for settings that are not built.
 
-    transformers 5 keeps everything in `rope_parameters`, by kind of layer where they differ; version 4 has
-    `rope_theta`, `rope_local_base_freq` and `rope_scaling`, whose kind is called `type` in old files. Values inside the
-    dictionary win, as in transformers.
+    transformers 5 has everything in `rope_parameters`, by kind of layer if they differ. Version 4 has `rope_theta`,
+    `rope_local_base_freq` and `rope_scaling`, in which old files call `rope_type` `type`. Values inside the dictionary
+    take precedence, as in transformers.
     """
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(scaling, Mapping):
@@ -54,7 +55,7 @@ def read_layer_ropes(
         rope = _read(config, outer | dict(scaling))
         return rope, rope
     local = {"rope_theta": config.get("rope_local_base_freq", local_theta)}
-    if not scaling or config.get("rope_scaling"):  # version 4 scales the layers without a window only
+    if not scaling or config.get("rope_scaling"):  # version 4 scales only the layers without a window
         return _read(config, outer | dict(scaling)), _read(config, local)
     kinds = {"full_attention": outer, "sliding_attention": local}
     if not scaling.keys() <= kinds.keys() or not all(isinstance(value, Mapping) for value in scaling.values()):
@@ -84,7 +85,7 @@ def _refused(problem: str) -> UserError:
 
 def _kind(values: Mapping[str, Any]) -> RopeKind:
     kind = values.get("rope_type") or values.get("type") or "default"
-    kind = "longrope" if kind == "su" else kind  # the name LongRoPE had when Phi-3 came out
+    kind = "longrope" if kind == "su" else kind  # LongRoPE's name when Phi-3 came out
     if kind not in get_args(RopeKind):
         raise _refused(f"rope type {kind!r} is not supported; these are: {', '.join(get_args(RopeKind))}")
     return cast(RopeKind, kind)
@@ -111,7 +112,7 @@ def _llama3(config: Mapping[str, Any], values: Mapping[str, Any], theta: float) 
 
 
 def _longrope(config: Mapping[str, Any], values: Mapping[str, Any], theta: float) -> RopeParams:
-    """Only the short factors are read: sequences are limited to the original context, where they are in force."""
+    """Only the short factors are read: they apply within the original context, to which sequences are limited here."""
     original = _original_context(config, values)
     factors = values.get("short_factor")
     if not isinstance(factors, list) or not all(_is_positive(x) for x in factors):
@@ -138,7 +139,7 @@ def _longrope_attention_factor(config: Mapping[str, Any], values: Mapping[str, A
 
 
 def _original_context(config: Mapping[str, Any], values: Mapping[str, Any]) -> int:
-    """Phi-3 keeps it next to `rope_scaling`, Llama 3 inside; transformers prefers the outer one."""
+    """Phi-3 has it next to `rope_scaling`, Llama 3 inside it; transformers prefers the outer one."""
     key = "original_max_position_embeddings"
     original = int(_positive({key: config.get(key) or values.get(key) or config.get("max_position_embeddings")}, key))
     if original < 2:
@@ -154,5 +155,5 @@ def _positive(values: Mapping[str, Any], key: str) -> float:
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:  # noqa: ANN401  -- any JSON value
-    """Whether it is a number above 0 that a float can hold."""
+    """Whether it is a number above 0 that a float can represent."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

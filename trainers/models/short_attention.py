@@ -1,9 +1,10 @@
-"""Attention on a CPU where all segments of a line are short: in float32, and with a gradient of its own.
+"""Attention on a CPU for lines whose segments are all short: in float32, with its own backward pass.
 
-PyTorch's attention would be called for each segment, with products so small that calling costs more than computing.
-Here segments of like widths that follow the same ones are filled up to the widest of them, and each product is one
-batch over all of these segments and all heads. For the gradient the weights are computed once more: kept, those of
-segments of 256 tokens would be more than all else that a layer's attention keeps.
+PyTorch's attention would have to be called for each segment, with products so small that the calls cost more than the
+computation. Here, segments of similar widths with the same segments before them form a group: they are padded to the
+widest, and each product is one batch over all segments of the group and all heads. The backward pass computes the
+attention weights again, because stored ones, for segments of 256 tokens, would take more memory than everything else
+that attention keeps.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,44 +19,48 @@ from trainers.training.autograd import Context
 from trainers.training.collate import Segment
 
 FILLED = 0.75
-"""Segments are attended to together with one that is wider if they have at least this share of its width: to calculate
-for positions that aren't there costs less than another batch of products."""
+"""A segment joins a wider one's group if it has at least this share of its width: computing for the padding then costs
+less than another batch of products."""
 
 
 class _Group(NamedTuple):
-    """`members` segments of up to `width` positions. Each has `before`, `of_before` positions, in front of it."""
+    """`members` segments of up to `width` positions, each preceded by the ranges `before`, of `of_before` positions."""
 
     members: int
     width: int
     before: tuple[tuple[int, int], ...]
     of_before: int
     queries: Tensor
-    """Which row each query is, [members, kv, width], flat. Rows: `_Plan`."""
+    """The row (see `_Plan`) of each query, [members, kv, width], flattened."""
     keys: Tensor
-    """Which row each key and value is, [members, kv, of_before + width], flat."""
+    """The row of each key and value, [members, kv, of_before + width], flattened."""
     own: slice
-    """Where they are among the queries of all groups."""
+    """The place of its queries among those of all groups."""
     own_keys: slice
+    """The place of its keys among those of all groups."""
     masked: Tensor
-    """What is added to scores, 0 or -inf: [1, width * group size, of_before + width]."""
+    """Added to scores: 0 or -inf, [1, width * group size, of_before + width]."""
 
 
 class _Plan(NamedTuple):
-    """A row holds what one head of keys and values has at one position: its own numbers, or those of the queries that
-    share it. Rows are in the order [s, kv], and behind them comes one of zeros, which stands for what isn't there."""
+    """How to gather a line's rows into groups, and to scatter results back.
+
+    A row holds the numbers of one key-value head at one position: its key or value, or the queries that share the
+    head. Rows are in the order [s, kv]; one row of zeros after them stands for padding."""
 
     groups: tuple[_Group, ...]
     places: Tensor
-    """Where each row is among the queries of all groups, [s, kv], flat; behind them, where it is padding."""
+    """The index of each row among the queries of all groups, [s, kv], flattened; padding has the one after the last."""
     key_places: Tensor
-    """The same among their keys."""
+    """The same among the keys of all groups."""
     queries: int
-    """How many rows of them the groups have, those that are filled up included."""
+    """Number of rows of queries in all groups, padding included."""
     keys: int
+    """Number of rows of keys in all groups, padding included."""
 
 
 class ShortSegments:
-    """The segments of one line, as an `Attend` without soft-cap or dropout. Padding gets zeros."""
+    """Attention within the segments of one line, without soft-cap or dropout. Outputs for padding are zeros."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
@@ -113,7 +118,7 @@ def _plan(segments: Sequence[Segment], positions: int, kv: int, group_size: int,
 
 
 def _alike(segments: Iterable[Segment]) -> Iterator[tuple[tuple[tuple[int, int], ...], list[Segment]]]:
-    """Segments to attend to together, the widest first, and what stands before each of them."""
+    """The segments of each group, the widest first, and the ranges that precede each of them."""
     children: dict[tuple[tuple[int, int], ...], list[Segment]] = {}
     for segment in segments:
         children.setdefault(segment.before, []).append(segment)
@@ -132,7 +137,7 @@ def _positions(ranges: Iterable[tuple[int, int]]) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[1, s, kv, n] -> rows [s * kv + 1, n], the last of zeros."""
+    """[1, s, kv, n] -> rows [s * kv + 1, n], of which the last is zeros."""
     rows = torch.empty(x.shape[1] * x.shape[2] + 1, x.shape[3], dtype=torch.float32)
     rows[:-1].view(x.shape[1:]).copy_(x[0])
     rows[-1] = 0
@@ -140,15 +145,15 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _places(rows: int, width: int) -> Tensor:
-    """For `rows` of `width` numbers, which are written later, and one of zeros behind them."""
+    """Room for `rows` of `width` numbers, uninitialised, and one row of zeros after them."""
     places = torch.empty(rows + 1, width, dtype=torch.float32)
     places[-1] = 0
     return places
 
 
 class _ShortAttention(torch.autograd.Function):
-    """With S = scale Q K^T + mask, P = softmax(S), O = P V, and g the gradient of O: that of V is P^T g, that of S is
-    P (g V^T - rows' sums of P g V^T), and from it come those of Q and K."""
+    """S = scale Q K^T + mask, P = softmax(S), O = P V. With g the gradient of O, that of V is P^T g, and that of S is
+    P * (g V^T - row sums of P * g V^T), from which those of Q and K follow."""
 
     @staticmethod
     def forward(
@@ -228,8 +233,8 @@ def _weights(queries: Tensor, keys: Tensor, group: _Group, scale: float) -> Tens
 
 
 def _add_shared(of_group: Tensor, group: _Group, of_line: Tensor) -> None:
-    """Adds the gradients [members, kv, t, d] of what stands before the segments of `group` to those of the line,
-    [s, kv, d], whose own are there already."""
+    """Adds the gradients of the positions before the segments of `group`, in `of_group` [members, kv, t, d], to
+    `of_line` [s, kv, d], which has the gradients of the segments' own positions already."""
     shared = of_group[:, :, : group.of_before].sum(0).transpose(0, 1)
     first = 0
     for start, end in group.before:

