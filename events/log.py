@@ -356,8 +356,10 @@ class EventLog:
 
         def write() -> None:
             try:
-                [last] = self._thread.submit(self._store.read_all, position - 1, 1).result()
-                self._store.keep_snapshot(take(jobs, last))
+                history = self._thread.submit(self._store.read_all, position - 1, 1).result()
+                if [recorded.position for recorded in history] != [position]:  # it is damaged, and was left out
+                    raise ValueError("its last event can't be read")
+                self._store.keep_snapshot(take(jobs, history[0]))
             except (OSError, StoreFailedError, ValueError) as error:  # the next start takes longer, that is all
                 logger.warning("no snapshot of the event log was written: %s", error)
 

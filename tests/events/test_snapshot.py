@@ -171,3 +171,32 @@ def test_progress_and_the_last_checkpoint_are_in_a_snapshot() -> None:
     store, [job] = stored([history])
     [again] = restore(take([job], store.read_all()[-1]), store).all()
     assert (again.saved, again.progress, again.version, again.admitted) == (job.saved, job.progress, 6, True)
+
+
+class TenthIsDamaged(MemoryStore):
+    """The event at position 10 can't be read again, like one on a page that was damaged. Another follows it by then."""
+
+    def read_all(self, after_position: int = 0, limit: int = 1000) -> list[Recorded]:
+        if self.last_position() == 10:
+            add(self, [("c", "c", SUBMITTED)])
+        return [one for one in super().read_all(after_position, limit + 1) if one.position != 10][:limit]
+
+
+def test_no_snapshot_is_written_whose_last_event_can_not_be_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If it took the position of the next event it can read, the next start would leave that event out."""
+    monkeypatch.setattr(log, "_SNAPSHOT_EVENTS", 10)
+
+    async def scenario() -> None:
+        store = TenthIsDamaged()
+        add(store, [(f"a{number}", f"a{number}", SUBMITTED) for number in range(9)])
+        async with opened(store) as opened_log:
+            await submit(opened_log, "b")
+            await async_eventually(
+                lambda: store.snapshot() is not None or "no snapshot" in caplog.text, WAIT_S, lambda: "nothing happens"
+            )
+        assert store.snapshot() is None
+
+    asyncio.run(scenario())
+    assert "no snapshot of the event log was written: its last event can't be read" in caplog.text
