@@ -15,7 +15,7 @@ import httpx
 Job = dict[str, Any]
 TERMINAL = ("success", "failed", "cancelled")
 RECONNECT_S = 1.0
-RESTARTING = (502, 503, 504)  # what the service, or the proxy in front of it, answers meanwhile
+RESTARTING = (502, 503, 504)  # answers of the service, or of the proxy in front of it, during a restart
 
 
 class ApiError(Exception):
@@ -56,14 +56,15 @@ class Client:
         return self._answer(self._http.post("/fine_tuning/jobs/resume", json={"job_id": job_id}))
 
     def resubmit(self, job_id: str, checkpoint: str | int | None = None, config: dict[str, Any] | None = None) -> Job:
-        """A new job from a checkpoint of an earlier one (a URI or a step; the last one), with `config` changed."""
+        """A new job from a checkpoint of an earlier one (a URI or a step; default: the last one), with changes to its
+        config."""
         body = {"job_id": job_id, "checkpoint": checkpoint, "config": config}
         return self._answer(self._http.post("/fine_tuning/jobs/resubmit", json=body))
 
     def tail(self, job_id: str) -> Iterator[dict[str, Any]]:
         """The job's log from its first line to its last, each `{"message", "timestamp"}`. Ends when the job has ended.
 
-        A broken connection is taken up again where it broke, also while the service restarts; one that refuses raises.
+        After a broken connection or a restart of the service it goes on where it stopped. Raises ApiError if refused.
         """
         offset = 0
         while True:
@@ -93,7 +94,7 @@ class Client:
     def _answer(answer: httpx.Response) -> Job:
         try:
             body: Job = answer.json()
-        except ValueError:  # not the service: a proxy in front of it, which may know no path while the service restarts
+        except ValueError:  # from a proxy in front of the service, which may know no path during a restart
             status = 503 if answer.status_code in (404, 500) else answer.status_code
             raise ApiError(status, {"message": answer.text.strip() or answer.reason_phrase}) from None
         if not answer.is_success:

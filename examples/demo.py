@@ -7,7 +7,7 @@ job, and compares the model before and after. Ctrl-C cancels the job and stops w
 # ruff: noqa: E402
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are imported there is nothing to stop: end without a word
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # during imports there is nothing to stop: end silently
 
 import json
 import os
@@ -42,7 +42,7 @@ console = Console(highlight=False)
 
 
 class DemoFailed(Exception):
-    """The demo can't go on. The message is for the person who watches."""
+    """The demo can't go on; the message is for its user."""
 
 
 def main() -> int:
@@ -77,7 +77,7 @@ def job_config() -> dict[str, Any]:
 
 @contextmanager
 def service() -> Iterator[Client]:
-    """A client of the running service; of one that lives as long as this block, unless $TUNEWRIGHT_URL names one."""
+    """A client of the service at $TUNEWRIGHT_URL or, if that isn't set, of one that runs as long as this block."""
     if url := os.environ.get("TUNEWRIGHT_URL"):
         client = Client(url)
         if not client.healthy():
@@ -157,7 +157,7 @@ def show(progress: Progress, bar: Any, job: Job) -> None:  # noqa: ANN401 -- ric
 
 
 def cancel(client: Client, job_id: str) -> None:
-    """Returns when the job's resources are free again. A job that ended meanwhile is left as it is."""
+    """Cancels the job, and returns when its resources are free again. A job that has ended is left as it is."""
     pause = threading.Event()
     try:
         job = client.cancel(job_id)
@@ -178,7 +178,7 @@ def describe_failure(job: Job) -> str:
 
 
 class Scoring:
-    """A run of examples.score in a process of its own, which also gives its memory back. Ends with its block."""
+    """A run of examples.score in a process of its own, so that its memory is freed. The process ends with the block."""
 
     def __init__(self, model: str, out: Path) -> None:
         self._out = out
@@ -187,7 +187,7 @@ class Scoring:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "examples.score", model, str(TASK / "heldout.jsonl"), str(out)],
                 cwd=ROOT, env=os.environ | {"TUNEWRIGHT_STORAGE": str(settings().storage)}, stdout=log, stderr=log,
-                start_new_session=True,  # Ctrl-C is for the demo; this ends when its block does
+                start_new_session=True,  # so that Ctrl-C reaches the demo only
             )  # fmt: skip
 
     def result(self, what: str) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def report(client: Client, job: Job, before: dict[str, Any], after: dict[str, An
         samples.add_row(*(escape(text) for text in (old["prompt"], old["answer"], new["answer"], new["expected"])))
     console.print(samples)
 
-    line = partial(console.print, soft_wrap=True)  # what is to be copied must not be broken
+    line = partial(console.print, soft_wrap=True)  # so that lines to be copied aren't broken
     line(f"\nCheckpoint  {model_of(job)}")
     line("            (transformers and vLLM load it as it is; the adapter for PEFT is next to it)")
     line(f"The job     curl '{client.url}/fine_tuning/jobs/status?job_id={job['job_id']}'")

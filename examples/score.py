@@ -1,10 +1,10 @@
-"""How many answers of a model are exactly right: greedy generation on every row of a data file.
+"""Counts how many answers of a model are exactly right, with greedy generation on every row of a data file.
 
     python -m examples.score smollm2-135m-instruct examples/tickets/heldout.jsonl scores.json
     python -m examples.score ~/.tunewright/jobs/ftjob-.../checkpoints/step-00000040/merged ...
 
-Writes `{"exact": 17, "rows": 60, "answers": [{"prompt", "expected", "answer"}, ...]}`. A row is right when the answer
-is the row's last message to the letter, white space around it aside.
+Writes `{"exact": 17, "rows": 60, "answers": [{"prompt", "expected", "answer"}, ...]}`. An answer is right if it equals
+the row's last message, apart from white space around it.
 """
 
 import json

@@ -25,19 +25,18 @@ ROUTERS = (
     *(part.router for part in (files, uploads, jobs, checkpoints, models, chat, webhooks)),
 )
 THREADS = 64
-"""For what blocks: files, mostly. Python's own number is four more than there are cores, and as many uploads to a
-storage that doesn't answer would hold up every submit."""
+"""Threads for blocking calls, mostly on files. Python's default is four more than there are cores: that many uploads to
+a storage that doesn't answer would block every submit."""
 
 
 def build_api(
     backend: Backend, answers: Answers, *, sends_request_id: bool = True, closing: asyncio.Event | None = None
 ) -> FastAPI:
-    """The HTTP API in front of `backend`. Holds no state of its own, but for the answers that are on their way.
+    """The HTTP API in front of `backend`. Its only state are the responses that are being sent.
 
-    `answers`: who answers POST /v1/chat/completions.
-
-    `sends_request_id`: whether responses get their x-request-id here; False where the server in front adds it.
-    `closing`: set when this server is about to end, for the streams that would hold it up.
+    `answers` answers POST /v1/chat/completions. `sends_request_id`: whether responses get their x-request-id here;
+    False if the server in front adds it. `closing` is set when this server is about to end, so that open streams end
+    before.
     """
     app = FastAPI(
         openapi_url=None,  # The document is served by a route of ours, and FastAPI's pages load scripts from a CDN.
@@ -53,11 +52,11 @@ def build_api(
     for router in ROUTERS:
         app.include_router(router)
 
-    @cache  # it and the pages take a good part of a second, so the routes are plain functions, each with a thread
+    @cache  # building this or a page takes a good part of a second: so the routes are plain functions, run in threads
     def document() -> dict[str, Any]:
         return openapi.describe([route for router in ROUTERS for route in router.routes])
 
-    @lru_cache(8)  # by the names that the service is reached under: a page takes longer to make than to send
+    @lru_cache(8)  # one page for each name that the service is reached by
     def page(base_url: str) -> str:
         return reference.page(document(), base_url)
 

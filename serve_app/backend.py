@@ -1,4 +1,4 @@
-"""What the door needs of the service behind it. `trainers.service.Service` is one; tests build one without Ray."""
+"""Protocols of the service behind the API. `trainers.service.Service` implements them; tests build one without Ray."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -68,11 +68,11 @@ class Backend(Protocol):
     def webhooks(self) -> Webhooks: ...
 
     async def whys(self) -> Mapping[str, str]:
-        """Why each job that waits does so, by job id."""
+        """The reason why each waiting job waits, by job id."""
         ...
 
     async def resources(self, plan: Plan, architecture: Architecture | None) -> Resources:
-        """What the plan's workers will hold. Raises ConfigProblems when this cluster can never provide it."""
+        """The resources of the plan's workers. Raises ConfigProblems if this cluster can never provide them."""
         ...
 
     async def estimate(self, plan: Plan, resources: Resources) -> Found:

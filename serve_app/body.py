@@ -1,4 +1,4 @@
-"""Reading a request's body: its type, its size, its JSON."""
+"""Reads a request's JSON body, and checks its type and size."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from trainers.planning.strict_json import parse_object
 
 
 async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in the body. No more than `max_bytes` and one chunk are ever held, whatever the headers claim."""
+    """The JSON object in the body. Holds at most `max_bytes` and one chunk, whatever the headers say. Raises
+    RequestRefused (413, 415) or ConfigProblems."""
     _require_json(request)
     return parse_object(await _read(request, max_bytes))
 
@@ -33,12 +34,13 @@ def _too_large(max_bytes: int) -> RequestRefused:
         f"the body is larger than the {max_bytes} bytes that TUNEWRIGHT_MAX_BODY_BYTES allows; a job's data is named "
         "in the request, not sent with it"
     )
-    # The connection stays open: the server throws the rest of the body away, so the client lives to read the answer.
+    # The connection stays open, and the server discards the rest of the body: so the client can read the answer.
     return RequestRefused(Answer(413, "invalid_request_error", "body_too_large", message))
 
 
 def _require_json(request: Request) -> None:
-    """Also what keeps a web page of another origin from posting jobs: a browser asks before it sends this type."""
+    """Also keeps pages of another origin from posting jobs: a browser sends this type across origins only after a CORS
+    preflight request."""
     media_type, _, parameters = request.headers.get("content-type", "").partition(";")
     charset = parameters.strip().lower().removeprefix("charset=").strip('"')
     if media_type.strip().lower() == "application/json" and charset in ("", "utf-8"):

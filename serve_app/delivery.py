@@ -1,8 +1,8 @@
-"""Who has had the answer to a submit: what tells a request that is sent again from a second one that is the same.
+"""Tells the event log which answers to submits were delivered, so that it can tell a retry from a second request.
 
-A client that loses the connection before it has its answer sends the request again. With an Idempotency-Key that is
-plain; without one, the log returns the same job to an identical request for a minute, until it is told here that the
-answer was delivered. docs/decisions/0012-exactly-once-submit.md has the whole of it.
+A client that loses the connection before it has its answer sends the request again. An Idempotency-Key identifies such
+a retry. Without one, the log returns the same job to an identical request for a minute, until it is told here that the
+answer was delivered. See docs/decisions/0012-exactly-once-submit.md.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from starlette.types import Receive, Scope, Send
 from events.log import LogUnavailable
 
 LONGEST_WAIT_S = 5.0
-"""For an answer that is on its way to a client that reads slowly."""
+"""How long a submit waits for the answer to an identical one, whose client may read slowly."""
 
 
 def digest_of(request: Request, document: dict[str, Any]) -> str:
-    """What an identical request of the same caller has in common with this one. The caller is whom it authenticates
-    as, or else the address it comes from."""
+    """A hash of the request and its caller: identical requests of one caller have the same. The caller is identified by
+    the Authorization header, else by X-Forwarded-For, else by the address."""
     address = request.client.host if request.client else ""
     caller = request.headers.get("authorization") or request.headers.get("x-forwarded-for") or address
     return hashlib.sha256(json.dumps([caller, document], sort_keys=True).encode()).hexdigest()
@@ -37,21 +37,21 @@ def says_it_is_a_retry(request: Request) -> bool:
 
 
 class Deliveries:
-    """The answers of this replica that are under way."""
+    """The answers that this replica is sending."""
 
     def __init__(self) -> None:
         self._under_way: dict[str, asyncio.Event] = {}
 
     async def settled(self, digest: str) -> None:
-        """Returns once the log has heard what became of the answer to an identical request. A client that has just got
-        its answer may send the next request before that."""
+        """Waits while an answer to an identical request is being sent, until the log knows whether it was delivered. A
+        client that has just received its answer may send the next request before that."""
         if (event := self._under_way.get(digest)) is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LONGEST_WAIT_S):
                     await event.wait()
 
     def answer(self, content: dict[str, Any], digest: str, delivered: Callable[[], Awaitable[None]]) -> JSONResponse:
-        """A response that calls `delivered` when all of it was sent to a client that was still there."""
+        """A response that calls `delivered` once all of it was sent over a connection that was still open."""
         return _Answer(content, self, digest, delivered)
 
     def begin(self, digest: str) -> asyncio.Event:
@@ -76,12 +76,12 @@ class _Answer(JSONResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         event = self._deliveries.begin(self._digest)
         try:
-            # To be asked before: servers drop what they can't send without a word, and call a request that was
-            # answered disconnected.
+            # Checked before sending: servers silently drop what they can't send, and report an answered request as
+            # disconnected.
             gone = await Request(scope, receive).is_disconnected()
             await super().__call__(scope, receive, send)
             if not gone:
-                with suppress(LogUnavailable):  # then an identical request gets the same job: the safe side
+                with suppress(LogUnavailable):  # an identical request then gets the same job, which is safe
                     await self._delivered()
         finally:
             self._deliveries.end(self._digest, event)

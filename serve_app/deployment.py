@@ -1,4 +1,4 @@
-"""The door on Ray Serve: `serve run serve_app:app`, or `serve deploy serve_app/serve.yaml`."""
+"""The Ray Serve application: `serve run serve_app:app`, or `serve deploy serve_app/serve.yaml`."""
 
 import asyncio
 import logging
@@ -18,12 +18,12 @@ from trainers import service
 from trainers.settings import Settings, misspelled, settings
 
 MAX_ONGOING_REQUESTS = 2000
-"""Requests one replica works on at a time. Each open tail is one, and waits more than it works; a thousand of them
-must leave room for everybody else."""
+"""Requests that one replica handles at a time. Each open tail is one, and mostly waits; a thousand of them must leave
+room for all other requests."""
 
 
 class Api:
-    """One replica: connects to the service's actors, starting what isn't there, and serves the API in front of them."""
+    """A replica: connects to the service's actors, which it starts if they don't run, and serves the API."""
 
     # Serve awaits it.
     async def __init__(  # type: ignore[misc]
@@ -51,12 +51,13 @@ deployment = serve.deployment(
     num_replicas=1,
     max_ongoing_requests=MAX_ONGOING_REQUESTS,
     graceful_shutdown_timeout_s=5,  # Longer than an answer takes; open tails end by themselves, see before_draining.
-    # No CPU, because those are for training. Next to the event log and the proxy, so the door can stay on loopback.
+    # No CPU, because CPUs are for training. On the head node, with the event log and the proxy: the API may then listen
+    # on loopback only.
     ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
-    logging_config={"enable_access_log": False},  # A line for each request costs more than most of the answers.
+    logging_config={"enable_access_log": False},  # A line for each request costs more than most answers.
 )(serve.ingress()(Api))
 
 for line in misspelled(os.environ):
     logging.getLogger("tunewright").warning(line)
-# Read where the application is built: with `serve run` that is the shell it was typed in, else the head node.
+# The settings are read where the application is built: with `serve run` in its shell, otherwise on the head node.
 app = deployment.bind(settings(), time.time(), chat.application(settings()))

@@ -23,11 +23,11 @@ def download(
     filename: str,
     close: Callable[[], object] = lambda: None,
 ) -> Stream:
-    """All of some bytes that don't change, or the part of them that the request asks for. Raises RequestRefused 416 for
-    one beyond their end.
+    """A response with some bytes, or with the range of them that the request asks for. Raises RequestRefused 416 for a
+    range beyond their end.
 
-    `read(start)` yields the bytes from `start` on, and is called once at most; `close` is called when nothing more is
-    read, also where nothing was. `etag` comes without its quotes, and differs where the bytes do.
+    `read(start)` yields the bytes from `start` on, and is called at most once. `close` is called when nothing more will
+    be read, even if nothing was. `etag` has no quotes, and must differ whenever the bytes do.
     """
     quoted = f'"{etag}"'
     headers = {"Accept-Ranges": "bytes", "Content-Disposition": attachment(filename), "ETag": quoted}
@@ -45,14 +45,15 @@ def download(
 
 
 def attachment(filename: str) -> str:
-    """A Content-Disposition. Not every client reads the form that takes any character, curl's -J for one."""
+    """The value of Content-Disposition: in the plain form if the name allows it, since some clients (curl -J) don't
+    read the form that takes any character."""
     escaped = quote(filename, safe="")
     return f'attachment; filename="{filename}"' if escaped == filename else f"attachment; filename*=UTF-8''{escaped}"
 
 
 def _asked(request: Request, size: int, etag: str) -> range | None:
-    """None for the whole: if there is no range, or several, or one that isn't valid or is of other bytes than these
-    (`If-Range`), and for HEAD."""
+    """The range that the request asks for. None for all of the bytes: for HEAD, and if there is no range, an invalid
+    one, more than one, or one of other bytes than these (`If-Range`)."""
     if is_head(request) or request.headers.get("if-range", etag) != etag:
         return None
     found = _RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))

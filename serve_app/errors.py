@@ -1,4 +1,4 @@
-"""One table from exceptions to HTTP, and one envelope for all of them.
+"""One table that maps exceptions to HTTP responses, all in one envelope.
 
     {"error": {"message", "type", "param", "code", "errors"?}}
 
@@ -23,7 +23,7 @@
                                        recorded, or a retry with the same Idempotency-Key finds it; or the job's
                                        history is damaged (`job_damaged`): only its operator can help
 
-Of what the request held, messages repeat names at most: of fields, jobs, models, files and paths.
+Messages repeat nothing of the request but names: of fields, jobs, models, files and paths.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,8 +49,8 @@ RETRY_AFTER_S = 5
 
 @dataclass(frozen=True)
 class Answer:
-    """An error as the client gets it. OpenAI's client tries 409, 429 and 5xx again unless it is told that this is of no
-    use: it is where there is no Retry-After."""
+    """An error as the client gets it. OpenAI's client retries 409, 429 and 5xx unless X-Should-Retry says no, as it
+    does here on every answer without Retry-After."""
 
     status: int
     type: ErrorType
@@ -73,7 +73,7 @@ class Answer:
 
 
 class RequestRefused(Exception):
-    """A request refused by the door itself, before it meant anything."""
+    """A request that the API itself refuses, with the answer to it."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer.message)
@@ -117,7 +117,7 @@ _NEXT = {
     "cancelling": "it can be neither paused nor resumed",
     "job_is_over": "POST /fine_tuning/jobs/resubmit starts a new one from one of its checkpoints",
 }
-"""What the log can't say: it knows no routes."""
+"""What to do next, added to messages of the event log, which knows no routes."""
 
 
 def _refused(exc: Refused) -> Answer:
@@ -143,9 +143,9 @@ _USER_ERRORS: dict[str, tuple[int, ErrorType]] = {
     "too_many_webhook_endpoints": (429, "rate_limit_error"),
     "too_many_webhook_secrets": (429, "rate_limit_error"),
 }
-"""Those that are not a 422."""
+"""Codes of a UserError that are not a 422."""
 _INFRASTRUCTURE_ERRORS: dict[str, tuple[int, ErrorType]] = {"too_many_estimates": (429, "rate_limit_error")}
-"""Those that are not a 503."""
+"""Codes of an InfrastructureError that are not a 503."""
 
 
 def _user_error(exc: UserError) -> Answer:
@@ -196,16 +196,16 @@ TABLE: dict[type[Exception], Callable[[Any], Answer]] = {
 async def handle(request: Request, exc: Exception) -> Response:
     """The one exception handler: looks the exception up in the table."""
     if isinstance(exc, HTTPException) and exc.status_code == 405:
-        exc.headers = {"Allow": ", ".join(_methods(request))}  # Starlette names those of the first route of that path
+        exc.headers = {"Allow": ", ".join(_methods(request))}  # Starlette names only those of the path's first route
     describe = next(TABLE[kind] for kind in type(exc).__mro__ if kind in TABLE)
     answer = describe(exc)
     if answer.status == 422 and request.url.path.startswith("/v1/"):
-        answer = replace(answer, status=400)  # what OpenAI's API says, and its client makes a BadRequestError of
+        answer = replace(answer, status=400)  # as in OpenAI's API; its client raises BadRequestError for it
     return answer.response()
 
 
 def _methods(request: Request) -> list[str]:
-    """What the path of the request answers, by all of its routes."""
+    """The methods that the routes of the request's path answer."""
 
     def answered(method: str) -> bool:
         scope = {**request.scope, "method": method}

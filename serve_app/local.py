@@ -1,11 +1,11 @@
 """The whole service on this machine: a Ray head of its own, and Serve on it. For `make serve`, the demo and the tests.
 
-Nothing here is needed on a cluster: there the same two files, `ray.env` and `serve.yaml`, are used by cluster.yaml.
+A cluster doesn't need this module: cluster.yaml uses the same two files, `ray.env` and `serve.yaml`.
 
-Everything listens on 127.0.0.1, on ports that were free at start, and lives in a temporary directory; the exception is
-the rendezvous of a job's workers (torch's TCPStore), open while the job trains. Several services can run next to each
-other, and next to any other Ray of this machine: only processes that were started here are ever stopped. They are
-recognised by the session of the Ray head, and by RAY_TMPDIR, which every one of them inherits.
+Everything listens on 127.0.0.1, on ports that were free at start, and keeps its files in a temporary directory. The
+only other listener is the rendezvous of a job's workers (torch's TCPStore), open while the job trains. Several services
+can run beside each other and beside other Ray clusters on this machine: only processes that were started here are
+stopped. They are recognised by the session of the Ray head, and by RAY_TMPDIR, which all of them inherit.
 
     python -m serve_app.local [--port 8000] [--dashboard-port 8265]      in the foreground, until Ctrl-C
 """
@@ -42,8 +42,8 @@ HERE = Path(__file__).parent
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 180.0
 DRAIN_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 3.0  # nothing is lost by a kill; this only lets Ray tidy up
-OBJECT_STORE_BYTES = 256 << 20  # Serve and Train put next to nothing into it
+STOP_TIMEOUT_S = 3.0  # a kill loses nothing; this only lets Ray tidy up
+OBJECT_STORE_BYTES = 256 << 20  # Serve and Train hardly use it
 REPLICA_PORTS = 50
 _http = httpx.Client(trust_env=False)  # loopback must not go through a proxy
 
@@ -53,16 +53,16 @@ class ServiceError(RuntimeError):
 
 
 class CannotStartError(ServiceError):
-    """What it was told to start with can't be; nothing was started."""
+    """A port or the storage directory can't be used; nothing was started."""
 
 
 class LocalService:
     """A running service: `with LocalService(storage=path) as service: httpx.get(service.url + "/healthz")`.
 
-    `env` is added to the environment of every process of the service; `num_cpus` None means as many as the machine has.
-    `.env` is that environment: give it to `ray` and `serve` commands that are to reach this service (they end with it).
-    Port 0 means any free port. A second LocalService on the same storage, after this one ended in any way, goes on
-    where it stopped.
+    `env` is added to the environment of every process of the service. `num_cpus` None: as many as the machine has. The
+    attribute `env` is the whole environment: `ray` and `serve` commands that run in it reach this service, and end with
+    it. Port 0: any free port. Whichever way this service ended, another LocalService on the same storage goes on where
+    it stopped.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class LocalService:
 
     @property
     def url(self) -> str:
-        """Of the API."""
+        """URL of the API."""
         return f"http://{HOST}:{self._http_port}"
 
     @property
     def dashboard_url(self) -> str:
-        """Of Ray's dashboard and its job API."""
+        """URL of Ray's dashboard and its job API."""
         return f"http://{HOST}:{self._dashboard_port}"
 
     @property
     def ray_address(self) -> str:
-        """What `ray.init(address=...)` takes."""
+        """The address for `ray.init(address=...)`."""
         return f"{HOST}:{self._gcs_port}"
 
     def start(self) -> Self:
@@ -117,26 +117,27 @@ class LocalService:
         return self
 
     def drain(self, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
-        """Before `stop`, so that nothing is done twice: running jobs stop at a checkpoint, within `timeout_s` or not at
-        all, and open tails get a last line. What can't be reached any more is left as it is."""
+        """Stops running jobs at a checkpoint, those that reach one within `timeout_s`, and ends open tails with a last
+        line. Call it before `stop`, so that no steps have to be trained again. What can't be reached is left as it
+        is."""
         if self._head is None or self._head.poll() is not None:
             return
         command = [sys.executable, "-m", "trainers", "drain", f"--timeout={timeout_s}"]
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, env=self.env, stdin=subprocess.DEVNULL, timeout=timeout_s + 60, check=False)
-        # Not DELETE, which is `serve shutdown`: that ends Serve's controller too, which is asked below.
+        # Not DELETE (`serve shutdown`): that would end Serve's controller, too, which is asked below.
         with contextlib.suppress(httpx.HTTPError, ServiceError):
             self._dashboard("PUT", "/api/serve/applications/", json=serve_config() | {"applications": []})
             self._wait("the end of the API", lambda: not self._applications())
 
     def stop(self) -> None:
-        """Ends every process of the service, the jobs' included, within about ten seconds. Idempotent.
+        """Ends every process of the service, including those of jobs, within about ten seconds. Idempotent.
 
-        Jobs are not cancelled by this: the log keeps them, and the next start takes them up again.
+        This doesn't cancel jobs: the log keeps them, and they go on at the next start.
         """
         processes = self.processes()
         _end(processes, signal.SIGTERM, STOP_TIMEOUT_S)
-        _end(self.processes(), signal.SIGKILL, STOP_TIMEOUT_S)  # what ignored it, and what was born meanwhile
+        _end(self.processes(), signal.SIGKILL, STOP_TIMEOUT_S)  # those that ignored it or were started meanwhile
         if self._head is not None:
             self._head.wait()
             self._head = None
@@ -150,13 +151,13 @@ class LocalService:
             raise ServiceError(f"the Ray head ended:\n{self._log_tail()}")
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process of this service: of its head's session, and job drivers, which Ray gives their own."""
+        """Every live process of this service: those in the head's session, and job drivers, which have their own."""
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
             in_session = self._head is not None and os.getsid(process.pid) == self._head.pid
-            # A process that changes its title may overwrite its environment: of Ray's only those in the session do.
+            # A process that changes its title may overwrite its environment. Of Ray's, only those in the session do.
             return in_session or process.environ().get("RAY_TMPDIR") == str(self._dir)
         except (psutil.Error, OSError):
             return False  # gone, a zombie, or another user's
@@ -177,28 +178,28 @@ class LocalService:
             | {
                 "RAY_TMPDIR": str(self._dir),
                 "RAY_ADDRESS": self.ray_address,
-                # Despite its name: without it Ray replaces 127.0.0.1 by the machine's address, on every system.
+                # Needed on every system, despite its name: without it Ray replaces 127.0.0.1 by the machine's address.
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-                # The default 5 s kills a proxy that a busy machine is still starting.
+                # After the default of 5 s, Serve kills a proxy that is still starting on a busy machine.
                 "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
                 "RAY_SERVE_HAPROXY_BINARY_PATH": str(HERE / "haproxy-on-loopback"),
-                # HAProxy's defaults are one set of files and ports per machine.
+                # HAProxy's default files and ports are the same for every service on the machine.
                 "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "c"),
                 "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "s"),
                 "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "m"),
                 "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
                 "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "state"),
                 "RAY_SERVE_HAPROXY_STATS_PORT": str(next(ports)),
-                # Where HAProxy sends requests while no replica is up; with one port per machine, to another service.
+                # HAProxy sends requests there while no replica is up. The default ports may be another service's.
                 "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(next(ports)),
                 "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(next(ports)),
                 "RAY_SERVE_HAPROXY_METRICS_PORT": str(next(ports)),
                 "TUNEWRIGHT_STORAGE": str(self.storage),
                 "TUNEWRIGHT_DATA_ROOTS": os.environ.get("TUNEWRIGHT_DATA_ROOTS", str(Path.cwd())),
                 "TUNEWRIGHT_MODEL_ROOTS": os.environ.get("TUNEWRIGHT_MODEL_ROOTS", str(Path.cwd())),
-                # A page in a browser here whose own name leads to loopback (DNS rebinding) must not pass for ours.
+                # Refuses pages in a browser on this machine whose host name resolves to loopback (DNS rebinding).
                 "TUNEWRIGHT_HOSTS": os.environ.get("TUNEWRIGHT_HOSTS", "localhost"),
-                # Console scripts of this environment, also when it was not activated.
+                # Finds the console scripts of this virtual environment even if it isn't activated.
                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
             }
         )
@@ -224,7 +225,7 @@ class LocalService:
             "dashboard-port": self._dashboard_port,
             "dashboard-agent-listen-port": self._agent_port,
             "ray-client-server-port": self._client_port,
-            # Any: Ray else keeps 10002 to 19999 for its workers, and neither of a user's ports may be among them.
+            # 0: any port. Ray would otherwise reserve 10002 to 19999, where the user's ports may be.
             "min-worker-port": 0,
             "max-worker-port": 0,
             "temp-dir": self._dir,
@@ -252,7 +253,8 @@ class LocalService:
         self._wait("the service", self._healthy)
 
     def _accepted(self, config: dict[str, Any]) -> bool:
-        """False: to be tried again. On a busy machine Serve gives its own proxy up, answers 5xx, and starts another."""
+        """Whether Serve took the config. False: try again. On a busy machine Serve gives up its own proxy, answers 5xx,
+        and starts another."""
         answer = self._dashboard("PUT", "/api/serve/applications/", json=config)
         if answer.is_client_error:
             raise ServiceError(f"Serve refused serve.yaml ({answer.status_code}): {answer.text}")
@@ -260,13 +262,13 @@ class LocalService:
 
     def _healthy(self) -> bool:
         for name, application in self._applications().items():
-            if application["status"] == "DEPLOY_FAILED":  # UNHEALTHY may pass: a busy machine misses health checks
+            if application["status"] == "DEPLOY_FAILED":  # not UNHEALTHY, which a busy machine recovers from
                 reasons = [d.get("message", "") for d in application.get("deployments", {}).values()]
                 raise ServiceError("\n".join([f"application {name}: {application.get('message', '')}", *reasons]))
         return _http.get(f"{self.url}/healthz", timeout=5).is_success
 
     def _applications(self) -> dict[str, Any]:
-        """By name, as Serve's REST API describes them."""
+        """Serve's applications by name, as its REST API describes them."""
         applications: dict[str, Any] = self._dashboard("GET", "/api/serve/applications/").json().get("applications", {})
         return applications
 
@@ -334,28 +336,28 @@ def _bind_error(port: int) -> OSError | None:
 
 
 def _free_ports() -> Iterator[int]:
-    """Distinct free ports below the range the kernel hands out itself, so that nobody gets them by chance."""
+    """Distinct free ports, below the range from which the kernel assigns ports."""
     for port in random.sample(range(20000, 30000), k=10000):
         if _is_free(port):
             yield port
 
 
 def _free_block(size: int) -> int:
-    """First of `size` adjacent free ports."""
+    """The first of `size` adjacent free ports."""
     starts = random.sample(range(10000, 20000 - size), k=1000)
     return next(start for start in starts if all(_is_free(port) for port in range(start, start + size)))
 
 
 def _take_storage(storage: Path) -> None:
-    """Makes the directory where there is none. Raises CannotStartError where it can't be made or written to, or a
-    service works in it."""
+    """Creates the directory if it doesn't exist. Raises CannotStartError if it can't be created or written to, or
+    another service uses it."""
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while True:
         try:
             storage.mkdir(parents=True, exist_ok=True)
             os.close(lock(storage / f"{LOG_FILE}.lock"))
         except StoreLockedError as error:
-            if time.monotonic() < deadline:  # the one before may just be ending
+            if time.monotonic() < deadline:  # the service that uses it may just be ending
                 time.sleep(0.1)
                 continue
             pid = _service_on(storage)
@@ -370,7 +372,7 @@ def _take_storage(storage: Path) -> None:
 
 
 def _service_on(storage: Path) -> int | None:
-    """The process of a LocalService that works in a directory, or its Ray head's where only that is left."""
+    """The process id of the LocalService that uses a directory, or of its Ray head if only that is left."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             is_head = "--head" in process.cmdline() and "RAY_TMPDIR" in process.environ()
@@ -395,7 +397,7 @@ def _require_free(*ports: int) -> None:
 
 
 def port(given: str) -> int:
-    """By this name argparse tells of what is no number."""
+    """A port number from the command line. argparse's error for what is no number names this function."""
     number = int(given)
     if not 0 < number < 1 << 16:
         raise argparse.ArgumentTypeError(f"{given} is not a port: choose one from 1 to 65535")
@@ -408,9 +410,9 @@ def main() -> int:
     parser.add_argument("--dashboard-port", type=port, default=8265, help="port of Ray's dashboard (default: 8265)")
     options = parser.parse_args()
     console = Console(highlight=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops it as Ctrl-C does
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
-        signal.signal(signal.SIGHUP, signal.default_int_handler)  # so does closing its terminal
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops the service like Ctrl-C
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under `nohup`
+        signal.signal(signal.SIGHUP, signal.default_int_handler)  # and so does closing the terminal
     try:
         storage = settings().storage
     except InvalidSettingsError as error:
@@ -443,7 +445,9 @@ def main() -> int:
         return 1
     finally:
         for impatience in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(impatience, signal.SIG_IGN)  # it takes seconds, and who interrupts it leaves Ray behind
+            signal.signal(
+                impatience, signal.SIG_IGN
+            )  # stopping takes seconds, and an interrupt would leave Ray running
         service.stop()
     return 0
 

@@ -1,10 +1,10 @@
-"""What happens around every request: its id, the headers every response carries, and the net under every bug.
+"""The middleware around every request: its id, the headers of every response, and a 500 for every unexpected exception.
 
-And a door that is shut to other websites: the service has no users and no cookies, so whoever reaches it may use it, a
-page of anywhere in an operator's browser included. Browsers say of each request which kind of page made it, in
-Sec-Fetch-Site; over plain HTTP, but to loopback, only of which origin it is. Programs say neither. What a browser
-can't see is that the name of a page's own site has come to lead here (DNS rebinding). For that there are the names that
-lead here by right: TUNEWRIGHT_HOSTS.
+It also refuses requests that browsers send for pages of other sites. The service has no users and no cookies, so anyone
+who reaches it may use it, and that includes any web page in an operator's browser. Browsers state the kind of page that
+makes a request in Sec-Fetch-Site; over plain HTTP to hosts other than loopback they state only its Origin. Programs
+send neither. A browser can't notice that the host name of a page's own site has been made to resolve to this service
+(DNS rebinding); TUNEWRIGHT_HOSTS, the list of the service's host names, protects against that.
 """
 
 import logging
@@ -50,8 +50,8 @@ class RequestContext:
     traceback under it.
 
     A well-formed `x-request-id` of the client is kept, so that one id follows a request through several services.
-    `hosts`: the names that requests may be for, besides localhost and IP addresses; none: any name.
-    With `sends_id` False the id is not put on the response, because the server in front does that.
+    `hosts`: host names that are accepted besides localhost and IP addresses; none: all are. With `sends_id` False the
+    id is not put on the response, because the server in front does that.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str] = (), sends_id: bool = True) -> None:
@@ -66,7 +66,7 @@ class RequestContext:
         request_id = _request_id(scope)
         is_head = scope["method"] == "HEAD"
         scope.setdefault("state", {}).update(request_id=request_id, is_head=is_head)
-        if is_head:  # all that answers a GET answers it; the server, whose scope stays as it is, leaves the body out
+        if is_head:  # routes for GET answer it; the server, whose own scope still says HEAD, sends no body
             scope = {**scope, "method": "GET"}
         started = False
 
@@ -92,13 +92,13 @@ class RequestContext:
         except Exception:
             log.exception("request %s (%s %s) failed", request_id, scope["method"], ascii(scope["path"]))
             if started:
-                raise  # Half a response is out: cutting the connection is the only honest answer left.
+                raise  # A part of the response is sent: all that is left is to break the connection.
             await unexpected(request_id).response()(scope, receive, send_with_headers)
 
 
 def _is_for(host: str, names: Collection[str]) -> bool:
-    """Whether a Host names localhost, one of `names` or, as no page's own name can, an IP address. Programs may send
-    none."""
+    """Whether a Host header names localhost, one of `names`, or an IP address, which DNS rebinding can't forge. An
+    empty one is accepted: programs may send none."""
     found = _HOST.fullmatch(host.lower())
     name = found[1].removesuffix(".") if found else host
     if name in ("", "localhost", *names):
@@ -111,13 +111,13 @@ def _is_for(host: str, names: Collection[str]) -> bool:
 
 
 def _from_another_site(headers: Headers) -> bool:
-    """Sec-Fetch-Site is right behind any proxy. Where it is absent, the origin must be what the client connected to:
-    the Host, or what a proxy that changed it says it was. No page can say that itself: a browser asks before it sends
-    X-Forwarded-Host for another origin's page, and nothing here allows it."""
+    """Whether a browser sent the request for a page of another site. Sec-Fetch-Site is right behind any proxy. Without
+    it, Origin must match the Host that the client connected to, or the X-Forwarded-Host of a proxy that changed Host. A
+    page can't forge that header: it would need a CORS preflight request, which this service doesn't allow."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None or origin is None:
         return site == "cross-site"
-    scheme, _, own = origin.lower().partition("://")  # of "null", of a page in a sandbox, nothing is left
+    scheme, _, own = origin.lower().partition("://")  # "", if the origin is "null", as of a page in a sandbox
     port = _DEFAULT_PORT.get(scheme, "")
     hosts = [headers.get("host", ""), headers.get("x-forwarded-host", "").partition(",")[0].strip()]
     return not own or own.removesuffix(port) not in [host.lower().removesuffix(port) for host in hosts]

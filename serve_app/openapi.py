@@ -1,7 +1,7 @@
-"""The OpenAPI document: everything `fine_tuning_api.yaml` names, and what this service adds to it.
+"""The OpenAPI document: everything that `fine_tuning_api.yaml` names, and the additions of this service.
 
-FastAPI derives most of it from the routes. Bodies are read by `serve_app.body` and jobs are sent as the log encoded
-them, so the schemas of both are named here.
+FastAPI derives most of it from the routes. The schemas of request bodies and jobs are named here, because
+`serve_app.body` reads the bodies, and jobs are sent as the log encoded them.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     "PauseRequest": {"job_id": "ftjob-01..."},
     "ResumeRequest": {"job_id": "ftjob-01..."},
     "ResubmitRequest": {"job_id": "ftjob-01...", "checkpoint": 40, "config": {"fine_tuning_options": {"lr": 1e-5}}},
-    # Of a file, its name.
+    # For a file, its name.
     "OpenAIFileForm": {"purpose": "fine-tune", "file": "examples/tickets/train.jsonl"},
     "OpenAIPartForm": {"data": "examples/tickets/train.jsonl"},
     "OpenAIUploadRequest": {
@@ -132,7 +132,7 @@ def documented_stream(line: type[BaseModel], description: str, *errors: int) -> 
 
 
 def documented_events(model: type[BaseModel], description: str, *errors: int) -> Responses:
-    """The same for a route that answers with `model`, or with server-sent events where they are asked for."""
+    """The same for a route that answers with `model` or, if the request asks for them, with server-sent events."""
     event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}  # each of them
     content = _content("application/json", model) | {"text/event-stream": {"schema": event}}
     return {200: {"description": description, "content": content}} | _errors(errors)
@@ -184,12 +184,13 @@ def describe(routes: Sequence[BaseRoute]) -> dict[str, Any]:
 
 
 def _correct_statuses(paths: dict[str, dict[str, Any]]) -> None:
-    """FastAPI adds a 422 to all that takes parameters, and /v1 answers 400; no route knows what the door refuses."""
+    """Corrects FastAPI's statuses: it adds a 422 to every route with parameters, where /v1 answers 400, and doesn't
+    know the 403 and 421 of the middleware."""
     for path, methods in paths.items():
         for method, operation in methods.items():
             responses = operation["responses"]
             if path.startswith("/v1/"):
                 responses.pop("422", None)
-            door: tuple[int, ...] = (421,) if method == "get" else (403, 421)
-            responses |= {str(status): _errors(door)[status] for status in door}
+            of_middleware: tuple[int, ...] = (421,) if method == "get" else (403, 421)
+            responses |= {str(status): _errors(of_middleware)[status] for status in of_middleware}
             operation["responses"] = dict(sorted(responses.items()))

@@ -1,4 +1,4 @@
-"""How long a job will train, from how fast jobs like it were."""
+"""Estimates how long a job will train, from the speed of similar jobs."""
 
 import asyncio
 from math import lcm
@@ -13,21 +13,21 @@ from trainers.planning.plan import Plan, plan_of, step_items
 from trainers.planning.precision import CPU_INFO, has_bf16
 
 PAGES = 5
-"""Of a hundred jobs each, the last ones, that are looked through for jobs like it."""
+"""How many pages of a hundred jobs, the last ones, are searched for similar jobs."""
 FEWEST_STEPS = 2
-"""Of a run whose speed says something: the first step is slower than the others."""
+"""Fewest steps of a run whose speed is used: the first step, which is slower, is left out."""
 MOST_JOBS = 20
 CPU_FLOPS, BF16_CPU_FLOPS, GPU_FLOPS = 60e9, 150e9, 100e12
 """Operations per second assumed for each CPU and each GPU that a job holds, if no similar job has run. Those of CPUs
 are the lowest speeds in benchmarks/training.md: fp32 on a processor with AVX2 only, and mixed on one with bf16
 instructions. The one of GPUs was not measured."""
 EVALUATED = 1 / 3
-"""Of the work for a trained token: an evaluation is a forward pass."""
+"""Cost of a token in an evaluation, relative to training: an evaluation is a forward pass only."""
 
 
 async def time_of(plan: Plan, resources: Resources, found: Found, log: JobLog) -> TimeEstimate:
-    """The steps' tokens and those of the evaluations, at the median speed of the last jobs like it, or at the one that
-    is assumed of the device."""
+    """The time for the tokens of all steps and evaluations, at the median speed of the last similar jobs, or else at
+    the speed assumed for the device."""
     speeds = [] if plan.packed else await _speeds(plan, resources, log)
     unknown = "the speed of packed jobs isn't measured" if plan.packed else "no similar job has run here"
     if speeds:
@@ -65,7 +65,8 @@ def evaluations_after(step: int, total_steps: int, n_epochs: int, every_n_steps:
 
 
 async def _speeds(plan: Plan, resources: Resources, log: JobLog) -> list[float]:
-    """Tokens a second of jobs like it, the newest first; of several devices, only those on the newest one's."""
+    """Tokens per second of similar jobs, newest first. If they ran on several devices, only those on the device of the
+    newest one."""
     wanted = _kind(plan)
     after: str | None = None
     found: list[tuple[str | None, float]] = []
@@ -84,12 +85,13 @@ def _of_kind(jobs: list[FineTuningJob], wanted: tuple[object, ...]) -> list[tupl
 
 
 def _kind(plan: Plan) -> tuple[object, ...]:
-    """Jobs of one model with the same of these, on the same resources, run at one speed, more or less."""
+    """The settings that decide the speed of a job, for one model on the same resources."""
     return plan.method, plan.dtype, plan.enable_activation_checkpointing, plan.compile, plan.packed, plan.pairs
 
 
 def _speed(job: FineTuningJob, wanted: tuple[object, ...]) -> float | None:
-    """Of the steps of the job's last run after its first; None for a job that has none, or is of another kind."""
+    """Tokens per second of the job's last run, without its first step; None if it has no other step, or the job is of
+    another kind."""
     pace = job.pace
     if pace is None or job.data is None or pace.steps < FEWEST_STEPS:
         return None

@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 class Response(NamedTuple):
-    """`body`: name of its schema. `media_type`: "" where it is JSON, as nearly everywhere."""
+    """`body`: name of its schema. `media_type`: "" for JSON."""
 
     status: str
     body: str
@@ -41,8 +41,8 @@ class Response(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """`curl`: its arguments, ready to be pasted; in capitals, what the reader has to put in. `body`: name of the schema
-    that it takes, "" for none."""
+    """`curl`: curl's arguments, ready to be pasted, with placeholders in capitals. `body`: name of the schema of its
+    body, "" if it has none."""
 
     method: str
     path: str
@@ -82,7 +82,7 @@ def _prose(text: str, known: set[str]) -> Markup:
 
 
 def _code(text: str, known: set[str]) -> Markup:
-    pieces = text.split("`")  # every second one stood in backticks
+    pieces = text.split("`")  # every second piece was in backticks
     pieces[0::2] = [escape(piece) for piece in pieces[0::2]]
     pieces[1::2] = [Markup("<code>{}</code>").format(_linked(piece, known)) for piece in pieces[1::2]]
     return Markup("").join(pieces)
@@ -119,13 +119,13 @@ def _curl(method: str, url: str, operation: dict[str, Any], schemas: dict[str, A
     query = "&".join(f"{name}={name.upper()}" for name, place in names if place == "query")
     body = _body_sent(operation.get("requestBody", {}), schemas)
     words = [shlex.quote(f"{url}?{query}" if query else url), *body]
-    if method != ("POST" if body else "GET"):  # what curl would send
+    if method != ("POST" if body else "GET"):  # curl's default
         words = ["-X", method, *words]
     content = operation["responses"]["200"]["content"]
     if any("ndjson" in media_type for media_type in content):
         words = ["-N", *words]
     if any(answer["schema"].get("format") == "binary" for answer in content.values()):
-        words = ["-fOJ", *words]  # to a file of its own name: curl shows no bytes on a terminal
+        words = ["-fOJ", *words]  # into a file of the name that the service gives: curl refuses to print bytes
     return " ".join(words)
 
 

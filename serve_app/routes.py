@@ -1,4 +1,5 @@
-"""The routes. Each is a few lines: read the request, ask the log, answer with the job."""
+"""The routes of our own API: /fine_tuning, /healthz. Most read the request, call the event log, and answer with the
+job."""
 
 import asyncio
 import json
@@ -38,14 +39,15 @@ from trainers.estimate import Estimate
 from trainers.planning.preflight import Examined, examine, problems_of, without_nulls
 from trainers.resubmit import is_repeated, problem_of_resubmission, resubmission
 
-router = APIRouter(default_response_class=Response)  # whose type and schema the routes document themselves
+router = APIRouter(default_response_class=Response)  # the routes document their own types and schemas
 Body = TypeVar("Body", bound=BaseModel)
 JOBS = "/fine_tuning/jobs"
-HEALTH_S = 5.0  # A log that takes longer than this to answer is as good as gone.
+HEALTH_S = 5.0  # A log that takes longer to answer counts as unreachable.
 
 
 async def _backend(request: Request) -> Backend:
-    """Async, though it awaits nothing: FastAPI calls a plain function in a thread, which takes as long as an answer."""
+    """Async, though it awaits nothing: FastAPI would call a plain function in a thread, which takes as long as a
+    request."""
     backend: Backend = request.app.state.backend
     return backend
 
@@ -60,7 +62,7 @@ Key = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[ -~]+$")] |
 
 
 def idempotency_header(retried: str) -> Any:  # noqa: ANN401  -- Header() of any type
-    """The header; `retried` says what a retry does."""
+    """The parameter for the Idempotency-Key header; `retried` says what a retry does."""
     description = f"Any printable ASCII text of yours. A retry with the same key and the same body {retried}"
     return Header(alias="Idempotency-Key", description=description)
 
@@ -306,10 +308,10 @@ async def root(request: Request) -> Response:
 async def made_before(
     backend: Backend, idempotency_key: str | None, same: Callable[[FineTuningJob], bool]
 ) -> FineTuningJob | None:
-    """The job that an earlier try of the request made, by its key. To be asked before the request is examined: its data
-    may be gone by now.
+    """The job that an earlier try of the request with the same key made. Call this before the request is examined: its
+    data may be gone by now.
 
-    Raises Refused: `idempotency_key_reused` where the job is not the `same` one as the request asks for.
+    Raises Refused `idempotency_key_reused` if the job isn't the `same` as the request asks for.
     """
     job = None if idempotency_key is None else await backend.log.job_with_key(idempotency_key)
     if job is not None and not same(job):
@@ -318,7 +320,7 @@ async def made_before(
 
 
 async def examined(backend: Backend, document: dict[str, Any]) -> tuple[JobSubmitted | None, list[Problem]]:
-    """What a good request begins a job with, and everything that is wrong with the request. Its id is still missing."""
+    """The event that begins the job, still without an id, and everything that is wrong with the request."""
     found, resources = await _planned(backend, document)
     if found.plan is None or resources is None:
         return None, found.problems
@@ -333,7 +335,7 @@ async def examined(backend: Backend, document: dict[str, Any]) -> tuple[JobSubmi
 
 
 async def _planned(backend: Backend, document: dict[str, Any]) -> tuple[Examined, Resources | None]:
-    """What a request means, with everything that is wrong with it, and what its job would hold."""
+    """The plan that a request means, with everything that is wrong with it, and the resources of its job."""
     found = await asyncio.to_thread(examine, document, backend.settings)
     if found.plan is None:
         return found, None
@@ -349,7 +351,7 @@ async def begun(
     submitted: JobSubmitted,
     show: Callable[[FineTuningJob], dict[str, Any]] = FineTuningJob.wire,
 ) -> Response:
-    """The answer to a good submit: the job, which may be the one that an earlier try of the same request made."""
+    """Submits a job and answers with it; if this request is a retry, with the job that the first try made."""
     deliveries: Deliveries = request.app.state.deliveries
     digest = digest_of(request, {"config": submitted.config, "openai": submitted.openai})
     job_id = new_job_id()
@@ -373,7 +375,7 @@ async def received(model: type[Body], request: Request, backend: Backend) -> Bod
 
 
 def parsed(model: type[Body], document: dict[str, Any]) -> Body:
-    """The same of a body that has been read."""
+    """Validates a body that has been read. Raises ConfigProblems."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
@@ -381,9 +383,9 @@ def parsed(model: type[Body], document: dict[str, Any]) -> Body:
 
 
 def _with_why(document: dict[str, Any], why: str | None) -> dict[str, Any]:
-    """The job with the reason it waits, which the dispatcher knows and the log doesn't.
+    """The job with the reason why it waits, which only the dispatcher knows.
 
-    The dispatcher's view is a moment old: where the log knows that the job no longer waits, the log is right.
+    The dispatcher's view is a moment old: if the log says that the job no longer waits, the log is right.
     """
     if why is None or document["status"] not in ("validation", "queued") or document["cancel_requested"]:
         return document

@@ -1,10 +1,10 @@
-"""`serve shutdown` that lets the API's replicas finish what they are sending.
+"""Lets `serve shutdown` wait until the API's replicas have sent the ends of their streams.
 
-Serve's controller ends the proxies in the moment in which it asks the replicas to end, and open tails would break off.
-It asks both again in every turn of its loop until they are gone. Here the proxies are asked only once the replicas are.
+Serve's controller asks replicas and proxies to end at the same time, which would break open tails off. It repeats that
+in every turn of its loop until they are gone. Here the proxies are asked only once the replicas are gone.
 
-Ray has no option for that. It calls `proxies_last` where its controller starts, as `ray.env` tells it to, and two
-methods are replaced there; tests/service/test_local_service.py holds Ray to it.
+Ray has no option for that. Its controller calls `proxies_last` when it starts, as `ray.env` says, and two of its
+methods are replaced there; tests/service/test_local_service.py checks that it works with this version of Ray.
 """
 
 from ray.serve._private.deployment_state import DeploymentStateManager
@@ -14,7 +14,7 @@ from trainers.replacing import replace
 
 
 def proxies_last() -> None:
-    """To be called in the controller's process, once."""
+    """Call it once, in the process of Serve's controller."""
     asked: set[DeploymentStateManager] = set()
 
     def deployments_first(deployments: DeploymentStateManager) -> None:

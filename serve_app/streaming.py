@@ -1,4 +1,4 @@
-"""Answers that are made while they are sent."""
+"""Responses that are produced while they are sent."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 
@@ -8,14 +8,14 @@ from starlette.types import Receive, Scope, Send
 
 
 def is_head(request: Request) -> bool:
-    """Whether only the headers are wanted. The middleware makes a GET of a HEAD."""
+    """Whether the request is a HEAD, which the middleware turns into a GET."""
     return bool(request.state.is_head)
 
 
 class Stream(StreamingResponse):
-    """A response of what `content` yields. Whatever ends it, a client that goes away too, `content` is closed then and
-    there, and `close` is called: a generator that was left would hold what it holds until the garbage collector comes
-    by. To a HEAD nothing is made."""
+    """A response with the bytes that `content` yields. When it ends, also because the client has gone, `content` is
+    closed at once and `close` is called: an unfinished generator would otherwise keep its resources until it is garbage
+    collected. For a HEAD, `content` isn't run."""
 
     def __init__(
         self,

@@ -8,7 +8,8 @@ same place wait together (`Together`): of what a line costs, only the sending is
 The end: a job's lines are all in the queue before its terminal event is in the log. So once the job is known to be
 over, whatever a read finds is the rest, and an empty read means that everything was sent.
 
-A replica that is about to end closes the streams that follow a job: a last line with their offset, and no `status`.
+A replica that is about to end closes the streams that follow a job, with a last line that has their offset and no
+`status`.
 """
 
 import asyncio
@@ -29,13 +30,14 @@ WATCH_S = 30.0  # How long one question for news about the job may wait.
 RETRY_S = 1.0  # Pause before the log is asked again after it could not be reached.
 
 _LINE_ENDS = {char: f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
-"""What JSON lets stand, and readers split lines at that go by Unicode, as httpx and Python's splitlines do."""
+"""Characters that JSON needn't escape, but that end a line for readers which go by Unicode (httpx, Python's
+splitlines)."""
 
 T = TypeVar("T")
 
 
 class Together:
-    """Questions that several readers ask at the same time are asked once, for all of them. For one event loop."""
+    """Calls that several readers make at the same time are made once, for all of them. For one event loop."""
 
     def __init__(self) -> None:
         self._under_way: dict[Hashable, Task[Any]] = {}
@@ -48,7 +50,8 @@ class Together:
 
     @contextmanager
     def asking(self, question: Hashable, ask: Callable[[], Awaitable[T]]) -> Iterator[Task[T]]:
-        """The question under way, to be waited for and not cancelled: it is when nobody wants the answer any more."""
+        """The task of the shared call. Wait for it, but don't cancel it: it is cancelled once no reader waits for
+        it."""
         task = self._under_way.get(question)
         if task is None or task.done():
             task = self._under_way[question] = asyncio.create_task(_awaited(ask))
@@ -72,7 +75,7 @@ async def _awaited(ask: Callable[[], Awaitable[T]]) -> T:
 class _Read(NamedTuple):
     next: int
     line: bytes | None
-    """None: there was none."""
+    """None: there were no lines."""
 
 
 async def tail(
@@ -95,7 +98,7 @@ async def tail(
         while True:
             if over is not None and over.done():
                 job, over = over.result(), None
-            # From here on, no watch means that nothing more is worth waiting for.
+            # From here on, `over is None` means that there is nothing to wait for.
             if over is not None and closing.is_set():
                 yield _line(after)
                 return
@@ -104,7 +107,7 @@ async def tail(
                     waiting = partial(_wait, backend, job.job_id, after, heartbeat_s, over, closing)
                     read = await together.ask((job.job_id, after), waiting)
                 else:
-                    # Not shared: one that was under way before the job was over may have missed its last lines.
+                    # Not shared: a read that began before the job was over may have missed its last lines.
                     read = await _read(backend, job.job_id, after, heartbeat_s)
             except LogUnavailable:
                 yield _line(after)
@@ -127,8 +130,8 @@ async def _wait(
     over: Task[FineTuningJob],
     closing: asyncio.Event,
 ) -> _Read | None:
-    """The lines after `after` as soon as there are some; none when it is time for a heartbeat. None once the job is
-    `over`, or the streams are closing."""
+    """The lines from offset `after` on as soon as there are some, or none when it is time for a heartbeat. Returns None
+    once the job is `over`, or the streams are closing."""
     reading = asyncio.create_task(backend.logs.read(job_id, after, BATCH_LINES, heartbeat_s))
     closed = asyncio.create_task(closing.wait())
     try:
@@ -142,7 +145,7 @@ async def _wait(
 
 
 async def _read(backend: Backend, job_id: str, after: int, patience_s: float) -> _Read:
-    """The lines after `after` that are there now. Raises LogUnavailable."""
+    """The lines from offset `after` on that are there now. Raises LogUnavailable."""
     try:
         async with asyncio.timeout(patience_s):
             return _as_read(await backend.logs.read(job_id, after, BATCH_LINES, 0.0))

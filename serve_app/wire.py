@@ -1,6 +1,6 @@
-"""The bodies that only the HTTP door knows: errors, the list of jobs, the lines of a tail, health.
+"""Bodies that exist only in HTTP: errors, small requests, the list of jobs, the lines of a tail, health.
 
-`Config` and `FineTuningJob`, which the event log knows too, live in `events`.
+`Config` and `FineTuningJob` are in `events`, because the event log uses them, too.
 """
 
 from typing import Annotated, Literal
