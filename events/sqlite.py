@@ -75,6 +75,7 @@ class SqliteStore:
         self._wal = path.with_name(path.name + "-wal")
         self.damage: dict[int, Damage] = {}
         self._copying = threading.Lock()
+        self._one_backup = threading.Lock()
         self._failed = False
         self._listed = 0
         """`streams` has the events up to this position ..."""
@@ -225,6 +226,10 @@ class SqliteStore:
 
     def backup(self, file: Path) -> None:
         """SQLite also copies what this connection writes meanwhile, and never part of a transaction."""
+        with self._one_backup:  # two into the same file would write to the same partial one
+            self._backup(file)
+
+    def _backup(self, file: Path) -> None:
         if file.exists():
             raise FileExistsError(f"{file} exists")
         partial = file.with_name(file.name + ".partial")

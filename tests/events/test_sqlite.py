@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def test_a_reader_of_the_file_is_refused_by_sqlite_and_named_at_the_next_start(t
             SqliteStore(file)
     with closing(SqliteStore(file)) as store:
         assert event_ids(store) == ["e1", "e2"]
+
+
+def test_two_backups_into_the_same_file_at_a_time_are_one_backup_and_a_refusal(tmp_path: Path) -> None:
+    with closing(SqliteStore(tmp_path / "events.db")) as store:
+        written = add(store, [(f"job-{number}", f"e{number}", SUBMITTED) for number in range(20_000)])
+        with ThreadPoolExecutor(4) as pool:
+            errors = [pool.submit(store.backup, tmp_path / "copy.db") for _ in range(4)]
+            found = [type(error.exception()) for error in errors]
+        assert sorted(found, key=str) == [FileExistsError, FileExistsError, FileExistsError, type(None)]
+    with closing(SqliteStore(tmp_path / "copy.db")) as copy:
+        assert copy.last_position() == len(written)
+        assert copy.integrity() == []
 
 
 def test_no_memory_is_shared_so_that_network_file_systems_will_do(tmp_path: Path) -> None:
