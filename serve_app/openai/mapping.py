@@ -113,6 +113,7 @@ def shown(job: FineTuningJob) -> OpenAIJob:
     logger = plan.logger if plan else None
     derived = [{"type": "wandb", "wandb": logger.model_dump(exclude={"kind"})}] if isinstance(logger, WandBLog) else []
     succeeded = job.status == "success"
+    named = job.resubmitted_from.model if job.resubmitted_from else None
     return OpenAIJob(
         id=job.job_id,
         created_at=int(job.created.timestamp()),
@@ -124,7 +125,7 @@ def shown(job: FineTuningJob) -> OpenAIJob:
         integrations=said.get("integrations", derived),
         metadata=metadata_of(job) or None,
         method=said.get("method", method),
-        model=said.get("model") or str(job.input_config.get("model", "")),
+        model=said.get("model") or named or str(job.input_config.get("model", "")),
         result_files=[results.file_id(job.job_id)] if results.has_results(job) else [],
         seed=plan.seed if plan else 0,
         status=status_of(job),

@@ -54,6 +54,7 @@ def test_a_job_starts_from_a_tuned_model_or_a_checkpoint_by_its_name(
             "model": name,
         }
         assert http.get("/fine_tuning/jobs/status", params={"job_id": job["job_id"]}).json() == job
+        assert http.get(f"/v1/fine_tuning/jobs/{job['job_id']}").json()["model"] == name
 
 
 def test_a_retry_with_the_key_gets_its_job_also_when_the_checkpoint_is_gone(
