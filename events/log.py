@@ -356,14 +356,19 @@ class EventLog:
 
         def write() -> None:
             try:
-                history = self._thread.submit(self._store.read_all, position - 1, 1).result()
-                if [recorded.position for recorded in history] != [position]:  # it is damaged, and was left out
-                    raise ValueError("its last event can't be read")
-                self._store.keep_snapshot(take(jobs, history[0]))
+                last = self._thread.submit(self._at, position).result()
+                self._store.keep_snapshot(take(jobs, last))
             except (OSError, StoreFailedError, ValueError) as error:  # the next start takes longer, that is all
                 logger.warning("no snapshot of the event log was written: %s", error)
 
         self._in_background.submit(write)
+
+    def _at(self, position: int) -> Recorded:
+        """The event at a position. Runs in the store's thread. Raises ValueError if the event is damaged."""
+        history = self._store.read_all(position - 1, 1)
+        if [recorded.position for recorded in history] != [position]:  # a damaged one is left out
+            raise ValueError("its last event can't be read")
+        return history[0]
 
     def _adopt(self, draft: Draft) -> None:
         self._jobs.adopt(draft)

@@ -92,7 +92,7 @@ def paused(attempt: int) -> JobPaused:
 
 QUEUED = (SUBMITTED, VALIDATED)
 BEGUN = (VALIDATED, ADMITTED, started(1))
-"""By which a submitted job becomes a running one."""
+"""The events that make a submitted job a running one."""
 RUNNING = (SUBMITTED, *BEGUN)
 
 

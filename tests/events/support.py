@@ -37,7 +37,7 @@ async def append(log: EventLog, job_id: str, *events: Event, expected: int | Non
 
 
 def add(store: EventStore, new: Iterable[tuple[str, str, AnyEvent]], time: datetime = START) -> list[Recorded]:
-    """Writes each (job, event id, event) behind what is there, all in one append."""
+    """Appends each (job, event id, event), all in one batch."""
     ends: dict[str, int] = {}
     history: list[Recorded] = []
     for position, (job_id, event_id, event) in enumerate(new, store.last_position() + 1):
@@ -78,7 +78,7 @@ def numbered(first: int, count: int) -> list[tuple[str, str]]:
 
 
 def check_all(store: SqliteStore) -> int:
-    """The position that a check of the whole store comes to."""
+    """Checks the whole store, and returns the position reached."""
     position = 0
     while (reached := store.check(position)) > position:
         position = reached
@@ -86,8 +86,8 @@ def check_all(store: SqliteStore) -> int:
 
 
 def history_of(directory: Path) -> list[Recorded]:
-    """All of it. Positions and versions have no gaps, event ids are all different, every checksum is right, and
-    each job leads to its events."""
+    """All events of a log. Checks that positions and versions have no gaps, event ids are all different, every checksum
+    is right, and the indexes lead to the events of each job."""
     with closing(SqliteStore(directory / "events.db")) as store:
         assert store.integrity() == []
         position, history = 0, []

@@ -1,4 +1,4 @@
-"""The log and the log queue as actors of a real cluster: what a SIGKILL takes (nothing), and what callers see."""
+"""The log and the log queue as actors of a real cluster: a SIGKILL loses nothing, and what callers see of one."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Waiting for news of a key, and waking who waits."""
+"""Waiting for news about a key, and waking the waiters."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

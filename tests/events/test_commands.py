@@ -56,7 +56,7 @@ def test_a_storage_that_is_left_empty_is_the_default_as_it_is_for_the_service(
 
 @pytest.mark.parametrize("events", [15, 3000])
 def test_export_ends_without_a_word_when_its_reader_has_enough(tmp_path: Path, events: int) -> None:
-    """Also where all of it fits into what Python keeps back until the end."""
+    """Also if all of the output fits into Python's buffer, which is flushed at exit."""
     file = tmp_path / "events.db"
     write(file, [f"job{number}" for number in range(events // 5)])
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -215,7 +215,7 @@ def test_a_command_without_the_token_that_its_cluster_asks_for_says_so(file: Pat
 
 @pytest.mark.usefixtures("handles")  # the cluster's log is in tmp_path
 def test_a_cluster_that_keeps_another_log_is_not_asked_for_this_one(tmp_path: Path) -> None:
-    """In a process of its own: joining a cluster leaves settings of Ray's behind, which the next cluster would take."""
+    """In a process of its own: joining a cluster sets variables for Ray that the next cluster would use."""
     elsewhere = tmp_path / "elsewhere"
     with closing(SqliteStore(elsewhere / "events.db")):
         done = subprocess.run(

@@ -21,10 +21,10 @@ from tests.events.support import add, append, change, check_all, opened, write
 from tests.waiting import WAIT_S, async_eventually
 
 
-@pytest.fixture(autouse=True, params=[sqlite._STRIDE, 4], ids=["by heart", "in streams"])
+@pytest.fixture(autouse=True, params=[sqlite._STRIDE, 4], ids=["in memory", "in streams"])
 def stride(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Where the events of each job are is known by heart, or written down for the first twelve of fifteen. A check
-    takes four at a time."""
+    """The positions of each job's events are all in memory, or those of the first twelve of fifteen in `streams`. A
+    check takes four events at a time."""
     stride: int = request.param
     monkeypatch.setattr(sqlite, "_STRIDE", stride)
     monkeypatch.setattr(sqlite, "_CHECKED_AT_ONCE", 4)
@@ -116,7 +116,7 @@ def test_a_lost_page_takes_the_jobs_with_events_on_it_and_no_others(tmp_path: Pa
 
 
 def test_an_event_that_an_index_does_not_lead_to_is_found(tmp_path: Path) -> None:
-    """Or its retry would be written a second time."""
+    """Otherwise a retry of it would be written a second time."""
     file = tmp_path / "events.db"
     write(file)
     content = file.read_bytes()
@@ -172,7 +172,7 @@ def test_damage_that_a_snapshot_hides_at_the_start_is_found_soon_after(tmp_path:
 
 
 class Growing(MemoryStore):
-    """There is always more to check, as if others wrote faster than that."""
+    """A store whose check never ends, as if others wrote faster than it checks."""
 
     def __init__(self) -> None:
         super().__init__()

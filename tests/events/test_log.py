@@ -388,7 +388,7 @@ def test_a_failed_commit_is_reported_and_the_next_one_goes_on_from_what_is_on_di
 
 
 class LyingStore(MemoryStore):
-    """Its first append is written, and then reports a failure: as a lost acknowledgement of the disk would look."""
+    """Its first append is written but reports a failure, as if the disk's acknowledgement was lost."""
 
     def __init__(self) -> None:
         super().__init__()

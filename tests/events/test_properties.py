@@ -71,7 +71,7 @@ def test_attempts_count_up_by_one(proposals: list[Event]) -> None:
 
 @given(sequences)
 def test_every_loss_of_a_runner_is_let_in_and_counted(proposals: list[Event]) -> None:
-    """But of a job that is to have none."""
+    """Except for a job that is to have no runner."""
     steps = accepted(proposals)
     losses = accumulate(isinstance(recorded.event, RunInterrupted) for _, recorded in steps)
     assert [job.interruptions for job, _ in steps] == list(losses)

@@ -25,7 +25,7 @@ from tests.waiting import WAIT_S, async_eventually
 
 
 def stored(histories: list[list[Event]]) -> tuple[MemoryStore, list[FineTuningJob]]:
-    """One job a history, one event of each in turn; and the jobs they make."""
+    """A store with one job for each history, whose events take turns; and the jobs after them."""
     store = MemoryStore()
     jobs: dict[int, FineTuningJob] = {}
     for number in range(max(map(len, histories), default=0)):
@@ -50,7 +50,7 @@ def test_jobs_come_back_from_a_snapshot_as_they_were(histories: list[list[Event]
 
 
 class CountedReads(MemoryStore):
-    """Knows after which positions it was read."""
+    """Records the positions that it was read after."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def test_a_snapshot_that_can_not_be_written_leaves_the_one_before(tmp_path: Path
 
 
 def test_no_snapshot_is_written_of_a_log_with_damage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next start is to come across the damage again."""
+    """So that the next start finds the damage again."""
     monkeypatch.setattr(log, "_SNAPSHOT_EVENTS", 1)
 
     async def scenario() -> None:

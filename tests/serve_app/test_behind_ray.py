@@ -1,4 +1,4 @@
-"""What the door says when what is behind it, on Ray, is busy or doesn't answer."""
+"""What the API answers when the actors behind it, on Ray, are busy or don't answer."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator

@@ -19,13 +19,13 @@ from trainers.errors import InfrastructureError, UserError
 ROOT = Path(__file__).parents[2]
 INVALID = 422
 OF_ROWS = {"bad_dialog", "bad_mask", "bad_order"}
-"""What is wrong with a row of data is told by its line; these stand in no answer."""
+"""Codes of bad rows of data. They are in no answer, which names the lines instead."""
 Codes = dict[str, set[tuple[int, bool]]]
-"""Of each code the statuses, each with whether a retry can help."""
+"""By code, its statuses, each with whether a retry can help."""
 
 
 class Maker(NamedTuple):
-    """What takes a code: as which argument, which one it has by default, and the answer it makes."""
+    """A function that takes a code: as which argument, with which default, and which answer it makes."""
 
     position: int
     default: ast.expr | None
@@ -40,7 +40,7 @@ def parsed(*directories: str) -> Iterator[ast.Module]:
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
-    """Of functions, classes and methods of `self`, with their names."""
+    """Calls of functions, classes and methods of `self`, with their names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
@@ -118,13 +118,14 @@ def tables() -> tuple[list[list[str]], list[list[str]]]:
 
 
 def statuses(answers: set[tuple[int, bool]]) -> str:
-    """What is a 422 of ours is a 400 under /v1, and is told once."""
+    """Our 422 is a 400 under /v1, which the table doesn't list separately."""
     found = {status for status, _ in answers}
     return ", ".join(str(status) for status in sorted(found - ({400} if INVALID in found else set())))
 
 
 def expected(found: Mapping[str, set[tuple[int, bool]]], jobs: set[str]) -> list[tuple[str, str, bool]]:
-    """The rows: what a job can end with, and a request is refused with as invalid, is in the table of jobs."""
+    """The rows of the table of requests. It leaves out codes that only make a request invalid (422) if the table of jobs
+    has them."""
     return sorted(
         (code, statuses(answers), any(retryable for _, retryable in answers))
         for code, answers in found.items()

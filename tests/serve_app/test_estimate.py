@@ -1,4 +1,4 @@
-"""What a job would take is known before it is paid for, and agrees with what the job then does."""
+"""POST /fine_tuning/jobs/estimate: its answer agrees with what the job then does."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -252,7 +252,7 @@ def past(tokens_per_second: float, device: str = "cpu", steps: int = 5) -> list[
 
 
 class _Busy(Parts):
-    """Where as many estimates are under way, and wait, as may."""
+    """A service where as many estimates run and wait as are allowed."""
 
     async def estimate(self, plan: Plan, resources: Resources) -> Found:
         estimator = Estimator(self.settings)

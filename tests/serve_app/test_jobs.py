@@ -213,7 +213,7 @@ def test_a_page_of_another_site_changes_nothing(http: httpx.Client, route: str) 
 def test_without_fetch_metadata_only_a_page_of_the_same_origin_changes_anything(
     http: httpx.Client, host: str, origin: str, headers: dict[str, str], passes: bool
 ) -> None:
-    """As over plain HTTP. What is sent is what a page may send without being asked: a form, or nothing."""
+    """As over plain HTTP. A page may send a form or nothing without a preflight request, so that is what is sent."""
     sent = {"Host": host, "Origin": origin, **headers}
     form = http.post("/v1/files", files={"file": ("rows.jsonl", b"{}")}, headers=sent)  # without its purpose
     for answer in (form, http.post("/v1/fine_tuning/jobs/ftjob-1/cancel", headers=sent)):
@@ -253,7 +253,7 @@ def known_as_tuner(serve: Serve) -> Server:
 def test_a_request_for_a_name_that_is_not_the_services_is_misdirected(
     known_as_tuner: Server, http: httpx.Client, host: str, passes: bool
 ) -> None:
-    """As one of a page whose name was made to lead here is: for its browser it goes to the page's own origin."""
+    """As after DNS rebinding: to the browser, the request goes to the page's own origin."""
     sent = {"Host": host, "Origin": f"http://{host}", "X-Forwarded-Host": "localhost"}
     for method, path in (("GET", "/healthz"), ("POST", "/fine_tuning/jobs/cancel"), ("OPTIONS", "/v1/files")):
         answer = httpx.request(method, known_as_tuner.url + path, headers=sent)
@@ -262,7 +262,7 @@ def test_a_request_for_a_name_that_is_not_the_services_is_misdirected(
             error = answer.json()["error"]
             assert (error["code"], "TUNEWRIGHT_HOSTS" in error["message"]) == ("misdirected_request", True)
             assert answer.headers["x-request-id"]
-    assert http.get("/healthz", headers=sent).status_code == 200  # a service whose names nobody has told
+    assert http.get("/healthz", headers=sent).status_code == 200  # TUNEWRIGHT_HOSTS is not set
 
 
 def test_the_root_leads_to_the_reference(http: httpx.Client) -> None:

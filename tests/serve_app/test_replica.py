@@ -1,4 +1,4 @@
-"""A request on its way from uvicorn through what Serve puts between, as a replica sets that up."""
+"""A request from uvicorn through Serve's own layers to the application, as a replica sets them up."""
 
 import asyncio
 import socket
@@ -20,7 +20,7 @@ OK = b"HTTP/1.1 200"
 
 @pytest.fixture(autouse=True)
 def _held_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ASGIDIReceiveProxy, "__init__", ASGIDIReceiveProxy.__init__)  # given back at the end
+    monkeypatch.setattr(ASGIDIReceiveProxy, "__init__", ASGIDIReceiveProxy.__init__)  # restored at the end
     hold_up_fast_senders()
 
 
