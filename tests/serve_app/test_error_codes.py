@@ -124,8 +124,8 @@ def statuses(answers: set[tuple[int, bool]]) -> str:
 
 
 def expected(found: Mapping[str, set[tuple[int, bool]]], jobs: set[str]) -> list[tuple[str, str, bool]]:
-    """The rows of the table of requests. It leaves out codes that only make a request invalid (422) if the table of jobs
-    has them."""
+    """The rows of the table of requests. It leaves out codes that only make a request invalid (422) if the table of
+    jobs has them."""
     return sorted(
         (code, statuses(answers), any(retryable for _, retryable in answers))
         for code, answers in found.items()
