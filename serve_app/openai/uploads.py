@@ -34,7 +34,7 @@ from trainers.settings import Settings
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
 PART_BYTES = 64 << 20
-TAKEN = 2
+PARTS_FACTOR = 2
 """Parts may hold this many times the bytes announced: a part whose answer was lost is sent again, and stored twice."""
 UploadId = Annotated[str, Path(min_length=1, max_length=64, description="The upload's id.")]
 
@@ -127,7 +127,7 @@ async def complete(request: Request, backend: TheBackend, upload_id: UploadId) -
     """
     asked = await received(OpenAIUploadCompletion, request, backend)
     store = await store_of(backend.settings)
-    upload = await _alone(upload_id, _complete(store, backend.settings, upload_id, asked))
+    upload = await _exclusively(upload_id, _complete(store, backend.settings, upload_id, asked))
     return JSONResponse(upload.shown.model_dump(mode="json"))
 
 
@@ -158,7 +158,7 @@ async def _complete(store: FileStore, settings: Settings, upload_id: str, asked:
 async def cancel(backend: TheBackend, upload_id: UploadId) -> Response:
     """Delete the parts. Cancelling a cancelled upload returns it."""
     store = await store_of(backend.settings)
-    upload = await _alone(upload_id, _cancel(store, upload_id))
+    upload = await _exclusively(upload_id, _cancel(store, upload_id))
     return JSONResponse(upload.shown.model_dump(mode="json"))
 
 
@@ -172,7 +172,7 @@ async def _cancel(store: FileStore, upload_id: str) -> _Upload:
     return upload
 
 
-async def _alone(upload_id: str, ending: Coroutine[Any, Any, _Upload]) -> _Upload:
+async def _exclusively(upload_id: str, ending: Coroutine[Any, Any, _Upload]) -> _Upload:
     """Runs `ending` while nothing else in this process completes or cancels the upload, and returns its result.
 
     Once started it runs to its end, even if the request is cancelled, because its threads can't be stopped. The next
@@ -201,10 +201,10 @@ async def _left(store: FileStore, upload_id: str) -> int:
     upload = (await _read(store, upload_id)).shown
     _require_pending(upload)
     stored = sum((await asyncio.to_thread(_parts, store, upload_id)).values())
-    if stored > TAKEN * upload.bytes:
+    if stored > PARTS_FACTOR * upload.bytes:
         message = f"data: the parts would hold {stored} bytes, {upload.bytes} were announced"
         raise RequestRefused(Answer(413, "invalid_request_error", "file_too_large", message, "data"))
-    return TAKEN * upload.bytes - stored
+    return PARTS_FACTOR * upload.bytes - stored
 
 
 def _joined(store: FileStore, upload: OpenAIUpload, asked: OpenAIUploadCompletion) -> NewObject:
