@@ -135,6 +135,11 @@ class Settings(BaseSettings):
             return value.expanduser().resolve()
         return tuple(path.expanduser().resolve() for path in value)
 
+    @field_validator("files")
+    @classmethod
+    def _absolute_unless_a_url(cls, value: str | None) -> str | None:
+        return value if value is None or "://" in value else str(Path(value).expanduser().resolve())
+
     @field_validator("webhook_networks")
     @classmethod
     def _networks(cls, value: str) -> str:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +61,20 @@ def test_a_process_that_is_given_settings_has_these_whatever_its_node_was_starte
     for name, value in given.as_env().items():
         monkeypatch.setenv(name, value)
     assert Settings() == given
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("uploads", "{here}/uploads"), ("~/uploads", "{home}/uploads"), ("s3://bucket/files", "s3://bucket/files")],
+)
+def test_a_directory_of_files_is_the_same_for_a_process_that_runs_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    env = Settings(files=given).as_env()
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("TUNEWRIGHT_FILES", env["TUNEWRIGHT_FILES"])
+    assert Settings().files_url == expected.format(here=tmp_path, home=Path.home())
 
 
 def test_hosts_are_names_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
