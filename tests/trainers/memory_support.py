@@ -1,4 +1,4 @@
-"""Plans, rows and a load, for tests of how much memory they take."""
+"""Plans, rows and a load, for tests of memory estimates."""
 
 from collections.abc import Sequence
 from pathlib import Path

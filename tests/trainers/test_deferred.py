@@ -1,4 +1,4 @@
-"""What the recipe's import leaves out, and that the packages it is left out of are whole when they are asked."""
+"""Deferred packages: the recipe's import leaves them out, and they are complete once they are used."""
 
 import subprocess
 import sys
@@ -12,12 +12,12 @@ def run(code: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_the_recipe_imports_nothing_that_it_has_no_use_for() -> None:
+def test_the_recipe_does_not_import_what_it_does_not_use() -> None:
     needless = {"pandas", "datasets", "torchao.quantization", "torchtune.datasets", "torchtune.models.llama3"}
     assert run(f"import sys, trainers.training.recipe; print(sorted({needless!r} & sys.modules.keys()))") == "[]"
 
 
-def test_a_deferred_package_is_whole_when_something_of_it_is_asked_for() -> None:
+def test_a_deferred_package_is_complete_once_an_attribute_is_looked_up() -> None:
     code = """
 import trainers.training.recipe, torchtune, torchtune.training
 from torchao import quantize_
@@ -26,7 +26,7 @@ print(torchtune.__version__[:5], torchtune.datasets.__name__, torchtune.training
     assert run(code) == "0.6.1 torchtune.datasets get_lr quantize_"
 
 
-def test_packages_that_import_each_other_in_a_circle_come_in_their_own_order() -> None:
+def test_packages_that_import_each_other_in_a_circle_can_be_deferred() -> None:
     code = "import trainers.training.recipe; from torchao.dtypes import AffineQuantizedTensor as it; print(it.__name__)"
     assert run(code) == "AffineQuantizedTensor"
 

@@ -1,4 +1,4 @@
-"""What a failed job says about itself: it survives Ray, it says what to do next, and docs/errors.md has every code."""
+"""Errors of jobs: they can be pickled, they say what to do next, and docs/errors.md has every code."""
 
 import ast
 import pickle
@@ -51,7 +51,7 @@ def test_invalid_data_names_its_first_bad_line() -> None:
     assert PROBLEMS[-1].error.line == 7
 
 
-def test_where_a_problem_happened_is_added_and_never_changed() -> None:
+def test_where_a_problem_happened_can_be_added_but_not_changed() -> None:
     problem = UserError("a", "b", "model", rank=1).placed(param="data", rank=0)
     assert (problem.error.param, problem.error.rank) == ("model", 1)
 

@@ -1,4 +1,4 @@
-"""An estimate is made in a process of its own, within limits, and of a large file from a sample."""
+"""Estimates: in a process of their own, with limits, and for a large file from a sample."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def plan(settings: Settings, **changes: Any) -> Plan:
     return make_plan(Config.model_validate({"model": str(root / "tiny"), "data": str(root / "rows.jsonl"), **changes}))
 
 
-def test_the_process_answers_what_is_found_in_this_one(settings: Settings) -> None:
+def test_the_process_gives_the_same_answer_as_this_one(settings: Settings) -> None:
     asked = plan(settings)
     found = asyncio.run(Estimator(settings).find(Asked(plan=asked, device="cpu", worker_bytes=1 << 30)))
     assert found == answer(Asked(plan=asked, device="cpu", worker_bytes=1 << 30), settings).found
@@ -56,7 +56,7 @@ def test_the_process_passes_on_what_is_wrong(settings: Settings) -> None:
         asyncio.run(Estimator(settings).find(Asked(plan=plan(settings), device="cpu")))
 
 
-def test_what_the_jobs_log_will_warn_of_is_warned_of(settings: Settings) -> None:
+def test_the_warnings_are_those_of_the_job_s_log(settings: Settings) -> None:
     root = settings.data_roots[0]
     template = root / "tiny" / "chat_template.jinja"
     asked = Asked(plan=plan(settings, validation_data=str(root / "valid.jsonl")), device="cpu")
@@ -88,7 +88,7 @@ def test_what_the_jobs_log_will_warn_of_is_warned_of(settings: Settings) -> None
         (5000, 9000, []),
     ],
 )
-def test_rows_that_lose_their_ends_are_warned_of_where_it_was_not_asked_for(
+def test_there_is_a_warning_about_truncated_rows_unless_it_was_asked_for(
     settings: Settings, context: int, asked: int | None, told: list[str]
 ) -> None:
     root = settings.data_roots[0]
@@ -145,9 +145,7 @@ def test_a_sample_of_a_large_file_tells_nearly_what_the_whole_tells(
     assert some == read_sample(uri, tokenizer, 512, pairs=False).counted()
 
 
-def test_where_reading_takes_too_long_the_rest_of_the_file_is_taken_to_be_like_what_was_read(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_if_reading_takes_too_long_counts_are_extrapolated(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = ChatTokenizer.from_dir(settings.model_roots[0] / "tiny")
     uri = (settings.data_roots[0] / "rows.jsonl").as_uri()
     ticks = iter(range(10_000))
@@ -159,9 +157,7 @@ def test_where_reading_takes_too_long_the_rest_of_the_file_is_taken_to_be_like_w
     assert ROWS / 2 < found.rows < 2 * ROWS
 
 
-def test_a_model_of_the_hub_is_looked_at_without_its_weights(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_weights_of_a_hub_model_are_not_downloaded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_hub() as hub:
         hub.add("someone/tiny", settings.model_roots[0] / "tiny")
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
@@ -172,7 +168,7 @@ def test_a_model_of_the_hub_is_looked_at_without_its_weights(
         assert not any(name.endswith(".safetensors") for name in hub.downloads())
 
 
-def test_a_disk_that_is_full_ends_an_estimate_by_the_storage_s_fault(
+def test_a_full_disk_is_reported_as_an_infrastructure_error(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedded model's, which is converted into the cache."""
@@ -184,7 +180,7 @@ def test_a_disk_that_is_full_ends_an_estimate_by_the_storage_s_fault(
     assert (error.code, error.fault) == ("storage_full", "infrastructure")
 
 
-def test_what_a_worker_has_memory_for_is_not_computed_again(settings: Settings) -> None:
+def test_activations_are_not_recomputed_if_a_worker_has_memory_for_them(settings: Settings) -> None:
     asked = plan(settings).model_copy(update={"method": "full", "lora": None, "enable_activation_checkpointing": True})
     again, kept = (
         answer(Asked(plan=asked, device="cpu", share_bytes=share), settings).result() for share in (None, 1 << 30)

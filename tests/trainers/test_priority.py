@@ -1,4 +1,4 @@
-"""A job's processes give way to the service's."""
+"""A job's processes have a lower priority than the service's."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The last answer of an actor: who waits for the next one, and who doesn't."""
+"""The cached answer of an actor: which requests wait for the next one, and which don't."""
 
 import asyncio
 
@@ -26,7 +26,7 @@ class Oracle:
         return self.asked
 
 
-def test_the_first_answer_is_waited_for_by_all_and_asked_for_once() -> None:
+def test_all_wait_for_the_first_answer_which_is_asked_for_once() -> None:
     async def scenario() -> None:
         oracle = Oracle()
         recent = Recent(oracle.ask, fresh_s=60, stale_s=60)
@@ -40,7 +40,7 @@ def test_the_first_answer_is_waited_for_by_all_and_asked_for_once() -> None:
     asyncio.run(scenario())
 
 
-def test_an_answer_that_is_not_fresh_is_given_at_once_and_the_next_one_is_on_its_way() -> None:
+def test_an_answer_that_is_not_fresh_is_given_at_once_and_renewed() -> None:
     async def scenario() -> None:
         oracle = Oracle()
         oracle.may.set()
@@ -58,7 +58,7 @@ def test_an_answer_that_is_not_fresh_is_given_at_once_and_the_next_one_is_on_its
     asyncio.run(scenario())
 
 
-def test_an_answer_that_is_too_old_is_not_given_while_there_is_a_new_one() -> None:
+def test_an_answer_that_is_too_old_is_replaced_before_it_is_given() -> None:
     async def scenario() -> None:
         oracle = Oracle()
         oracle.may.set()
@@ -68,7 +68,7 @@ def test_an_answer_that_is_too_old_is_not_given_while_there_is_a_new_one() -> No
     asyncio.run(scenario())
 
 
-def test_the_last_answer_stands_while_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_answer_stays_while_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.recent.NEXT_ANSWER_S", 0.05)
 
     async def scenario() -> None:

@@ -1,4 +1,4 @@
-"""Settings that can't be are named, each of them, and their values are not repeated: a URL may hold a password."""
+"""Settings. Errors name each invalid one but don't repeat its value: a URL may hold a password."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_each_wrong_setting_is_named_by_its_variable(monkeypatch: pytest.MonkeyP
     assert not any(value in line for value in ("nonsense", "perhaps") for line in lines)
 
 
-def test_a_variable_that_looks_like_a_setting_and_is_none_is_told_of() -> None:
+def test_a_misspelled_setting_gets_a_warning() -> None:
     set_by_others = ["TUNEWRIGHT_SERVICE_HOST", "TUNEWRIGHT_PORT_8000_TCP_ADDR", "TUNEWRIGHT_URL", "STORGE", "PATH"]
     good = ["TUNEWRIGHT_STORAGE", "TUNEWRIGHT_FILES", "tunewright_use_gpu"]
     assert misspelled(["TUNEWRIGHT_STORGE", "TUNEWRIGHT_DATA_ROOT", *set_by_others, *good]) == [
@@ -44,7 +44,7 @@ def test_a_variable_that_looks_like_a_setting_and_is_none_is_told_of() -> None:
     ]
 
 
-def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     """TUNEWRIGHT_STORAGE=$UNSET would put the log wherever the service happens to be started."""
     unset = Settings()
     for name in Settings.model_fields:
@@ -52,7 +52,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
     assert Settings() == unset
 
 
-def test_a_process_that_is_given_settings_has_these_whatever_its_node_was_started_with(
+def test_settings_that_a_process_is_given_override_the_environment_of_its_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = Settings()
@@ -88,7 +88,7 @@ def test_hosts_are_names_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "hosts", ["tuner.example:8000", "a.example,b.example", "http://tuner.example", "größe.example"]
 )
-def test_hosts_that_are_no_names_are_refused(monkeypatch: pytest.MonkeyPatch, hosts: str) -> None:
+def test_hosts_must_be_names(monkeypatch: pytest.MonkeyPatch, hosts: str) -> None:
     monkeypatch.setenv("TUNEWRIGHT_HOSTS", hosts)
     with pytest.raises(InvalidSettingsError, match=r"TUNEWRIGHT_HOSTS: .* takes host names"):
         settings()
@@ -105,7 +105,7 @@ def test_a_command_says_what_is_wrong_and_nothing_else(command: list[str]) -> No
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_the_demo_says_it_too() -> None:
+def test_the_demo_reports_it_too() -> None:
     env = {**os.environ, "TUNEWRIGHT_CHAT_ENGINE": "nonsense", "COLUMNS": "40"}
     done = subprocess.run(
         [sys.executable, "-m", "examples.demo"], env=env, capture_output=True, text=True, check=False, timeout=120

@@ -1,4 +1,4 @@
-"""The command line's half of a job: what it submits, what it leaves behind, and how it waits."""
+"""The command line: what it submits, which files it leaves, and how it waits."""
 
 import asyncio
 import json
@@ -160,7 +160,7 @@ def command_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Command
 @pytest.mark.parametrize(
     "error", [StorageMismatchError("this cluster keeps its jobs in /a, not in /b"), LogUnavailable("no answer in time")]
 )
-def test_a_service_that_cannot_be_used_is_said_in_words_and_nothing_was_submitted(
+def test_a_service_that_cannot_be_used_is_reported_and_nothing_is_submitted(
     command_line: CommandLine, error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def unusable(_: CommandLine) -> None:
@@ -219,7 +219,7 @@ class Away:
         return call if name in self._methods else getattr(self._inner, name)
 
 
-def test_a_signal_while_the_log_cannot_be_reached_ends_the_submit_and_says_what_may_be_there(
+def test_a_signal_while_the_log_cannot_be_reached_ends_the_submit_with_a_message(
     command_line: CommandLine, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tries: list[int] = []
@@ -241,7 +241,7 @@ def test_a_signal_while_the_log_cannot_be_reached_ends_the_submit_and_says_what_
     assert f"status?job_id={kept.name}" in said
 
 
-def test_a_job_that_is_followed_and_cannot_be_cancelled_is_left_alone_and_that_is_said(
+def test_a_job_that_cannot_be_cancelled_is_left_alone_and_a_message_says_so(
     command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class ReadOnly(Away):
@@ -299,7 +299,7 @@ def test_a_second_signal_ends_the_process_whatever_it_waits_for(settings: Settin
             process.kill()
 
 
-def test_a_cluster_that_cannot_be_joined_is_said_in_words() -> None:
+def test_a_cluster_that_cannot_be_joined_is_reported() -> None:
     nowhere = {"RAY_ADDRESS": f"127.0.0.1:{free_ports(1)[0]}"}
     command = [sys.executable, "-m", "trainers", "job.json"]
     root = Path(__file__).parents[2]

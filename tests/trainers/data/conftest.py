@@ -1,4 +1,4 @@
-"""What the tests of data are given."""
+"""Fixtures of the tests of data."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Model directories with just a tokenizer, and rows in short."""
+"""Model directories with only a tokenizer, and short ways to write rows."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Entries of the data cache: made once, shared, evicted, never half there."""
+"""The data cache: an entry is made once, shared, evicted, and never incomplete."""
 
 import errno
 import multiprocessing
@@ -43,9 +43,7 @@ def test_an_entry_is_made_once_and_stored_once(tmp_path: Path) -> None:
     assert first.read_bytes() == b"tokens"
 
 
-def test_where_the_file_system_has_no_hard_links_files_are_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_hard_links_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EXDEV, "no hard links here")
 
@@ -66,13 +64,13 @@ def test_the_least_recently_used_entry_goes_first_and_its_jobs_keep_their_data(t
     assert files["b"].read_bytes() == b"x" * 10
 
 
-def test_an_entry_that_is_too_large_for_the_cache_is_only_its_jobs(tmp_path: Path) -> None:
+def test_an_entry_that_is_too_large_for_the_cache_is_given_to_its_job_only(tmp_path: Path) -> None:
     file = fetch(DataCache(tmp_path / "cache", 0), "a", Maker(), tmp_path / "job")
     assert file.read_bytes() == b"tokens"
     assert visible(tmp_path / "cache") == []
 
 
-def test_what_fails_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+def test_an_entry_that_fails_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
     def fail(directory: Path) -> None:
         Maker()(directory)
         raise ValueError("line 3")
@@ -83,7 +81,7 @@ def test_what_fails_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
     assert fetch(DataCache(tmp_path / "cache", 1000), "a", Maker(), tmp_path / "other").read_bytes() == b"tokens"
 
 
-def test_what_killed_runs_left_is_cleared_away_unless_it_is_still_being_made(tmp_path: Path) -> None:
+def test_leftovers_of_killed_runs_are_deleted_but_not_an_entry_in_the_making(tmp_path: Path) -> None:
     for name in (".dead.partial", ".alive.partial", ".x.evicted"):
         (tmp_path / "cache" / name).mkdir(parents=True)
         (tmp_path / "cache" / name / "tokens.bin").write_bytes(b"half")
@@ -120,7 +118,7 @@ def test_a_job_that_waits_for_a_lock_file_which_is_deleted_locks_the_next_one(tm
     assert lock.exists()
 
 
-def test_an_entry_that_is_evicted_under_a_jobs_hands_is_made_again(
+def test_an_entry_that_is_evicted_before_it_is_linked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, make = DataCache(tmp_path / "cache", 1000), Maker()
@@ -151,7 +149,7 @@ def fetch_together(root: Path, number: int, waiting: Semaphore) -> None:
     DataCache(root / "cache", 1000).fetch("a", make, into, lambda _: waiting.release())
 
 
-def test_jobs_that_want_the_same_at_once_have_it_made_once(tmp_path: Path) -> None:
+def test_concurrent_jobs_make_an_entry_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     waiting = context.Semaphore(0)
     processes = [context.Process(target=fetch_together, args=(tmp_path, number, waiting)) for number in range(3)]

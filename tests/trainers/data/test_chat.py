@@ -1,4 +1,4 @@
-"""Tokens and loss masks, for the chat formats that models really have."""
+"""Tokens and loss masks, for the chat formats of real models."""
 
 import json
 from collections.abc import Callable
@@ -153,7 +153,7 @@ def test_the_templates_own_system_message_is_not_trained(make: Make) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
-def test_of_an_empty_answer_that_nothing_ends_nothing_is_trained(tmp_path: Path, kind: str) -> None:
+def test_nothing_is_trained_of_an_empty_answer_without_an_end(tmp_path: Path, kind: str) -> None:
     template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
     tokenizer = make_tokenizer(tmp_path, template, kind)
     assert trained(tokenizer, dialog(user("a"), assistant("yes"), user("b"), assistant(""))) == ["yes"]
@@ -166,7 +166,7 @@ def test_an_empty_answer_trains_its_end(make: Make) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("answer", ["yes", " yes", "\n\n yes", " <s>yes", "  "])
-def test_a_header_that_takes_in_the_blanks_behind_it_is_not_trained(tmp_path: Path, kind: str, answer: str) -> None:
+def test_a_header_that_includes_the_blanks_after_it_is_not_trained(tmp_path: Path, kind: str, answer: str) -> None:
     """As Phi 3's."""
     template = (
         "{% for m in messages %}{{ ('[INST]' if m['role'] == 'user' else '[/INST]') + '\n' + m['content'] + '</s>\n' }}"
@@ -182,7 +182,7 @@ def test_a_header_that_takes_in_the_blanks_behind_it_is_not_trained(tmp_path: Pa
     assert [run.strip() for run in trained(tokenizer, row)] == [f"{answer.strip()}</s>", "no</s>"]
 
 
-def test_an_end_that_is_no_special_token_ends_turns_all_the_same(tmp_path: Path) -> None:
+def test_an_ordinary_added_token_can_end_turns(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, templates.CHATML, eos="<|endoftext|>")
     spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     for token in spec["added_tokens"]:
@@ -197,18 +197,18 @@ def test_an_end_that_is_no_special_token_ends_turns_all_the_same(tmp_path: Path)
     assert ids.tolist().count(end) == 2
 
 
-def test_a_template_that_writes_no_token_behind_an_answer_ends_no_turn(tmp_path: Path) -> None:
+def test_without_a_token_after_answers_no_token_ends_turns(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
     tokenizer = make_tokenizer(tmp_path, template)
     assert not tokenizer.ends_turns
     assert trained(tokenizer, dialog(user("a"), assistant("b"))) == ["b"]
 
 
-def test_blanks_of_a_content_are_trained_where_the_template_keeps_them(make: Make) -> None:
+def test_blanks_of_a_content_are_trained_if_the_template_keeps_them(make: Make) -> None:
     assert trained(make("chatml"), dialog(user(" a "), assistant("  b \n"))) == ["  b \n<|im_end|>"]
 
 
-def test_blanks_are_not_missed_where_the_template_trims_them(make: Make) -> None:
+def test_a_message_is_found_if_the_template_trims_its_blanks(make: Make) -> None:
     assert trained(make("llama3"), dialog(user(" a "), assistant("  b \n"))) == ["b<|eot_id|>"]
 
 
@@ -463,7 +463,7 @@ TEXTS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from([*FORMATS]), turns=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
-def test_whatever_people_write_the_control_tokens_are_the_templates(
+def test_no_text_of_a_row_becomes_a_control_token(
     all_formats: dict[str, ChatTokenizer], name: str, turns: list[tuple[str, str]]
 ) -> None:
     tokenizer = all_formats[name]
@@ -479,7 +479,7 @@ def test_whatever_people_write_the_control_tokens_are_the_templates(
     assert ["".join(run.split()) for run in trained(tokenizer, row)] == ["".join(answer.split()) for answer in answers]
 
 
-def test_a_long_text_is_tokenised_as_a_short_one(make: Make, tmp_path: Path) -> None:
+def test_a_long_text_is_tokenised_like_a_short_one(make: Make, tmp_path: Path) -> None:
     tokenizer = make("chatml")
     rows = [dialog(user("Hi"), assistant(text)) for text in ("Fine.", "Thank you, " * 8000, "Fine, too.")]
     reference = plain_tokenizer(tmp_path)

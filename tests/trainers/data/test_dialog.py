@@ -1,4 +1,4 @@
-"""Rows: both formats, and one sentence for everything that can be wrong with one."""
+"""Rows in both formats, and the messages about everything that can be wrong with one."""
 
 import json
 from typing import Any
@@ -34,7 +34,7 @@ def test_a_dialog_without_an_assistant_can_be_trained_on_when_keep_loss_says_so(
     assert row({"dialog": [ASK], "keep_loss": [True]}).keep_loss == (True,)
 
 
-def test_any_order_of_roles_behind_the_system_message_is_the_users_business() -> None:
+def test_any_order_of_roles_is_allowed_after_the_system_message() -> None:
     assert len(row({"dialog": [ANSWER, ANSWER, ASK, ASK, ANSWER]}).messages) == 5
 
 
@@ -209,7 +209,7 @@ def test_what_is_wrong_with_a_row_is_said_in_one_sentence(name: str) -> None:
         (b" " * (MAX_ROW_BYTES + 1), "the line is longer than"),
     ],
 )
-def test_bytes_that_are_no_row_are_refused(raw: bytes, words: str) -> None:
+def test_bytes_that_are_not_a_row_are_refused(raw: bytes, words: str) -> None:
     with pytest.raises(RowError, match=words):
         parse_row(raw)
 
@@ -280,7 +280,7 @@ def test_every_format_of_preferences_means_the_same_two_dialogs(value: dict[str,
     assert rejected == row({"dialog": [system("Count."), ASK, WORSE]})
 
 
-def test_answers_that_both_dialogs_share_are_not_trained_on_and_later_ones_are() -> None:
+def test_only_answers_after_the_shared_beginning_are_trained_on() -> None:
     begin = [ASK, ANSWER, ASK]
     chosen, rejected = pair({"chosen": [*begin, ANSWER, ASK, ANSWER], "rejected": [*begin, WORSE]})
     assert chosen.keep_loss == (False, False, False, True, False, True)
@@ -392,7 +392,7 @@ BAD_PREFERENCES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("value", "sentence"), BAD_PREFERENCES.values(), ids=BAD_PREFERENCES)
-def test_preferences_that_can_not_be_trained_on_say_why(value: object, sentence: str) -> None:
+def test_preferences_that_cannot_be_trained_on_say_why(value: object, sentence: str) -> None:
     with pytest.raises(RowError) as caught:
         pair(value)
     assert str(caught.value) == sentence

@@ -24,7 +24,7 @@ def test_a_template_file_wins_over_the_config(tmp_path: Path) -> None:
     assert make_tokenizer(tmp_path, templates.CHATML).render([user("Hello")]) == "Hello!"
 
 
-def test_of_several_templates_the_default_one_is_taken(tmp_path: Path) -> None:
+def test_the_default_template_is_used_if_there_are_several(tmp_path: Path) -> None:
     entries = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}]
     assert make_tokenizer(tmp_path, None, "pieces", "</s>", chat_template=entries).render([user("Hello")]) == "Hello"
 
@@ -100,7 +100,7 @@ def words_only(directory: Path, words: list[str]) -> ChatTokenizer:
     return ChatTokenizer.from_dir(directory)
 
 
-def test_a_tokenizer_without_a_token_for_what_it_does_not_know_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_unknown_token_is_refused_at_once(tmp_path: Path) -> None:
     """It would fail at the first row that holds such a thing, with an error that nobody expects."""
     assert words_only(tmp_path, ["<unk>", "a"]).encode([dialog(user("?"), assistant("b"))])
     with pytest.raises(UserError, match="can't encode every text") as caught:

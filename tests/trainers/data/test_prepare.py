@@ -1,4 +1,4 @@
-"""A data file becomes a directory of tokens, or a report of what is wrong with it."""
+"""Data files become directories of tokens, or reports of what is wrong with them."""
 
 import errno
 import json
@@ -69,9 +69,7 @@ def test_every_row_is_there_in_order_with_its_tokens_and_mask(
     assert dataset.report == report
 
 
-def test_a_power_cut_takes_nothing_of_what_was_prepared(
-    run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepared_data_survives_a_power_cut(run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EXDEV, "no hard links here")
 
@@ -98,7 +96,7 @@ def test_rows_in_error_keep_their_line_numbers_and_order(run: Prepare) -> None:
     )
 
 
-def test_a_token_that_the_embedding_has_no_row_for_makes_a_bad_row(run: Prepare, tmp_path: Path) -> None:
+def test_a_token_without_an_embedding_makes_the_row_invalid(run: Prepare, tmp_path: Path) -> None:
     tokenizer = with_new_tokens(tmp_path / "grown")
     late = tokenizer._tokenizer.token_to_id("<late>")
     lines = [line("a"), line("<late>", "b"), line("a", "c")]
@@ -113,7 +111,7 @@ def test_a_token_that_the_embedding_has_no_row_for_makes_a_bad_row(run: Prepare,
     assert TokenisedDataset(tmp_path / "out")[1][0].max() < tokenizer.vocab_size
 
 
-def test_a_token_without_a_row_does_no_harm_where_truncation_takes_it(run: Prepare, tmp_path: Path) -> None:
+def test_a_token_without_an_embedding_does_no_harm_if_it_is_cut_off(run: Prepare, tmp_path: Path) -> None:
     report = run([line("a", f"{PIECE * 20}<late>")], tokenizer=with_new_tokens(tmp_path / "grown"), max_seq_len=40)
     assert (report.rows, report.truncated_rows) == (1, 1)
 
@@ -125,7 +123,7 @@ def test_the_first_twenty_errors_are_kept_and_all_are_counted(run: Prepare) -> N
     assert caught.value.report.invalid_rows == 30
 
 
-def test_invalid_rows_are_left_out_where_the_job_allows_them(run: Prepare, tmp_path: Path) -> None:
+def test_invalid_rows_are_left_out_if_the_job_allows_them(run: Prepare, tmp_path: Path) -> None:
     report = run([line("a"), "nope", line("b"), line("c")], max_invalid_fraction=0.25)
     assert (report.rows, report.invalid_rows) == (3, 1)
     assert len(TokenisedDataset(tmp_path / "out")) == 3
@@ -148,7 +146,7 @@ def test_data_of_blank_lines_is_refused(run: Prepare) -> None:
     assert caught.value.error.code == "data_empty"
 
 
-def test_a_long_row_loses_its_end_and_is_counted(run: Prepare, tmp_path: Path) -> None:
+def test_a_long_row_is_cut_off_and_counted(run: Prepare, tmp_path: Path) -> None:
     report = run([line("a", PIECE), line("a", PIECE * 20)], max_seq_len=40)
     dataset = TokenisedDataset(tmp_path / "out")
     assert report.truncated_rows == 1
@@ -178,14 +176,14 @@ def test_the_histogram_counts_rows_by_powers_of_two_before_truncation(run: Prepa
         assert count == sum(int(bound) // 2 < length <= int(bound) for length in lengths)
 
 
-def test_what_failed_leaves_nothing_behind(run: Prepare, tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing_behind(run: Prepare, tmp_path: Path) -> None:
     with pytest.raises(DataInvalid):
         run(["nope"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl"]
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
-def test_what_a_killed_run_left_is_cleared_away(run: Prepare, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_deleted(run: Prepare, tmp_path: Path) -> None:
     (tmp_path / ".out-abcd").mkdir()
     (tmp_path / ".out-abcd" / "tokens.bin").write_bytes(b"half")
     run([line("a")])
@@ -201,7 +199,7 @@ def test_only_a_directory_that_is_complete_and_of_the_same_length_is_prepared(ru
     assert prepared(tmp_path / "out", 4096) is None
 
 
-def test_what_is_there_already_is_replaced(run: Prepare, tmp_path: Path) -> None:
+def test_existing_data_is_replaced(run: Prepare, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokens.bin").write_bytes(b"half")
     assert run([line("a")]).rows == 1
@@ -246,7 +244,7 @@ def test_a_second_job_on_the_same_data_starts_without_tokenising(
         assert (tmp_path / "out" / name).samefile(tmp_path / "second" / name)
 
 
-def test_each_job_judges_invalid_rows_by_its_own_measure(run: Prepare, tokenising: list[int]) -> None:
+def test_each_job_applies_its_own_limit_of_invalid_rows(run: Prepare, tokenising: list[int]) -> None:
     lines = [line("a"), "nope", line("b")]
     for allowed in (0.0, 0.1):
         with pytest.raises(DataInvalid, match=r"1 of 3 rows are invalid.*the first is line 2"):
@@ -255,7 +253,7 @@ def test_each_job_judges_invalid_rows_by_its_own_measure(run: Prepare, tokenisin
     assert tokenising == [3]
 
 
-def test_other_content_lengths_and_templates_are_tokenised_anew(
+def test_other_content_lengths_and_templates_are_tokenised_again(
     run: Prepare, tmp_path: Path, tokenising: list[int]
 ) -> None:
     run([line("a")])
@@ -271,7 +269,7 @@ def test_other_content_lengths_and_templates_are_tokenised_anew(
     assert tokenising == [1, 1, 1, 1]
 
 
-def test_other_code_tokenises_anew(run: Prepare, monkeypatch: pytest.MonkeyPatch, tokenising: list[int]) -> None:
+def test_other_code_tokenises_again(run: Prepare, monkeypatch: pytest.MonkeyPatch, tokenising: list[int]) -> None:
     run([line("a")])
     monkeypatch.setattr(prepare_module, "_code", lambda: "another version")
     run([line("a")])
@@ -295,7 +293,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(
     assert not (tmp_path / "out").exists()
 
 
-def test_large_files_are_tokenised_by_processes_with_the_same_result(
+def test_large_files_are_tokenised_in_parallel_with_the_same_result(
     run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [line(f"{i} {PIECE}", PIECE * (i % 9)) for i in range(1500)]
@@ -313,7 +311,7 @@ def test_large_files_are_tokenised_by_processes_with_the_same_result(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
-def test_small_files_are_not_worth_a_process(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_are_tokenised_in_this_process(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "usable_cores", lambda: 8)
     monkeypatch.setattr(prepare_module, "encode_in_parallel", None)
     assert run([line("a")] * 600).rows == 600
@@ -328,7 +326,7 @@ def test_trained_tokens_are_known_row_by_row(run: Prepare, tmp_path: Path, monke
     assert dataset.trained.sum() == report.trained_tokens
 
 
-def test_progress_says_how_far_it_is(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "_PROGRESS_S", 0.0)
     said: list[str] = []
     run([line("a")] * 10, progress=said.append)

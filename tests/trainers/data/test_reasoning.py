@@ -1,4 +1,4 @@
-"""Answers with reasoning: templates drop it, write it otherwise, or put an empty one before the words."""
+"""Answers with reasoning: templates drop it, print it in other ways, or put an empty thought before the words."""
 
 from pathlib import Path
 
@@ -25,13 +25,13 @@ REASONED = "<think>\nlong\n</think>"
     [templates.R1_DISTILL, templates.R1_DISTILL.replace("<|Assistant|>", "<|end_header_id|>").split("{% if add")[0]],
     ids=["with a prompt", "without one, but with control tokens"],
 )
-def test_a_header_that_ends_as_the_dropped_reasoning_does_is_not_trained(tmp_path: Path, template: str) -> None:
+def test_a_header_that_ends_like_the_dropped_reasoning_is_not_trained(tmp_path: Path, template: str) -> None:
     tokenizer = make_tokenizer(tmp_path, template, "pieces", "</s>")
     row = dialog(user("a"), assistant(f"{REASONED}yes"), user("b"), assistant(f"{REASONED}\n\nno"))
     assert trained(tokenizer, row) == ["yes</s>", "\n\nno</s>"]
 
 
-def test_of_an_answer_whose_reasoning_is_dropped_it_is_known_that_only_a_part_is_shown(tmp_path: Path) -> None:
+def test_an_answer_whose_reasoning_is_dropped_counts_as_partly_shown(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, templates.R1_DISTILL, "pieces", "</s>")
     shown = [
         tokenizer.locate(
@@ -71,19 +71,19 @@ def test_an_empty_thought_before_a_call_is_trained(tmp_path: Path) -> None:
     assert run.startswith(templates.EMPTY_THOUGHT + "<tool_call>")
 
 
-def test_reasoning_before_a_call_is_trained_where_that_ends_the_dialog(tmp_path: Path) -> None:
+def test_reasoning_before_a_call_at_the_end_of_the_dialog_is_trained(tmp_path: Path) -> None:
     row = dialog(user("a"), assistant("<think>\nhm\n</think>\n\nSo.", tool_calls=[call("f", {})]))
     (run,) = trained(make_tokenizer(tmp_path, templates.QWEN3), row)
     assert run.startswith("<think>\nhm\n</think>\n\nSo.\n<tool_call>")
 
 
-def test_of_a_template_without_a_prompt_for_generation_no_header_is_trained(tmp_path: Path) -> None:
+def test_without_a_generation_prompt_no_header_is_trained(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ '### ' + m['role'] + ':\\n' + m['content'] + eos_token }}{% endfor %}"
     row = dialog(user("a"), assistant("yes"))
     assert trained(make_tokenizer(tmp_path, template), row) == ["yes<|im_end|>"]
 
 
-def test_reasoning_whose_blanks_the_template_changes_is_shown_whole(tmp_path: Path) -> None:
+def test_changed_blanks_do_not_make_reasoning_partly_shown(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, templates.QWEN3)
     assert not tokenizer.locate(dialog(user("a"), assistant("<think>hm</think>yes"))).partly_shown
 
@@ -154,9 +154,7 @@ class TestAPromptThatBeginsAThought:
 
 
 @pytest.mark.parametrize("template", [templates.CHATML, templates.LLAMA3, templates.GEMMA, templates.MISTRAL])
-def test_where_the_prompt_is_a_mere_header_every_answer_is_what_the_model_is_asked_for(
-    tmp_path: Path, template: str
-) -> None:
+def test_if_the_prompt_is_just_a_header_every_answer_is_prompted(tmp_path: Path, template: str) -> None:
     tokenizer = make_tokenizer(tmp_path, template)
     row = dialog(user("a"), assistant(" yes\n"), user("b"), assistant("no"), keep_loss=[True, True, False, True])
     assert not tokenizer.locate(row).unprompted

@@ -1,4 +1,4 @@
-"""Rows as OpenAI's documentation and client have them, and those of other formats."""
+"""Rows as in OpenAI's documentation and client, and rows of other formats."""
 
 import json
 from typing import Any
@@ -32,11 +32,11 @@ def test_openais_row_with_tools_may_say_how_they_are_called() -> None:
 
 
 @pytest.mark.parametrize("more", [AS_THE_CLIENT_DUMPS_IT, {"tool_calls": []}])
-def test_an_answer_as_openais_client_writes_it_is_an_answer(more: dict[str, Any]) -> None:
+def test_an_answer_as_openais_client_writes_it_is_accepted(more: dict[str, Any]) -> None:
     assert row({"messages": [ASK, ANSWER | more]}) == row({"dialog": [ASK, ANSWER]})
 
 
-def test_a_developer_is_the_system() -> None:
+def test_the_role_developer_means_system() -> None:
     said = system("Count.")
     assert row({"messages": [said | {"role": "developer"}, ASK, ANSWER]}) == row({"dialog": [said, ASK, ANSWER]})
 

@@ -1,4 +1,4 @@
-"""Where data may be read from, and how lines come out of it."""
+"""Where data may be read from, and how files are split into lines."""
 
 import os
 from pathlib import Path

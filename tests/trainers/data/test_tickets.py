@@ -1,4 +1,4 @@
-"""The demo's data set: what is committed is what its generator writes, and the held-out part is fair."""
+"""The demo's data set: the committed files are what the generator writes, and the held-out part is a fair test."""
 
 import json
 import subprocess
@@ -36,13 +36,13 @@ def test_every_row_can_be_trained_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_kind_of_answer_is_there_about_equally_often(name: str) -> None:
+def test_all_kinds_of_answers_are_about_equally_frequent(name: str) -> None:
     kinds = Counter(tuple(answer.split(" | ")[::2]) for answer in answers(name))
     assert len(kinds) == 15
     assert max(kinds.values()) - min(kinds.values()) <= 2
 
 
-def test_no_answer_can_be_had_by_heart() -> None:
+def test_no_answer_can_be_memorised() -> None:
     everything = [answer for name in FILES for answer in answers(name)]
     assert len(set(everything)) == len(everything)
     orders = {answer.split(" | ")[1] for answer in everything}

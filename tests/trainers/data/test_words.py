@@ -1,4 +1,4 @@
-"""Word by word, a text has the tokens and the mask that it has as a whole."""
+"""Tokenising word by word gives the same tokens and mask as tokenising the whole text."""
 
 import json
 from collections.abc import Sequence
@@ -113,7 +113,7 @@ def test_other_tokenizers_are_left_alone(kind: str) -> None:
     assert not cuts_between_words(WHOLE[kind])
 
 
-def test_dropout_draws_anew_for_every_text() -> None:
+def test_a_tokenizer_with_dropout_is_not_cached() -> None:
     spec = json.loads(tokenizer_json("bytes"))
     spec["model"]["dropout"] = 0.5
     assert not cuts_between_words(Tokenizer.from_str(json.dumps(spec)))
@@ -129,7 +129,7 @@ def test_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(len(word) <= 64 for word in words._ids)
 
 
-def test_a_text_longer_than_a_batch_takes_is_tokenised_all_the_same() -> None:
+def test_a_text_too_long_for_a_batch_is_tokenised() -> None:
     text = "x" * 70_000 + " the weather"
     ((ids, mask),) = WordTokenizer(CUTTING["gpt2"]).encode([text], [[(70_000, len(text))]])
     expected = CUTTING["gpt2"].encode(text, add_special_tokens=False)

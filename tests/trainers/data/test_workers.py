@@ -1,4 +1,4 @@
-"""Chunks of lines that are encoded by processes."""
+"""Encoding chunks of lines in parallel processes."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def test_processes_give_what_one_gives_in_the_same_order(
     assert together[0].truncated == 1
 
 
-def test_reading_is_never_far_ahead(tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_does_not_run_far_ahead(tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers_module, "usable_cores", lambda: 2)
     read = []
 
@@ -52,7 +52,7 @@ def test_reading_is_never_far_ahead(tokenizer: ChatTokenizer, monkeypatch: pytes
         assert len(read) <= done + 1 + 4
 
 
-def test_no_process_is_left_when_the_caller_turns_away(tokenizer: ChatTokenizer) -> None:
+def test_no_process_is_left_when_the_caller_stops_early(tokenizer: ChatTokenizer) -> None:
     encoded = encode_in_parallel(chunks(50), tokenizer, 64)
     next(encoded)
     assert children()
@@ -60,7 +60,9 @@ def test_no_process_is_left_when_the_caller_turns_away(tokenizer: ChatTokenizer)
     assert not children()
 
 
-def test_a_process_that_dies_is_the_machines_fault(tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_an_infrastructure_error(
+    tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers_module, "usable_cores", lambda: 1)
     encoded = encode_in_parallel(chunks(50), tokenizer, 64)
     next(encoded)
@@ -84,7 +86,7 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_processes_end_when_whoever_started_them_is_killed(tmp_path: Path) -> None:
+def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ORPHANS, str(make_tiny_model(tmp_path / "model"))]
     killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""The allow-list: what stands on it exists, and takes the arguments that stand beside it."""
+"""The allow-list of components: each one exists, and takes the arguments that are listed for it."""
 
 import inspect
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Optimizers that hold their state in 8 or 4 bits: they train as AdamW does, and go on exactly."""
+"""Optimizers with 8-bit and 4-bit state: they train as AdamW does, and resume exactly."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -39,7 +39,7 @@ def planned(name: str) -> Plan:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_with_it_goes_as_with_adamw(case: Case, tmp_path: Path, name: str) -> None:
+def test_it_trains_as_adamw_does(case: Case, tmp_path: Path, name: str) -> None:
     expected = list(case.run().losses.values())
     got = list(replace(case, plan=planned(name), output_dir=tmp_path / "other").run().losses.values())
     assert got == pytest.approx(expected, abs=0.1 if "4bit" in name else 0.01)
@@ -67,7 +67,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(case: Case, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("name", "byte"), [("torchao.optim.AdamW8bit", 2), ("torchao.optim.AdamW4bit", 1)])
-def test_the_state_is_saved_as_small_as_it_is_held(case: Case, name: str, byte: int) -> None:
+def test_the_state_is_saved_compressed(case: Case, name: str, byte: int) -> None:
     """Two moments of each weight of a layer, a scale for each block, and the step: AdamW's take 8 bytes."""
     case.plan = planned(name)
     path = case.run().checkpoints[-1].path

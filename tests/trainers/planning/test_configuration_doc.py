@@ -1,4 +1,4 @@
-"""docs/configuration.md says what the code does: every key, component, flag and default stands there."""
+"""docs/configuration.md agrees with the code: it has every key, component, flag and default."""
 
 from pathlib import Path
 
@@ -16,28 +16,28 @@ def code(names: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
-def test_every_key_has_its_row(key: Key) -> None:
+def test_every_key_has_a_row(key: Key) -> None:
     assert f"| `{key.name}` | {code(key.aliases)} | {key.default} | {key.meaning} |" in DOC
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_every_component_has_its_row(name: str) -> None:
+def test_every_component_has_a_row(name: str) -> None:
     component = COMPONENTS[name]
     default = " (default)" if DEFAULTS.get(component.section) == name else ""
     assert f"| `{component.section}` | `{name}`{default} | {code(tuple(component.arguments))} |" in DOC
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_every_refused_key_has_its_row(key: str) -> None:
+def test_every_refused_key_has_a_row(key: str) -> None:
     assert f"| `{key}` | {REFUSED[key]} |" in DOC
 
 
-def test_every_refused_flag_has_its_row() -> None:
+def test_every_refused_flag_has_a_row() -> None:
     for flag, reason in refused_flags().items():
         assert f"| `{flag}` | {reason} |" in DOC
 
 
-def test_no_row_speaks_of_a_key_that_is_gone() -> None:
+def test_no_row_names_an_unknown_key() -> None:
     rows = [line.split("`")[1] for line in DOC.splitlines() if line.startswith("| `")]
     known = {key.name for key in KEYS} | set(SECTIONS) | REFUSED.keys() | refused_flags().keys()
     assert set(rows) - known == {"--nproc_per_node N", "--nnodes N", "--max-restarts N"}

@@ -1,4 +1,4 @@
-"""Jobs that fit no node are refused, no others; and what would make them fit is said."""
+"""Only jobs that fit no node are refused, with suggestions that would make them fit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_a_job_is_refused_only_beyond_the_margin_and_with_what_would_make_it_fit
 
 
 @pytest.mark.parametrize("extras", [{}, {"batch_size": 3}, {"dataset": {"packed": True}, "max_seq_len": 64}])
-def test_what_surely_fits_is_never_refused_by_the_closer_look(
+def test_what_surely_fits_is_never_refused_by_the_exact_check(
     arch: Architecture, tmp_path: Path, extras: dict[str, Any]
 ) -> None:
     plan = plan_for(tmp_path / "m", FULL, **extras)
@@ -57,7 +57,7 @@ def test_what_surely_fits_is_never_refused_by_the_closer_look(
     assert not surely_fits(plan, arch, rows.lengths, int(needed / MARGIN) - 1)
 
 
-def test_a_long_row_at_the_end_of_data_that_keeps_its_order_is_counted(
+def test_without_shuffling_a_long_row_at_the_end_of_the_data_is_counted(
     arch: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainers.training.load.LOOKED_AT", 4)
@@ -65,7 +65,7 @@ def test_a_long_row_at_the_end_of_data_that_keeps_its_order_is_counted(
     assert load_of(plan, arch, Rows([ROW] * 20 + [10 * ROW])).positions == 10 * ROW - 1
 
 
-def test_activations_are_recomputed_where_keeping_them_could_exceed_a_worker_s_share(
+def test_activations_are_recomputed_if_keeping_them_could_exceed_a_worker_s_share(
     arch: Architecture, tmp_path: Path
 ) -> None:
     asked, rows = plan_for(tmp_path / "m", FULL | {"enable_activation_checkpointing": True}), Rows()
@@ -95,7 +95,9 @@ def told(plan: Plan, arch: Architecture, worker_bytes: int) -> list[str]:
     return (caught.value.error.suggestion or "").split("; or ")
 
 
-def test_on_a_gpu_it_is_said_which_method_and_how_many_workers_would_fit(arch: Architecture, tmp_path: Path) -> None:
+def test_on_a_gpu_the_suggestion_names_the_method_and_the_workers_that_would_fit(
+    arch: Architecture, tmp_path: Path
+) -> None:
     arch = replace(arch, hidden_size=512, intermediate_size=1536, num_layers=30, windows=(None,) * 30)
     full, lora = (plan_for(tmp_path / "m", custom, dtype="mixed") for custom in (FULL, LORA))
     frozen, trained = (states_of(plan, arch, "cuda") for plan in (lora, full))
@@ -122,7 +124,9 @@ def test_lora_is_proposed_with_the_settings_that_it_was_found_to_fit_with(arch: 
     check_memory(recomputed, arch, load, there)
 
 
-def test_a_request_is_refused_at_once_for_its_weights_and_optimizer_only(arch: Architecture, tmp_path: Path) -> None:
+def test_a_request_is_refused_at_once_if_weights_and_optimizer_alone_do_not_fit(
+    arch: Architecture, tmp_path: Path
+) -> None:
     full, lora = (plan_for(tmp_path / "m", custom) for custom in (FULL, LORA))
     there = int(3 * 4 * numbers_of(arch) / MARGIN) - 100
     problem = states_fit(full, arch, there)

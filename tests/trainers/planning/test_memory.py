@@ -124,7 +124,7 @@ def arch(tmp_path: Path) -> Architecture:
         ({"nproc_per_node": 8}, {"nproc_per_node": 2}),
     ],
 )
-def test_what_is_said_to_need_less_does(
+def test_each_suggested_change_needs_less_memory(
     arch: Architecture, tmp_path: Path, less: dict[str, Any], more: dict[str, Any]
 ) -> None:
     plan = plan_for(tmp_path / "m", FULL)
@@ -132,7 +132,7 @@ def test_what_is_said_to_need_less_does(
     assert small.peak_bytes < large.peak_bytes
 
 
-def test_on_a_gpu_nothing_is_counted_that_lies_in_the_host_s_memory(arch: Architecture, tmp_path: Path) -> None:
+def test_on_a_gpu_nothing_in_the_host_s_memory_is_counted(arch: Architecture, tmp_path: Path) -> None:
     full, lora = (plan_for(tmp_path / "m", custom, dtype="mixed") for custom in (FULL, LORA))
     alone = memory_of(lora, arch, LOAD, "cuda")
     assert (alone.checkpoint, alone.overhead) == (0, BUFFERS)

@@ -1,4 +1,4 @@
-"""overrides: the mirror of torchrun's parser, the flags that are honoured, and `key=value`."""
+"""overrides: the mirror of torchrun's parser, the flags that are supported, and `key=value`."""
 
 from argparse import ArgumentParser
 from itertools import accumulate
@@ -48,7 +48,7 @@ def test_the_three_flags_are_read_in_every_spelling(text: str) -> None:
     assert overrides[:3] == (3, 2, 1)
 
 
-def test_no_overrides_are_one_worker_and_three_restarts() -> None:
+def test_without_overrides_there_is_one_worker_and_three_restarts() -> None:
     for text in (None, "", "   "):
         overrides, problems = parse_overrides(text)
         assert (overrides, problems) == ((1, 1, 3, []), [])
@@ -73,7 +73,7 @@ def test_no_overrides_are_one_worker_and_three_restarts() -> None:
         "~lr_scheduler",
     ],
 )
-def test_what_cannot_be_meant_is_a_problem(text: str) -> None:
+def test_words_that_cannot_be_read_are_problems(text: str) -> None:
     _, problems = parse_overrides(text)
     assert problems
     assert all(problem.param == "overrides" and len(problem.message) < 300 for problem in problems)
@@ -130,6 +130,6 @@ def test_every_torchrun_flag_is_honoured_or_refused() -> None:
         ("[" * 50_000, "[" * 50_000),
     ],
 )
-def test_values_are_read_as_the_command_line_means_them(text: str, value: object) -> None:
+def test_values_of_settings_get_their_types(text: str, value: object) -> None:
     assert parse_value(text) == value
     assert type(parse_value(text)) is type(value)

@@ -27,7 +27,7 @@ def only_problem(extras: dict[str, Any], method: str = "lora") -> Problem:
     return problem
 
 
-def test_nothing_but_model_and_data_is_lora_of_rank_8_on_one_worker() -> None:
+def test_the_default_is_lora_of_rank_8_on_one_worker() -> None:
     plan = make_plan(config())
     assert (plan.method, plan.lora, plan.lr, plan.workers, plan.max_restarts) == ("lora", LoraSpec(), 6e-4, 1, 3)
     assert not plan.enable_activation_checkpointing
@@ -41,7 +41,7 @@ def test_a_micro_batch_is_8_rows_or_4_packs_or_4_pairs() -> None:
     assert chosen == [8, 4, 4, 3]
 
 
-def test_what_the_config_leaves_open_is_as_the_job_began() -> None:
+def test_defaults_are_those_recorded_at_submit() -> None:
     before = Defaults(batch_size=4, lr=2e-5)
     plans = [
         make_plan(config(options), before) for options in ({}, {"batch_size": 2, "extras": {"lr": 1e-3}}, dpo("full"))
@@ -128,7 +128,7 @@ def test_no_scheduler_means_a_constant_learning_rate() -> None:
     assert make_plan(config(overrides="lr_scheduler=null")).lr_scheduler is None
 
 
-def test_a_component_off_the_list_is_refused_with_the_list() -> None:
+def test_a_component_that_is_not_on_the_list_is_refused_with_the_list() -> None:
     problem = only_problem({"optimizer": {"_component_": "subprocess.check_output", "args": "id"}, "loss": {}})
     assert problem.param == "fine_tuning_options.extras.optimizer._component_"
     assert problem.code == "component_not_allowed"
@@ -157,7 +157,7 @@ def test_an_optimizer_with_a_compressed_state_trains_where_nothing_is_sharded(ki
 
 
 @pytest.mark.parametrize("value", [7, None, True, ["torch.optim.SGD"], {"a": {"b": 1}}, "torch.nn.CrossEntropyLoss"])
-def test_a_component_must_be_the_name_of_one_for_its_place(value: object) -> None:
+def test_a_component_must_be_one_of_its_section(value: object) -> None:
     assert only_problem({"optimizer._component_": value}).code == "component_not_allowed"
 
 
@@ -247,9 +247,7 @@ def test_a_quantizer_on_the_command_line_keeps_what_extras_do_not_set() -> None:
         ({"fake_quant_after_n_steps": 1}, "full", "fake_quant_after_n_steps", "from the first step"),
     ],
 )
-def test_what_makes_no_sense_together_is_refused_by_name(
-    extras: dict[str, Any], kind: str, path: str, message: str
-) -> None:
+def test_contradictions_are_refused_by_name(extras: dict[str, Any], kind: str, path: str, message: str) -> None:
     problem = only_problem(extras, kind)
     assert problem.param == f"fine_tuning_options.extras.{path}"
     assert message in problem.message
@@ -297,7 +295,7 @@ def test_everything_wrong_is_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", ".hidden", "-x", "a\\b", "x\n", "é", "data", "Error.txt"])
-def test_a_log_file_name_that_is_no_plain_free_name_is_refused(name: str) -> None:
+def test_a_log_file_name_must_be_a_plain_name_that_the_service_does_not_use(name: str) -> None:
     (problem,) = problems_of(logger={"log_type": "disk", "filename": name})
     assert problem.param == "logger.filename"
 
@@ -325,7 +323,7 @@ def dpo(method: str, **extras: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("method", "lr"), [("full", 1e-6), ("lora", 1e-5)])
-def test_dpo_is_a_loss_with_pairs_for_rows_and_a_learning_rate_of_its_own(method: str, lr: float) -> None:
+def test_the_dpo_loss_makes_rows_pairs_and_has_its_own_learning_rate(method: str, lr: float) -> None:
     plan = make_plan(config(dpo(method)))
     assert (plan.pairs, plan.method, plan.lr) == (True, method, lr)
     assert plan.loss.kwargs == {"beta": 0.1, "label_smoothing": 0.0}
@@ -361,14 +359,14 @@ def test_what_does_not_go_with_dpo_is_refused_by_name(extras: dict[str, Any], pa
         ({"custom_training_options": {"finetuning_type": "lora"}}, "", False),
     ],
 )
-def test_weights_are_updated_within_the_backward_pass_where_nothing_else_needs_the_gradient(
+def test_weights_are_updated_within_the_backward_pass_if_nothing_else_needs_the_gradient(
     options: dict[str, Any], overrides: str, expected: bool
 ) -> None:
     full = {"custom_training_options": {"finetuning_type": "full"}}
     assert make_plan(config(full | options, overrides=overrides)).updates_in_backward is expected
 
 
-def test_bitsandbytes_which_synchronises_at_each_update_has_one_a_step() -> None:
+def test_bitsandbytes_updates_all_weights_at_once() -> None:
     plan = make_plan(config({"custom_training_options": {"finetuning_type": "full"}}))
     paged = ComponentSpec(component="bitsandbytes.optim.PagedAdamW8bit")
     assert not plan.model_copy(update={"optimizer": paged}).updates_in_backward

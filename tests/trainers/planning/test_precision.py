@@ -1,4 +1,4 @@
-"""What is trained in where a plan doesn't say: mixed where the device computes in bf16."""
+"""The default data type: mixed if the device computes in bf16, else fp32."""
 
 from pathlib import Path
 
@@ -30,26 +30,24 @@ class Meeting(Ranks):
         ("", False),
     ],
 )
-def test_a_processor_has_bf16_where_linux_lists_an_instruction_for_it(
-    tmp_path: Path, flags: str, expected: bool
-) -> None:
+def test_a_processor_has_bf16_if_linux_lists_an_instruction_for_it(tmp_path: Path, flags: str, expected: bool) -> None:
     one = f"processor\t: 0\nmodel name\t: any\nflags\t\t: {flags}\nbugs\t\t: avx512_bf16\n\n"
     (tmp_path / "cpuinfo").write_text(one * 2)
     assert has_bf16(tmp_path / "cpuinfo") is expected
 
 
-def test_a_machine_that_describes_no_processor_trains_in_fp32(tmp_path: Path) -> None:
+def test_without_a_description_of_the_processor_the_default_is_fp32(tmp_path: Path) -> None:
     assert not has_bf16(tmp_path / "cpuinfo")
 
 
-def test_mixed_is_the_default_where_the_device_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_is_the_default_if_the_device_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (True, False):
         monkeypatch.setattr("trainers.planning.precision.has_bf16", lambda _, has=has: has)
         assert default_dtype("cpu") == ("mixed" if has else "fp32")
         assert default_dtype("cuda") == "mixed"
 
 
-def test_what_the_plan_says_holds_and_then_what_the_run_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_s_dtype_comes_first_then_that_of_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_model, "default_dtype", lambda _: "mixed")
     alone = Ranks(0, 1, CPU)
     assert choose_dtype(make_plan_for(dtype="fp32"), alone, "bf16") == "fp32"

@@ -1,4 +1,4 @@
-"""A plan that a model has no use for is refused before anything is trained."""
+"""A plan that can't be used with its model is refused before anything is trained."""
 
 from pathlib import Path
 
@@ -19,11 +19,11 @@ def test_an_adapter_on_a_tied_head_is_refused_by_name(tmp_path: Path) -> None:
     assert caught.value.error.param == "fine_tuning_options.custom_training_options.apply_lora_to_output"
 
 
-def test_an_adapter_on_a_head_of_its_own_is_fine(tmp_path: Path) -> None:
+def test_an_adapter_on_an_untied_head_is_fine(tmp_path: Path) -> None:
     check_suitable(make_plan_for(lora=LoraSpec(output=True)), inspect_model_dir(make_tiny_model(tmp_path, "mistral")))
 
 
-def test_a_layer_that_is_no_multiple_of_nf4s_blocks_is_refused_by_name_and_shape(tmp_path: Path) -> None:
+def test_a_layer_that_is_not_a_multiple_of_nf4s_blocks_is_refused_by_name_and_shape(tmp_path: Path) -> None:
     """With the widths of SmolLM2-135M."""
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     arch = inspect_model_dir(make_tiny_model(tmp_path, "llama", **sizes))
