@@ -5,6 +5,7 @@ The only module that calls Ray's control plane. Every method blocks on network c
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ class Cluster:
     def start_runner(self, job_id: str, settings_env: dict[str, str]) -> None:
         """Starts the job's Ray Job. Its submission id is the job id, so Ray refuses a second one."""
         self._jobs.submit_job(
-            entrypoint=f"exec {sys.executable} -m trainers run {job_id}",
+            entrypoint=f"exec {shlex.quote(sys.executable)} -m trainers run {job_id}",
             submission_id=job_id,
             runtime_env={"env_vars": RUN_ENV | _allocation() | settings_env},
             metadata={"job_id": job_id, "service": "tunewright"},

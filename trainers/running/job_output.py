@@ -81,7 +81,7 @@ class JobOutput:
             closing = self._closing.is_set()
             try:
                 batch = blocking(self._lines.read(self._job_id, offset, ECHO_LINES, 0 if closing else ECHO_WAIT_S))
-            except LogUnavailable:
+            except (LogUnavailable, OSError):  # the queue is away, or its storage
                 # Nothing is lost: this is only a copy for people.
                 self._closing.wait(ECHO_WAIT_S)
                 if closing:

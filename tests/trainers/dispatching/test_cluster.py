@@ -1,10 +1,12 @@
 """What the dispatcher takes from the answers of Ray's dashboard, and from none. (tests/service has a real one.)"""
 
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +87,21 @@ def test_a_runs_workers_manage_a_gpus_memory_in_segments_that_grow_unless_the_op
     first, second = (submission["runtime_env"]["env_vars"] for submission in dashboard.submitted)
     assert first["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "PYTORCH_ALLOC_CONF" not in second  # the workers inherit the operator's
+
+
+def test_a_python_whose_path_has_a_space_runs_the_runner(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "my project" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    Cluster().start_runner(WITH_404, {})
+    (submission,) = dashboard.submitted
+    shell = ["/bin/sh", "-c", submission["entrypoint"]]
+    run = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert run.stdout == f"-m trainers run {WITH_404}\n"
 
 
 def test_a_job_that_ray_does_not_know_has_no_runner(dashboard: Dashboard) -> None:

@@ -29,6 +29,8 @@ class Lines:
         self.queue = LogQueue(storage)
         self.fails_after_append = False
         self.unavailable = False
+        self.unreadable = threading.Event()
+        self.refused = threading.Event()
         self.second_line_awaited = threading.Event()
 
     async def append(self, job_id: str, source: str, seq: int, lines: Sequence[tuple[str, str]]) -> int:
@@ -40,6 +42,9 @@ class Lines:
     async def read(self, job_id: str, after: int = 0, limit: int = 1000, wait_s: float = 0) -> LogBatch:
         if self.unavailable:
             raise LogUnavailable("restarting")
+        if self.unreadable.is_set():
+            self.refused.set()
+            raise OSError("Input/output error")
         if after == 1:
             self.second_line_awaited.set()
         return await self.queue.read(job_id, after, limit, wait_s)
@@ -79,6 +84,19 @@ def test_a_log_queue_that_is_gone_at_the_end_does_not_take_the_outcome_with_it(
         os.write(1, b"trained\n")
         lines.unavailable = True
     assert lines.messages() == ["trained"]
+
+
+def test_a_log_that_can_not_be_read_for_a_while_is_echoed_again_afterwards(
+    lines: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_output, "ECHO_WAIT_S", 0.01)
+    with JobOutput(lines, JOB):
+        lines.unreadable.set()
+        assert lines.refused.wait(10)
+        os.write(1, b"trained\n")
+        lines.unreadable.clear()
+    assert lines.messages() == ["trained"]
+    assert capfd.readouterr().out == "trained\n"
 
 
 @contextlib.contextmanager
