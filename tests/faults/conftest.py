@@ -1,4 +1,4 @@
-"""The fault suite: processes are killed, stopped and cut off while the service works, and nothing may be lost.
+"""The fault suite: processes are killed and connections cut while the service works, and nothing may be lost.
 
 Short by default. `--long` is the whole of it (`make faults`); `--faults-seed` repeats a run whose seed was printed.
 """
@@ -26,7 +26,7 @@ def long(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """What this test's random choices come from. Printed, so that a failure can be repeated."""
+    """The seed of this test's random choices. It is printed, so that a failure can be repeated."""
     given = request.config.getoption("--faults-seed", default=None)
     chosen = secrets.randbelow(2**31) if given is None else int(given)
     print(f"repeat with --faults-seed={chosen}")  # noqa: T201  -- pytest shows it with a failure
@@ -40,14 +40,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def faults(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    """One service for all tests here that leave it standing."""
+    """One service, shared by all tests here that don't end it."""
     with a_service(tmp_path_factory.mktemp("storage"), inputs) as service:
         yield Faults(Api(service, inputs / "tiny", inputs / "rows.jsonl"))
 
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """A directory in memory: here nothing but the simulated disk loses anything, and nobody waits for a real one."""
+    """A directory in memory, where a sync takes no time: only the simulated disk loses anything."""
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="tw-", dir=shared if shared.is_dir() else None) as directory:
         yield Path(directory)

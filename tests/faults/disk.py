@@ -1,9 +1,9 @@
-"""What a real process does to its disk, recorded by strace, and what a power cut at any moment of it may leave behind.
+"""Records with strace what a process does to its disk, and simulates what a power cut at any moment may leave of that.
 
-The model of the disk: what was written before a sync of the file is there after it; of what was written since, each
-sector of 512 bytes may be there, be missing, or be garbage, whatever the order. Only a change of a file's size keeps
-its place among the writes to that file, as journals of file systems see to. A new file may be missing, and one that was
-removed be there again, until their directory was synced.
+The model of the disk: data written before a sync of its file is on disk. Of data written since, each sector of 512
+bytes may be there, be missing, or be garbage, independently of the order of writes. Only a change of a file's size
+keeps its place among the writes to that file, as journaling file systems ensure. Until their directory is synced, a new
+file may be missing, and a removed one be there again.
 """
 
 import random
@@ -55,7 +55,7 @@ class Sync:
 
 @dataclass(frozen=True)
 class Said:
-    """The process wrote this to its standard output: it has told the world."""
+    """The process wrote this to its standard output: from now on others rely on it."""
 
     text: str
 
@@ -135,12 +135,12 @@ class _File:
     durable: bytearray = field(default_factory=bytearray)
     pending: list[Write | Resize] = field(default_factory=list)
     named: bool = False
-    """The directory was synced since it was created."""
+    """Whether the directory was synced since the file was created."""
     removed: bool = False
 
 
 class Disk:
-    """Plays the steps, and shows what a power cut would leave."""
+    """A simulated disk: `play` applies steps, and `crash` shows what a power cut would leave."""
 
     def __init__(self) -> None:
         self._files: dict[str, _File] = {}
@@ -164,7 +164,7 @@ class Disk:
                 file.pending.clear()
 
     def crash(self, directory: Path, chance: random.Random) -> None:
-        """Writes into `directory` what is left: at random everything, nothing, or some of what was not synced."""
+        """Writes into `directory` what is left: of the unsynced changes at random all, none or some."""
         mood = chance.choice(["kept", "lost", "mixed", "mixed", "mixed"])
         for name, file in self._files.items():
             if (file.removed and mood == "kept") or ((file.removed or not file.named) and chance.random() < 0.5):
@@ -192,7 +192,8 @@ def _survivors(pending: list[Write | Resize], mood: str, chance: random.Random) 
 
 
 def _some(sectors: list[Write], mood: str, chance: random.Random) -> Iterator[Write]:
-    """In any order, where it is not `kept` as it was written: of two writes to one sector either may have been last."""
+    """The sectors that survive. If the mood is `kept`: all, as written. Else some, partly garbage, and in any order,
+    since of two writes to one sector either may have been the last."""
     if mood == "kept":
         yield from sectors
         return

@@ -1,7 +1,7 @@
-"""A process that may be killed at any moment and is back at once.
+"""Keeps a process alive that may be killed at any moment: a new one takes its place at once.
 
-`python -m MODULE DIRECTORY` is only the parent, which forks the next process whenever one dies: importing takes longer
-than forking. It ends, with its child, when its standard input does.
+`python -m MODULE DIRECTORY` starts only the parent, which forks a new child whenever one dies: forking is faster than
+importing again. When its standard input ends, the parent ends, with its child.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def back_at_once(work: Callable[[Path], Coroutine[None, None, None]]) -> None:
-    """The parent's main: `work` is done in the children, on the directory of the command line."""
+    """The parent's main function. The children do `work` in the directory given on the command line."""
     directory = Path(sys.argv[1])
     while True:
         if (child := os.fork()) == 0:
@@ -33,7 +33,7 @@ def back_at_once(work: Callable[[Path], Coroutine[None, None, None]]) -> None:
 
 @contextmanager
 def kept_alive(module: str, directory: Path) -> Iterator[None]:
-    """The module's process runs, or is about to."""
+    """While entered, the module's process runs, or a new one is being forked."""
     command = [sys.executable, "-m", module, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as parent:
         yield

@@ -57,7 +57,7 @@ OWNERS: dict[str, list[tuple[str, ...]]] = {
         ("DispatcherActor",),
     ],
 }
-"""What a running job can't do without, by words of the processes' titles."""
+"""Processes that a running job depends on: words in their titles."""
 OTHERS: dict[str, list[tuple[str, ...]]] = {
     "event log": [("EventLogActor",)],
     "log queue": [("LogQueueActor",)],
@@ -67,17 +67,17 @@ OTHERS: dict[str, list[tuple[str, ...]]] = {
     "proxy": [("haproxy", "-f")],
     "proxy's manager": [("HAProxyManager",)],
 }
-"""What the service can't do without; a job does."""
+"""Processes that the service depends on, but not a running job: words in their titles."""
 
 
 @dataclass
 class Faults:
-    """The service, and how to hurt it."""
+    """The service, and ways to kill parts of it."""
 
     api: Api
 
     def kill(self, kind: str, job_id: str) -> None:
-        """SIGKILL to every process of the kind; there must be one."""
+        """Sends SIGKILL to every process of the kind. There must be at least one."""
         patterns = [[word.format(job=job_id) for word in words] for words in (OWNERS | OTHERS)[kind]]
         victims = [process for words in patterns for process in self._found(words)]
         for victim in victims:
@@ -137,12 +137,12 @@ class Faults:
         eventually(answers, RECOVERY_S, lambda: "the API does not answer")
 
     def submit(self, **changes: Any) -> str:
-        """A new job. It has a key: an event log that was killed has forgotten which answers were delivered, and would
-        take the next job of the same config for this one."""
+        """Submits a job, with an Idempotency-Key: an event log that was killed doesn't know which answers were
+        delivered, and would take the next submit of the same config for a retry of this one."""
         return self.api.submit(self.config(**changes), headers={"Idempotency-Key": uuid.uuid4().hex})
 
     def config(self, **changes: Any) -> dict[str, Any]:
-        """Of a job that saves often and can be interrupted often."""
+        """The config of a job that saves often and may be interrupted often."""
         options = {
             "n_epochs": EPOCHS,
             "batch_size": BATCH,

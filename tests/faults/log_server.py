@@ -1,11 +1,11 @@
-"""An event log in a process of its own, behind a Unix socket, that may be killed at any moment and is back at once.
+"""An event log in a process of its own, behind a Unix socket. It may be killed at any moment and is back at once.
 
     python -m tests.faults.log_server DIRECTORY
 
 serves DIRECTORY/events.db on DIRECTORY/socket.
 
-Each message, both ways, is a length (4 bytes, big-endian) and a pickle. To: (method, arguments) of EventLog. Back: the
-result, or the exception. The first message of a connection, from the server, is its process id.
+Each message, in either direction, is a length (4 bytes, big-endian) and a pickle. A request is (method, arguments) of
+EventLog; the response is the result or the exception. On a new connection the server first sends its process id.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from events.sqlite import SqliteStore
 from tests.faults.immortal import back_at_once
 
 STRIDE = 512
-"""Who opens its log must have the same: it is a part of the schema."""
+"""Part of the schema: every process that opens its log must set the same."""
 _LENGTH = struct.Struct(">I")
 
 
@@ -58,7 +58,7 @@ async def receive(reader: asyncio.StreamReader) -> Any:
 
 
 class Client:
-    """One connection. A call that loses it is made again, with the same arguments, until it is answered."""
+    """One connection. If it breaks during a call, the call is repeated with the same arguments until it is answered."""
 
     def __init__(self, directory: Path) -> None:
         self._socket = directory / "socket"

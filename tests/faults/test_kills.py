@@ -1,4 +1,4 @@
-"""Any process may be killed at any moment: the job goes on, and in the end it can't be told from one left in peace."""
+"""Any process may be killed at any moment: the job goes on, and its result is that of an undisturbed job."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def test_whatever_is_killed_every_job_finishes_with_the_losses_of_the_undisturbe
 
 
 def _killable(faults: Faults, job_id: str) -> bool:
-    """Waits until the job runs and has a checkpoint. False: it is so far that it might end before it is hurt."""
+    """Waits until the job runs and has a checkpoint. False: it is so far that it might end before the kill."""
     job = faults.until(job_id, lambda job: job["status"] == "success" or _has_run(job))
     return job["status"] == "running" and step_of(job) < 0.7 * STEPS
 
@@ -58,7 +58,7 @@ def _has_run(job: dict[str, Any]) -> bool:
     return job["status"] == "running" and bool(job["checkpoints"]) and step_of(job) > INTERVAL
 
 
-def test_a_fault_of_the_user_s_is_not_tried_again(faults: Faults, inputs: Path) -> None:
+def test_a_job_that_fails_by_its_user_s_fault_is_not_tried_again(faults: Faults, inputs: Path) -> None:
     broken = shutil.copytree(inputs / "tiny", inputs / "broken")
     weights = load_file(broken / "model.safetensors")
     save_file({name: weight * math.nan for name, weight in weights.items()}, broken / "model.safetensors")

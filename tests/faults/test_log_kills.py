@@ -28,7 +28,7 @@ CLIENTS, JOBS = 20, 3
 
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Of a short name: that of a socket may have a hundred characters."""
+    """With a short path: that of a Unix socket may have about a hundred characters."""
     monkeypatch.setattr(sqlite, "_STRIDE", STRIDE)
     with tempfile.TemporaryDirectory(prefix="tw-", dir="/tmp") as directory:
         yield Path(directory)
@@ -40,7 +40,7 @@ async def start_job(client: Client, job_id: str) -> None:
 
 
 async def kill(client: Client, chance: random.Random, pause_s: float) -> None:
-    """Once the server is up, and then some."""
+    """Kills the server once it is up, after a pause of up to `pause_s`."""
     client.close()
     client._connection = None
     await client.call("jobs", 1)

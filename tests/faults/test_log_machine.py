@@ -1,4 +1,4 @@
-"""Any interleaving of what clients do to jobs and of crashes: a state machine against the log on a real file."""
+"""Clients' operations and crashes in any order: a Hypothesis state machine on a log in a real file."""
 
 import asyncio
 import shutil
@@ -47,7 +47,7 @@ FACTS: st.SearchStrategy[Event] = st.one_of(
 
 
 class Machine(RuleBasedStateMachine):
-    """Remembers every append that was acknowledged, and how each job last was."""
+    """Remembers every acknowledged append, and each job's last state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,14 +86,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(job_id=JOBS)
     def run_it(self, job_id: str) -> None:
-        """The way most jobs go: random facts alone seldom get that far."""
+        """Takes a job through validation to a run, as most jobs go: random facts alone seldom get that far."""
         self.report(job_id, [VALIDATED])
         self.report(job_id, [ADMITTED])
         self.report(job_id, [started(1)])
 
     @rule(data=st.data())
     def duplicate(self, data: st.DataObject) -> None:
-        """A retry of what was written, however long ago."""
+        """A retry of an append that was written any time ago."""
         written = {one.event_id for one in self.run(self.log.subscribe(0)) or []}
         reports = [one for one in self.sent if one[1] != [SUBMITTED] and written.issuperset(one[2])]
         if not reports:
@@ -104,7 +104,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def crash(self) -> None:
-        """What is on disk now is all that the next process has."""
+        """The next process has only what is on disk now."""
         self.lives += 1
         shutil.copytree(self.directory / str(self.lives - 1), self.directory / str(self.lives))
         self.log = EventLog(SqliteStore(self.directory / str(self.lives) / "events.db"))

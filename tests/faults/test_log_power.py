@@ -19,8 +19,8 @@ from tests.events.support import add, check_all
 from tests.faults.disk import Disk, Said, Step, needs_strace, record
 
 BATCHES = 24
-SHORT_LOG = 64 << 10  # The write-ahead log is emptied every few batches, so that many crashes fall into that.
-STRIDE = 16  # Of about two hundred events.
+SHORT_LOG = 64 << 10  # so that the write-ahead log is emptied every few batches, and many crashes happen meanwhile
+STRIDE = 16  # of about two hundred events
 
 
 def batch(number: int) -> list[tuple[str, str, Event]]:

@@ -36,7 +36,7 @@ LINES = 60_000
 """Of some 600 bytes each in a tail: 36 MB for each reader, far more than sockets take in."""
 STALLED = 10
 MAY_GROW = 100 << 20
-"""Bytes, of what serves the readers. Ten of them that were waited for would hold 360 MB."""
+"""Bytes by which the processes that serve the readers may grow. Output queued for all ten would take 360 MB."""
 
 
 @pytest.mark.timeout(3600)
@@ -72,7 +72,7 @@ def _read_in_pieces(faults: Faults, job_id: str, rng: random.Random) -> tuple[li
 
 
 @pytest.mark.timeout(3600)
-def test_stalled_readers_take_no_memory_and_nobody_else_notices(faults: Faults) -> None:
+def test_stalled_readers_take_no_memory_and_do_not_slow_other_requests(faults: Faults) -> None:
     job_id = faults.submit()
     faults.until(job_id, lambda job: step_of(job) > 0)
     service = faults.api.service
@@ -119,7 +119,7 @@ def _readable(reader: socket.socket) -> bool:
 
 
 def _ask_for_status(faults: Faults, job_id: str, done: threading.Event, longest: list[float]) -> None:
-    """How long the answers take, until `done`."""
+    """Asks for the job's status until `done`, and notes how long each answer takes."""
     with httpx.Client(base_url=faults.api.service.url, timeout=30, trust_env=False) as http:
         while not done.wait(0.05):
             began = time.monotonic()
@@ -128,5 +128,5 @@ def _ask_for_status(faults: Faults, job_id: str, done: threading.Event, longest:
 
 
 def _own_memory(processes: list[psutil.Process]) -> int:
-    """Memory of their own: what they have mapped of Ray's object store is bounded by that, and counted in each."""
+    """Memory that only these processes use: without Ray's shared object store, which would count for each of them."""
     return sum(process.memory_full_info().uss for process in processes)

@@ -1,4 +1,4 @@
-"""A process that sends webhooks, that may be killed at any moment and is back at once.
+"""A process that sends webhooks. It may be killed at any moment and is back at once.
 
     python -m tests.faults.webhook_sender DIRECTORY
 
@@ -19,7 +19,7 @@ PACE = Pace(first_pause_s=0.05, growth=1.5, longest_pause_s=0.5, timeout_s=0.5)
 
 
 class Log:
-    """The part of an event log that webhooks need, in the log server's process."""
+    """The part of an event log that webhooks need: calls of the log server."""
 
     def __init__(self, directory: Path) -> None:
         self._client = Client(directory)

@@ -1,5 +1,5 @@
-"""What Ray's autoscaler may add is known before it has added anything: on a cluster that begins without a GPU, jobs ask
-for GPUs all the same, and get them."""
+"""The nodes that Ray's autoscaler may add are known before it has added any: on a cluster that starts without a GPU,
+jobs ask for GPUs all the same, and get them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from trainers.dispatching.autoscaler import Autoscaler, node_groups
 ROOT = Path(__file__).parents[3]
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 
-HEAD = "ray.head.default"  # as the provider calls it, whatever the config says
+HEAD = "ray.head.default"  # the provider uses this name, whatever the config says
 _LISTS = (
     "cluster_synced_files",
     "head_setup_commands",
@@ -34,7 +34,7 @@ _LISTS = (
     "worker_setup_commands",
     "worker_start_ray_commands",
 )
-"""What Ray's launcher fills in, and its autoscaler insists on."""
+"""Keys that Ray's launcher fills in and its autoscaler requires."""
 
 DRIVER = """
 import json, sys
@@ -100,7 +100,7 @@ def test_a_cluster_that_begins_without_a_gpu_has_those_of_its_autoscaler(head: t
     assert json.loads(driver.stdout.splitlines()[-1]) == [1, True, 2]
 
 
-def test_the_launcher_s_file_says_how_many_nodes_of_which_kind() -> None:
+def test_the_cluster_config_says_how_many_nodes_of_which_type_may_be_added() -> None:
     assert node_groups(config()) == (NodeGroup(Node(1, 0), 0), NodeGroup(Node(1, 2), 2))
     shipped = node_groups(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     assert NodeGroup(Node(192, 8), 2) in shipped
@@ -110,7 +110,7 @@ def test_the_launcher_s_file_says_how_many_nodes_of_which_kind() -> None:
     assert node_groups({}) == ()
 
 
-def test_no_second_head_is_counted_on_where_the_file_does_not_say_that_there_may_be_one() -> None:
+def test_no_second_head_is_expected_unless_the_file_allows_one() -> None:
     silent: dict[str, Any] = {"head_node_type": "head", "available_node_types": {"head": {"resources": {"CPU": 4}}}}
     assert node_groups(silent) == (NodeGroup(Node(4, 0), 0),)
     silent["available_node_types"]["head"]["max_workers"] = 1
@@ -119,7 +119,7 @@ def test_no_second_head_is_counted_on_where_the_file_does_not_say_that_there_may
 
 @contextmanager
 def monitor(address: str, file: Path) -> Iterator[None]:
-    """A process that looks like an autoscaler's, of that cluster and with that file."""
+    """A process whose command line is that of an autoscaler, with this cluster's address and this file."""
     code = "import sys; sys.stdin.read()"
     command = [sys.executable, "-c", code, f"--gcs-address={address}", f"--autoscaling-config={file}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
@@ -147,7 +147,7 @@ def test_the_file_of_another_cluster_s_autoscaler_is_not_taken_and_changes_are_f
 @pytest.mark.parametrize(
     "content", [b"", b"available_node_types:\n  gpus: 3\n", b"max_workers: many", b"[1]", b"max_workers: \xff"]
 )
-def test_a_file_that_makes_no_sense_leaves_what_it_said_before_and_is_told_of_once(
+def test_an_invalid_file_leaves_its_last_content_in_force_and_is_logged_once(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "cluster.yaml"
@@ -165,7 +165,7 @@ def test_a_file_that_makes_no_sense_leaves_what_it_said_before_and_is_told_of_on
         assert autoscaler.groups()[1].max_count == 1
 
 
-def test_what_is_null_in_the_file_is_not_set() -> None:
+def test_null_in_the_file_counts_as_not_set() -> None:
     nulls: dict[str, Any] = {"max_workers": None, "available_node_types": {"cpu": {"resources": None}, "gpus": None}}
     assert node_groups(nulls) == (NodeGroup(Node(0, 0), sys.maxsize),) * 2
     assert node_groups({"available_node_types": None}) == ()

@@ -1,4 +1,4 @@
-"""What the dispatcher takes from the answers of Ray's dashboard, and from none. (tests/service has a real one.)"""
+"""How `Cluster` understands the answers of Ray's dashboard, and its silence. (tests/service has a real dashboard.)"""
 
 import json
 import subprocess
@@ -131,7 +131,7 @@ def test_two_runners_of_one_job_that_ended_alike_are_told_apart(dashboard: Dashb
     assert lost[0] != lost[1]
 
 
-def test_an_error_about_a_job_whose_id_happens_to_hold_404_says_nothing_about_its_runner(dashboard: Dashboard) -> None:
+def test_an_error_about_a_job_whose_id_contains_404_says_nothing_about_its_runner(dashboard: Dashboard) -> None:
     """Taken for absent, a job that runs would be interrupted, and its placement group removed."""
     dashboard.status, dashboard.text = 500, f"Traceback: timed out while asking for {WITH_404}"
     with pytest.raises(RuntimeError, match="status code 500"):
@@ -156,7 +156,7 @@ def test_a_clock_that_was_set_back_an_hour_does_not_keep_a_job_from_its_next_run
     assert not cluster.forget_runner("ftjob-1")  # its next runner, should that end
 
 
-def test_a_dashboard_that_hangs_does_not_hang_who_asks(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dashboard_that_hangs_does_not_hang_the_caller(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster()
     assert cluster.runner("ftjob-1").state == "absent"
     monkeypatch.setattr("trainers.dispatching.cluster.ANSWER_S", 0.2)

@@ -1,4 +1,4 @@
-"""The dispatcher against a cluster in memory: whatever the log and the cluster say, passes bring them together."""
+"""The dispatcher on a cluster in memory: whatever the log and the cluster say, its passes make them match."""
 
 from logging.handlers import BufferingHandler
 
@@ -172,7 +172,7 @@ async def test_a_running_job_keeps_its_place_before_a_younger_one_when_everythin
 
 
 @in_world
-async def test_what_a_job_held_is_kept_for_it_while_its_runner_is_replaced(world: World) -> None:
+async def test_a_job_s_resources_are_kept_for_it_while_its_runner_is_replaced(world: World) -> None:
     older = await world.running(workers=2)
     younger = await world.submit(workers=2)
     await world.pass_()
@@ -189,7 +189,7 @@ async def test_what_a_job_held_is_kept_for_it_while_its_runner_is_replaced(world
 
 
 @in_world
-async def test_what_a_job_held_is_kept_for_it_though_as_many_younger_runners_wait_as_may(world: World) -> None:
+async def test_a_job_s_resources_are_kept_for_it_even_if_as_many_younger_runners_wait_as_may(world: World) -> None:
     older = await world.running(workers=2)
     waiting = [await world.submit(workers=2) for _ in range(4)]
     await world.pass_()

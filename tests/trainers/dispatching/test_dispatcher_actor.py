@@ -1,4 +1,4 @@
-"""Whose dispatcher a cluster has: that of the last deploy, with its settings, whoever else connects."""
+"""A cluster's dispatcher is that of the last deploy, with its settings, whichever other process connects."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ from trainers.settings import Settings
 from trainers.webhooks.client import WebhooksClient
 
 FIRST, SECOND = 1_000.0, 2_000.0
-"""When two deploys were built."""
+"""Times at which two deploys were built."""
 
 
 class Deploys:
@@ -57,8 +57,8 @@ def deploys(handles: Handles, tmp_path: Path) -> Deploys:
 
 @contextmanager
 def log_away(storage: Path) -> Iterator[None]:
-    """There is no event log meanwhile: each that is started finds a file that it can't open, and ends. It is empty
-    afterwards."""
+    """While entered, no event log runs: each that is started ends, because it can't open its file. Afterwards the log
+    is empty."""
     aside = storage / "aside"
     aside.mkdir()
     for file in storage.glob("events.db*"):
@@ -75,7 +75,7 @@ def pid_of(dispatcher: DispatcherClient) -> int:
 
 
 def ask(actor: ActorHandle[DispatcherActor], method: str, *arguments: object) -> ObjectRef[Any]:
-    """By its name, as Ray's types can't tell which methods an actor has."""
+    """Calls a method by its name: Ray's types don't know which methods an actor has."""
     answer: ObjectRef[Any] = getattr(actor, method).remote(*arguments)
     return answer
 
@@ -103,7 +103,7 @@ def test_a_dispatcher_that_starts_again_without_its_log_waits_for_it_and_goes_on
     with log_away(tmp_path):
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: not psutil.pid_exists(pid), WAIT_S, lambda: "the dispatcher goes on")
-        for _ in range(3):  # more often than by who was at work already
+        for _ in range(3):  # more often than by callers that were already under way
             started = tmp_path / "events.db.lock"
             started.unlink(missing_ok=True)
             eventually(started.exists, WAIT_S, lambda: "nobody starts the log")
@@ -236,7 +236,7 @@ def test_callers_who_give_up_on_a_dispatcher_that_is_being_started_leave_one_thr
 def test_the_dispatcher_finds_the_dashboard_wherever_it_listens_also_where_no_variable_names_the_cluster(
     ray_cluster: RayCluster,
 ) -> None:
-    """RAY_ADDRESS is what Ray's client of the dashboard goes by; the shell of `ray start --head` has none."""
+    """The shell of `ray start --head` may have no RAY_ADDRESS, by which Ray's own client finds the dashboard."""
 
     @ray.remote(num_cpus=0, runtime_env={"env_vars": {"RAY_ADDRESS": ""}})
     def runner() -> Runner:

@@ -1,4 +1,5 @@
-"""The dispatcher and jobs that pause, by their users' wish, because their node goes or the service is shut down."""
+"""The dispatcher and jobs that pause: because their user says so, their node is drained, or the service is shut
+down."""
 
 import asyncio
 

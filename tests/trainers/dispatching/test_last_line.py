@@ -1,4 +1,4 @@
-"""What the log of a job says last where its own processes can't say it."""
+"""The last lines of a job's log when its own processes are gone."""
 
 import asyncio
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What goes with a job that is over, and what stays until it is certain that it is."""
+"""Which files are deleted with a job that is over, and which stay until it is certain that it is."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def saved(checkpoint: Path) -> CheckpointSaved:
 
 
 @in_world
-async def test_with_a_cancelled_job_goes_what_only_its_own_runs_could_use(world: World) -> None:
+async def test_files_that_only_its_own_runs_could_use_are_deleted_with_a_cancelled_job(world: World) -> None:
     job_id = await world.running()
     job_dir = Settings(storage=world.storage).job_dir(job_id)
     checkpoints = job_dir / "checkpoints"
@@ -40,7 +40,7 @@ async def test_with_a_cancelled_job_goes_what_only_its_own_runs_could_use(world:
 
 
 @in_world
-async def test_what_a_runner_was_killed_before_it_could_delete_goes_all_the_same(world: World) -> None:
+async def test_files_that_a_runner_was_killed_before_deleting_are_deleted_all_the_same(world: World) -> None:
     job_id = await world.running()
     state = Settings(storage=world.storage).job_dir(job_id) / "checkpoints" / "step-00000008" / "training_state"
     state.mkdir(parents=True)
@@ -56,8 +56,8 @@ async def test_what_a_runner_was_killed_before_it_could_delete_goes_all_the_same
 
 
 @in_world
-async def test_what_a_job_would_go_on_from_stays_until_it_is_certain_that_it_will_not(world: World) -> None:
-    """Its runner was stopped by hand, and the log is away as that is to be recorded."""
+async def test_the_training_state_stays_until_it_is_recorded_that_the_job_will_not_go_on(world: World) -> None:
+    """Its runner was stopped by hand, and the log can't be reached when that is to be recorded."""
     job_id = await world.running()
     state = Settings(storage=world.storage).job_dir(job_id) / "checkpoints" / "step-00000008" / "training_state"
     state.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What the dispatcher makes of a runner that is gone, though its job goes on: another one, or the end of the job."""
+"""A runner is lost while its job is live: the dispatcher starts another one, or fails the job."""
 
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def test_the_loss_of_a_runner_is_counted_at_once_and_only_once_whatever_becomes_
 
 
 @in_world
-async def test_what_is_known_of_the_end_is_in_the_error_file_also_where_ray_has_no_word_on_it(world: World) -> None:
+async def test_the_error_file_has_the_reason_also_where_ray_knows_nothing_about_the_runner(world: World) -> None:
     job_id = await world.running(max_restarts=0)
     world.cluster.runners.clear()
     world.cluster.free(job_id)

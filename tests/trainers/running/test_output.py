@@ -1,4 +1,4 @@
-"""What a process prints, by whatever means, arrives line by line."""
+"""Everything that a process prints, by any means, arrives line by line."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A runner that was replaced, and does not know it, changes nothing."""
+"""A runner that was replaced and has not noticed it changes nothing."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def test_a_runner_that_records_an_interruption_itself_goes_on(scene: JobOnALog) 
     assert runner.append(started(2)).attempt == 2
 
 
-def test_nobody_speaks_for_a_job_that_is_over(scene: JobOnALog) -> None:
+def test_no_runner_can_change_a_job_that_is_over(scene: JobOnALog) -> None:
     runner = scene.runner()
     scene.tell(FAILED)
     with pytest.raises(Superseded):
@@ -69,7 +69,7 @@ def test_nobody_speaks_for_a_job_that_is_over(scene: JobOnALog) -> None:
     [([CANCEL], RunInterrupted(attempt=0, reason="r")), ([CANCEL], FAILED), ([PAUSE, paused(0)], started(1))],
     ids=["cancelling, interrupted", "cancelling, failed", "paused, started"],
 )
-def test_the_runner_of_a_job_that_is_being_cancelled_or_is_paused_is_told_that_it_counts_no_more(
+def test_the_runner_of_a_job_that_is_being_cancelled_or_is_paused_is_superseded(
     scene: JobOnALog, facts: list[Event], late: Event
 ) -> None:
     runner = scene.runner()
@@ -101,7 +101,7 @@ class Busy(EventLog):
         return await self.log.append(job_id, events, event_ids, expected_version)
 
 
-def test_what_is_recorded_meanwhile_is_looked_at_before_the_append(scene: JobOnALog) -> None:
+def test_events_that_are_recorded_meanwhile_are_checked_before_the_append(scene: JobOnALog) -> None:
     scene.tell(started(1))
     busy = Busy(scene.log, [lambda: RunInterrupted(attempt=1, reason="its runner ended")])
     with pytest.raises(Superseded):

@@ -1,5 +1,4 @@
-"""How a worker learns from the log that its job is to pause, or is no longer its own; and what its logger learns of its
-end."""
+"""How a worker learns from the log that its job is to pause or has another runner, and how its logger is closed."""
 
 import socket
 import threading
