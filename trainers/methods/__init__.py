@@ -1,5 +1,5 @@
-"""The ways a model can be fine-tuned. A new one is a file beside this one and a line in `METHODS`;
-README.md says where else it is known."""
+"""The fine-tuning methods. A new one is a module in this package and a line in `METHODS`; README.md says what else it
+needs."""
 
 from importlib import import_module
 
@@ -13,10 +13,11 @@ METHODS: dict[MethodName, str] = {
     "qlora": "trainers.methods.qlora.Qlora",
     "qat": "trainers.methods.qat.Qat",
 }
-"""By name, as what one of them needs takes long to import."""
+"""The class of each method, by its name: a method's module is imported only if it is used, as that takes long."""
 
 
 def method_of(plan: Plan) -> Method:
+    """The plan's method."""
     module, _, name = METHODS[plan.method].rpartition(".")
     method: Method = getattr(import_module(module), name)(plan)
     return method

@@ -1,6 +1,7 @@
-"""DoRA: LoRA that trains the length of each row of a layer apart from its direction (https://arxiv.org/abs/2402.09353).
+"""DoRA: LoRA that trains the length of each weight row apart from its direction (https://arxiv.org/abs/2402.09353).
 
-A layer computes m / |W + s·BA| · (W + s·BA) x, norms row by row; A, B and the magnitudes m are trained.
+A layer computes m / |W + s·BA| · (W + s·BA) x, where |·| is the norm of each row. A, B and the magnitudes m are
+trained.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from trainers.planning.plan import LoraSpec
 
 
 class UnscaledBiasDoRALinear(DoRALinear):  # type: ignore[misc]  # torchtune ships no types
-    """torchtune's DoRALinear with the bias outside the scale, as in PEFT: torchtune would scale it with the row."""
+    """torchtune's DoRALinear, but the bias isn't scaled, as in PEFT. torchtune scales it with its row."""
 
     def forward(self, x: Tensor) -> Tensor:
         update = self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
@@ -30,7 +31,7 @@ class UnscaledBiasDoRALinear(DoRALinear):  # type: ignore[misc]  # torchtune shi
         return out if self.bias is None else out + self.bias
 
     def _scale(self) -> Tensor:
-        """m / |W + s·BA| [outputs]. The norm counts as a constant in the gradient (section 4.3 of the paper)."""
+        """m / |W + s·BA| [outputs]. The gradient treats the norm as a constant (section 4.3 of the paper)."""
         with torch.no_grad():
             norm = torch.linalg.norm(self.weight + self.scaling * (self.lora_b.weight @ self.lora_a.weight), dim=1)
         scale: Tensor = self.magnitude / norm
@@ -69,8 +70,9 @@ def dora_linear(spec: LoraSpec, name: str, inputs: int, outputs: int, *, bias: b
 
 
 def initial_magnitudes(model: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The norms of the rows of each adapted layer as it is trained, in `dtype`. In fp32, so that copies in fp32
-    begin at them exactly. As B is zero to begin with, training starts at the base model."""
+    """The initial magnitudes, fp32: the row norms of each adapted layer, whose weights are taken in `dtype`, as in
+    training. With them, and B zero, training starts at the base model. They aren't rounded to `dtype`, as in mixed the
+    fp32 copies start from them."""
     layers = [name.removesuffix(MAGNITUDE) for name, _ in model.named_parameters() if name.endswith(MAGNITUDE)]
     return {
         layer + MAGNITUDE: torch.linalg.vector_norm(weights[f"{layer}.weight"].to(dtype), dim=1, dtype=torch.float32)

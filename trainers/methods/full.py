@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter is trained; a checkpoint is a model."""
+"""Full fine-tuning: trains every parameter. A checkpoint is a model directory."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""LoRA: adapters of low rank beside frozen layers. A checkpoint is the adapter, and the model with it merged in."""
+"""LoRA: trains low-rank adapters of frozen linear layers. A checkpoint has the adapter, and the merged model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +25,8 @@ ADAPTER_SUFFIXES = (".lora_a.weight", ".lora_b.weight")
 
 
 class LeanLoRALinear(LoRALinear):  # type: ignore[misc]  # torchtune ships no types
-    """torchtune's LoRALinear, with the product by B scaled and added to the base layer's output in one operation
-    instead of three."""
+    """torchtune's LoRALinear, but the product with B, its scaling and the addition to the base layer's output are one
+    operation instead of three."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = functional.linear(x, self.weight, self.bias)
@@ -38,7 +38,7 @@ class LeanLoRALinear(LoRALinear):  # type: ignore[misc]  # torchtune ships no ty
 
 
 def lora_linear(spec: LoraSpec) -> MakeLinear:
-    """Layers of a decoder with the adapters that `spec` asks for."""
+    """Makes a decoder's linear layers, with adapters where `spec` asks for them."""
 
     def make(name: str, inputs: int, outputs: int, *, bias: bool) -> nn.Module:
         if not adapts(spec, name):
@@ -86,7 +86,7 @@ class Lora(Method):
         copy_tokenizer(directory / "merged", directory / "adapter")
 
     def base(self, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The frozen parameters that the adapter was trained on; `stored` are those of the model's files."""
+        """The frozen parameters that the adapter was trained with. `stored` are those in the model's files."""
         return stored
 
 
@@ -96,11 +96,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def initial_adapter(model: nn.Module, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """First values for every adapter parameter, whole and on the CPU, however `model` is placed (meta, sharded).
+    """The initial value of every adapter parameter, whole and on the CPU, wherever `model` is (on meta, sharded).
 
-    As LoRALinear does it: A is Kaiming-uniform with a = sqrt(5), i.e. uniform within 1 / sqrt(inputs); B is zero, so
-    that training starts at the base model. The values depend on `seed` and the model's shapes only: the same on one
-    worker and on many, on any device.
+    As in LoRALinear, A is Kaiming-uniform with a = sqrt(5), i.e. uniform within 1 / sqrt(inputs), and B is zero, so
+    that training starts at the base model. The values depend only on `seed` and the model's shapes: they are the same
+    on any device and for any number of workers.
     """
     generator = torch.Generator().manual_seed(seed)
     return {

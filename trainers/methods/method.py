@@ -1,4 +1,6 @@
-"""What a way of fine-tuning decides; the decoder, the recipe and the checkpoints ask it and know no method by name."""
+"""The interface of a fine-tuning method: its layers, the parameters it trains, their initial values, and what it saves.
+Decoder, recipe and checkpoints use only this interface.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,13 +15,13 @@ from trainers.planning.plan import Plan
 
 
 class Method(ABC):
-    """Made once per run, on every rank."""
+    """A fine-tuning method for a plan. Each rank makes one per run."""
 
     keeps_base: bool
-    """The model's own weights stay as they are: only adapters are trained, gathered and saved."""
+    """Whether the model's own weights are frozen, so that only adapters are trained, gathered and saved."""
 
     shards = True
-    """FSDP can split the model over the ranks. Otherwise each rank holds all of it, whatever its size."""
+    """Whether FSDP can shard the model. If not, each rank holds all of it, whatever its size."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -42,16 +44,16 @@ class Method(ABC):
         resume_from: Path | None,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
-        """A value for every parameter of `decoder` (which is on the meta device), whole and on the CPU: those of
-        `model_dir` to begin with, those of the checkpoint directory `resume_from` to go on. Raises
+        """A value for every parameter of `decoder` (which is on the meta device), whole and on the CPU: the initial
+        ones, from `model_dir`, or those of the checkpoint directory `resume_from`. `dtype` is that of training. Raises
         InfrastructureError `checkpoint_unreadable`."""
 
     def placed(self, name: str, value: Tensor) -> Tensor:
-        """`value`, which is whole and on the device of training, in the form in which the decoder is to hold its
-        parameter `name`. Asked for each parameter once, unless the model is sharded."""
+        """The form in which the decoder holds the parameter `name`, e.g. quantised. `value` is whole and on the device
+        of training. Called once for each parameter, unless the model is sharded."""
         return value
 
     @abstractmethod
     def save(self, directory: Path, trained: Mapping[str, Tensor], arch: Architecture, model_dir: Path) -> None:
-        """Writes into `directory` what loads elsewhere, beside training. `trained` are the trained parameters, whole
-        and on the CPU."""
+        """Writes the trained model to `directory`, in a form that loads elsewhere, while training may go on. `trained`
+        are the trained parameters, whole and on the CPU."""

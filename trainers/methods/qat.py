@@ -1,7 +1,8 @@
-"""QAT: full fine-tuning of weights that are to be quantised afterwards.
+"""Quantisation-aware training: full fine-tuning of a model that is to be quantised afterwards.
 
-Each linear layer rounds as the quantised model will: inputs to 8 bits per token, weights to 4 bits in groups of
-`groupsize` inputs. The gradient passes the rounding by. What is saved are the weights before rounding.
+Each linear layer rounds as the quantised model will: its inputs to 8 bits per token, its weights to 4 bits in groups of
+`groupsize` inputs. The gradient ignores the rounding (straight-through estimator). Checkpoints have the weights before
+rounding.
 """
 
 from collections.abc import Callable
@@ -30,8 +31,8 @@ class Qat(Full):
 
 
 class RoundingHead(Int8DynActInt4WeightQATLinear, Head):  # type: ignore[misc]  # torchao ships no types
-    """torchao's layer as an output head: the matrix is rounded once, however many chunks of rows go through it, and
-    there may be no rows at all, which torchao can't round: a rank's share of the last step of an epoch can be empty."""
+    """torchao's layer as an output head. It rounds the matrix once, however many chunks of rows go through it. It also
+    accepts zero rows, which torchao can't round: a rank may have none in the last step of an epoch."""
 
     activation_fake_quantizer: nn.Module
     weight_fake_quantizer: nn.Module

@@ -1,7 +1,7 @@
-"""QLoRA: LoRA beside frozen layers that are held in 4 bits (https://arxiv.org/abs/2305.14314).
+"""QLoRA: LoRA on frozen layers that are held in 4 bits (https://arxiv.org/abs/2305.14314).
 
-As in torchtune, all linear layers of the attention and feed-forward blocks are quantised, adapted or not, to NF4 with
-scales in 8 bits, from the dtype of training; embedding, norms, biases and head stay as they are.
+As in torchtune, all linear layers of the attention and feed-forward blocks, adapted or not, are quantised from the
+dtype of training to NF4 with 8-bit scales. Embedding, norms, biases and head are not quantised.
 """
 
 from collections.abc import Mapping
@@ -27,13 +27,14 @@ class Qlora(Lora):
         return self._quantised[name]
 
     def base(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the layers compute with: their 4-bit weights written out in the type of training, as
-        trainers.planning.memory counts them, the same numbers on every device."""
+        """The weights that the layers compute with: their 4-bit weights dequantised, on the CPU, in the dtype of
+        training (`trainers.planning.memory` counts them so). The numbers are the same on every device."""
         held = {name: weight.to("cpu") for name, weight in self._quantised.items()}
         return {**stored, **{name: weight.get_original_weight() for name, weight in held.items()}}  # type: ignore[attr-defined]
 
 
 def is_quantised(name: str) -> bool:
-    """Whether the decoder's parameter `name` is: `layers.0.attn.q_proj.weight` is, its bias and adapter aren't."""
+    """Whether the decoder's parameter `name` is quantised: `layers.0.attn.q_proj.weight` is, its bias and adapter
+    aren't."""
     *_, block, _, kind = ("", "", *name.split("."))
     return block in ("attn", "mlp") and kind == "weight"

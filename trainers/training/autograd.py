@@ -1,4 +1,4 @@
-"""What torch's types leave out of `torch.autograd.Function`."""
+"""Types for `torch.autograd.Function` that torch's own annotations lack."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Context(Protocol):
-    """What a function's `forward` leaves for its `backward`."""
+    """The `ctx` of a function: its `forward` saves values in it for its `backward`."""
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...

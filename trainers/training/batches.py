@@ -1,9 +1,9 @@
-"""Which rows make up each step.
+"""The schedule: which rows each step trains on, and how they are divided among ranks and micro-batches.
 
-The order of an epoch depends on seed, epoch and the size of a step. A step takes the next `world * batch_size *
-accumulation` items; ranks take turns, so the same global batch trains the same on any number of workers. The last step
-of an epoch takes what is left: no row is dropped, none leaks into the next epoch. An item is a row, with packing a
-pack of rows, and of preference data a pair of rows: 2i (chosen) and 2i + 1 (rejected).
+An item is a row; with packing, a pack of rows; with preference data, a pair of rows, 2i (chosen) and 2i + 1 (rejected).
+The order of the items in an epoch depends on the seed, the epoch and the size of a step. A step takes the next `world *
+batch_size * accumulation` items, and the ranks take them in turn, so a global batch of the same size trains the same on
+any number of workers. The last step of an epoch takes the rest: no row is dropped or carried over to the next epoch.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ import torch
 
 
 def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
-    """Rows in order, as many to a pack as fit into `size` tokens (next-fit). No row may be longer than `size`."""
+    """Divides rows of `lengths` tokens, in order, into packs of at most `size` tokens (next-fit). A pack is an array of
+    row indices. Raises ValueError if a row is longer than `size`."""
     ends = np.cumsum(lengths)
     packs, start, used = [], 0, 0
     while start < len(lengths):
@@ -30,9 +31,12 @@ def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: `step` steps done over all epochs, `epoch` epochs completed, and how far the one under way
-    has come. At the end of an epoch the latter are 0. `epoch_grouping` is the size of the steps that the epoch under
-    way was grouped for, 0 where it isn't grouped by length: going on with another size keeps that epoch's order."""
+    """The position in a run: `step` steps and `epoch` epochs completed; of the current epoch, `epoch_steps` steps and
+    `epoch_items` items completed (both 0 between epochs).
+
+    `epoch_grouping`: with grouping by length, the number of items of a step when the current epoch began; otherwise 0.
+    It keeps the order of that epoch if the run is resumed with steps of another size.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -46,8 +50,8 @@ class Progress:
 
 
 class StepItems(NamedTuple):
-    """This rank's items of one step, by micro-batch (some may be empty), and where training stands after the step.
-    `trained`: the trained tokens, or the pairs, of the whole step, over all ranks."""
+    """One step: this rank's items by micro-batch (some may be empty), each an array of rows, and the progress after the
+    step. `epoch`: index of its epoch, from 0. `trained`: trained tokens, or pairs, of the step over all ranks."""
 
     epoch: int
     micro_batches: list[list[np.ndarray]]
@@ -56,17 +60,17 @@ class StepItems(NamedTuple):
 
 
 _WINDOW_STEPS = 64
-"""Rows are sorted by length within windows of this many steps: few enough that a window is a random sample of the
-epoch, enough that the rows of a step are of nearly the same length."""
+"""With grouping by length, rows are sorted within windows of this many steps: few enough that a window is a random
+sample of the epoch, enough that the rows of a step have nearly the same length."""
 
 
 class Schedule:
-    """Every step of a run over rows of `lengths` [rows] tokens, `trained` [rows] of which are trained.
+    """All steps of a run over rows with `lengths` [rows] tokens, of which `trained` [rows] are trained.
 
     `batch_size` is per worker and micro-batch. `shuffle_seed` None keeps the rows in order. `pack_to`: tokens of a
-    pack; None: an item is one row. `group_by_length` makes steps of rows of similar length, so that ranks
-    wait less for each other; rows are never moved across epochs by it, and the tail of an epoch stays a random sample.
-    `pairs`: rows 2i and 2i + 1 are one item, as long as the longer of the two.
+    pack; None: no packing. `group_by_length`: a step has rows of similar length, so that ranks wait less for each
+    other. Every epoch still has every row once, and the rows that don't fill a step at its end are a random sample.
+    `pairs`: rows 2i and 2i + 1 are one item, whose length is that of the longer row.
     """
 
     def __init__(
@@ -99,14 +103,14 @@ class Schedule:
         self.n_items = len(self._lengths) if self._packs is None else len(self._packs)
 
     def total_steps(self, progress: Progress) -> int:
-        """Steps done and to come, for a run that has come as far as `progress`."""
+        """The number of steps of the whole run, of which `progress` has been made."""
         if progress.epoch >= self._n_epochs:
             return progress.step
         later_epochs = self._n_epochs - progress.epoch - 1
         return progress.step + self._steps_left(progress) + later_epochs * self._steps_left(Progress())
 
     def steps(self, progress: Progress) -> Iterator[StepItems]:
-        """The steps to come, to the end of the last epoch."""
+        """The steps after `progress`, to the end of the last epoch."""
         while progress.epoch < self._n_epochs:
             epoch = progress.epoch
             if progress.between_epochs:
@@ -121,17 +125,18 @@ class Schedule:
                 yield StepItems(epoch, self._shares(items), progress, trained)
 
     def _steps_left(self, progress: Progress) -> int:
-        """Steps to come in the epoch under way; at least one."""
+        """The number of steps left in the current epoch; at least one."""
         left = -(-(self.n_items - progress.epoch_items) // self._step_rows)
         if self._max_steps is not None:
             left = min(left, self._max_steps - progress.epoch_steps)
         return max(left, 1)
 
     def _order(self, epoch: int, grouping: int) -> np.ndarray:
-        """Indices of the items in the order of `epoch`: without grouping, the one that torch's DistributedSampler has.
+        """The indices of the items in the order of `epoch`. Without grouping it is that of torch's DistributedSampler.
 
-        With it, that order is cut into windows of steps of `grouping` items, which are sorted by length, and the steps
-        shuffled. What doesn't fill a step stays at the end.
+        With grouping, that order is cut into windows of `_WINDOW_STEPS` steps of `grouping` items. Each window is
+        sorted by length and cut into steps; then the steps of all windows are shuffled. Items that don't fill a step
+        stay last, sorted by length.
         """
         if self._seed is None:
             return np.arange(self.n_items)
@@ -147,8 +152,8 @@ class Schedule:
         return np.concatenate([shuffled, tail[np.argsort(self._lengths[tail], kind="stable")]])
 
     def _packed(self, size: int) -> list[np.ndarray]:
-        """The packs of all epochs. Where rows are shuffled they are not packed in the order of the file: neighbours
-        there are often alike, and would share a batch for the whole run."""
+        """The packs, the same in all epochs. If rows are shuffled, they are shuffled before packing, too: neighbours in
+        the file are often alike, and would be in one batch in every epoch."""
         order = np.arange(len(self._lengths))
         if self._seed is not None:
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self._seed)).numpy()
@@ -160,7 +165,7 @@ class Schedule:
         return rows_of_pair(item) if self._pairs else np.array([item])
 
     def _shares(self, items: list[np.ndarray]) -> list[list[np.ndarray]]:
-        """A step's items by micro-batch, every rank taking turns with the others."""
+        """This rank's items of a step, by micro-batch. The ranks take the items of a micro-batch in turn."""
         starts = range(0, len(items), self._micro_rows)
         return [items[start : start + self._micro_rows][self._rank :: self._world] for start in starts]
 
@@ -175,6 +180,7 @@ def _advanced(progress: Progress, items: int) -> Progress:
 
 
 def _of_pairs(lengths: np.ndarray) -> np.ndarray:
+    """The lengths of pairs [rows / 2] from those of their rows."""
     longer: np.ndarray = lengths.reshape(-1, 2).max(axis=1)
     return longer
 
@@ -187,9 +193,9 @@ def rows_of_pair(pair: int) -> np.ndarray:
 def evaluation_batches(
     lengths: np.ndarray, batch_size: int, rank: int, world: int, *, pairs: bool = False
 ) -> list[list[np.ndarray]]:
-    """Every item once, over all ranks; as many batches on each (some may be empty). Items of like length go together.
-
-    An item is a row; with `pairs` two."""
+    """This rank's batches of an evaluation, each a list of items (arrays of rows). An item is a row, or with `pairs` a
+    pair; every item is on one rank, once. All ranks have the same number of batches, some of which may be empty. Items
+    of similar length are in one batch."""
     if pairs:
         batches = evaluation_batches(_of_pairs(lengths), batch_size, rank, world)
         return [[rows_of_pair(int(item[0])) for item in batch] for batch in batches]

@@ -1,11 +1,12 @@
-"""Checkpoints: models that load anywhere, complete as soon as they can be seen, and what a run needs to go on exactly.
+"""Checkpoints: the trained model in a form that loads anywhere, and the state from which a run resumes exactly.
 
 `checkpoints/step-00000040/` is a Hugging Face model directory (full) or holds `merged/` and `adapter/` (LoRA). Its
-`training_state/` stays until a newer checkpoint is recorded. Everything is written under a hidden temporary name,
-flushed to disk and renamed; a crash leaves the earlier checkpoints as they were. Only safetensors and JSON.
+`training_state/`, with the optimizer state and the position in the data, is deleted when a newer checkpoint has been
+recorded. A checkpoint is written under a hidden temporary name, flushed to disk and renamed: a directory with its final
+name is complete, and a crash leaves earlier checkpoints as they were. Tensors are stored as safetensors only.
 
-Each attempt after the first writes under names of its own, `step-00000060-attempt-2`, and nothing touches what a later
-attempt has written: a process that was replaced and does not know it yet can do no harm.
+Each attempt of a job after the first has its own names, `step-00000060-attempt-2`, and no attempt touches the
+checkpoints of a later one. So a process that has been replaced, but doesn't know it yet, does no harm.
 """
 
 import json
@@ -38,7 +39,8 @@ from trainers.training.reporting import Reporter, SavedCheckpoint
 
 STATE = "training_state"
 LOOK_S = 60.0
-"""While rank 0 writes, the others hear from it as often: torch.distributed gives up on who is silent for 30 minutes."""
+"""Seconds. While rank 0 writes, it exchanges a sum with the other ranks this often: a collective call that takes 30
+minutes fails."""
 _log = logging.getLogger("tunewright.train")
 
 NamedParameters = Mapping[str, nn.Parameter]
@@ -54,25 +56,26 @@ def checkpoint_path(output_dir: Path, step: int, attempt: int = 1) -> Path:
 
 @dataclass(frozen=True)
 class Validation:
-    """What the evaluations have shown: the lowest loss, the step it was seen after (0: none yet), and
-    how many evaluations there have been since."""
+    """The results of the evaluations so far: the lowest loss, the step after which it was measured (0: none yet), and
+    the number of evaluations since."""
 
     best_loss: float = math.inf
     best_step: int = 0
     without_gain: int = 0
 
     def after(self, step: int, loss: float) -> "Validation":
+        """With the evaluation after `step`, whose loss is `loss`."""
         if loss < self.best_loss:
             return Validation(loss, step)
         return replace(self, without_gain=self.without_gain + 1)
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time, while training goes on. A context: what is under way when it ends is
-    finished and reported; it raises what went wrong in writing, unless something else is being raised.
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on. A context manager: on exit it
+    waits for the checkpoint that is being written, and raises its error unless another one is already being raised.
 
-    Trained weights that are many and lie in host memory already are the exception: a second copy of them would be the
-    largest thing there, so training waits until they are written.
+    In full fine-tuning and QAT on a CPU, training waits for each checkpoint: otherwise it would need a copy of the
+    weights, the largest thing in memory.
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def wait(self) -> None:
-        """Returns once the last checkpoint is on disk and reported. Raises what went wrong."""
+        """Waits until the last checkpoint is on disk and reported. Raises the error of its writing."""
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
             under_way.result()
@@ -127,10 +130,10 @@ class CheckpointWriter:
         parameters: NamedParameters,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """The checkpoint of `progress`, with the `metrics` of its moment. Every rank has to call it; rank 0 writes, and
-        then deletes what is not to be kept.
+        """Saves the checkpoint of `progress`, with the latest `metrics`. Every rank has to call it. Rank 0 writes it,
+        and then deletes older ones as `keep_last_n_checkpoints` says.
 
-        `parameters` are the trained ones, which may change again when it returns.
+        `parameters` are the trained ones. They may change again once this returns.
         """
         self._wait_together()
         writes_later = self._method.keeps_base or self._ranks.device.type != "cpu"
@@ -142,13 +145,13 @@ class CheckpointWriter:
             self._wait_together()
 
     def _wait_together(self) -> None:
-        """`wait`, of every rank. A disk may take longer than the others can stand in one collective call."""
+        """`wait` on every rank, in several collective calls: a slow disk may take longer than one is allowed to."""
         while self._ranks.sum([self._still_writing()])[0]:
             pass
         self.wait()
 
     def _still_writing(self) -> bool:
-        """Whether it still is after at most `LOOK_S`."""
+        """Waits for `LOOK_S` at most; whether a checkpoint is still being written then."""
         return self._under_way is not None and bool(wait([self._under_way], LOOK_S).not_done)
 
     def _write(
@@ -171,8 +174,8 @@ class CheckpointWriter:
             self._delete_all_but(self._keep_last_n, progress.step, validation.best_step)
 
     def _delete_all_but(self, last_n: int, step: int, best_step: int) -> None:
-        """Of those up to the one of `step`: what this attempt has beyond it is of an event log that was lost. Reported
-        before they are gone: a checkpoint that is listed is there."""
+        """Of the checkpoints up to that of `step`, deletes all but the last `last_n` and the best. (Later ones of this
+        attempt were recorded in an event log that was lost since.) Reports it first: a listed checkpoint exists."""
         entries = _entries(self._output_dir, self._attempt)
         written = [entry for entry in entries if not entry.hidden and entry[:2] <= (self._attempt, step)]
         doomed = [entry.path for entry in written[:-last_n] if entry.step != best_step]
@@ -183,7 +186,8 @@ class CheckpointWriter:
 
 
 class Standing(NamedTuple):
-    """Where a run stands. `dtype`: what it trains in (None: nothing was trained, or the checkpoint doesn't say)."""
+    """The state of a run besides weights and optimizer. `dtype` is the one it trains in; None at the start, and in
+    checkpoints of early versions."""
 
     progress: Progress = Progress()
     validation: Validation = Validation()
@@ -191,7 +195,7 @@ class Standing(NamedTuple):
 
 
 def load_standing(checkpoint: Path) -> Standing:
-    """Where the run stood at `checkpoint`. Raises InfrastructureError `checkpoint_unreadable`."""
+    """The state of the run at `checkpoint`. Raises InfrastructureError `checkpoint_unreadable`."""
     file = checkpoint / STATE / "state.json"
     with reading(file):
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -199,8 +203,8 @@ def load_standing(checkpoint: Path) -> Standing:
 
 
 def load_optimizer(checkpoint: Path, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
-    """Gives the optimizer the state it had. Every rank has to call it; any number of ranks may have saved it.
-    Raises InfrastructureError `checkpoint_unreadable`."""
+    """Restores the optimizer's state from `checkpoint`, which a run with any number of ranks may have saved. Every rank
+    has to call it. Raises InfrastructureError `checkpoint_unreadable`."""
     path = checkpoint / STATE / "optimizer.safetensors"
     with reading(path), safe_open(path, framework="pt") as file:
         keys: dict[str, list[str]] = {}
@@ -214,9 +218,9 @@ def load_optimizer(checkpoint: Path, parameters: NamedParameters, optimizer: tor
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """For reading a file or directory of the checkpoint that a run resumes from: turns errors that say it is damaged
-    into InfrastructureError `checkpoint_unreadable`. An OSError of a disk that doesn't work just now passes: it
-    interrupts the job, which resumes later."""
+    """To read a file or directory of the checkpoint to resume from: turns errors that say it is damaged into
+    InfrastructureError `checkpoint_unreadable`. Lets errors of a disk that doesn't work just now pass: they interrupt
+    the job, which resumes later."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, UserError) as error:
@@ -226,13 +230,13 @@ def reading(path: Path) -> Iterator[None]:
         reason = error.error.message if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
         raise InfrastructureError(
             "checkpoint_unreadable",
-            f"can't resume, as the checkpoint is damaged: {reason.removesuffix('.')}.",
+            f"the checkpoint to resume from is damaged or can't be read: {reason.removesuffix('.')}.",
             suggestion="submit the job again, or resubmit it from an earlier checkpoint",
         ) from None
 
 
 class _Entry(NamedTuple):
-    """Something in a job's directory of checkpoints: one (`hidden` False), a draft, or one that is being deleted."""
+    """An entry of a job's checkpoints directory: a checkpoint, or (`hidden`) a draft or one that is being deleted."""
 
     attempt: int
     step: int
@@ -241,8 +245,8 @@ class _Entry(NamedTuple):
 
 
 def _entries(output_dir: Path, attempt: int) -> list[_Entry]:
-    """What this attempt and those before it have written, the last one at the end: an attempt may have gone on from an
-    earlier step than the one before it had come to."""
+    """The entries of this attempt and of those before it, in the order they were written: by attempt, then by step. (An
+    attempt may begin at an earlier step than the one before it had reached.)"""
     entries = (
         _Entry(int(name[2] or 1), int(name[1]), path.name.startswith("."), path)
         for path in (output_dir / "checkpoints").iterdir()
@@ -252,9 +256,9 @@ def _entries(output_dir: Path, attempt: int) -> list[_Entry]:
 
 
 def tidy(output_dir: Path, step: int, attempt: int, resumed_step: int) -> None:
-    """To be called once the checkpoint of `step` is recorded. Deletes what only resuming needs from the checkpoints
-    before it, the drafts of runs that crashed, and checkpoints of earlier attempts that nobody recorded: those this
-    attempt could have gone on from, had they been."""
+    """Deletes what is not needed any more once the checkpoint of `step` is recorded: the training states of the
+    checkpoints before it, drafts of runs that crashed, and unrecorded checkpoints of earlier attempts. Those are the
+    ones beyond `resumed_step`: had they been recorded, this attempt would have resumed from them."""
     for entry in _entries(output_dir, attempt):
         if entry.hidden:
             shutil.rmtree(entry.path, ignore_errors=True)
@@ -265,13 +269,14 @@ def tidy(output_dir: Path, step: int, attempt: int, resumed_step: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Under a hidden name first: what has its final name is complete. What can't be deleted yet (a network file system
-    keeps a file that is being read) `tidy` comes across again."""
+    """Renames a checkpoint to a hidden name, as a directory with its final name is complete, and deletes it. What can't
+    be deleted yet (a network file system keeps a file that is being read) is left to a later `tidy`."""
     shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")), ignore_errors=True)
 
 
 def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool) -> dict[str, Tensor]:
-    """The full tensors on rank 0, one after the other; nothing on the other ranks. `copy`: in memory of their own."""
+    """The full tensors on rank 0, gathered one by one; nothing on the other ranks. `copy`: not sharing memory with
+    `tensors`."""
     full = {}
     for name, tensor in tensors.items():
         value = gathered(tensor, ranks)
@@ -282,6 +287,7 @@ def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool) -> dic
 
 
 def _optimizer_tensors(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's state, as `exp_avg/layers.0.attn.q_proj.weight` and so on."""
     for name, parameter in parameters.items():
         for attribute, value in optimizer_state(optimizer, parameter).items():
             yield f"{attribute}/{name}", value
@@ -298,10 +304,8 @@ def _save_state(state_dir: Path, moments: dict[str, Tensor], standing: Standing)
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """A directory to write into that becomes `path`, flushed to disk, when the block ends without an error.
-
-    An older `path` (a run that went on from an earlier checkpoint comes by again) gives way.
-    """
+    """A temporary directory to write into. When the block ends without an error, it is flushed to disk and renamed to
+    `path`, in the place of an older `path` (of a run that has since resumed from an earlier checkpoint)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)

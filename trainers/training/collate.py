@@ -1,9 +1,14 @@
-"""How the rows of a micro-batch become tensors: every position that matters to the loss, and each only once.
+"""Collates the rows of a micro-batch into one line of tokens that holds each position that the loss needs, once.
 
-The rows lie behind one another in one line, so there is no padding. A row ends with the last position that predicts a
-trained token: nothing depends on what comes after it. And what several rows begin with, a system prompt or the prompt
-of a pair, stands there once, for all of them to see: a causal model makes the same of it every time. Losses and
-gradients are those of the rows by themselves, up to the order of sums.
+- The rows are concatenated, so they need no padding to a common length.
+- A row is cut after the last position that predicts a trained token: the loss doesn't depend on the rest.
+- A prefix that several rows have in common (a system prompt, the prompt of a pair) is in the line once, and all these
+  rows attend to it: a causal model computes the same for it in every row. So the line is a tree of segments, and each
+  segment attends to itself and its ancestors.
+
+For example (with letters for stretches of tokens), the rows ABCD and ABEF become the segments AB, CD and EF; CD and EF
+both attend to AB, but not to each other. Losses and gradients are those of the rows by themselves, up to the order of
+sums.
 """
 
 from collections.abc import Sequence
@@ -17,15 +22,16 @@ from torch.nn import functional
 from trainers.planning.memory import ROUND_BF16
 
 IGNORED = -100
-"""Label of a position that is not trained."""
+"""The label of a position that is not trained."""
 ROUND = 128
-"""Positions; FlexAttention's blocks have as many."""
+"""Positions in a block of FlexAttention. On CUDA, lines are padded to a multiple of it."""
 LEAST_SHARED = 8
-"""Tokens that rows must have in common to share them: fewer don't pay for a segment of their own."""
+"""The shortest prefix, in tokens, that rows share: a shorter one isn't worth a segment of its own."""
 
 
 class Rows(Protocol):
-    """What `TokenisedDataset` offers."""
+    """The part of `TokenisedDataset` that is used here. A row is its tokens [n] and their mask [n]: whether predicting
+    each token counts in the loss."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
@@ -34,8 +40,8 @@ class Rows(Protocol):
 
 
 class Segment(NamedTuple):
-    """Positions [start, end) of a line. Each sees those before it in the segment, and all of the segments `before` it,
-    given by their starts and ends, from the beginning of the row."""
+    """Positions [start, end) of a line. Each attends to the positions of the segment up to itself, and to all positions
+    of the segments `before` it: its ancestors, from the beginning of the row, as (start, end)."""
 
     start: int
     end: int
@@ -43,14 +49,17 @@ class Segment(NamedTuple):
 
     @property
     def seen(self) -> int:
-        """Positions that its last one sees."""
+        """The number of positions that its last position attends to."""
         return self.end - self.start + sum(end - start for start, end in self.before)
 
 
 class Layout(NamedTuple):
-    """What the positions of a line see. `segments` cover the line from 0 up to padding, parents before children, in the
-    order of a walk through the tree. The same for single positions, both [1, s]: `positions` counts from the beginning
-    of the row, and position k is seen by the positions k <= q < `until`[k]. Padding sees itself."""
+    """Which positions of a line attend to which, in two forms.
+
+    `segments` cover the line up to its padding, in depth-first order of the tree. For single positions, both [1, s]:
+    `positions` are those within the row, from 0, and `until` says that position k is attended to by the positions
+    k <= q < until[k] (the end of its subtree). A position of the padding attends to itself.
+    """
 
     segments: tuple[Segment, ...]
     positions: Tensor
@@ -58,13 +67,20 @@ class Layout(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One micro-batch. `tokens` [1, s]; `trained` [n] are the positions that carry loss, `labels` [n] the tokens that
-    follow them, and `wanted` [m] is `trained` filled up to a round number, to one at least. `n_tokens`: of the rows as
-    they are, whatever they share.
+    """One micro-batch: a line of s tokens of which n positions are trained.
 
-    `n_trained` is what the loss is a mean over: trained tokens, or pairs. Of pairs, `reference` [rows] has the
-    log-probability of each row's trained tokens under the reference model, chosen and rejected in turn, and `places`
-    [n] says where each trained token belongs in a matrix [rows, longest] of all of them.
+    - `tokens` [1, s]: the line.
+    - `trained` [n]: the positions that have a loss; `labels` [n]: the tokens that they predict.
+    - `wanted` [m]: `trained`, padded with position 0 by `to` to a multiple of its rounding. The model's last layer
+      computes these positions. m is at least 1 where n is 0.
+    - `layout`: which positions attend to which.
+    - `n_tokens`: tokens of the rows, uncut, shared ones counted in each row.
+    - `n_trained`: number of trained tokens, or of pairs, over which the loss is a mean.
+
+    For pairs (DPO), whose rows are chosen and rejected in turn:
+    - `reference` [rows]: log-probability of each row's trained tokens under the reference model.
+    - `places` [n]: index of each trained token in a flattened matrix [rows, `longest`] of the trained tokens by row.
+    - `longest`: the number of trained tokens of the row with most.
     """
 
     tokens: Tensor
@@ -79,7 +95,8 @@ class Batch(NamedTuple):
     longest: int = 0
 
     def to(self, device: torch.device, computed_in: torch.dtype) -> "Batch":
-        """On `device`, without waiting for the copy, and of round widths where kernels are made for each."""
+        """The batch on `device`, without waiting for the copy. The line and `wanted` are padded to a multiple of
+        `ROUND` on CUDA and of `ROUND_BF16` in bf16 on a CPU, as kernels are prepared for each width there."""
         rounded_to = ROUND if device.type == "cuda" else ROUND_BF16 if computed_in == torch.bfloat16 else 1
         batch = self.padded(-(-self.tokens.shape[1] // rounded_to) * rounded_to)
         more = -len(self.trained) % rounded_to if len(self.trained) else rounded_to
@@ -99,16 +116,16 @@ class Batch(NamedTuple):
         )
 
     def padded(self, width: int) -> "Batch":
-        """With padding up to `width` positions, if there are fewer."""
+        """With the line padded to `width` positions, if it has fewer."""
         now = self.tokens.shape[1]
         if now >= width:
             return self
-        nothing = torch.zeros(1, width - now, dtype=torch.int64)
+        zeros = torch.zeros(1, width - now, dtype=torch.int64)
         itself = torch.arange(now + 1, width + 1)[None]
         layout = self.layout._replace(
-            positions=torch.cat([self.layout.positions, nothing], 1), until=torch.cat([self.layout.until, itself], 1)
+            positions=torch.cat([self.layout.positions, zeros], 1), until=torch.cat([self.layout.until, itself], 1)
         )
-        return self._replace(tokens=torch.cat([self.tokens, nothing], 1), layout=layout)
+        return self._replace(tokens=torch.cat([self.tokens, zeros], 1), layout=layout)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -125,9 +142,10 @@ def collate(
 ) -> Batch:
     """The micro-batch of `items`, each an array of row indices.
 
-    `share`: rows share what they begin with; not where dropout makes something else of it in each row. `pad_to`: tokens
-    that each item is to take at least, for lines of one width. `reference` [rows of the data] is given for pairs.
-    Without items: a batch of one untrained token, so that a rank that has run out of rows still takes part in the step.
+    `share`: whether rows share their common prefixes; dropout rules it out, as it differs between rows. `pad_to`: pads
+    the line to this many positions for each item, so that all lines have the same width. `reference` [rows of the
+    dataset]: given for pairs. Without items, the batch is one untrained token, so that a rank that has no rows left
+    still takes part in the step.
     """
     indices = [int(row) for item in items for row in item]
     line = _Line()
@@ -145,8 +163,8 @@ def collate(
 
 
 class _Document(NamedTuple):
-    """A row up to its last trained position: `tokens` [n], `labels` [n] that follow them. The first `free` carry no
-    loss. `number` counts the rows of the batch."""
+    """A row, cut after its last trained position: `tokens` [n] and the `labels` [n] that they predict, `IGNORED` where
+    that isn't trained. None of the first `free` positions is trained. `number`: index of the row in the batch."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -168,16 +186,16 @@ _NOTHING = _Document(np.zeros(1, dtype=np.int64), np.full(1, IGNORED), 0, 0)
 
 
 class _Line:
-    """Segments, one behind the other."""
+    """A line that is being built: segments, one after the other."""
 
     def __init__(self) -> None:
         self.width = 0
         self.segments: list[Segment] = []
-        self.owners: list[tuple[int, int]] = []  # of each segment: a row it belongs to, trained positions
+        self.owners: list[tuple[int, int]] = []  # of each segment: one of its rows, number of trained positions
         self._tokens: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
         self._positions: list[np.ndarray] = []
-        self._until: list[tuple[int, int]] = []  # widths of the segments, where their subtrees end
+        self._until: list[tuple[int, int]] = []  # of each segment: its width, where its subtree ends
 
     def add(self, documents: Sequence[_Document], *, share: bool) -> None:
         self._grow([document for document in documents if len(document.tokens)] or [_NOTHING], 0, (), share)
@@ -185,7 +203,11 @@ class _Line:
     def _grow(
         self, documents: Sequence[_Document], depth: int, before: tuple[tuple[int, int], ...], share: bool
     ) -> None:
-        """Adds `documents`, whose first `depth` tokens stand in the segments `before`."""
+        """Adds `documents`, which share their first `depth` tokens: those are in the line, in the segments `before`.
+
+        Documents whose next `LEAST_SHARED` tokens are the same get one segment for all that they go on to share; the
+        rest of each follows in a recursive call.
+        """
         alike: dict[bytes | int, list[_Document]] = {}
         for document in documents:
             begin = document.tokens[depth : depth + LEAST_SHARED]
@@ -203,7 +225,7 @@ class _Line:
             self._until[number] = (end - depth, self.width)
 
     def _put(self, document: _Document, start: int, end: int, before: tuple[tuple[int, int], ...]) -> int:
-        """Adds positions [start, end) of `document`; returns where they begin in the line."""
+        """Adds positions [start, end) of `document` as a segment. Returns its first position in the line."""
         at = self.width
         self.width += end - start
         self.segments.append(Segment(at, self.width, before))
@@ -227,14 +249,14 @@ class _Line:
 
 
 def _common(parts: Sequence[np.ndarray]) -> int:
-    """How many tokens all of `parts` begin with."""
+    """The length of the longest common prefix of `parts`."""
     shortest = min(map(len, parts))
     differ = np.any([part[:shortest] != parts[0][:shortest] for part in parts[1:]], axis=0)
     return int(differ.argmax()) if differ.any() else shortest
 
 
 def _places(owners: Sequence[tuple[int, int]], longest: int) -> np.ndarray:
-    """Where each trained token goes in a matrix with a line for each row, as wide as the most of one row. A row's
-    trained tokens lie together, in the last of its segments: `owners` are rows and how many tokens they have."""
+    """The index [n] of each trained token in a flattened matrix [rows, longest]. `owners`: one row of each segment and
+    its number of trained tokens. All trained tokens of a row are in its last segment, which it shares with no other."""
     places = [number * longest + np.arange(count) for number, count in owners]
     return np.concatenate([*places, np.empty(0, dtype=np.int64)]).astype(np.int64)

@@ -1,4 +1,5 @@
-"""This process among the ranks of a run: its device, and what the ranks do together. A process alone is rank 0 of 1."""
+"""This process as a rank of a run: its device, sums over the ranks, and sharded tensors. A single process is rank 0 of
+1."""
 
 import os
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> "Ranks":
-        """As torch.distributed says, where it is initialised; otherwise a single process."""
+        """The rank in torch.distributed's process group if that is initialised; otherwise a single process."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), _device("nccl" in dist.get_backend()))
         return cls(0, 1, _device(torch.cuda.is_available()))
@@ -34,7 +35,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value added up over all ranks; every rank gets the same answer to the last bit."""
+        """Each value added up over all ranks. Every rank gets the same bits."""
         if self.world == 1:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -42,13 +43,13 @@ class Ranks:
         return [float(total) for total in totals.tolist()]
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Adds `tensor` up over all ranks, in place, without waiting for it. Every rank gets the same bits."""
+        """Adds `tensor` up over all ranks, in place, without waiting for the device. Every rank gets the same bits."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def sum_all_(self, tensors: Sequence[Tensor]) -> None:
-        """`sum_` of many tensors of one type, travelling as one, in float32 at least."""
+        """`sum_` of many tensors of one dtype, in one call, added up in at least float32."""
         if self.world > 1 and tensors:
             wide = torch.promote_types(tensors[0].dtype, torch.float32)
             together = self.sum_(torch.cat([tensor.flatten().to(wide) for tensor in tensors]))
@@ -81,26 +82,26 @@ def _device(cuda: bool) -> torch.device:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of one that may be sharded."""
+    """The tensor, or this rank's shard of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensor: Tensor, ranks: Ranks) -> Tensor | None:
-    """The full tensor, on the CPU, of one that may be sharded; None on all ranks but the first. Every rank has to call
+    """The full tensor, on the CPU, of one that may be sharded; None on ranks other than 0. Every rank has to call
     it."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
-        sharded = tensor.to(ranks.device)  # shards that are offloaded to the host can't be gathered by nccl
+        sharded = tensor.to(ranks.device)  # nccl can't gather shards that are offloaded to host memory
         tensor = cast(DTensor, sharded).full_tensor()
     return tensor.cpu() if ranks.first else None
 
 
 def like(full: Tensor, parameter: Tensor, device: torch.device | None = None) -> Tensor:
-    """`full`, split as `parameter` is: this rank's share of it, on `device` (None: where the parameter is). Every rank
-    has to call it, with the same tensor."""
+    """`full` sharded as `parameter` is, on `device` (None: the parameter's). Every rank has to call it, with the same
+    tensor."""
     if not isinstance(parameter, DTensor):
         return full.to(device or parameter.device)
     mesh = parameter.device_mesh
-    # Each rank has the whole tensor, so none has to send it (`src_data_rank`).
+    # src_data_rank None: every rank has the whole tensor, so none has to send it.
     sharded = distribute_tensor(full.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
     return sharded.to(device or parameter.to_local().device)

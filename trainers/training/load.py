@@ -1,4 +1,4 @@
-"""How much a run takes at a time: its steps, and the heaviest micro-batch that any worker will meet."""
+"""The schedule of a plan, and its load: the size of the heaviest micro-batch that any worker will have."""
 
 import itertools
 from typing import Protocol
@@ -13,23 +13,24 @@ from trainers.training.batches import Progress, Schedule
 from trainers.training.collate import Rows, collate
 
 LOOKED_AT = 20_000
-"""Steps whose micro-batches are compared where rows are shuffled: the later ones are no heavier. In the order of the
-file they may be: then it is all steps of an epoch."""
+"""Steps whose micro-batches are compared if rows are shuffled: later ones are no heavier then. If not, all steps of an
+epoch are compared."""
 RANKS = 8
-"""Workers whose share of these is looked at."""
+"""At most this many workers' micro-batches are compared."""
 COLLATED = 8
-"""The heaviest ones, by the tokens of their rows; what rows share shows only in the line that is made of them."""
+"""This many of the heaviest micro-batches, by the tokens of their rows, are collated: prefixes that rows share make a
+line shorter, and only collating shows how much."""
 
 
 class PreparedRows(Rows, Protocol):
-    """What `TokenisedDataset` offers."""
+    """The part of `TokenisedDataset` that is used here. `trained` [rows]: the number of trained tokens of each row."""
 
     @property
     def trained(self) -> NDArray[np.int64]: ...
 
 
 def load_of(plan: Plan, arch: Architecture, data: PreparedRows) -> Load:
-    """Of a worker of `plan` over `data`."""
+    """The load of a worker of `plan` over `data`: the maximum over its heaviest micro-batches."""
     schedules = [build_schedule(plan, data, rank, plan.workers) for rank in range(min(plan.workers, RANKS))]
     heaviest: list[tuple[int, list[NDArray[np.int64]]]] = []
     looked_at = LOOKED_AT // len(schedules) if plan.shuffle else schedules[0].total_steps(Progress()) // plan.n_epochs
@@ -48,7 +49,7 @@ def load_of(plan: Plan, arch: Architecture, data: PreparedRows) -> Load:
 
 
 def build_schedule(plan: Plan, data: PreparedRows, rank: int, world: int) -> Schedule:
-    """The steps of `plan` over `data`, as one of its workers takes part in them."""
+    """The schedule of `plan` over `data`, for one of its workers."""
     return Schedule(
         data.lengths,
         data.trained,
@@ -66,10 +67,10 @@ def build_schedule(plan: Plan, data: PreparedRows, rank: int, world: int) -> Sch
 
 
 def pack_size(plan: Plan) -> int | None:
-    """Tokens in a pack; None where rows aren't packed."""
+    """Tokens in a pack; None if the plan doesn't pack rows."""
     return plan.max_seq_len if plan.packed else None
 
 
 def drops(plan: Plan, arch: Architecture) -> bool:
-    """Whether dropout is at work: then a position comes out differently in each row, and rows can't share it."""
+    """Whether the model has dropout in training. It differs between rows, so they can't share a prefix then."""
     return arch.attention_dropout > 0 or (plan.lora is not None and plan.lora.dropout > 0)

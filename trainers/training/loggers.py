@@ -1,8 +1,9 @@
-"""The logger a job asks for: metrics as JSON lines on disk, or to Weights & Biases.
+"""The logger of a job: it writes metrics as JSON lines to disk, or sends them to Weights & Biases. (Metrics go to the
+event log in any case.)
 
-Metrics go to the event log in any case. `resumed_step` is the step of the checkpoint that a run goes on from, 0 where
-it starts from the beginning: what an earlier attempt logged beyond it will be logged again. The disk logger drops it;
-W&B keeps the first value it got for a step, which is the same one.
+`resumed_step` is the step of the checkpoint that a run resumes from; 0 at the start. The steps after it that an earlier
+attempt logged are logged again. The disk logger drops their old lines. W&B keeps the first value it gets for a step,
+which is the same.
 """
 
 import json
@@ -24,43 +25,48 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tunewright.train")
 
 INIT_S = 60.0
-"""For W&B's server to accept a run."""
+"""Time for W&B's server to accept a run."""
 FINISH_S = 60.0
-"""For W&B to upload what is left at the end. Its own default is to wait for ever, with the job's GPUs."""
+"""Time for W&B to upload the rest at the end of a run. Its own default is to wait for ever, while the job holds its
+GPUs."""
 
 
 End = Literal["finished", "failed", "cancelled", "paused", "replaced"]
-"""How a run of a job ends. `replaced`: another run of the job goes on in its place, and may have begun."""
+"""How a run of a job ends. `replaced`: another run of the job continues in its place, and may have begun."""
 _EXIT_CODES: dict[End, int] = {"finished": 0, "failed": 1, "cancelled": 255, "paused": 1}
-"""What W&B makes a run's state of. 255 is its own for Ctrl-C; of one that fails it has to be told that it is paused."""
+"""W&B takes a run's state from its exit code. 255 is its own code for Ctrl-C. A paused run has the code of a failed
+one, and is marked as preempting besides."""
 
 
 class Logger(Protocol):
+    """Takes the metrics of a run."""
+
     @property
     def uri(self) -> str:
-        """Where the metrics can be seen."""
+        """The URI of the metrics."""
 
     def log(self, metrics: StepMetrics) -> None:
-        """Takes one step's metrics; they are visible soon, and in any case after `close`."""
+        """Logs the metrics of a step or an evaluation. They are visible soon, at the latest after `close`."""
 
     def close(self, end: End) -> None:
-        """To be called once, with how the run ended."""
+        """Must be called once, at the end of the run."""
 
 
 def open_logger(plan: Plan, job_id: str, job_dir: Path, resumed_step: int) -> Logger:
-    """The logger of `plan`. Only one process of a job may log with it. Opening it begins W&B's run, whose URI is not
-    known before, and changes nothing yet of a file."""
+    """Opens the logger of `plan`. Only one process of a job may log with it. Opening starts the W&B run, whose URI
+    isn't known before; it doesn't change the disk logger's file yet."""
     if isinstance(plan.logger, DiskLog):
         return DiskLogger(job_dir / plan.logger.filename, resumed_step)
     return WandBLogger(plan.logger, job_id, job_dir, plan.model_dump(mode="json"), resumed_step)
 
 
 class DiskLogger:
-    """One JSON object a line: the fields of StepMetrics that have a value. What is no number is a string, `"NaN"`.
+    """Writes one JSON object per line: the fields of StepMetrics that have a value. Values that
+    aren't finite are strings, such as `"NaN"`.
 
-    A run takes the file over with its first line. Whoever had it open before goes on in a file that nobody sees. What
-    a full disk doesn't take is lost to the file, and the job goes on: its log says so, once. A line that was cut short
-    is ended when there is room; at the end of the file it may stay so.
+    A run replaces the file when it writes its first line; a process that had the old file open goes on in a file that
+    has no name any more. If the disk is full, lines are missing from the file; the job goes on, and its log says so
+    once. A line that was cut short is completed when there is room again; as the last line it may stay cut short.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
@@ -78,7 +84,7 @@ class DiskLogger:
             if self._file is None:
                 self._file = _with_lines_up_to(self._resumed_step, self._path)
             self._file.write(metrics.model_dump_json(exclude_none=True) + "\n")
-            self._file.flush()  # keeps what was not taken, and goes on from there: a line that was cut short is ended
+            self._file.flush()  # on failure keeps the rest of the line; the next call goes on from there
         except OSError as error:
             self._tell(error)
 
@@ -96,13 +102,14 @@ class DiskLogger:
 
 
 def _with_lines_up_to(step: int, path: Path) -> TextIO:
-    """A new file at `path`, with the old one's lines up to `step` (none for 0) and no line that a crash cut short."""
+    """Replaces the file at `path` by a new one with its lines up to `step` (none for 0), without a line that a crash
+    cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(".metrics.draft")  # the name of the file may be as long as a name can be
+    draft = path.with_name(".metrics.draft")  # a name made from the file's might be too long
     new = draft.open("w", encoding="utf-8")
     new.writelines(_lines_up_to(step, path))
     new.flush()
-    sync_path(draft)  # a power cut is to leave the old one or this, and no empty file
+    sync_path(draft)  # so that a power cut leaves the old file or the new one, never an empty one
     draft.replace(path)
     return new
 
@@ -121,13 +128,14 @@ def _step_of(line: str) -> float:
 
 
 class WandBLogger:
-    """A W&B run whose id is the job's: an attempt that resumes goes on in the same run, and how one ends is its state.
+    """A W&B run whose id is the job's. All attempts of a job log to the same run.
 
-    Offline where WANDB_MODE says so, without an API key, and where the server can't be reached: the job's log says how
-    to upload the run. What goes wrong later is told there too, and neither ends nor delays the job.
+    The run is offline if WANDB_MODE says so, without an API key, or if the server can't be reached. The job's log then
+    says how to upload it. Later errors of W&B are logged there, too; they neither end nor delay the job.
 
-    W&B buffers an offline run's file: one that is killed loses its last steps, a short one all. So its metrics are also
-    kept as lines of JSON, with which an attempt that resumes begins its own: the last attempt's directory has them all.
+    W&B buffers the file of an offline run: if the process is killed, its last steps are lost, and all steps of a short
+    run. So the metrics of an offline run are also kept as JSON lines. An attempt that resumes logs these lines again
+    first, so the last attempt's directory has all of them.
     """
 
     def __init__(self, spec: WandBLog, job_id: str, job_dir: Path, config: dict[str, Any], resumed_step: int) -> None:
@@ -161,7 +169,7 @@ class WandBLogger:
                 self._run = start("online")
             except wandb.Error as error:
                 reason = f"the server did not accept the run ({error})"
-                wandb.teardown()  # W&B's own process may still wait for the server, with a run of this id
+                wandb.teardown()  # W&B's process may still be waiting for the server, with a run of this id
         if reason is not None:
             self._run = start("offline")
             _log.warning(
@@ -170,7 +178,7 @@ class WandBLogger:
         kept = job_dir / "wandb" / "metrics.jsonl"
         for line in _lines_up_to(resumed_step, kept):
             metrics = StepMetrics.model_validate_json(line)
-            if metrics.step >= self._run.starting_step:  # of an online run: the server has those before
+            if metrics.step >= self._run.starting_step:  # the server of an online run has those before
                 self._send(metrics)
         self._kept = DiskLogger(kept, resumed_step) if self._run.offline else None
 
@@ -188,7 +196,7 @@ class WandBLogger:
             self._kept.close()
         if end == "paused":
             self._try(self._run.mark_preempting)
-        if end != "replaced":  # the run is the other one's by now
+        if end != "replaced":  # the W&B run belongs to the job's other run by now
             self._try(lambda: self._run.finish(exit_code=_EXIT_CODES[end]))
 
     def _send(self, metrics: StepMetrics) -> None:
@@ -209,15 +217,16 @@ class WandBLogger:
 
 
 def _why_offline() -> str | None:
-    """None: the server is to be tried."""
+    """Why the run is offline; None if the server is to be tried."""
     mode = os.environ.get("WANDB_MODE")
-    if mode in ("offline", "dryrun", "disabled"):  # of which the last would leave no run to name as the job's logs
+    # "disabled" would make no run at all, so that the job's logs had no URI.
+    if mode in ("offline", "dryrun", "disabled"):
         return f"WANDB_MODE is {mode} in the workers' environment"
     return None if _has_api_key() else "there is no WANDB_API_KEY in the workers' environment"
 
 
 def _has_api_key() -> bool:
-    """In the environment, or where `wandb login` puts it."""
+    """Whether there is an API key in the environment, or in the netrc file, where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname

@@ -1,10 +1,12 @@
-"""The output head and its loss in one: summed cross-entropy from hidden states, without the logits ever standing in
-memory.
+"""Output head and cross-entropy in one operation, which never holds all logits in memory.
 
 The logits of a long sequence are the largest matrix of a training step ([4096, 128256] float32: 2 GB), and autograd
-would keep several of them for the backward pass. Here a chunk of rows goes through the head, gives its share of the
-loss *and of the gradients*, and is gone. Nothing is computed twice: the gradient of cross-entropy, softmax(logits) -
-target, needs nothing but the logits at hand. (The idea is that of Liger Kernel's fused linear cross-entropy.)
+would keep several such matrices for the backward pass. Here a chunk of rows at a time goes through the head; its share
+of the loss *and of the gradients* is added up, and its logits are dropped. Nothing is computed twice, as the gradient
+of cross-entropy, softmax(logits) - target, follows from the logits alone. (Liger Kernel's fused linear cross-entropy
+works like this.)
+
+Shapes: n hidden states (trained positions) of width d, a vocabulary of v tokens.
 """
 
 import copy
@@ -24,11 +26,11 @@ from trainers.training.autograd import Context
 
 
 class HeadLoss:
-    """Hidden states in, summed loss out; `output` is the decoder's head.
+    """Maps hidden states to their summed loss, through `output`, the decoder's head.
 
-    `softcap`: logits x become c * tanh(x / c) (Gemma 2). `chunks`: how many chunks of rows to make, None: as many as
-    `CHUNK_ELEMENTS` asks for. `gone_by_next`: the gradient of one call is done with before the next call, and leaves it
-    its memory: that of a new matrix has to be cleared by the kernel, page by page.
+    `softcap` c: logits x become c * tanh(x / c) (Gemma 2). `chunks`: number of chunks of rows; None: as many as
+    `CHUNK_ELEMENTS` asks for. `reuse_gradient`: the gradient of the matrix is used up before the next call, so that all
+    calls may write it into the same memory. (The kernel has to clear the pages of a new matrix.)
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class HeadLoss:
         softcap: float | None = None,
         label_smoothing: float = 0.0,
         chunks: int | None = None,
-        gone_by_next: bool = False,
+        reuse_gradient: bool = False,
         compiled: Callable[[Any], Any] | None = None,
     ) -> None:
         self.output = output
@@ -49,18 +51,19 @@ class HeadLoss:
         self.chunks = chunks
         self.measure = compiled(_loss_and_gradient) if compiled else _loss_and_gradient
         self._matrix: Tensor | None = None
-        self._rooms: list[Tensor] | None = [] if gone_by_next else None
+        # The memory of the gradient to reuse, once there is one; a list, as the copies of `reading` share it.
+        self._reused: list[Tensor] | None = [] if reuse_gradient else None
 
     def reading(self, matrix: Tensor) -> Self:
-        """This head with `matrix`, as `look_up` returned it, in the place of a tied one."""
+        """This head, reading `matrix`, which `look_up` returned, in the place of the tied one."""
         head = copy.copy(self)
         head._matrix = matrix
         return head
 
     def __call__(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """`hidden` [n, d] and `labels` [n] of the trained positions -> the loss, float32 [], and how many of the labels
-        were the likeliest token, float64 []. The loss is 0, with zero gradients, for none."""
-        grad = torch.is_grad_enabled()  # inside the function it is off
+        """`hidden` [n, d] and `labels` [n] -> the summed loss, float32 [], and the number of labels that are the
+        likeliest token, float64 []. Without labels, the loss is 0 with zero gradients."""
+        grad = torch.is_grad_enabled()  # within an autograd.Function it is always off
 
         def fused(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             return cast(tuple[Tensor, Tensor], _fused(hidden, weight, labels, self._rows(hidden), grad, self))
@@ -72,15 +75,16 @@ class HeadLoss:
         return self._through_module(hidden, labels)
 
     def log_probabilities(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Of each label: `hidden` [n, d] and `labels` [n] -> float32 [n]; no label smoothing.
+        """The log-probability of each label: `hidden` [n, d] and `labels` [n] -> float32 [n]. For heads without label
+        smoothing.
 
-        How much each of them counts is known only when all are, so the gradients can't be made along with them: the
-        backward pass makes each chunk's logits again. That costs a third product with the head, and keeps the memory of
-        one chunk.
+        The loss weights them by factors that depend on all of them, so their gradients can't be computed in the forward
+        pass: the backward pass computes each chunk's logits again (a third product with the head). So memory stays
+        that of one chunk.
         """
 
         def fused(hidden: Tensor, weight: Tensor) -> Tensor:
-            return cast(Tensor, _fused_each(hidden, weight, labels, self._rows(hidden), self))
+            return cast(Tensor, _log_probabilities(hidden, weight, labels, self._rows(hidden), self))
 
         if isinstance(self.output, TiedLinear):
             return fused(hidden, self._tied)
@@ -89,12 +93,14 @@ class HeadLoss:
         return -self._each_through_module(hidden, labels)[0]
 
     def _through_module(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """For a head with layers of its own (an adapter): autograd goes through it, and computes each chunk twice."""
+        """For a head that is a module of several layers (with an adapter): by autograd, which computes each chunk
+        twice."""
         losses, hits = self._each_through_module(hidden, labels)
         return losses.sum(), hits
 
     def _each_through_module(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # As many chunks on every rank, whatever its share of a batch: a sharded head is gathered once for each.
+        # The number of chunks must be the same on every rank, however many rows it has: a sharded head is gathered once
+        # for each.
         chunks = self.chunks or MODULE_CHUNKS
         parts = zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True)
         each = [checkpoint(self._chunk, *part, use_reentrant=False) for part in parts]
@@ -109,39 +115,40 @@ class HeadLoss:
     def _tied(self) -> Tensor:
         return cast(TiedLinear, self.output).tied_module.weight if self._matrix is None else self._matrix
 
-    def room(self, weight: Tensor, rows: int) -> Tensor:
-        """For the gradient of `weight`, which the products of `rows` rows add up to."""
+    def gradient_buffer(self, weight: Tensor, rows: int) -> Tensor:
+        """Memory for the gradient of `weight` from `rows` rows: zeros if there are none, otherwise uninitialised."""
         if not rows:
             return torch.zeros_like(weight)
-        if self._rooms is None:
+        if self._reused is None:
             return torch.empty_like(weight)
-        if not self._rooms:
-            self._rooms.append(torch.empty_like(weight))
-        return self._rooms[0].detach()  # a tensor of its own, which autograd keeps as it is
+        if not self._reused:
+            self._reused.append(torch.empty_like(weight))
+        return self._reused[0].detach()  # a new tensor on the same memory, which autograd takes without copying it
 
     def _rows(self, hidden: Tensor) -> int:
-        """Of a chunk."""
+        """Rows in a chunk."""
         if self.chunks is not None:
             return max(1, -(-len(hidden) // self.chunks))
         return max(1, CHUNK_ELEMENTS[hidden.device.type] // self.vocabulary)
 
 
 def _hits(likeliest: Tensor, labels: Tensor) -> Tensor:
-    """How many of `labels` [n] are the `likeliest` tokens [n], float64 []."""
+    """The number of `labels` [n] that equal the `likeliest` tokens [n], float64 []."""
     return (likeliest == labels).sum(dtype=torch.float64)
 
 
 def _loss_and_gradient(
     logits: Tensor, labels: Tensor, head: HeadLoss, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cross-entropy [n] of float32 `logits` [n, v] against `labels` [n]; how many of these are the likeliest token, of
-    equals the first one; and, in the memory of the logits, the gradient [n, v] of its sum.
+    """From float32 `logits` [n, v] and `labels` [n]: the cross-entropy [n]; the number of labels that are the likeliest
+    token (the first one, of equals); and the gradient [n, v] of the summed cross-entropy by the logits before the
+    soft-cap, in the memory of the logits. None without `with_gradient`.
 
-    With smoothing e the target is (1 - e) at the label plus e / v everywhere, as in torch.nn.CrossEntropyLoss.
+    With label smoothing e the target is (1 - e) at the label plus e / v everywhere, as in torch.nn.CrossEntropyLoss.
     """
     cap, smoothing = head.softcap, head.label_smoothing
-    likeliest = logits.argmax(dim=1, keepdim=True)  # [n, 1]; a soft-cap leaves the order as it is
-    slope: Tensor | None = None  # of the soft-cap: 1 - tanh(x / c)^2
+    likeliest = logits.argmax(dim=1, keepdim=True)  # [n, 1]; the soft-cap keeps the order
+    slope: Tensor | None = None  # derivative of the soft-cap: 1 - tanh(x / c)^2
     if cap is not None:
         logits.div_(cap).tanh_()
         slope = 1 - logits.square() if with_gradient else None
@@ -149,7 +156,7 @@ def _loss_and_gradient(
     highest, at_label = (logits.gather(1, tokens)[:, 0] for tokens in (likeliest, labels[:, None]))  # [n]
     mean = logits.mean(dim=1) if smoothing else 0
     probabilities = torch.softmax(logits, dim=1, out=logits)
-    # The highest logit's probability is never so small that it would be 0.
+    # log(sum(exp(logits))), from the highest logit, whose probability is the only one that is surely not 0.
     normaliser = highest - probabilities.gather(1, likeliest)[:, 0].log()  # [n]
     losses = normaliser - (1 - smoothing) * at_label - smoothing * mean
     hits = _hits(likeliest[:, 0], labels)
@@ -165,8 +172,8 @@ def _loss_and_gradient(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """Adds `left` @ `right` to `total`; `first`: to nothing, whatever stands there. (To add to numbers in bf16 a CPU
-    makes a copy of all of them in fp32.)"""
+    """Adds `left` @ `right` to `total`. With `first` it overwrites `total` instead, which may be uninitialised. (To add
+    to a bf16 matrix, a CPU makes an fp32 copy of it.)"""
     if first:
         torch.mm(left, right, out=total)
     else:
@@ -174,7 +181,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum over rows i of cross_entropy(hidden[i] @ weight.T, labels[i])."""
+    """The sum over rows i of cross_entropy(hidden[i] @ weight.T, labels[i]), and the number of hits. The forward pass
+    computes the gradients, too; the backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -190,7 +198,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hits = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if for_hidden else None
-        d_weight = head.room(weight, len(hidden)) if for_weight else None
+        d_weight = head.gradient_buffer(weight, len(hidden)) if for_weight else None
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             logits = functional.linear(hidden[chunk], weight).float()  # [n, v]
@@ -210,7 +218,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, as nobody else has them. A CPU doesn't round the number, in fp32, to their type first.
+        # In place, as nothing else uses them. A CPU multiplies by the fp32 factor without rounding it to their dtype.
         d_hidden, d_weight = (None if saved is None else saved.mul_(d_loss) for saved in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None, None
 
@@ -218,12 +226,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 _fused: Callable[..., Any] = _LinearCrossEntropy.apply
 
 
+class _LogProbabilitiesContext(Context):
+    rows: int
+    head: HeadLoss
+
+
 class _LinearLogProbabilities(torch.autograd.Function):
-    """-cross_entropy(hidden[i] @ weight.T, labels[i]) of each row i."""
+    """-cross_entropy(hidden[i] @ weight.T, labels[i]) of each row i. The backward pass computes the logits again."""
 
     @staticmethod
     def forward(
-        ctx: "_OfLogProbabilities",
+        ctx: _LogProbabilitiesContext,
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -241,10 +254,10 @@ class _LinearLogProbabilities(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: "_OfLogProbabilities", d_logps: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _LogProbabilitiesContext, d_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = ctx.head.room(weight, len(hidden)) if ctx.needs_input_grad[1] else None
+        d_weight = ctx.head.gradient_buffer(weight, len(hidden)) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ctx.rows):
             chunk = slice(start, start + ctx.rows)
             logits = functional.linear(hidden[chunk], weight).float()
@@ -257,16 +270,11 @@ class _LinearLogProbabilities(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-class _OfLogProbabilities(Context):
-    rows: int
-    head: HeadLoss
-
-
-_fused_each: Callable[..., Any] = _LinearLogProbabilities.apply
+_log_probabilities: Callable[..., Any] = _LinearLogProbabilities.apply
 
 
 class _LookUp(torch.autograd.Function):
-    """What `look_up` does."""
+    """The implementation of `look_up`."""
 
     @staticmethod
     def forward(ctx: Context, matrix: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,13 +290,14 @@ class _LookUp(torch.autograd.Function):
 
 
 def _summed(tokens: Tensor, rows: Tensor) -> Tensor:
-    """`rows` [s, d], those of equal `tokens` [s] added up where the token stands first, and zeros elsewhere; in float32
-    at least: in bf16 a sum of many stops growing. Waits for nothing on the device, as `unique` would."""
+    """Adds up the `rows` [s, d] of equal `tokens` [s]: the result [s, d] has each sum at the token's first position and
+    zeros elsewhere. It is in at least float32, as in bf16 the sum of many rows stops growing. Unlike `unique`, this
+    doesn't wait for the device."""
     order = tokens.argsort(stable=True)
     alike = tokens[order]
     begins = torch.cat([torch.ones_like(alike[:1], dtype=torch.bool), alike[1:] != alike[:-1]])
     group = torch.where(begins, torch.arange(len(order), device=order.device), 0).cummax(0).values
-    first = torch.empty_like(order).scatter_(0, order, order[group])  # of each position: where its token stands first
+    first = torch.empty_like(order).scatter_(0, order, order[group])  # first position of each position's token
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return torch.zeros_like(wide).index_put_((first,), wide, accumulate=True)
 
@@ -297,10 +306,10 @@ _look_up: Callable[..., Any] = _LookUp.apply
 
 
 def look_up(matrix: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`matrix` [v, d] that is embedding and output head in one, `tokens` [1, s] -> embeddings [1, s, d], and the matrix
-    for the head (`HeadLoss.reading`), which has to be the only one to use that.
+    """For a `matrix` [v, d] that is both embedding and output head, and `tokens` [1, s]: their embeddings [1, s, d],
+    and the matrix as the head is to read it (`HeadLoss.reading`). Nothing else may use that one.
 
-    The gradients of the rows that were looked up are added to the head's where it stands. By itself autograd makes a
-    matrix of zeros for them first, and adds one to the other: a twentieth of a step of a small model.
+    In the backward pass the gradients of the embeddings are added to the head's gradient, in place. Autograd would
+    first spread them over a matrix of zeros and then add two matrices: a twentieth of a step of a small model.
     """
     return cast(tuple[Tensor, Tensor], _look_up(matrix, tokens))

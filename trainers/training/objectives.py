@@ -1,8 +1,9 @@
-"""What a run makes small: the loss of a batch from its hidden states, and what it is a mean over.
+"""The objectives: the loss of a batch from its hidden states.
 
-Supervised fine-tuning: cross-entropy, a mean over trained tokens. Direct preference optimisation (Rafailov et al. 2023,
-https://arxiv.org/abs/2305.18290): a mean over pairs of -log sigmoid(beta * margin), where the margin is how much more
-the chosen answer has gained in log-probability over the reference model than the rejected one.
+- Supervised fine-tuning: cross-entropy, averaged over trained tokens.
+- Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290): -log sigmoid(beta * margin),
+  averaged over pairs. The margin is the log-probability that the chosen answer has gained over the reference model,
+  minus that which the rejected answer has gained.
 """
 
 from abc import ABC, abstractmethod
@@ -18,8 +19,8 @@ from trainers.training.loss import HeadLoss
 
 
 class Measured(NamedTuple):
-    """Of a batch: the summed `loss` [], float32; sums of what the objective calls its `measures` [k]; and with pairs
-    the log-probability `logps` of each row's trained tokens [rows]. Only the loss has a gradient."""
+    """The results of a batch: the summed `loss` [], float32; the sums of the objective's `measures` [k], float64; and
+    for pairs the log-probabilities `logps` [rows] of the rows' trained tokens. Only the loss has a gradient."""
 
     loss: Tensor
     measures: Tensor
@@ -27,17 +28,22 @@ class Measured(NamedTuple):
 
 
 class Objective(ABC):
+    """The loss that a run minimises."""
+
     measures: tuple[str, ...] = ()
-    """What is measured besides the loss, by its names in StepMetrics; a mean over the same things."""
+    """What is measured besides the loss, by the names in StepMetrics. Averaged as the loss is."""
     label_smoothing = 0.0
-    """That of the output head."""
+    """Label smoothing in the output head."""
 
     @abstractmethod
     def __call__(self, head: HeadLoss, hidden: Tensor, batch: Batch) -> Measured:
-        """`hidden` [n, d]: of the batch's trained positions. Without any, a loss of 0 with zero gradients."""
+        """`hidden` [n, d] are the hidden states of the batch's trained positions. If there are none, the loss is 0 with
+        zero gradients."""
 
 
 class Supervised(Objective):
+    """Cross-entropy of the trained tokens."""
+
     measures = ("token_accuracy",)
 
     def __init__(self, plan: Plan) -> None:
@@ -49,7 +55,8 @@ class Supervised(Objective):
 
 
 class Preference(Objective):
-    """DPO, with label smoothing e as torchtune's DPOLoss has it: with probability e a pair is the wrong way round."""
+    """DPO. Label smoothing e is that of torchtune's DPOLoss: it assumes that a pair is the wrong way round with
+    probability e."""
 
     measures = ("rewards_chosen", "rewards_rejected", "rewards_accuracy", "rewards_margin")
 
@@ -60,7 +67,8 @@ class Preference(Objective):
     def __call__(self, head: HeadLoss, hidden: Tensor, batch: Batch) -> Measured:
         assert batch.reference is not None and batch.places is not None  # noqa: S101, PT018  -- all pairs have them
         of_tokens = head.log_probabilities(hidden, batch.labels)  # [n]
-        # Spread over a matrix and summed line by line: the same order of summands, so the same bits, on any device.
+        # Spread over a matrix and summed row by row: a fixed order of summation, so the same bits in every run, also on
+        # CUDA.
         rows = len(batch.reference)
         spread = of_tokens.new_zeros(rows * batch.longest).scatter(0, batch.places, of_tokens)
         logps = spread.view(rows, batch.longest).sum(dim=1)  # chosen and rejected in turn

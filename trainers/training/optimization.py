@@ -1,4 +1,6 @@
-"""Optimizer and learning rate of a plan. The components were checked against the allow-list when the plan was made."""
+"""The optimizer and the learning-rate schedule of a plan. Their components were checked against the allow-list when the
+plan was made.
+"""
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,18 +22,19 @@ from trainers.training.distributed import like
 from trainers.training.mixed_adam import MixedAdam, MixedAdamW
 
 WARMUP_SHARE = 0.03
+"""The share of a run's steps that are warm-up, unless the plan says otherwise."""
 
 
 def build_optimizer(
     plan: Plan, parameters: Iterable[nn.Parameter], copied: Iterable[nn.Parameter] | None = None
 ) -> torch.optim.Optimizer:
-    """torch's Adam and AdamW update in one fused pass over memory unless the plan says otherwise.
+    """The plan's optimizer for `parameters`. torch's Adam and AdamW are fused unless the plan says otherwise.
 
-    `copied`: the model's parameters, in another type, of which `parameters` are copies, in the same order. A step then
-    takes their gradients and gives them its result.
+    `copied`: the model's parameters, of which `parameters` are fp32 copies, in the same order. The optimizer then takes
+    the gradients of the former, updates the copies, and writes them to the model's parameters.
 
-    Raises UserError for an optimizer whose package this node lacks, or whose state can't be sharded as `parameters`
-    are.
+    Raises UserError if the optimizer's package isn't installed on this node, or if `parameters` are sharded and the
+    optimizer's state can't be.
     """
     name, kwargs, parameters = plan.optimizer.component, dict(plan.optimizer.kwargs), list(parameters)
     if package := missing_package(name):
@@ -65,6 +68,8 @@ def build_optimizer(
 
 
 def _train_copies(optimizer: torch.optim.Optimizer, copied: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Makes each step take the gradients of the model's parameters and write the updated copies to them. `copied` maps
+    each copy to its parameter."""
     (group,) = optimizer.param_groups
 
     def take_gradients(*_: object) -> None:
@@ -74,22 +79,22 @@ def _train_copies(optimizer: torch.optim.Optimizer, copied: Mapping[nn.Parameter
                 copy.grad, weight.grad = weight.grad.to(copy.dtype), None
 
     @torch.no_grad()
-    def give_values(*_: object) -> None:
+    def write_values(*_: object) -> None:
         for copy in group["params"]:
             if copy.grad is not None:
                 copied[copy].copy_(copy)
 
     optimizer.register_step_pre_hook(take_gradients)
-    optimizer.register_step_post_hook(give_values)
+    optimizer.register_step_post_hook(write_values)
 
 
 @contextmanager
 def updating_in_backward(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Parameters are updated as soon as the backward pass within has the gradients of `TOGETHER` numbers, or more, and
-    these are freed after: the model's gradients never stand in memory together. The numbers are those of a step taken
-    after the backward pass, to the bit.
+    """Within this context, the backward pass updates parameters as soon as it has the gradients of at least `TOGETHER`
+    numbers, and frees these gradients. So the gradients of the whole model are never in memory together. The results
+    are the same bits as those of a step after the backward pass.
 
-    `parameters` are the model's: what the optimizer updates, or what that is copied from, in the same order.
+    `parameters` are the model's, in the order of the optimizer's: the same ones, or those that it has copies of.
     """
     (group,) = optimizer.param_groups
     updated = group["params"]
@@ -122,16 +127,16 @@ def updating_in_backward(optimizer: torch.optim.Optimizer, parameters: Iterable[
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """All that `optimizer` has to be given again to go on exactly; nothing before its first step.
+    """The state of `parameter` that has to be restored to resume exactly; empty before the first step.
 
-    A tensor that torchao holds compressed comes as its parts, `exp_avg.codes` and `exp_avg.scale`. The tables of values
-    (qmap) that its codes and those of bitsandbytes look up never change, and are left out.
+    A tensor that torchao holds compressed comes in parts, `exp_avg.codes` and `exp_avg.scale`. The lookup tables of the
+    codes (torchao's and bitsandbytes' qmap) never change and are left out.
     """
     found: dict[str, Tensor] = {}
     for name, value in optimizer.state.get(parameter, {}).items():
         if hasattr(value, "codes"):
             found |= {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
-        elif isinstance(value, int):  # in which bitsandbytes counts its steps
+        elif isinstance(value, int):  # bitsandbytes counts its steps in an int
             found[name] = torch.tensor(value)
         elif isinstance(value, Tensor) and not name.startswith("qmap"):
             found[name] = value
@@ -139,9 +144,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -
 
 
 def restore_optimizer_state(optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, Tensor]) -> None:  # noqa: ANN401
-    """Gives `optimizer` what `optimizer_state` had of `parameter`. Every rank has to call it."""
+    """Restores the state of `parameter` that `optimizer_state` returned. Every rank has to call it."""
     state = optimizer.state[parameter]
-    if hasattr(optimizer, "init_state"):  # bitsandbytes: its tables, and memory that is paged where it wants that
+    if hasattr(optimizer, "init_state"):  # bitsandbytes makes its tables and its memory, which may be paged
         group = optimizer.param_groups[0]
         optimizer.init_state(group, parameter, 0, [p is parameter for p in group["params"]].index(True))
         for name, value in saved.items():
@@ -163,14 +168,14 @@ def restore_optimizer_state(optimizer: Any, parameter: nn.Parameter, saved: Mapp
 
 
 def warmup_steps(plan: Plan, total_steps: int) -> int:
-    """Steps over which the learning rate rises from 0: as asked for, else 3 % of the run rounded down."""
+    """The number of steps over which the learning rate rises from 0: the plan's, else 3 % of the run, rounded down."""
     if plan.lr_scheduler is None:
         return 0
     return int(plan.lr_scheduler.kwargs.get("num_warmup_steps", int(WARMUP_SHARE * total_steps)))
 
 
 def only_warm_up(plan: Plan, total_steps: int) -> str | None:
-    """What is to be said of a run that ends before the learning rate has risen to `lr`; None: it gets there."""
+    """A warning if the run ends before the learning rate has risen to `lr`; otherwise None."""
     steps = warmup_steps(plan, total_steps)
     if steps < max(total_steps, 1):
         return None
@@ -183,9 +188,9 @@ def only_warm_up(plan: Plan, total_steps: int) -> str | None:
 def build_scheduler(
     plan: Plan, optimizer: torch.optim.Optimizer, *, total_steps: int, steps_done: int
 ) -> LambdaLR | None:
-    """The plan's schedule, going on after `steps_done` steps; None where the learning rate is constant from the start.
+    """The plan's schedule after `steps_done` steps; None if the plan has none: then the learning rate is constant.
 
-    The rate of a step depends on the plan and the step's number only, so nothing of the schedule is saved.
+    The rate of a step depends only on the plan, the number of steps and the step, so checkpoints hold no schedule.
     """
     if plan.lr_scheduler is None:
         return None
@@ -203,14 +208,14 @@ def build_scheduler(
 def get_constant_schedule_with_warmup(
     optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
 ) -> LambdaLR:
-    """Up from 0 in a straight line over the warm-up, then the peak rate; as transformers' schedule of that name."""
+    """Rises linearly from 0 over the warm-up, then stays at the peak rate; as in transformers."""
     return LambdaLR(optimizer, lambda step: _rising(step, num_warmup_steps), last_epoch)
 
 
 def get_linear_schedule_with_warmup(
     optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
 ) -> LambdaLR:
-    """Up as the constant schedule, then down in a straight line to 0 at the end; as transformers' of that name."""
+    """Rises linearly from 0 over the warm-up, then falls linearly to 0 at the end; as in transformers."""
 
     def share(step: int) -> float:
         falling = (num_training_steps - step) / max(1, num_training_steps - num_warmup_steps)
@@ -220,6 +225,7 @@ def get_linear_schedule_with_warmup(
 
 
 def _rising(step: int, warmup: int) -> float:
+    """The share of the peak rate during the warm-up; 1 after it."""
     return min(1.0, step / warmup) if warmup else 1.0
 
 

@@ -1,4 +1,4 @@
-"""What people and programs get to see of a run: log lines, and metrics for the reporter. Rank 0 speaks for all."""
+"""The log lines of a run, and its metrics for the reporter. Rank 0 writes them for all ranks."""
 
 import logging
 import resource
@@ -20,14 +20,14 @@ from trainers.training.optimization import only_warm_up, warmup_steps
 from trainers.training.reporting import Reporter
 from trainers.training.training_model import TrainingModel, parameter_count
 
-if TYPE_CHECKING:  # the recipe imports this module
+if TYPE_CHECKING:  # it imports this module
     from trainers.training.recipe import Evaluation, StepOutcome
 
 _log = logging.getLogger("tunewright.train")
 
 
 class ProgressLog:
-    """Turns what the recipe does into log lines and StepMetrics. Silent on other ranks than the first."""
+    """Turns the recipe's steps and evaluations into log lines and StepMetrics. Only rank 0 writes any."""
 
     def __init__(self, plan: Plan, total_steps: int, reporter: Reporter, ranks: Ranks) -> None:
         self._plan = plan
@@ -38,12 +38,12 @@ class ProgressLog:
         self._began = time.perf_counter()
 
     def latest(self) -> dict[str, float]:
-        """The metrics of the last step that was seen, and of an evaluation after it, by their names in StepMetrics."""
+        """The metrics of the last step, and of an evaluation after it, by their names in StepMetrics."""
         return dict(self._latest)
 
     def stepped(self, progress: Progress, epoch: int, outcome: "StepOutcome") -> None:
-        """`epoch` is the index of the epoch the step belonged to, from 0. Its time is that since the step before was
-        seen, or since training was last `interrupted`."""
+        """Reports a step. `epoch` is the index of its epoch, from 0. The speed is measured since the previous call of
+        `stepped` or `restart_clock`."""
         now = time.perf_counter()
         speed, self._began = outcome.tokens / (now - self._began), now
         if not self._ranks.first:
@@ -70,7 +70,8 @@ class ProgressLog:
         )
 
     def evaluated(self, progress: Progress, evaluation: "Evaluation") -> None:
-        self.interrupted()
+        """Reports an evaluation after the step of `progress`."""
+        self.restart_clock()
         measured = {"valid_loss": evaluation.loss, "valid_token_accuracy": evaluation.token_accuracy}
         self._latest.update({name: value for name, value in measured.items() if value is not None})
         if self._ranks.first:
@@ -86,8 +87,8 @@ class ProgressLog:
                 *(_counted(validation.without_gain, "evaluation"), validation.best_loss, validation.best_step),
             )
 
-    def interrupted(self) -> None:
-        """Something else than a step took time."""
+    def restart_clock(self) -> None:
+        """To be called after an evaluation or a checkpoint, whose time doesn't belong to the next step."""
         self._began = time.perf_counter()
 
 
@@ -100,7 +101,7 @@ def log_summary(
     progress: Progress,
     total_steps: int,
 ) -> None:
-    """What is about to be trained, and which settings have no effect here."""
+    """Logs the model, the workers and the number of steps, and the settings that have no effect here."""
     if not ranks.first:
         return
     trained = parameter_count(model.trainable().values())
@@ -143,8 +144,8 @@ def _no_effect(plan: Plan, arch: Architecture, ranks: Ranks) -> list[str]:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes. On the CPU the kernel's own high-water mark of this process: getrusage's also knows that of the process
-    that started it."""
+    """Bytes. On the CPU the kernel's high-water mark of this process (VmHWM): getrusage's includes that of the
+    process that started it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -1,8 +1,9 @@
-"""The recipe: fine-tuning on answers or preferences, by any of `trainers.methods`, on workers with CPUs or GPUs.
+"""The training recipe: supervised fine-tuning or DPO, with any method of `trainers.methods`, on CPUs or GPUs.
 
-It knows neither Ray nor HTTP. It is one rank of torch.distributed's group where that is initialised, else a process of
-its own. Everything it does follows from the plan, the data and the checkpoint it resumes from, so the losses of a run
-that was interrupted are those of a run that was not.
+Each worker calls `train`. It sets up the run and loops over the steps; `training_step` is one step, from micro-batches
+to the update. The recipe knows neither Ray nor HTTP: it is a rank of torch.distributed's process group if that is
+initialised, otherwise a single process. Everything it does follows from the plan, the data and the checkpoint it
+resumes from, so an interrupted run has the same losses as an uninterrupted one.
 """
 
 import itertools
@@ -50,20 +51,22 @@ def train(
     resume_from: Path | None,
     attempt: int = 1,
 ) -> None:
-    """Trains `plan`, going on from the checkpoint directory `resume_from` if one is given. A job's later attempts have
-    higher numbers; those before may still be writing.
+    """Trains `plan`, from the checkpoint directory `resume_from` if one is given. Every rank has to call it.
 
-    `train_data` and `valid_data` are directories of prepared data; `output_dir` is shared by all ranks. Each epoch ends
-    with an evaluation (where there is `valid_data`) and a checkpoint; an evaluation within one that is the best so far
-    is followed by a checkpoint too. Raises Stopped, after a checkpoint, when the reporter says so before the last step,
-    UserError for what the job's author can mend (`loss_not_finite`, a model that can't be built or is broken), and
-    CapacityError `out_of_memory` or `does_not_fit`.
+    `train_data` and `valid_data` are directories of prepared data (`trainers.data.dataset`); `output_dir` is shared by
+    all ranks. `attempt` counts the attempts of a job; a process of an earlier one may still be writing. Each epoch ends
+    with an evaluation (if there is `valid_data`) and a checkpoint. An evaluation within an epoch is followed by a
+    checkpoint if its loss is the lowest so far.
+
+    Raises Stopped, after a checkpoint, when the reporter asks to stop before the last step; UserError for what the
+    job's author can fix (`loss_not_finite`, a model that can't be built or is broken); CapacityError `out_of_memory` or
+    `does_not_fit`; InfrastructureError `checkpoint_unreadable` or `reference_missing`.
     """
     with _advice_when_out_of_memory(plan), ExitStack() as stack:
         # ---- configure
         ranks = Ranks.current()
         arch = inspect_model_dir(model_dir)
-        if ranks.device.type == "cuda":  # on the CPU it was checked before the worker was there
+        if ranks.device.type == "cuda":  # for CPUs, the runner checked it before it started the workers
             check_states(plan, arch, ranks.memory_bytes())
         data = TokenisedDataset(train_data)
         valid = TokenisedDataset(valid_data) if valid_data else None
@@ -93,15 +96,16 @@ def train(
         # ---- loop
         if valid and progress.step == 0:
             log.evaluated(progress, evaluate(model, valid, plan.batch_size, ranks, reference.get("validation")))
-        width = pack_size(plan) if ranks.device.type == "cuda" else None  # compiled code is for one width
-        under_way: deque[Step] = deque()
+        # On CUDA packs are padded to their full size: kernels are compiled for one width.
+        pad_to = pack_size(plan) if ranks.device.type == "cuda" else None
+        under_way: deque[Step] = deque()  # launched, outcome not read yet
         stop = False
         for items in schedule.steps(progress):
-            if _enough(plan, validation):
+            if _stopped_improving(plan, validation):
                 log.stopped_early(validation)
                 break
             micro_batches = [
-                collate(data, rows, share=not drops(plan, arch), pad_to=width, reference=reference.get("training"))
+                collate(data, rows, share=not drops(plan, arch), pad_to=pad_to, reference=reference.get("training"))
                 for rows in items.micro_batches
             ]
             seed_step(plan.seed, progress.step, ranks.rank)
@@ -111,7 +115,7 @@ def train(
             progress = items.after
             under_way.append(Step(items, tensors))
 
-            # ---- look
+            # ---- read the outcomes: of all steps before a checkpoint or an evaluation, otherwise `steps_ahead` late
             at_checkpoint = progress.between_epochs or _due(progress.step, plan.save_every_n_steps)
             at_evaluation = progress.between_epochs or _due(progress.step, plan.run_val_every_n_steps)
             while len(under_way) > (0 if at_checkpoint or at_evaluation or stop else steps_ahead(ranks)):
@@ -121,25 +125,29 @@ def train(
                 log.stepped(step.items.after, step.items.epoch, outcome)
                 stop = stop or outcome.stop
 
-            # ---- save
+            # ---- evaluate and save
             if at_checkpoint or at_evaluation or stop:
                 _check_weights(model, progress.step, outcome.lr, ranks)
             if valid and at_evaluation:
                 evaluation = evaluate(model, valid, plan.batch_size, ranks, reference.get("validation"))
                 log.evaluated(progress, evaluation)
                 validation = validation.after(progress.step, evaluation.loss)
-            if at_checkpoint or stop or progress.step == validation.best_step or _enough(plan, validation):
+            ends_early = _stopped_improving(plan, validation)
+            if at_checkpoint or stop or progress.step == validation.best_step or ends_early:
                 checkpoints.save(progress, validation, log.latest(), model.updated(), optimizer)
-                log.interrupted()
-            if stop and progress.step < total_steps and not _enough(plan, validation):
+                log.restart_clock()
+            if stop and progress.step < total_steps and not ends_early:
                 checkpoints.wait()
                 raise Stopped(progress.step)
 
 
 class StepOutcome(NamedTuple):
-    """Of one step, over all its micro-batches and all ranks. `loss` and the objective's `measures` are means over the
-    trained tokens or pairs; `lr` is the rate the step was taken with; `grad_norm`, before clipping, is None unless it
-    is asked for. `losses` [ranks, micro-batches] are the sums that `loss` is made of."""
+    """The results of one step, over all its micro-batches and all ranks.
+
+    `loss` and the objective's `measures` are means over the trained tokens or pairs. `lr` is the learning rate of the
+    step. `grad_norm` is the norm before clipping, None without `clip_grad_norm`. `stop`: some rank asks to stop.
+    `losses` [ranks, micro-batches] are the sums that `loss` is computed from.
+    """
 
     loss: float
     lr: float
@@ -151,8 +159,8 @@ class StepOutcome(NamedTuple):
 
 
 class StepTensors(NamedTuple):
-    """A StepOutcome that may still be under way from the device: its tensors are the host's, and `arrived` says when
-    they are filled (None: they are). What the device was told to do after that is not waited for."""
+    """The tensors of a StepOutcome, in host memory. On CUDA their copies from the device may still be under way;
+    `arrived` is the event after these copies (otherwise None), so reading them waits for no later work."""
 
     losses: Tensor  # [ranks, micro-batches]
     counts: Tensor  # [tokens, ranks that wish to stop]
@@ -164,7 +172,7 @@ class StepTensors(NamedTuple):
     arrived: torch.Event | None
 
     def read(self) -> StepOutcome:
-        """Waits for the step."""
+        """Waits for the step to end."""
         if self.arrived is not None:
             self.arrived.synchronize()
         tokens, stop = self.counts.tolist()
@@ -176,13 +184,16 @@ class StepTensors(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Of the validation data: the mean loss, and the share of trained tokens that were the likeliest (None: DPO)."""
+    """Over the validation data: the mean loss, and the share of trained tokens that the model found the likeliest
+    (None for DPO)."""
 
     loss: float
     token_accuracy: float | None
 
 
 class Step(NamedTuple):
+    """A step that has been launched."""
+
     items: StepItems
     tensors: StepTensors
 
@@ -198,15 +209,18 @@ def training_step(
     *,
     stop: bool = False,
 ) -> StepTensors:
-    """The training step: one update from the mean loss over all `trained` tokens (or pairs) of all ranks.
+    """One optimizer update with the gradient of the mean loss over all `trained` tokens (or pairs) of all ranks.
 
-    Nothing in it waits for the device. `stop`: whether this rank wishes to stop after it.
+    `micro_batches` are this rank's; every rank has the same number of them. `stop`: this rank asks to stop after the
+    step. Nothing in here waits for the device. With `updates_in_backward` (one worker, one micro-batch) the parameters
+    are updated during the backward pass.
     """
     in_backward = plan.updates_in_backward
     losses = torch.zeros(ranks.world, len(micro_batches), dtype=torch.float64, device=ranks.device)
     measures = torch.zeros(len(model.objective.measures), dtype=torch.float64, device=ranks.device)
     lr = float(optimizer.param_groups[0]["lr"])
-    # From a sum to a mean, before there are gradients: they would be rounded once more. FSDP divides by the ranks.
+    # Turns summed losses into the mean. Scaling the gradients instead would round them once more. FSDP averages
+    # gradients over the ranks, where their sum is wanted.
     share = (ranks.world if model.sharded else 1) / trained
     for number, batch in enumerate(micro_batches):
         model.reduce_gradients_in_backward(number == len(micro_batches) - 1)
@@ -216,6 +230,7 @@ def training_step(
         losses[ranks.rank, number] = measured.loss.detach()
         measures += measured.measures
 
+    # Add up over the ranks, clip, update.
     counts = torch.tensor([sum(batch.n_tokens for batch in micro_batches), stop], dtype=torch.float64)
     counts = counts.to(ranks.device, non_blocking=True)
     ranks.sum_all_([losses, counts, measures])
@@ -230,6 +245,7 @@ def training_step(
         optimizer.zero_grad()
     if scheduler:
         scheduler.step()
+
     arrived = None
     if ranks.device.type == "cuda":
         losses, counts, measures = (one.to("cpu", non_blocking=True) for one in (losses, counts, measures))
@@ -239,22 +255,22 @@ def training_step(
     return StepTensors(losses, counts, grad_norm, lr, trained, measures, model.objective.measures, arrived)
 
 
-def clip(gradients: list[Tensor], longest: float, ranks: Ranks, *, summed: bool) -> Tensor:
-    """Scales all gradients together to a 2-norm of at most `longest`; returns the norm they had, shape [].
+def clip(gradients: list[Tensor], max_norm: float, ranks: Ranks, *, summed: bool) -> Tensor:
+    """Scales all gradients together, in place, to a 2-norm of at most `max_norm`. Returns their norm before that, [].
 
-    Unless they are `summed`, each rank has its own shards; those may be offloaded to the host, whose tensors nccl can't
-    add up.
+    `summed`: every rank has the same whole gradients, added up over the ranks. Otherwise each rank has its own shards;
+    they may be offloaded to host memory, so their norm goes to the device, where nccl can add it up.
     """
     square = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).double().square().sum().to(ranks.device)
     norm = (square if summed else ranks.sum_(square)).sqrt()
-    too_long = (longest / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
-    torch._foreach_mul_(gradients, too_long.to(gradients[0].device))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
+    torch._foreach_mul_(gradients, factor.to(gradients[0].device))
     return norm
 
 
 def steps_ahead(ranks: Ranks) -> int:
-    """How many steps are launched before the outcome of one is looked at: on CUDA one, which keeps the device busy
-    while the host looks. A step's outcome is known one step late then, but always before a checkpoint."""
+    """How many further steps are launched before a step's outcome is read. On CUDA one, which keeps the device busy
+    while the host reads and logs: the outcome is known one step late, but always before a checkpoint."""
     return 1 if ranks.device.type == "cuda" else 0
 
 
@@ -262,10 +278,11 @@ def steps_ahead(ranks: Ranks) -> int:
 def evaluate(
     model: TrainingModel, data: TokenisedDataset, batch_size: int, ranks: Ranks, reference: Tensor | None = None
 ) -> Evaluation:
-    """Means over all trained tokens of `data`, or with a `reference` over its pairs. Every rank has to call it."""
+    """Means over all trained tokens of `data`; over its pairs if there is a `reference` (DPO). Every rank has to call
+    it."""
     model.eval()
     names = model.objective.measures
-    # summed loss, trained tokens or pairs, summed measures
+    # [2 + k]: summed loss, number of trained tokens or pairs, summed measures
     total = torch.zeros(2 + len(names), dtype=torch.float64, device=ranks.device)
     for share in evaluation_batches(data.lengths, batch_size, ranks.rank, ranks.world, pairs=reference is not None):
         batch = collate(data, share, reference=reference)
@@ -280,7 +297,7 @@ def evaluate(
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout depends on seed, step and rank only: there is no random state to save with a checkpoint."""
+    """Makes dropout depend on seed, step and rank only, so that a checkpoint needs no random state."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
@@ -288,14 +305,14 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _enough(plan: Plan, validation: Validation) -> bool:
-    """Whether the evaluations say that training has stopped to help."""
+def _stopped_improving(plan: Plan, validation: Validation) -> bool:
+    """Whether early stopping ends the run: `early_stopping_patience` evaluations without a lower loss."""
     return plan.early_stopping_patience is not None and validation.without_gain >= plan.early_stopping_patience
 
 
 def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ranks) -> None:
-    """Raises UserError `loss_not_finite` with the micro-batch that did it; its rank logs the rows. `model_broken` where
-    it was so before anything was trained."""
+    """Raises UserError if the loss of the step is NaN or infinite: `loss_not_finite`, which names the first such
+    micro-batch, whose rank logs its rows; `model_broken` in step 1, before anything was trained."""
     if math.isfinite(outcome.loss):
         return
     if items.after.step == 1:
@@ -333,9 +350,9 @@ def _check_finite(outcome: StepOutcome, items: StepItems, plan: Plan, ranks: Ran
 
 @torch.no_grad()
 def _check_weights(model: TrainingModel, step: int, lr: float, ranks: Ranks) -> None:
-    """Raises UserError `loss_not_finite` where the update of `step` broke the model: of the loss only the next step, or
-    an evaluation, would tell. Every rank has to call it."""
-    # In their own type: a norm in another one makes a copy of all numbers on a CPU.
+    """Raises UserError `loss_not_finite` if the update of `step` left NaN or infinity in the weights. The loss would
+    show it only in the next step or evaluation, after the checkpoint. Every rank has to call it."""
+    # Norms in the weights' own dtype: for another one, a CPU would copy all weights.
     norms = torch._foreach_norm([local(parameter) for parameter in model.updated().values()])
     if ranks.sum([not torch.stack(norms).isfinite().all()])[0]:
         raise UserError(

@@ -1,8 +1,8 @@
-"""The reference of DPO: how likely the initial model finds each row, measured once and kept.
+"""The reference model of DPO: the log-probability of each row under the initial model, computed once and kept on disk.
 
-No second model is held: a pass over the data with the model before its first step (a fresh adapter changes nothing)
-gives one number a row. They lie beside the checkpoints, so that a run that goes on uses the very same numbers though
-its weights have moved on.
+No second model is needed. Before the first step the model being trained is the initial model (a new adapter changes
+nothing), and one pass over the data with it gives one number for each row. They are kept in the job's directory, so
+that a resumed run, whose weights have changed, uses the same numbers.
 """
 
 import logging
@@ -36,11 +36,11 @@ def reference_of(
     *,
     trained: bool,
 ) -> dict[str, Tensor]:
-    """For each data set the log-probability of each row's trained tokens under the initial model [rows], float32, the
-    same bits on every rank. Every rank has to call it.
+    """For each dataset of `data`: the log-probability of each row's trained tokens under the initial model [rows],
+    float32, the same bits on every rank. Every rank has to call it.
 
-    `trained`: whether the model's weights have moved on. Then the numbers must be in `output_dir`, or
-    InfrastructureError `reference_missing` is raised; else they are measured, unless they are there, and kept there.
+    They are read from `output_dir`. If they aren't there, they are computed with `model` and written there; but if
+    `model` has been `trained`, InfrastructureError `reference_missing` is raised.
     """
     file = output_dir / REFERENCE
     kept = _kept(file) if ranks.first else {}
@@ -49,7 +49,7 @@ def reference_of(
     if not found and trained:
         message = f"{file} is gone or damaged; it had the initial model's log-probabilities, which DPO compares with."
         raise InfrastructureError("reference_missing", message, suggestion="submit the job again")
-    if found:  # rank 0 has read it; the others need not see the same files yet
+    if found:  # read by rank 0 only: a new file may not be visible on other nodes yet
         return {
             name: _shared(kept[name] if ranks.first else torch.zeros(len(rows)), ranks) for name, rows in data.items()
         }
@@ -65,7 +65,7 @@ def reference_of(
 
 
 def _kept(file: Path) -> dict[str, Tensor]:
-    """Empty where the file is not there or damaged."""
+    """The contents of the file; empty if it doesn't exist or is damaged."""
     try:
         return load_file(file) if file.exists() else {}
     except SafetensorError as error:
@@ -82,10 +82,10 @@ def _measure(model: TrainingModel, data: TokenisedDataset, name: str, batch_size
     said = began
     model.eval()
     logps = torch.zeros(len(data), dtype=torch.float32, device=ranks.device)
-    nothing_known = torch.zeros(len(data))
+    no_reference = torch.zeros(len(data))  # only the loss depends on it
     batches = evaluation_batches(data.lengths, batch_size, ranks.rank, ranks.world, pairs=True)
     for number, share in enumerate(batches):
-        batch = collate(data, share, reference=nothing_known)
+        batch = collate(data, share, reference=no_reference)
         rows = torch.tensor([int(row) for item in share for row in item], dtype=torch.int64, device=ranks.device)
         logps[rows] = model(batch.to(ranks.device, model.computed_in)).logps
         if ranks.first and time.monotonic() - said >= _PROGRESS_S:
@@ -99,5 +99,6 @@ def _measure(model: TrainingModel, data: TokenisedDataset, name: str, batch_size
 
 
 def _shared(values: Tensor, ranks: Ranks) -> Tensor:
-    """The ranks' values added up, on the host; each row has a value on one rank only, so nothing is rounded."""
+    """The ranks' values added up, on the CPU. Each row has a value on one rank and 0 on the others, so nothing is
+    rounded."""
     return ranks.sum_(values.to(ranks.device)).cpu()

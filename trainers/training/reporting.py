@@ -1,4 +1,4 @@
-"""What the recipe tells the world outside while it trains: the protocol, and the values that pass through it."""
+"""How the recipe reports to its caller while it trains: the Reporter protocol and its values."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +9,8 @@ from events.facts import StepMetrics
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that is complete on disk. `epoch` counts the epochs completed at it; `best`: no evaluation so far
-    has shown a lower validation loss than the one at it."""
+    """A checkpoint that is complete on disk. `epoch`: epochs completed. `best`: its validation loss is the lowest so
+    far."""
 
     path: Path
     step: int
@@ -20,28 +20,30 @@ class SavedCheckpoint:
 
 
 class Reporter(Protocol):
-    """Whoever runs the recipe. No method may raise for a reason that is not fatal to the run."""
+    """Given to the recipe by its caller. A method that raises ends the run."""
 
     def started(self, total_steps: int, device: str) -> None:
-        """Every rank calls it, once, before the first step."""
+        """Called once on every rank, before the first step."""
 
     def metrics(self, metrics: StepMetrics) -> None:
-        """Rank 0 calls it for every step and evaluation. Must not block."""
+        """Called on rank 0 for every step and evaluation. Must not block."""
 
     def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
-        """Rank 0 calls it, on a thread of its own, while training goes on. Returns once the checkpoint is recorded:
-        older training states are deleted after it."""
+        """Called on rank 0, in a thread of its own, while training goes on. Must return only once the checkpoint is
+        recorded: after that the training states of older checkpoints are deleted."""
 
     def deleted(self, checkpoints: list[Path]) -> None:
-        """Rank 0 calls it, on the same thread, before it deletes them. Returns once that is recorded."""
+        """Called on rank 0, in the same thread, before it deletes checkpoints. Must return only once that is
+        recorded."""
 
     def should_stop(self) -> bool:
-        """Asked on every rank in each step; one rank's yes stops all of them after the same step. On CUDA that is the
-        step after the one it was said in."""
+        """Asked on every rank in each step. If one rank says yes, all ranks stop after that step; on CUDA after the
+        next one."""
 
 
 class Stopped(Exception):
-    """`should_stop` said yes before the last step; a checkpoint of the step it stopped after was saved and reported."""
+    """The run stopped before its last step, as `should_stop` asked. A checkpoint of the step it stopped after has been
+    saved and reported."""
 
     def __init__(self, step: int) -> None:
         super().__init__(step)
@@ -52,4 +54,4 @@ class Stopped(Exception):
 
 
 class Paused(Exception):
-    """The attempt stopped at a checkpoint, because the job is to pause."""
+    """The attempt stopped at a checkpoint because the job is being paused."""

@@ -1,7 +1,10 @@
-"""The model as the recipe trains it: a decoder that computes its own loss, placed on one device or sharded over ranks.
+"""The model that the recipe trains: a decoder that computes its own loss, on one device or sharded over the ranks.
 
-The output head, the final norm, and the last layer behind its attention see trained positions only: nobody sees what
-they make of the others. That is exact, and it saves the largest matrix product of a step for every token of a prompt.
+A batch goes through `TrainingModel.forward`: embedding, layers, final norm, output head and loss. From the attention of
+the last layer on, only trained positions are computed, as the outputs at other positions are not used. That is exact,
+and saves the largest matrix product of a step for every token of a prompt.
+
+`build_training_model` builds the decoder on the meta device, shards it if need be, and loads the weights into it.
 """
 
 import os
@@ -32,15 +35,16 @@ from trainers.training.loss import HeadLoss, look_up
 from trainers.training.objectives import Measured, objective_of
 
 COMPUTED_IN: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.bfloat16}
+"""The dtype of weights and activations. In mixed, the optimizer updates fp32 copies of the trained weights."""
 
 
 class TrainingModel(nn.Module):
-    """Batch in, summed loss out, as the plan's objective has it. The parameters are the decoder's, under `decoder.`."""
+    """Maps a batch to its summed loss under the plan's objective. The parameters are those of `decoder`."""
 
     sharded = False
     """Whether FSDP splits the parameters over the ranks; otherwise each rank holds all of them."""
     copies: Mapping[str, nn.Parameter] = MappingProxyType({})
-    """In fp32, of the parameters that are trained, where the dtype is mixed."""
+    """If the dtype is mixed: fp32 copies of the trained parameters (master weights), by the decoder's names."""
 
     def __init__(self, decoder: TransformerDecoder, arch: Architecture, plan: Plan, computed_in: torch.dtype) -> None:
         super().__init__()
@@ -53,13 +57,16 @@ class TrainingModel(nn.Module):
             softcap=arch.final_softcap,
             label_smoothing=self.objective.label_smoothing,
             chunks=plan.loss.kwargs.get("num_output_chunks"),
-            gone_by_next=plan.updates_in_backward,
+            reuse_gradient=plan.updates_in_backward,
             compiled=partial(torch.compile, backend=_compile_backend()) if plan.compile else None,
         )
         self.recompute = plan.enable_activation_checkpointing
 
     def forward(self, batch: Batch) -> Measured:
-        """The loss summed over what the batch counts (`Batch.n_trained`). 0, with zero gradients, for nothing."""
+        """The loss summed over the batch's trained tokens or pairs; 0, with zero gradients, if it has none.
+
+        s: positions of the line; d: width of the model; n: trained positions; m: n rounded up (`Batch.wanted`).
+        """
         hidden, head = self._embedded(batch.tokens)  # [1, s, d]
         seen, positions = causal(self.decoder, batch.tokens, batch.layout), batch.layout.positions
         for layer in self.decoder.layers:
@@ -68,11 +75,15 @@ class TrainingModel(nn.Module):
                 hidden = checkpoint(_through, layer, hidden, seen, positions, wanted, use_reentrant=False)
             else:
                 hidden = _through(layer, hidden, seen, positions, wanted)
+        # hidden is [1, m, d] after the last layer
         hidden = self.decoder.norm(hidden[0, : len(batch.trained)])  # [n, d]
         return self.objective(head, hidden, batch)
 
     def _embedded(self, tokens: Tensor) -> tuple[Tensor, HeadLoss]:
-        """Embeddings of `tokens` [1, s], and the head that goes with them."""
+        """The embeddings [1, s, d] of `tokens` [1, s], and the head to use with them.
+
+        Where embedding and head are one trained matrix that isn't sharded, both get its gradient through `look_up`.
+        """
         embedding = cast(Embedding, self.decoder.tok_embeddings)
         tied = isinstance(self.decoder.output, TiedLinear)
         if self.sharded or not tied or not embedding.weight.requires_grad:
@@ -81,25 +92,27 @@ class TrainingModel(nn.Module):
         return embedding.scaled(rows), self.head.reading(matrix)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What has gradients, by the decoder's names, in the order of the model."""
+        """The parameters that get gradients, by the decoder's names, in the order of the model."""
         return {name: p for name, p in self.decoder.named_parameters() if p.requires_grad}
 
     def updated(self) -> dict[str, nn.Parameter]:
-        """What the optimizer updates and checkpoints hold: `trainable`, or the copies of it."""
+        """The parameters that the optimizer updates and a checkpoint saves: `copies` if the dtype is mixed, otherwise
+        `trainable`."""
         return dict(self.copies) or self.trainable()
 
     def gradients(self) -> list[Tensor]:
-        """What this rank holds of each gradient."""
+        """Every gradient, or this rank's shard of it."""
         return [local(p.grad) for p in self.trainable().values() if p.grad is not None]
 
     def reduce_gradients_in_backward(self, reduce: bool) -> None:
-        """For sharded parameters: whether the next backward pass adds the gradients up over the ranks. Micro-batches
-        before a step's last one need not."""
+        """For sharded parameters: whether the next backward pass reduces the gradients over the ranks. Only the last
+        micro-batch of a step needs it."""
         if isinstance(self, FSDPModule):
             self.set_requires_gradient_sync(reduce)
 
 
 def _through(layer: nn.Module, hidden: Tensor, seen: Attend, positions: Tensor, wanted: Tensor | None) -> Tensor:
+    """One layer, as `checkpoint` can call it: [1, s, d] -> [1, s, d], or [1, m, d] of the positions `wanted` [m]."""
     allow_variants()
     output: Tensor = layer(hidden, mask=seen, input_pos=positions, wanted=wanted)
     return output
@@ -114,8 +127,8 @@ def build_training_model(
     dtype: Dtype,
     ranks: Ranks,
 ) -> TrainingModel:
-    """The model on this rank, its weights read from `model_dir` and the checkpoint to go on from. Never more than a
-    memory-mapped copy of the weights and this rank's share is held."""
+    """The model on this rank, with the weights of `model_dir` and of the checkpoint `resume_from`. Memory never holds
+    more of them than a memory-mapped copy of the files and this rank's share."""
     computed_in = COMPUTED_IN[dtype]
     with set_default_dtype(computed_in), torch.device("meta"):
         decoder = build_decoder(arch, linear=method.linear)
@@ -130,16 +143,18 @@ def build_training_model(
         _shard(model, plan, arch, ranks)
     weights = method.weights(decoder, arch, model_dir, resume_from, computed_in)
     home = torch.device("cpu") if offloads(plan, ranks) else ranks.device
-    copy = None if dtype != "mixed" else _in_fp32 if resume_from else _unrounded
-    copies = _load(decoder, weights, method, computed_in, home, ranks.device, model.sharded, copy)
-    model.copies = copies
+    make_copy = None if dtype != "mixed" else _in_fp32 if resume_from else _in_fp32_unrounded
+    model.copies = _load(decoder, weights, method, computed_in, home, ranks.device, model.sharded, make_copy)
     init_rope(decoder, ranks.device)
     return model
 
 
 def _each_holds_all(decoder: nn.Module, plan: Plan, method: Method, dtype: torch.dtype, ranks: Ranks) -> bool:
-    """Whether each rank keeps the whole model and only gradients of adapters travel: where the rest is frozen and
-    fits, unless the plan asks for what only a sharded model has; or where it can't be split. All ranks agree."""
+    """Whether each rank holds the whole model, so that only gradients are exchanged. All ranks get the same answer.
+
+    True for a method whose model can't be sharded. Also for adapters on a frozen model that takes at most `FITS` of
+    each worker's memory, unless the plan has an option that only a sharded model has.
+    """
     if not method.shards:
         return True
     if not method.keeps_base or plan.fsdp_cpu_offload or plan.memory_efficient_fsdp_wrap:
@@ -149,8 +164,8 @@ def _each_holds_all(decoder: nn.Module, plan: Plan, method: Method, dtype: torch
 
 
 def choose_dtype(plan: Plan, ranks: Ranks, before: Dtype | None = None) -> Dtype:
-    """The plan's dtype; else `before`, that of the checkpoint to go on from, which another kind of machine may have
-    written; else what suits every rank's device, and fp32 where they differ. All ranks agree."""
+    """The plan's dtype; else `before`, the dtype of the checkpoint to resume from, which another kind of machine may
+    have written; else the default of the ranks' devices, or fp32 where these differ. All ranks get the same answer."""
     if chosen := plan.dtype or before:
         return chosen
     device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
@@ -167,14 +182,14 @@ def offloads(plan: Plan, ranks: Ranks) -> bool:
 
 
 def _compile_backend() -> str:
-    """As torchtune chooses it."""
+    """The same choice as torchtune's."""
     return os.environ.get("TORCH_COMPILE_BACKEND", "inductor")
 
 
 def _shard(model: TrainingModel, plan: Plan, arch: Architecture, ranks: Ranks) -> None:
-    """FSDP2 as torchtune does it: a unit for each layer and one for the rest. With memory_efficient_fsdp_wrap embedding
-    and head are units of their own; they can't be where they are one matrix."""
-    # From the module itself: torchtune.training would bring the whole of torchtune along.
+    """Applies FSDP2 as torchtune does: one unit for each layer and one for the rest. With memory_efficient_fsdp_wrap,
+    embedding and head are units of their own, unless they are one matrix."""
+    # Not from torchtune.training, which imports all of torchtune.
     from torchtune.training._distributed import get_shard_conditions, shard_model
 
     separate = ["decoder.tok_embeddings", "decoder.output"] if plan.memory_efficient_fsdp_wrap and not arch.tied else []
@@ -194,19 +209,20 @@ def _load(
     home: torch.device,
     device: torch.device,
     sharded: bool,
-    copy: Callable[[Tensor], Tensor] | None,
+    make_copy: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, nn.Parameter]:
-    """Returns the copies in fp32 of what is trained, if any are to be kept: `copy` makes them, on `device`."""
+    """Loads `weights` into the decoder, in `dtype`, on `home`. Returns the fp32 copies of the trained parameters, made
+    by `make_copy` on `device`; none if `make_copy` is None."""
     placed, copies = {}, {}
     for name, parameter in decoder.named_parameters():
         stored = weights.pop(name)
         full = stored.to(dtype)
-        # A trained tensor gets memory of its own, aligned the same whatever file it came from: resuming is exact.
+        # A trained tensor gets its own memory, aligned the same whatever file it came from: resuming is exact.
         own = full.clone() if parameter.requires_grad and not sharded else full
         value = like(own, parameter, home)
         value = value if sharded else method.placed(name, value)
-        if copy is not None and parameter.requires_grad:
-            copies[name] = nn.Parameter(like(copy(stored.to(device)), parameter, home))
+        if make_copy is not None and parameter.requires_grad:
+            copies[name] = nn.Parameter(like(make_copy(stored.to(device)), parameter, home))
         placed[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     if weights:
         message = f"weights without a place in the model: {', '.join(sorted(weights))}"
@@ -216,30 +232,32 @@ def _load(
 
 
 def _in_fp32(stored: Tensor) -> Tensor:
+    """The fp32 copy of a weight of a checkpoint."""
     return stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def _unrounded(stored: Tensor) -> Tensor:
-    """A copy in fp32; of numbers of bf16, whatever type they are stored in, one of such as are rounded to them, spread
-    evenly over all that are. (A model that is loaded in fp32 and saved again holds the numbers it held before.)
+def _in_fp32_unrounded(stored: Tensor) -> Tensor:
+    """The fp32 copy of an initial weight. If all its values are bf16 numbers, whatever dtype the file has (a bf16 model
+    loaded in fp32 and saved again), each value gets an offset within the interval that rounds to it; the offsets are
+    spread evenly over the interval. Zeros stay.
 
-    Copies that began in the middle of what is rounded alike would first have to go half a digit, each of them, before
-    the model changed at all. So the share of the model's weights that changes fits the size of the update from the
-    first one on. The numbers from which the stored ones had once been rounded would do the same. Zeros stay.
+    Without the offsets every copy would start in the middle of its interval and would have to move by half a bf16 step
+    before its weight changed at all. With them, from the first update on, the share of weights that change corresponds
+    to the size of the update, as it would with the weights before they were once rounded to bf16.
     """
     values = _in_fp32(stored)
-    offsets = _offsets_within_a_digit(stored.device)
+    offsets = _rounding_offsets(stored.device)
     parts = torch.split(values.view(-1), offsets.numel())
-    if not any((part.view(torch.int32) & 0xFFFF).any() for part in parts):  # a bf16 is the upper half of a number
+    if not any((part.view(torch.int32) & 0xFFFF).any() for part in parts):  # bf16 is the upper half of fp32
         for part in parts:
             part.view(torch.int32).add_(offsets[: part.numel()] * (part != 0))
     return values
 
 
 @cache
-def _offsets_within_a_digit(device: torch.device) -> Tensor:
-    """int32, to be added to the bits of numbers in fp32 that bf16 has too: they don't leave what is rounded to the same
-    one. Multiples of the golden ratio, modulo 1: of all sequences these fill an interval most evenly."""
+def _rounding_offsets(device: torch.device) -> Tensor:
+    """Offsets [2**20], int32, to add to the bits of fp32 numbers that are bf16 numbers: the sums round to the same bf16
+    number. They are the multiples of the golden ratio modulo 1, the sequence that fills an interval most evenly."""
     multiples = torch.arange(1 << 20, dtype=torch.int32).mul_(-1640531535)  # 2**32 / 1.618..., wrapping around
     return (multiples >> 16).clamp_(min=1 - (1 << 15)).to(device)
 

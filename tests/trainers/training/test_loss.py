@@ -100,7 +100,7 @@ def test_the_next_gradient_takes_the_memory_of_the_last_one_where_that_is_gone(e
     matrix = Head(WIDTH, VOCABULARY, bias=False)
     gradients: list[Tensor] = []
     for gone in (True, False):
-        head = HeadLoss(matrix, VOCABULARY, chunks=2, gone_by_next=gone)
+        head = HeadLoss(matrix, VOCABULARY, chunks=2, reuse_gradient=gone)
         for factor in (1, 3):
             matrix.zero_grad()
             loss = head.log_probabilities(hidden, labels).sum() if each else head(hidden, labels)[0]
@@ -191,7 +191,7 @@ def test_a_tied_matrix_gets_the_gradients_of_the_head_and_of_what_is_looked_up(t
 
 
 def test_gradients_of_a_token_that_stands_often_are_not_lost_in_bf16() -> None:
-    """Added up in bf16 one by one, they stop growing after some hundred."""
+    """Added up one by one in bf16, the sum would stop growing after some hundred of them."""
     matrix = nn.Embedding(VOCABULARY, WIDTH, dtype=torch.bfloat16)
     tokens = torch.tensor([[3, 1, *[5] * 4000, 1]])
     rows, again = look_up(matrix.weight, tokens)
