@@ -1,4 +1,4 @@
-"""The training benchmarks: what they compare is the same training, and what they print follows from it."""
+"""The training benchmarks: they compare the same training, and print the right numbers."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The estimate of a worker's memory is held against what the kernel counts (the large table: benchmarks/README.md)."""
+"""The estimate of a worker's memory against a measurement by the kernel. (benchmarks/README.md has a larger table.)"""
 
 import sys
 from dataclasses import replace
@@ -18,9 +18,9 @@ SHAPE = {
     "vocab_size": 49152,
     "max_position_embeddings": 2048,
 }
-"""37 million parameters: enough that the libraries' own memory is not what is measured. As of any real model, the
-embedding is larger than what glibc keeps on its heap when it is freed (32 MiB at most): with a smaller one, and two
-workers that exchange it in threads, a quarter more or less stays resident from one run to the next."""
+"""37 million parameters, so that the libraries' own memory matters little. Like that of any real model, the embedding
+is larger than what glibc keeps on its heap when it is freed (32 MiB at most). With a smaller one, and two workers that
+exchange it in threads, resident memory would vary by a quarter between runs."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")

@@ -1,6 +1,6 @@
-"""What the tests run on the stand-in, each in a process of its own: `python -m tests.cuda.dry_run NAME JSON`.
+"""Programs that the tests run on the stand-in, each in a process of its own: `python -m tests.cuda.dry_run NAME JSON`.
 
-Kernels compute nothing, so every number is whatever was in memory: what would look at one is left out here.
+Kernels compute nothing there, so every number is whatever was in memory. Checks of numbers are patched away here.
 """
 
 import json
@@ -30,10 +30,10 @@ from trainers.training.load import load_of
 from trainers.training.recipe import training_step
 
 COMPILING = 3
-"""Steps in which code is compiled for what is new to it."""
+"""The first steps, in which code is compiled."""
 WIDTH = 2048
 PATCH = pytest.MonkeyPatch()
-"""Nothing is undone: the process ends."""
+"""Never undone, as the process ends."""
 ROW = 512
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
@@ -48,14 +48,14 @@ SIZES: dict[str, Any] = {
 
 
 def train(family: str, method: str, changes: dict[str, Any], *, pairs: bool = False, **sizes: Any) -> list[list[str]]:
-    """Trains, stops after a step and goes on from its checkpoint; the names of all checkpoints of both runs. No step
-    may wait for the device."""
+    """Trains, stops at a checkpoint and resumes from it; the names of all checkpoints of both runs. Fails if a step
+    waits for the device."""
     if "lora" in changes:
         changes["lora"] = LoraSpec(**changes["lora"])
     if "optimizer" in changes:
         changes["optimizer"] = ComponentSpec(component=changes["optimizer"])
     _ignore_values()
-    if method != "qlora":  # whose checkpoints are made of what is on the device, by another thread, meanwhile
+    if method != "qlora":  # its checkpoints read weights from the device, in another thread, during steps
         PATCH.setattr(recipe, "training_step", _not_waiting(training_step))
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -69,8 +69,8 @@ def train(family: str, method: str, changes: dict[str, Any], *, pairs: bool = Fa
 
 
 def memory(method: str, changes: dict[str, Any]) -> dict[str, int]:
-    """Trains a model of some size: the most that torch's allocator has handed out, checkpoints included, and what
-    the estimate says; both in bytes."""
+    """Trains a model that isn't tiny: the peak that torch's allocator has handed out, with checkpoints, and the
+    estimate; both in bytes."""
     _ignore_values()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -85,8 +85,8 @@ def memory(method: str, changes: dict[str, Any]) -> dict[str, int]:
 
 
 def flex(head_dim: int, dtype: str, window: int | None, softcap: float | None) -> dict[str, Any]:
-    """Compiles FlexAttention and its gradient for heads of that kind: whether the recipe would use it, and the bytes of
-    shared memory that the largest of its kernels takes and that there are."""
+    """Compiles FlexAttention and its gradient for such heads: whether the recipe would use it (`used`), and the bytes
+    of shared memory that its largest kernel takes (`taken`) and that the GPU has (`there`)."""
     device, kind = torch.device("cuda", 0), getattr(torch, dtype)
     taken = _shared_memory_of_what_is_compiled()
     q, k, v = (
@@ -110,7 +110,7 @@ def _ignore_values() -> None:
     add_up = Ranks.sum_
 
     def counts_of_one(ranks: Ranks, tensor: Tensor) -> Tensor:
-        """An evaluation divides by them."""
+        """Ones instead of the counts, by which an evaluation divides."""
         return torch.ones_like(tensor, device="cpu") if tensor.ndim else add_up(ranks, tensor)
 
     PATCH.setattr(recipe, "_check_weights", lambda *_: None)
@@ -119,7 +119,7 @@ def _ignore_values() -> None:
 
 
 def _not_waiting(step: Callable[..., Any]) -> Callable[..., Any]:
-    """torch raises where one of its operations waits for the device."""
+    """`step`, but torch raises if one of its operations waits for the device, once code is compiled."""
     taken = 0
 
     def checked(*arguments: Any, **options: Any) -> Any:

@@ -1,11 +1,11 @@
-/* CUDA for a machine without a GPU: one that takes every command and computes nothing.
+/* A stand-in for CUDA on a machine without a GPU. It accepts every command and computes nothing.
  *
- * Preloaded, it answers before the CUDA runtime and cuBLAS do, and stands in for the driver (libcuda.so.1). Memory of the
- * device is the host's, copies between the two are done, and kernels aren't: what they would write is whatever was there.
- * So all that leads to a kernel runs as on a GPU: torch's checks of devices and types, its allocator, Triton's compiler,
- * every launch. What is not here fails as it does without a driver.
+ * It is preloaded, so its functions take the place of those of the CUDA runtime and cuBLAS, and it is the driver
+ * (libcuda.so.1). Device memory is host memory. Copies are made, kernels are not run: their output is whatever was in
+ * memory. So everything up to a kernel runs as on a GPU: torch's checks of devices and types, its allocator, Triton's
+ * compiler, every launch. Functions that are missing here fail as they do without a driver.
  *
- * Which GPU: STAND_IN, its compute capability without the dot (90: H200).
+ * STAND_IN is the compute capability of the GPU, without the dot (90: H200).
  */
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
@@ -92,7 +92,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     return 0;
 }
 
-/* ---- memory: never given back, as torch's allocator keeps what it has; pages that nobody writes cost nothing */
+/* ---- memory: never freed, as torch's allocator keeps what it has; pages that are never written cost nothing */
 
 cudaError_t cudaMalloc(void **memory, size_t bytes) {
     const size_t page = 4096;
@@ -148,7 +148,7 @@ cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **a
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *launch, const void *kernel, void **args) { return 0; }
 
-/* ---- the driver, for what Triton compiled; what is only asked for when a library is loaded has no arguments here */
+/* ---- the driver, for kernels that Triton compiled; functions that ignore their arguments declare none */
 
 Status cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 Status cuDeviceGet(int *device, int number) { *device = 0; return 0; }

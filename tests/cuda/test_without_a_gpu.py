@@ -1,4 +1,4 @@
-"""What happens on GPUs only, on a machine without one: `make test-cuda`. All but the numbers, see stand_in.c.
+"""Tests of the code for GPUs on a machine without one: `make test-cuda`. They test all but the numbers, see stand_in.c.
 
 Not part of CI: torch for CUDA is a download of 3 GB.
 """
@@ -40,7 +40,7 @@ class StandIn:
         (folder / "libcuda.so").symlink_to(library)
 
     def run(self, module: str, *arguments: str, capability: str = H200) -> str:
-        """The last line that the program prints."""
+        """The output of the program."""
         env = os.environ | {
             "STAND_IN": capability,
             "LD_PRELOAD": str(self._folder / "libcuda.so.1"),

@@ -1,4 +1,4 @@
-"""The metric logger that the stock recipes are given through their configs."""
+"""The metric logger that the configs of the stock recipes name."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class StepLog:
-    """Keeps every figure to the last bit. Its file, a list of steps in JSON, is there when the run is over."""
+    """Records every number exactly. Its file, a JSON list of steps, appears when the run is over."""
 
     def __init__(self, file: str) -> None:
         self._file = Path(file)

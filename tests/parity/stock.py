@@ -1,4 +1,4 @@
-"""torchtune's stock recipes from the outside: a plan of ours as their config, and the processes that run them."""
+"""Runs torchtune's stock recipes: turns a plan of ours into their config, and starts their processes."""
 
 import json
 import os
@@ -29,13 +29,13 @@ ROOT = Path(__file__).parents[2]
 
 class StockStep(NamedTuple):
     loss: float
-    next_lr: float  # the recipes log the rate after the schedule has moved on
+    next_lr: float  # the recipes log the rate after the schedule's step
     grad_norm: float | None
 
 
 @dataclass(frozen=True)
 class StockRun:
-    """One run of the stock recipe of that name, with the config.yaml in `directory`."""
+    """One run of the stock recipe `recipe`, with the config.yaml in `directory`."""
 
     recipe: str
     directory: Path
@@ -55,7 +55,8 @@ class StockRun:
 
 
 def prepare_stock_run(plan: Plan, model_dir: Path, data: Path, directory: Path) -> StockRun:
-    """Writes into the new `directory` what the stock recipe needs to do as `plan` says, on the same model and rows."""
+    """Writes the files that the stock recipe needs to train `plan` on the same model and rows to the new
+    `directory`."""
     directory.mkdir(parents=True)
     if plan.lora:
         _save_adapter(plan, model_dir, directory)
@@ -66,7 +67,7 @@ def prepare_stock_run(plan: Plan, model_dir: Path, data: Path, directory: Path) 
 
 
 class StockProcess:
-    """Stock recipes that run one after the other, on `workers` processes. Starts at once."""
+    """Runs stock recipes one after the other, in `workers` processes. Starts at once."""
 
     def __init__(self, runs: Sequence[StockRun], workers: int, log: Path) -> None:
         self._log = log
@@ -78,7 +79,7 @@ class StockProcess:
             self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
 
     def steps(self, run: StockRun) -> list[StockStep]:
-        """Waits until `run` is over. Fails with the last output where the process ends before."""
+        """Waits until `run` is over. Fails with the end of the output if the process ends before that."""
         eventually(lambda: run.over or self._process.poll() is not None, 900, lambda: "the stock recipe stands still")
         assert run.over, f"the stock recipe failed:\n{self._log.read_text(errors='replace')[-5000:]}"
         return run.steps()
@@ -89,10 +90,10 @@ class StockProcess:
 
 
 def _save_adapter(plan: Plan, model_dir: Path, directory: Path) -> None:
-    """The adapter we start from, and the state of a run that hasn't begun: what the recipe resumes from.
+    """Saves our initial adapter and the state of a run that hasn't begun, for the recipe to resume from.
 
-    A's are the same in both libraries. Ours leaves the rows of q and k where a checkpoint has them, torchtune sorts
-    them by rotated pair, and with them the rows of their B's; but those are zero.
+    The A matrices are the same in both libraries. torchtune reorders the rows of q and k by rotated pair, and those of
+    their B matrices with them, which ours doesn't; but B is zero.
     """
     arch = inspect_model_dir(model_dir)
     dtype = COMPUTED_IN[choose_dtype(plan, Ranks(0, 1, torch.device("cpu")))]
@@ -105,7 +106,7 @@ def _save_adapter(plan: Plan, model_dir: Path, directory: Path) -> None:
 
 def _config(plan: Plan, model_dir: Path, data: Path, directory: Path) -> dict[str, Any]:
     resumed = {"adapter_checkpoint": "adapter.pt", "recipe_checkpoint": "recipe_state.pt"} if plan.lora else {}
-    # Fused where ours is by default; torchtune's own configs say so, too.
+    # Fused, as ours is by default and as in torchtune's own configs.
     fused = {"fused": True} if "Adam" in plan.optimizer.component else {}
     optimizer = {"_component_": plan.optimizer.component, "lr": plan.lr} | fused | plan.optimizer.kwargs
     return {

@@ -1,8 +1,8 @@
 """Runs stock recipes one after the other: `python -m tests.parity.stock_launcher RECIPE CONFIG [RECIPE CONFIG ...]`.
 
-Each goes through the code of `tune run RECIPE --config CONFIG`, in this one process because importing torchtune takes
-longer than most of the runs. Under torchrun, which is what `tune run --nproc_per_node` starts, the process is one
-rank, and what the distributed recipes need on a CPU is done first.
+Each runs the code of `tune run RECIPE --config CONFIG`, all in this process, because importing torchtune takes longer
+than most of the runs. Under torchrun, which `tune run --nproc_per_node` starts, the process is one rank; it first makes
+the changes that the distributed recipes need on a CPU.
 """
 
 import os

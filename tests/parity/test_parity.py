@@ -1,33 +1,32 @@
-"""Our recipe and torchtune's stock recipes train alike: the same loss at every step, to 1e-5 in fp32 over 50 steps.
+"""Our recipe and torchtune's stock recipes have the same loss at every step, to 1e-5 in fp32 over 50 steps.
 
-The stock recipes are the installed ones, run as `tune run` runs them, in processes of their own (stock.py), on the same
-model directory, the same prepared rows in the same order, the same adapter and the same settings. Besides the losses,
-learning rates and (where clip_grad_norm is set) gradient norms are compared. A failure shows both losses step by step.
+The stock recipes are the installed ones, run as `tune run` runs them, in processes of their own (stock.py), with the
+same model directory, the same prepared rows in the same order, the same adapter and the same settings. The tests
+compare losses, learning rates and (with clip_grad_norm) gradient norms. A failure shows both losses step by step.
 
-Both start from the same adapter because the stock LoRA recipe *resumes*: it is given a checkpoint of epoch 0 that holds
-`initial_adapter` of our seed, an empty optimizer state and nothing else. Dropout draws different random numbers in the
-two, so it is 0 here.
+To start from the same adapter, the stock LoRA recipe *resumes*: it gets a checkpoint of epoch 0 with `initial_adapter`
+of our seed and an empty optimizer state. Dropout is 0 here, as its random numbers differ between the two.
 
-Where we differ on purpose, the stock recipe being wrong, the tests step around the bug. In one place, all of it:
+Where we differ on purpose because the stock recipe is wrong, the tests avoid the bug. This is the whole list:
 
 - It drops the rows at the end of an epoch that don't fill a batch, and carries leftover micro-batches of an
   accumulation over into the next epoch. The data here fills every step of an epoch: `rows_for`.
-- Its `seed` never reaches the sampler, which always has seed 0. Rows stay in order, but for one comparison that
-  shuffles both with seed 0.
-- It weighs a micro-batch by its labels before they are shifted, so a row whose first token is trained counts one token
+- Its `seed` never reaches the sampler, which always has seed 0. Rows stay in order here, except for one comparison
+  that shuffles both with seed 0.
+- It weights a micro-batch by its labels before they are shifted. So a row whose first token is trained counts one token
   too many when gradients are accumulated; in a pack, the token before such a row is trained to predict it; and a
-  micro-batch without any trained token makes the loss NaN for ever. Every row here begins with untrained tokens and has
-  a trained one.
-- On a CPU the LoRA recipe for one device merges the adapter into the weights that are being trained when it saves an
-  epoch. `save_adapter_weights_only` keeps it from that.
-- On one device a resumed LoRA run begins its schedule again. Here it resumes at step 0, where that is right.
-- The LoRA recipes can't do without a schedule. A constant rate is one that benchmarks/stock_parts.py adds.
-- The distributed recipes need patches on a CPU: `join_on_cpu` of benchmarks/stock.py makes them and says why.
+  micro-batch without a trained token makes the loss NaN for ever. Every row here begins with untrained tokens and has a
+  trained one.
+- On a CPU, the LoRA recipe for one device merges the adapter into the weights that are being trained when it saves an
+  epoch. `save_adapter_weights_only` prevents that.
+- On one device, a resumed LoRA run restarts its schedule. Here it resumes at step 0, so that is right.
+- The LoRA recipes require a schedule. benchmarks/stock_parts.py has one with a constant rate.
+- The distributed recipes need patches on a CPU: see `join_on_cpu` in benchmarks/stock.py.
 
-What is left are sums in another order. The largest difference seen in fp32 is 2.7e-6; in bf16, where a weight has 8
-bits of precision, 2.9e-3. Adam turns rounding into whole steps of the learning rate where a gradient is nearly zero: at
-rates as high as 2e-3 (full) or 1e-2 (SmolLM2's adapter) a lone step of the tiny model differed by 1.1e-5 and the third
-one of SmolLM2 by 6e-5, so the rates here are lower. The last test shows that the bound is tight all the same.
+The remaining difference is the order of summation. The largest one seen in fp32 is 2.7e-6; in bf16, where a weight has
+8 bits of precision, 2.9e-3. Where a gradient is nearly zero, Adam turns rounding into whole steps of the learning rate:
+at rates as high as 2e-3 (full) or 1e-2 (SmolLM2's adapter) a single step of the tiny model differed by 1.1e-5 and the
+third one of SmolLM2 by 6e-5, so the rates here are lower. The last test shows that the bound is still tight.
 """
 
 from collections.abc import Iterator
@@ -54,9 +53,9 @@ PACK = 64  # tokens
 pytestmark = pytest.mark.timeout(900)  # the first test waits for a dozen stock runs
 FP32, BF16 = 1e-5, 1e-2
 LARGE_VOCABULARY = 3e-5
-"""torch's cross-entropy itself is 1.3e-5 off with SmolLM2's 49,152 words: on the first batch here it says 4.5424697,
-ours says 4.5424830, and in float64 both say 4.5424826. tests/trainers/training/test_loss.py holds ours to a
-millionth."""
+"""torch's own cross-entropy has an error of 1.3e-5 with SmolLM2's 49,152 tokens: for the first batch here it gives
+4.5424697, ours 4.5424830, and in float64 both give 4.5424826. tests/trainers/training/test_loss.py bounds the error of
+ours by a millionth."""
 
 TICKETS = Path(__file__).parents[2] / "examples" / "tickets" / "train.jsonl"
 

@@ -1,4 +1,4 @@
-"""Which rows a step takes, and what tensors they become."""
+"""The schedule: the rows of each step, packing, grouping by length, and the batches of an evaluation."""
 
 from itertools import chain, pairwise
 from typing import Any
@@ -12,13 +12,13 @@ from trainers.training.batches import Progress, Schedule, evaluation_batches, pa
 
 
 def schedule(count: int, **options: Any) -> Schedule:
-    """Of `count` rows of one token, in one epoch of batches of two rows unless `options` say otherwise."""
+    """A schedule of `count` rows of one token: one epoch in batches of two rows, unless `options` say otherwise."""
     lengths = options.pop("lengths", np.ones(count, dtype=np.int64))
     return Schedule(lengths, options.pop("trained", lengths), **({"n_epochs": 1, "batch_size": 2} | options))
 
 
 def taken(schedule: Schedule, progress: Progress | None = None) -> list[list[list[int]]]:
-    """Per step, per micro-batch: the rows."""
+    """The rows by step and micro-batch."""
     steps = schedule.steps(progress or Progress())
     return [[[int(item[0]) for item in share] for share in step.micro_batches] for step in steps]
 
@@ -125,7 +125,7 @@ def test_grouped_epochs_take_every_row_once_in_a_new_order(batch_size: int) -> N
 
 
 def test_neither_long_steps_nor_long_rows_come_first() -> None:
-    """Its length doesn't tell when a step comes, nor whether a row is of the smaller step at the end."""
+    """The length of the rows depends neither on a step's place in the epoch, nor on being in the last, smaller step."""
     steps = taken(grouped(batch_size=3, n_epochs=20))
     per_epoch = len(steps) // 20
     means = np.array([LENGTHS[flat([step])].mean() for step in steps]).reshape(20, per_epoch)

@@ -1,4 +1,4 @@
-"""Checkpoints: complete when they can be seen, exact to resume from, and no bigger than they need to be."""
+"""Checkpoints: complete once they are visible, exact to resume from, and no larger than necessary."""
 
 import errno
 import json
@@ -95,7 +95,7 @@ def test_checkpoints_come_every_n_steps_and_epoch_but_once_a_step(case: Case) ->
 
 
 class Slow(Recorder):
-    """A disk and a log that take so long over the first checkpoint that two more steps are done meanwhile."""
+    """The first checkpoint takes so long that two more steps are done meanwhile."""
 
     def checkpoint(self, checkpoint: SavedCheckpoint) -> None:
         if not self.checkpoints:
@@ -255,7 +255,7 @@ def test_a_later_attempt_writes_under_names_of_its_own_and_clears_up_what_nobody
 
 
 def test_an_attempt_that_was_replaced_touches_nothing_of_the_one_that_replaced_it(case: Case) -> None:
-    """It wakes up in the middle of its own checkpoints, when another attempt has taken over."""
+    """It goes on writing checkpoints after another attempt has taken over."""
     case.plan = make_plan_for(n_epochs=1, save_every_n_steps=4, keep_last_n_checkpoints=1)
     folder = case.output_dir / "checkpoints"
     theirs = {"step-00000004-attempt-2", ".step-00000008-attempt-2.draft", "step-00000012-attempt-10"}
@@ -266,8 +266,8 @@ def test_an_attempt_that_was_replaced_touches_nothing_of_the_one_that_replaced_i
     assert all((folder / name / "training_state").is_dir() for name in theirs)
 
 
-def test_later_checkpoints_that_the_log_has_lost_cost_none_that_it_has(case: Case) -> None:
-    """An older event log was restored, and the attempt is made once more, in the directory of the one that is lost."""
+def test_later_checkpoints_that_the_log_lost_do_not_count_among_the_last_n(case: Case) -> None:
+    """An older event log was restored, so the attempt is repeated, in the directory of the lost one."""
     case.plan = make_plan_for(n_epochs=1, save_every_n_steps=4, keep_last_n_checkpoints=1)
     case.valid_data = None
     for step in (9, 10):
@@ -291,7 +291,7 @@ def test_an_attempt_that_had_to_begin_further_back_keeps_its_own_last_checkpoint
 def test_a_checkpoint_that_somebody_reads_while_it_is_deleted_ends_no_run(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network file system keeps the name of a file that is open, and with it the directory."""
+    """A network file system keeps an open file, and so its directory."""
     case.plan = make_plan_for(n_epochs=2, save_every_n_steps=4, keep_last_n_checkpoints=1)
     case.valid_data = None
     reading, rmdir = True, os.rmdir

@@ -1,4 +1,4 @@
-"""Rows as tensors: what is trained on, and what rows share."""
+"""Collating rows: which positions are trained, and which prefixes rows share."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SYSTEM = list(range(100, 120))
 
 
 def row_of(batch: Batch, number: int) -> list[int]:
-    """The tokens that the positions of the segment `number` see, and its own."""
+    """The tokens of the segment `number`, after those of the segments that it attends to."""
     segment = batch.layout.segments[number]
     return [
         int(token)

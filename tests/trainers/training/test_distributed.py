@@ -1,4 +1,4 @@
-"""What a rank knows about its machine."""
+"""The memory that a worker may count on."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from trainers.training.distributed import Ranks
 
 @pytest.fixture
 def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the limits of this process's cgroup are read from."""
+    """The directory from which the limits of this process's cgroup are read."""
     monkeypatch.setattr(distributed, "MEMORY_LIMITS", (tmp_path / "memory.max", tmp_path / "limit_in_bytes"))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     return tmp_path

@@ -1,4 +1,4 @@
-"""What goes out with the weights: when an answer ends, and whatever else others need to load and ask the model."""
+"""Exports: the generation config, and the other files that inference needs besides the weights."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from trainers.training.export import export_model
 
 
 def base_model(path: Path, **config: Any) -> Path:
-    """As many base models are published: a text ends with `<|endoftext|>` (0), and a template that nothing was trained
-    with ends turns with `<|im_end|>` (2)."""
+    """A model like many published base models: a text ends with `<|endoftext|>` (0), and its chat template, with which
+    it wasn't trained, ends turns with `<|im_end|>` (2)."""
     model = make_tiny_model(path, "qwen2", eos_token_id=0, bos_token_id=0, **config)
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "<|endoftext|>"}))
@@ -31,7 +31,7 @@ def list_control_tokens(model: Path, listed: dict[str, Any]) -> Path:
 
 
 def exported(model: Path, out: Path) -> dict[str, Any]:
-    """The generation config that an export of `model` comes with."""
+    """The generation config of an export of `model`."""
     arch = inspect_model_dir(model)
     export_model(load_weights(model, arch), arch, model, out)
     found: dict[str, Any] = json.loads((out / "generation_config.json").read_text())

@@ -206,7 +206,7 @@ def _log_and_be_killed(job_dir: Path) -> None:
 def test_an_offline_wandb_run_that_goes_on_after_a_kill_has_all_steps_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W&B has written nothing yet of a run that short when it is killed."""
+    """W&B has not written anything yet when such a short run is killed."""
     killed = get_context("spawn").Process(target=_log_and_be_killed, args=(tmp_path,))
     killed.start()
     killed.join()
@@ -248,7 +248,7 @@ def test_wandb_hears_how_the_run_ended(
 
 
 class WandBServer(ThreadingHTTPServer):
-    """Takes whatever it gets, until somebody asks for /hang: then it answers no more."""
+    """Accepts every POST until /hang is requested; after that it answers none."""
 
     daemon_threads = True
 
@@ -307,8 +307,8 @@ class Messages(logging.Handler):
 
 
 def _log_a_step(server: str, job_dir: Path, init_s: float, meanwhile: str) -> tuple[str, list[str]]:
-    """A run against `server`; the logger's URI, and what it said to the job's log. `meanwhile`: what goes wrong between
-    the start and the first step."""
+    """Logs a run to `server`. Returns the logger's URI, and its lines in the job's log. `meanwhile`: the server `hangs`
+    or W&B's process `dies` between the start and the first step."""
     os.environ.pop("WANDB_SERVICE", None)  # of a run in the process of the tests, whose W&B this one would join
     os.environ.update(WANDB_BASE_URL=server, WANDB_API_KEY="a" * 40, WANDB_MODE="online")
     loggers.INIT_S, loggers.FINISH_S = init_s, 1.0
@@ -327,7 +327,8 @@ def _log_a_step(server: str, job_dir: Path, init_s: float, meanwhile: str) -> tu
 
 
 def in_a_fresh_process(*arguments: Any) -> tuple[str, list[str]]:
-    """W&B keeps the settings that a process began with. Ended like a worker, without W&B's report of its own use."""
+    """Calls `_log_a_step` in a new process, as W&B keeps the settings that a process began with. It ends like a worker,
+    without W&B's telemetry at exit."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(_log_a_step, arguments)
 
@@ -343,7 +344,7 @@ def test_a_wandb_server_that_does_not_answer_makes_an_offline_run(tmp_path: Path
 def test_what_goes_wrong_with_wandb_while_a_job_trains_neither_ends_nor_delays_it(
     tmp_path: Path, server: WandBServer, meanwhile: str
 ) -> None:
-    """The server takes nothing more, or W&B's own process is lost."""
+    """The server doesn't answer any more, or W&B's own process dies."""
     uri, messages = in_a_fresh_process(server.url, tmp_path, 60.0, meanwhile)
     assert uri.startswith(server.url)
     assert messages

@@ -1,4 +1,4 @@
-"""DoRA, QLoRA and QAT: what their layers compute, that they learn, resume and export exactly."""
+"""DoRA, QLoRA and QAT: their layers compute the right thing; they learn, resume exactly and export exactly."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +43,7 @@ TOKENS = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every layer is a whole number of NF4 blocks; some have biases."""
+    """A model whose layers are whole numbers of NF4 blocks. Some have biases."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
     return make_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", **sizes)
 
@@ -58,7 +58,7 @@ def case(model_dir: Path, tmp_path: Path) -> Callable[..., Case]:
 
 
 def build(plan: Plan, model_dir: Path, resume_from: Path | None = None) -> TransformerDecoder:
-    """The model of `plan` as the recipe trains it, on one worker."""
+    """The model that the recipe trains for `plan` on one worker."""
     arch = inspect_model_dir(model_dir)
     ranks = Ranks(0, 1, torch.device("cpu"))
     dtype = plan.dtype or "fp32"
@@ -66,7 +66,7 @@ def build(plan: Plan, model_dir: Path, resume_from: Path | None = None) -> Trans
 
 
 def plain_logits(model_dir: Path) -> Tensor:
-    """Of a model directory, in fp32, without any method's layers."""
+    """The logits of the model in a directory, in fp32 and with plain layers."""
     arch = inspect_model_dir(model_dir)
     with torch.device("meta"):
         decoder = build_decoder(arch)
@@ -117,7 +117,8 @@ def test_the_merged_model_computes_what_was_trained(
 def test_the_saved_quantised_base_is_the_one_the_layers_compute_with(
     case: Callable[..., Case], model_dir: Path
 ) -> None:
-    """A layer without an adapter comes out as its 4-bit weights say, bit for bit; what isn't quantised as it was."""
+    """A layer without an adapter is saved as its dequantised 4-bit weights, bit for bit; what isn't quantised is saved
+    unchanged."""
     plan = make_plan_for("qlora", lora=LoraSpec(attn_modules=("q_proj",)))
     path = case("qlora", lora=plan.lora, n_epochs=1).run().checkpoints[-1].path
     held = dict(build(plan, model_dir).named_parameters())
@@ -132,7 +133,7 @@ def test_the_saved_quantised_base_is_the_one_the_layers_compute_with(
 def test_what_is_merged_into_a_quantised_layer_is_rounded_to_the_model_s_own_type_only(
     case: Callable[..., Case], model_dir: Path
 ) -> None:
-    """Trained in bf16, of a model that is stored in fp32."""
+    """Trained in bf16; the model is stored in fp32."""
     run = case("qlora", dtype="bf16", n_epochs=1)
     path = run.run().checkpoints[-1].path
     layer = build(run.plan, model_dir, path).layers[0].attn.q_proj
@@ -142,7 +143,7 @@ def test_what_is_merged_into_a_quantised_layer_is_rounded_to_the_model_s_own_typ
 
 
 def test_a_quantised_base_is_written_out_in_the_type_of_training(model_dir: Path) -> None:
-    """As the estimate of a checkpoint's memory has it, whatever the model is stored in."""
+    """The estimate of a checkpoint's memory assumes it. The dtype in which the model is stored doesn't matter."""
     plan = make_plan_for("qlora", dtype="bf16")
     arch, method = inspect_model_dir(model_dir), method_of(plan)
     build_training_model(plan, method, arch, model_dir, None, "bf16", Ranks(0, 1, torch.device("cpu")))
@@ -168,7 +169,8 @@ def test_a_quantised_layer_computes_as_torchtunes(dtype: torch.dtype) -> None:
 
 
 def test_what_an_adapted_head_returns_is_no_view() -> None:
-    """Of which FSDP warns that gradients may be wrong, in the log of every job whose head is sharded apart."""
+    """For a view, FSDP would warn that gradients may be wrong, in the log of every job whose head is a unit of its
+    own."""
     head = LeanLoRALinear(128, 256, rank=4, alpha=8, dropout=0.0, use_bias=False)
     assert not head(torch.randn(3, 128))._is_view()
 
@@ -187,7 +189,7 @@ def test_a_dora_layer_without_a_bias_computes_as_torchtunes(dtype: torch.dtype) 
 def assert_same_layer(
     ours: torch.nn.Module, theirs: torch.nn.Module, dtype: torch.dtype, trained: tuple[str, ...]
 ) -> None:
-    """The same outputs, and the same gradients of the inputs and of what is trained, but for rounding."""
+    """Asserts that outputs and gradients, of the inputs and of the `trained` parameters, differ only by rounding."""
     results = []
     for layer in (ours, theirs):
         width = layer.get_parameter("lora_a.weight").shape[1]
@@ -209,7 +211,7 @@ def test_dora_starts_at_the_base_model(model_dir: Path) -> None:
 
 
 def test_dora_exports_the_model_it_starts_at_though_it_trains_mixed(model_dir: Path, tmp_path: Path) -> None:
-    """A row's length that is off is off for all inputs, and doesn't average out as rounded numbers do."""
+    """An error in a row's length affects all inputs alike; it doesn't average out as rounding of weights does."""
     store_in_bf16(model_dir)
     plan, arch = make_plan_for("dora", dtype="mixed"), inspect_model_dir(model_dir)
     dora = method_of(plan)

@@ -1,4 +1,4 @@
-"""Adam over copies in fp32 against torch's own, whose gradients and results go to and fro as a whole."""
+"""MixedAdam against torch's Adam on fp32 copies, to and from which whole gradients and results are copied."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: what share of the peak rate each step is taken with. And when weights are updated."""
+"""Learning-rate schedules, and the moments at which weights are updated."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ TOTAL = 8
 
 
 def rates(plan: Plan, steps_done: int = 0) -> list[float]:
-    """Of the steps after `steps_done`."""
+    """The learning rates of the steps after `steps_done`."""
     optimizer = build_optimizer(plan, [torch.nn.Parameter(torch.zeros(1))])
     scheduler = build_scheduler(plan, optimizer, total_steps=TOTAL, steps_done=steps_done)
     found = []

@@ -1,4 +1,4 @@
-"""DPO: torchtune's loss and gradients, a run that starts at ln 2 and learns, and goes on to the same bits."""
+"""DPO: the loss and gradients are torchtune's; a run starts at ln 2, learns, and resumes to the same bits."""
 
 import logging
 import math

@@ -48,7 +48,7 @@ def tiny_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Numbers of bf16 in a file of fp32: what comes of a model that was loaded in fp32 and saved again."""
+    """A file in fp32 whose values are bf16 numbers, as of a bf16 model that was loaded in fp32 and saved again."""
     path = store_in_bf16(make_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
     file = path / "model.safetensors"
     save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file)
@@ -66,7 +66,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Bench:
-    """Runs plans on the tiny model, each into a directory of its own."""
+    """Runs plans on the tiny model, each in a directory of its own."""
 
     def __init__(self, tiny: Path, data: Path, tmp_path: Path) -> None:
         self._tiny, self._data, self._root = tiny, data, tmp_path
@@ -246,7 +246,7 @@ def test_clipping_bounds_the_update(bench: Bench, tiny: Path) -> None:
 
 
 def test_gradients_that_are_offloaded_are_clipped_where_they_lie_by_a_norm_on_the_device() -> None:
-    """On the host nccl could not add the ranks' norms up."""
+    """nccl can't add up the ranks' norms in host memory."""
     with FakeTensorMode():  # knows devices, and computes nothing
         ranks = Ranks(0, 1, torch.device("cuda", 0))
         gradients = [torch.ones(4, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bfloat16)]
@@ -328,8 +328,8 @@ def test_bf16_is_stored_and_trained_as_bf16(bench: Bench) -> None:
 def test_mixed_learns_what_fp32_does_where_bf16_loses_its_small_updates(
     request: pytest.FixtureRequest, data: Path, tmp_path: Path, method: str, within: float, stored: str
 ) -> None:
-    """At a rate so low that updates are less than half a digit of most weights. (Where weights are rounded to 4 bits,
-    gradients that differ in their last bits make gains differ by a tenth.)"""
+    """The learning rate is so low that most updates are smaller than half a bf16 step of their weight. (With weights
+    rounded to 4 bits, gradients that differ in their last bits make gains differ by a tenth.)"""
     bench = Bench(request.getfixturevalue(stored), data, tmp_path)
     gains = {}
     for dtype in ("fp32", "mixed", "bf16"):
@@ -340,7 +340,7 @@ def test_mixed_learns_what_fp32_does_where_bf16_loses_its_small_updates(
 
 
 def test_mixed_begins_with_the_model_as_it_is_stored(tiny_in_bf16: Path) -> None:
-    """In fp32 it is another one, in which half of the weights are larger, but rounded it is the same."""
+    """The fp32 copies round to the stored weights, but half of them are larger than these."""
     plan, ranks, arch = make_plan_for("full"), Ranks(0, 1, torch.device("cpu")), inspect_model_dir(tiny_in_bf16)
     model = build_training_model(plan, method_of(plan), arch, tiny_in_bf16, None, "mixed", ranks)
     larger = []
@@ -388,7 +388,7 @@ def test_a_model_that_is_broken_to_begin_with_is_not_said_to_have_diverged(data:
 def test_an_update_that_breaks_the_model_leaves_no_checkpoint_of_it(
     bench: Bench, valid: Path, changes: dict[str, Any]
 ) -> None:
-    """The loss that tells of it is that of the next step, and there may be none."""
+    """Only the loss of the next step would show it, and there may be none."""
     sgd = ComponentSpec(component="torch.optim.SGD")
     recorder = Recorder()
     few: dict[str, Any] = {"n_epochs": 1, "max_steps_per_epoch": 2, "valid_data": valid}

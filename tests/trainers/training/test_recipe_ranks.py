@@ -1,4 +1,4 @@
-"""The recipe on two ranks (FSDP2 over gloo, whole models for adapters): the numbers of one, checkpoints that resume."""
+"""The recipe on two ranks (FSDP2 over gloo; whole models for adapters): same numbers as on one, and exact resuming."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +41,7 @@ def case(tmp_path: Path) -> Case:
 
 
 def split(case: Case) -> Case:
-    """The same global batches on two workers."""
+    """The case with the same global batches on two workers."""
     plan = case.plan.model_copy(update={"batch_size": case.plan.batch_size // 2, "nproc_per_node": 2})
     return replace(case, plan=plan, output_dir=case.output_dir.with_name("two"))
 
@@ -91,8 +91,8 @@ def test_two_workers_give_the_numbers_of_one(
 def test_two_workers_round_as_one_does(
     two_ranks: TwoRanks, case: Case, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """With a head of its own, and one rank without a row in the last step. The learning rate is so low that no number
-    crosses the edge of a rounding: after that, runs that differ in the last digit go ways of their own."""
+    """With an untied head, and with one rank that has no row in the last step. The learning rate is so low that no
+    weight is rounded to another 4-bit number: after that, runs that differ in the last bit diverge."""
     case.plan = make_plan_for("qat", batch_size=4, n_epochs=1, lr=1e-5, clip_grad_norm=0.5, **changes)
     case.model_dir = make_tiny_model(tmp_path / "mistral", "mistral")
     one = case.run()
@@ -191,41 +191,39 @@ def test_adapters_on_two_workers_train_with_a_compressed_state_as_on_one_and_res
 
 
 def _run_eager(case: Case) -> Any:
-    """torchao would compile its update, which takes long."""
+    """Runs the case without torchao's compilation of its update, which takes long."""
     with torch.compiler.set_stance("force_eager"):
         return case.run()
 
 
 def test_a_compressed_state_on_sharded_parameters_is_refused(two_ranks: TwoRanks, case: Case) -> None:
-    """As happens to adapters beside a model that is too large for each worker to hold."""
+    """Adapters are sharded if each worker can't hold the whole model."""
     case.plan = make_plan_for(optimizer=ComponentSpec(component="torchao.optim.AdamW8bit"), fsdp_cpu_offload=True)
     with pytest.raises(AssertionError, match="can't be sharded"):
         two_ranks.run(Case.run, split(case))
 
 
-def test_while_one_rank_waits_for_the_disk_the_other_hears_from_it_again_and_again(
-    two_ranks: TwoRanks, case: Case
-) -> None:
-    """In one call of torch.distributed it would be given up on."""
+def test_ranks_wait_for_a_slow_disk_in_many_short_collective_calls(two_ranks: TwoRanks, case: Case) -> None:
+    """A single collective call would time out."""
     case.plan = make_plan_for(save_every_n_steps=10, memory_efficient_fsdp_wrap=True)
     first, _ = two_ranks.run(_run_with_a_slow_disk, split(case))
     assert [c.step for c in first.checkpoints] == [10, 11, 20, 22]
 
 
 def _run_with_a_slow_disk(case: Case) -> Any:
-    """The checkpoint of step 10 isn't written before the ranks, who want to save the next one, have spoken three
-    times."""
-    spoken: list[float] = []
-    speak, write = Ranks.sum, CheckpointWriter._write
+    """Runs the case. The checkpoint of step 10 isn't written before the ranks, which wait for it to save the next one,
+    have called `Ranks.sum` three times."""
+    sums: list[float] = []
+    add_up, write = Ranks.sum, CheckpointWriter._write
 
     def counted(ranks: Ranks, values: Sequence[float]) -> list[float]:
-        spoken.extend(values)
-        return speak(ranks, values)
+        sums.extend(values)
+        return add_up(ranks, values)
 
     def slowly(writer: CheckpointWriter, progress: Progress, *rest: Any) -> None:
-        before = len(spoken)
+        before = len(sums)
         if progress.step == 10:
-            eventually(lambda: len(spoken) >= before + 3, 30, lambda: "nobody said anything")
+            eventually(lambda: len(sums) >= before + 3, 30, lambda: "the ranks don't call Ranks.sum")
         write(writer, progress, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
