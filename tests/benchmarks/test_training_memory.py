@@ -1,4 +1,4 @@
-"""The estimate of a worker's memory against a measurement by the kernel. (benchmarks/README.md has a larger table.)"""
+"""The estimate of a worker's memory against a measurement by the kernel. (benchmarks/training.md has more cases.)"""
 
 import sys
 from dataclasses import replace
