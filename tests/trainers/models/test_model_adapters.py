@@ -97,3 +97,13 @@ def test_a_directory_without_an_adapter_is_named(tmp_path: Path) -> None:
     arch = inspect_model_dir(make_tiny_model(tmp_path))
     with pytest.raises(UserError, match="can't be read"):
         load_peft_adapter(tmp_path, arch, LoraSpec())
+
+
+def test_an_adapter_whose_file_was_cut_short_is_incomplete(tmp_path: Path) -> None:
+    arch = inspect_model_dir(make_tiny_model(tmp_path / "base"))
+    save_peft_adapter({}, arch, LoraSpec(), "base", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="holds no readable adapter") as caught:
+        load_peft_adapter(tmp_path / "adapter", arch, LoraSpec())
+    assert caught.value.error.code == "model_incomplete"
