@@ -10,7 +10,7 @@ index may be deleted at any time; the file is then read once from its start.
 Lines reach the operating system before `append` returns, so they survive the death of any process. They are not
 fsynced, because an fsync for each batch would tie the training loop's output to the speed of the disk. So a power cut
 may take lines of the last seconds (never an event). Where it took them from the middle of the file, a read returns one
-line that says how many are missing, and the lines after them keep their offsets.
+line that says so. The lines after them keep their offsets if a mark follows; otherwise the number of lost lines is unknown.
 """
 
 import json
@@ -163,12 +163,13 @@ class Spool:
         """What stands for `lost` lines before offset `after`; `near` is the line next to them, if any is left."""
         if after not in self._reported:
             self._reported.add(after)
-            logger.warning("%s: %d lines before line %d can't be read", self._file, lost, after)
+            logger.warning("%s: lines are lost, at least %d before line %d", self._file, lost, after)
         if near is not None:
             timestamp = near["timestamp"]
         else:
             timestamp = datetime.fromtimestamp(self._file.stat().st_mtime, UTC).isoformat()
-        return {"message": f"[{lost:,} lines of the log are lost: its file is damaged here]", "timestamp": timestamp}
+        message = f"[lines of the log are lost here, at least {lost:,}: its file is damaged]"
+        return {"message": message, "timestamp": timestamp}
 
     def _write(self, data: bytes) -> None:
         file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -136,8 +136,8 @@ def read_to_end(spool: Spool, first: int = 0, limit: int = 10_000) -> dict[int, 
 
 
 def lines_lost(message: str) -> int:
-    """How many lines a message stands for that says that they are lost; 0 for other messages."""
-    said = re.fullmatch(r"\[([\d,]+) lines of the log are lost: its file is damaged here\]", message)
+    """The number in a message that says that lines are lost; 0 for other messages."""
+    said = re.fullmatch(r"\[lines of the log are lost here, at least ([\d,]+): its file is damaged\]", message)
     return int(said[1].replace(",", "")) if said else 0
 
 
