@@ -10,7 +10,8 @@ index may be deleted at any time; the file is then read once from its start.
 Lines reach the operating system before `append` returns, so they survive the death of any process. They are not
 fsynced, because an fsync for each batch would tie the training loop's output to the speed of the disk. So a power cut
 may take lines of the last seconds (never an event). Where it took them from the middle of the file, a read returns one
-line that says so. The lines after them keep their offsets if a mark follows; otherwise the number of lost lines is unknown.
+line that says so. The lines after them keep their offsets if a mark follows; otherwise the number of lost lines is
+unknown.
 """
 
 import json
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypedDict
 
 MAX_MESSAGE = 16_384
-"""Longer messages are cut to this many characters, and a mark says how long they were."""
+"""Longer messages are cut to this many characters, with a note that says how long they were."""
 _MARK_LINES = 1000
 _MARK_BYTES = 256 * 1024
 logger = logging.getLogger("tunewright.logs")
