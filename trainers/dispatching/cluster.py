@@ -103,7 +103,9 @@ class Cluster:
     @cached_property
     def _jobs(self) -> JobSubmissionClient:
         # Not `get_dashboard_url`: in an actor it returns Ray's default port, wherever the dashboard listens (Ray 2.60).
-        return _Jobs(f"http://{_untyped(get_webui_url_from_internal_kv)()}")
+        if not (address := _untyped(get_webui_url_from_internal_kv)()):
+            raise ConnectionError("Ray's dashboard has not registered its address yet")
+        return _Jobs(f"http://{address}")
 
     def capacity(self) -> Capacity:
         """Total and free resources of the live nodes, and what the autoscaler may add. A node that is being drained has

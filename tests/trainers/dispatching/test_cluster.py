@@ -120,6 +120,15 @@ def test_the_address_of_another_cluster_in_the_environment_is_ignored(
     assert [submission["submission_id"] for submission in dashboard.submitted] == [WITH_404]
 
 
+def test_a_dashboard_that_registers_late_is_found(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster()
+    with monkeypatch.context() as before:
+        before.setattr("trainers.dispatching.cluster.get_webui_url_from_internal_kv", lambda: None)
+        with pytest.raises(ConnectionError):
+            cluster.runner(WITH_404)
+    assert cluster.runner(WITH_404).state == "absent"
+
+
 def test_two_runners_of_one_job_that_ended_alike_are_told_apart(dashboard: Dashboard) -> None:
     dashboard.status, cluster = 200, Cluster()
     lost = []
