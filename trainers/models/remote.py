@@ -9,11 +9,12 @@ from typing import Any
 
 import fsspec
 
-from trainers.errors import InfrastructureError, JobProblem, UserError, storage_full
+from trainers.errors import InfrastructureError, JobProblem, UserError
 from trainers.models.cache import make_once
 from trainers.models.wanted_files import CHAT_TEMPLATES, choose_files, may_be_wanted
 
 Log = Callable[[str], None]
+_PIECE_BYTES = 16 << 20
 _IDENTITY_KEYS = ("size", "ETag", "etag", "md5Hash", "generation", "mtime")
 
 
@@ -22,7 +23,8 @@ def copy(uri: str, cache_dir: Path, log: Log, *, weights: bool = True) -> Path:
     the copy may lack the safetensors files.
 
     Raises UserError `model_not_found`, `model_access_denied`, `model_incomplete`, `model_unsupported`, `model_changed`;
-    InfrastructureError `model_unreachable` or `storage_full`. Credentials come from the environment.
+    InfrastructureError `model_unreachable`, `storage_full` or `storage_unreachable`. Credentials come from the
+    environment.
     """
     with _store_errors(uri):
         fs, root = fsspec.core.url_to_fs(uri)
@@ -91,8 +93,15 @@ def _is_file(entry: dict[str, Any]) -> bool:
 
 def _get(fs: fsspec.AbstractFileSystem, uri: str, entry: dict[str, Any], target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
-    with _store_errors(uri), fs.open(entry["name"], "rb") as source, target.open("wb") as sink:
-        shutil.copyfileobj(source, sink, 16 << 20)
+    with target.open("wb") as sink:
+        for piece in _pieces(fs, uri, entry["name"]):
+            sink.write(piece)  # its errors are the local disk's
+
+
+def _pieces(fs: fsspec.AbstractFileSystem, uri: str, name: str) -> Iterator[bytes]:
+    with _store_errors(uri), fs.open(name, "rb") as source:
+        while piece := source.read(_PIECE_BYTES):
+            yield piece
 
 
 @contextmanager
@@ -113,7 +122,7 @@ def _store_errors(uri: str) -> Iterator[None]:
             suggestion="ask the operator for credentials that open it, or use another model",
         ) from error
     except Exception as error:  # each store's client has its own exceptions, whose texts may contain signed URLs
-        raise storage_full(error) or InfrastructureError(
+        raise InfrastructureError(
             "model_unreachable",
             f"{uri} could not be read: {type(error).__name__}.",
             suggestion="check the workers' network and credentials",

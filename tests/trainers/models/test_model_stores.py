@@ -1,6 +1,7 @@
 """Models on an object store, and which of the files there, or on a hub, are fetched."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,17 @@ def several_models(path: Path, named: str) -> Path:
         save_file(part, source / file, metadata={"format": "pt"})
     (source / "halves.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return source
+
+
+def test_a_disk_that_fails_under_a_copy_is_not_taken_for_the_store(bucket: Path, settings: Settings) -> None:
+    make_tiny_model(bucket / "model")
+    path = resolve_model("s3://bucket/model", settings, lambda _: None)
+    shutil.rmtree(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir()
+    (partial / "tokenizer.json").symlink_to("/proc/self/mem")  # writing to its beginning is an input/output error
+    error = failure("s3://bucket/model", settings).error
+    assert (error.code, error.fault) == ("storage_unreachable", "infrastructure")
 
 
 NAMED_WEIGHTS = [
