@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainers.errors import storage_away
-from trainers.models.architecture import Architecture
+from trainers.models.architecture import FAMILIES, Architecture
 from trainers.models.export_files import copy_companions, write_json, write_safetensors
 from trainers.models.layout import CheckpointTensor, checkpoint_tensors
 from trainers.models.model_files import INDEX_FILE, SINGLE_FILE, WEIGHTS_KEY, incomplete, weight_files
@@ -116,9 +116,11 @@ def _shards(
 
 
 def _exported_config(arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:
-    """The model's config.json with the dtype of the weights, under the key that both transformers 4 and 5 read."""
+    """The model's config.json, with the dtype of the weights under the key that both transformers 4 and 5 read, and
+    with `architectures`, by which vLLM chooses the model class."""
     dropped = ("dtype", "_name_or_path", "auto_map", WEIGHTS_KEY)
     config = {key: value for key, value in arch.json.items() if key not in dropped}
+    config["architectures"] = config.get("architectures") or [FAMILIES[arch.family].causal_lm]
     return config | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 

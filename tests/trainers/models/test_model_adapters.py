@@ -104,6 +104,6 @@ def test_an_adapter_whose_file_was_cut_short_is_incomplete(tmp_path: Path) -> No
     save_peft_adapter({}, arch, LoraSpec(), "base", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match="holds no readable adapter") as caught:
+    with pytest.raises(UserError, match="can't be read") as caught:
         load_peft_adapter(tmp_path / "adapter", arch, LoraSpec())
     assert caught.value.error.code == "model_incomplete"

@@ -124,6 +124,14 @@ def test_an_export_says_its_dtype_and_keeps_the_rest_of_the_config(tmp_path: Pat
     assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_an_export_names_its_architecture_even_if_the_base_does_not(tmp_path: Path) -> None:
+    """vLLM chooses the model class by it."""
+    source = make_tiny_model(tmp_path / "in", architectures=None)
+    arch = inspect_model_dir(source)
+    save_hf_model(load_weights(source, arch), arch, source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_an_export_has_the_tokenizer_and_the_licence_and_is_readable_by_everyone(tmp_path: Path) -> None:
     source = make_tiny_model(tmp_path / "in")
     (source / "chat_template.jinja").write_text("{{ messages }}")
