@@ -206,14 +206,18 @@ def load_optimizer(checkpoint: Path, parameters: NamedParameters, optimizer: tor
     """Restores the optimizer's state from `checkpoint`, which a run with any number of ranks may have saved. Every rank
     has to call it. Raises InfrastructureError `checkpoint_unreadable`."""
     path = checkpoint / STATE / "optimizer.safetensors"
-    with reading(path), safe_open(path, framework="pt") as file:
+    with reading(path):
+        opened = safe_open(path, framework="pt")
+    with opened as file:
         keys: dict[str, list[str]] = {}
         for key in file.keys():  # noqa: SIM118  -- not a dict
             attribute, _, name = key.partition("/")
             keys.setdefault(name, []).append(attribute)
         for name, attributes in keys.items():
-            saved = {attribute: file.get_tensor(f"{attribute}/{name}") for attribute in attributes}
-            restore_optimizer_state(optimizer, parameters[name], saved)
+            with reading(path):
+                parameter = parameters[name]
+                saved = {attribute: file.get_tensor(f"{attribute}/{name}") for attribute in attributes}
+            restore_optimizer_state(optimizer, parameter, saved)
 
 
 @contextmanager
