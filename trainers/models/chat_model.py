@@ -16,7 +16,7 @@ from trainers.data.chat import ChatTokenizer
 from trainers.errors import InfrastructureError, UserError
 from trainers.models.answer_text import AnswerText, encode_question
 from trainers.models.architecture import inspect_model_dir
-from trainers.models.decoder import build_decoder, init_rope
+from trainers.models.decoder import build_decoder, init_rope, rope_table_bytes
 from trainers.models.generate import Continuation, advance
 from trainers.models.weights import load_weights
 
@@ -49,7 +49,8 @@ class ChatModel:
             decoder = build_decoder(arch)
         stored = load_weights(directory, arch)
         shared = _shared(stored, [model.weights() for model in beside], device, dtype)
-        _check_room({name: value for name, value in stored.items() if name not in shared}, device, dtype)
+        own = [value for name, value in stored.items() if name not in shared]
+        _check_room(own, rope_table_bytes(arch), device, dtype)
         weights = {name: value.to(device=device, dtype=dtype) for name, value in (stored | shared).items()}
         decoder.load_state_dict(weights, assign=True)
         init_rope(decoder, device)
@@ -110,12 +111,13 @@ def _shared(
     return found
 
 
-def _check_room(stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Raises InfrastructureError `no_room` if `stored` takes too much memory. Memory-mapped tensors don't count."""
+def _check_room(stored: Sequence[Tensor], others: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InfrastructureError `no_room` if `stored` and `others`, which is in bytes, take too much memory.
+    Memory-mapped tensors don't count."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()  # memory that unloaded models have left in torch's cache counts as taken otherwise
-    needed = sum(value.numel() * dtype.itemsize for value in stored.values() if on_gpu or value.dtype != dtype)
+    needed = others + sum(value.numel() * dtype.itemsize for value in stored if on_gpu or value.dtype != dtype)
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > FITS * free:
         message = f"the model needs {needed / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free"

@@ -135,6 +135,11 @@ def init_rope(model: nn.Module, device: torch.device | str) -> None:
             module.rope_init(device)
 
 
+def rope_table_bytes(arch: Architecture) -> int:
+    """Bytes of the rotary tables for sequences of up to `arch.max_seq_len` tokens."""
+    return len({arch.rope, arch.local_rope}) * arch.max_seq_len * arch.head_dim * torch.float32.itemsize
+
+
 def _norm(arch: Architecture, width: int) -> nn.Module:
     kind: type[nn.Module] = GemmaNorm if arch.gemma_style else FusedRMSNorm
     return kind(width, eps=arch.norm_eps)

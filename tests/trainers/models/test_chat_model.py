@@ -52,6 +52,12 @@ def test_a_tuned_model_shares_with_its_base_all_but_what_was_tuned(pair: tuple[P
     assert answers[0] != answers[1]
 
 
+def test_a_context_whose_rotary_tables_memory_has_no_room_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InfrastructureError, match="in memory, and") as caught:
+        ChatModel.load(make_tiny_model(tmp_path, max_position_embeddings=10**12))
+    assert caught.value.error.code == "no_room"
+
+
 def test_what_is_shared_needs_no_room(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     base = ChatModel.load(pair[0])
     needed = sum(value.numel() * 4 for value in base.weights().values())
