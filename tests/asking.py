@@ -1,4 +1,4 @@
-"""The real client of a service on Ray Serve, and asking a model through it."""
+"""The official `openai` client for tests of a service on Ray Serve, and a question to ask a model with it."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ MAX_TOKENS = 16
 
 
 def client_of(url: str, timeout_s: float = WAIT_S) -> openai.OpenAI:
-    """Of the service at that URL, whatever proxy the environment names."""
+    """A client of the service at that URL, which ignores proxies that the environment names."""
     http = openai.DefaultHttpxClient(trust_env=False)
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=timeout_s, http_client=http)
 
@@ -23,7 +23,7 @@ def ask(client: openai.OpenAI, model: str) -> str:
 
 
 def streamed(client: openai.OpenAI, model: str) -> str:
-    """The same, piece by piece."""
+    """As `ask`, with a streamed answer."""
     chunks = client.chat.completions.create(
         model=model, messages=ASKED, temperature=0, max_tokens=MAX_TOKENS, stream=True
     )

@@ -1,4 +1,4 @@
-"""What several parts' tests share: one small Ray cluster, two training ranks, and the converted demo model."""
+"""Fixtures for tests of several packages: a small Ray cluster, two training ranks, and the converted demo model."""
 
 import os
 import shutil
@@ -41,12 +41,12 @@ ON_A_LIVE_CLUSTER = (
     "tests/trainers/dispatching/test_autoscaler.py",
     "tests/trainers/dispatching/test_dispatcher_actor.py",
 )
-"""Two clusters at a time are too much for two cores."""
+"""Tests that start a Ray cluster. They run one after another: two clusters at a time are too much for two cores."""
 _START_S = 150  # it takes five seconds on an idle machine
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ["TTY_COMPATIBLE"] = "0"  # for Rich, in the programs that tests start: FORCE_COLOR is for pytest's lines
+    os.environ["TTY_COMPATIBLE"] = "0"  # FORCE_COLOR is for pytest; Rich, in programs that tests start, must not see it
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
 
@@ -56,17 +56,17 @@ def needs_ray(node_id: str) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not needs_ray(item.nodeid))  # they take longest, so they begin
+    items.sort(key=lambda item: not needs_ray(item.nodeid))  # the slowest first
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests of a live service have time limits: those beside them stand back."""
+    """Lowers the priority of tests without a cluster, as those of a live service have time limits."""
     if "PYTEST_XDIST_WORKER" in os.environ and not needs_ray(item.nodeid):
         os.nice(max(0, 10 - os.nice(0)))
 
 
 class FilesBesideRay(LoadScopeScheduling):
-    """One process runs all tests on live clusters, one after the other; the rest is done beside them, file by file."""
+    """One process runs all tests on live clusters, one after another; the others run the rest, file by file."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "on a live cluster" if needs_ray(nodeid) else nodeid.partition("::")[0]
@@ -77,7 +77,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesBe
 
 
 class RayCluster(NamedTuple):
-    """A running cluster, for drivers (`ray.init(address)`), Ray Jobs (`dashboard_url`) and child processes (`env`)."""
+    """How to reach a running cluster: drivers use `address`, Ray Jobs `dashboard_url`, child processes `env`."""
 
     address: str
     dashboard_url: str
@@ -92,7 +92,7 @@ def ray_cluster() -> Iterator[RayCluster]:
 
 @contextmanager
 def a_ray_cluster() -> Iterator[RayCluster]:
-    """One node with four logical CPUs, on free loopback ports, in a directory of its own. This process is connected."""
+    """Starts one node with four logical CPUs, on free loopback ports and with its own directory, and connects to it."""
     import ray
 
     gcs, dashboard = free_ports(2)
@@ -110,7 +110,7 @@ def a_ray_cluster() -> Iterator[RayCluster]:
 
 @contextmanager
 def ray_head(gcs: int, options: Sequence[str], env: Mapping[str, str]) -> Iterator[None]:
-    """A cluster's head, up on loopback: started with these options, its control plane on port `gcs`."""
+    """Starts a cluster's head node on loopback with these options, and its control plane on port `gcs`."""
     directory = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))  # Ray's socket paths must be short
     agents = free_ports(4)
     command = [
@@ -133,7 +133,7 @@ def ray_head(gcs: int, options: Sequence[str], env: Mapping[str, str]) -> Iterat
 
 @pytest.fixture
 def handles(ray_cluster: RayCluster, tmp_path: Path) -> Iterator["Handles"]:
-    """The cluster's event log and log queue, empty, over a directory of the test's own."""
+    """The cluster's event log and log queue, empty, in the test's own directory."""
     from events.actors import connect
 
     stop_actors()
@@ -163,7 +163,7 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stop_actors() -> None:
-    """Ends the cluster's dispatcher, event log and log queue, where there are any; waits until their names are free."""
+    """Kills the cluster's dispatcher, event log and log queue if they exist; waits until their names are free."""
     import ray
 
     from events.actors import EVENT_LOG, LOG_QUEUE, NAMESPACE
@@ -181,7 +181,7 @@ def stop_actors() -> None:
             ray.kill(ray.get_actor(name, NAMESPACE))
         eventually(lambda: is_free(name), 60, lambda: f"{name} does not end")
 
-    for name in (DISPATCHER, EVENT_LOG, LOG_QUEUE):  # it would start the others again
+    for name in (DISPATCHER, EVENT_LOG, LOG_QUEUE):  # the dispatcher first: it would start the others again
         end(name)
 
 
@@ -189,7 +189,7 @@ def _environment(address: str) -> dict[str, str]:
     ours = {
         "RAY_ADDRESS": address,
         "RAY_AUTH_MODE": "disabled",
-        "RAY_memory_monitor_refresh_ms": "0",  # the machine's other tenants are not ours to be killed for
+        "RAY_memory_monitor_refresh_ms": "0",  # other users of the machine must not get our tests killed
         "RAY_worker_niceness": "0",
         "PYTHONUNBUFFERED": "1",  # so that the head's output says when it is up
         "OMP_NUM_THREADS": "1",
@@ -209,7 +209,7 @@ def _await_start(head: "subprocess.Popen[bytes]", log: Path) -> None:
 
 
 def _stop(head: "subprocess.Popen[bytes]", directory: Path) -> None:
-    """`ray start --block` stops its own processes on SIGTERM; what is left of its cluster is killed."""
+    """Sends SIGTERM, on which `ray start --block` stops its processes; kills what is left of its cluster."""
     head.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         head.wait(20)

@@ -1,4 +1,4 @@
-"""A disk that takes no more, as far as this process can tell."""
+"""Simulates a full disk for this process, with a limit on the size of files."""
 
 import resource
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def full_disk(largest: int = 64) -> Iterator[None]:
-    """No file that this process writes may get larger than `largest` bytes."""
+    """While it is in force, this process can't write a file larger than `largest` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
     try:

@@ -1,4 +1,4 @@
-"""What a model says when it is asked without Ray and without HTTP: the reference for whoever asks it through them."""
+"""A model's answer, computed without Ray and HTTP: the reference for tests that ask a model through them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from trainers.models.generate import generate
 
 
 def generated(directory: Path, messages: Sequence[Any], max_new_tokens: int) -> tuple[list[int], str]:
-    """The greedy answer to a dialog: its tokens, and their text."""
+    """The greedy answer to a dialog: its tokens and its text."""
     tokenizer = ChatTokenizer.from_dir(directory)
     (ids,) = generate(
         ChatModel.load(directory)._decoder,

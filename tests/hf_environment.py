@@ -1,4 +1,4 @@
-"""Running scripts of tests/hf in the environment that has transformers and peft (and no torchtune)."""
+"""Runs scripts of tests/hf in a separate environment, which has transformers and peft, and no torchtune."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def hf_python() -> Path:
 
 
 def run_in_hf_environment(script: str, *arguments: str) -> str:
-    """Runs tests/hf/`script`; its standard output. Fails the test when the script fails, with what it wrote."""
+    """Runs tests/hf/`script`; returns its standard output. If the script fails, so does the test, with its output."""
     command = [str(hf_python()), str(SCRIPTS / script), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""Names of actors that change hands while Ray looks them up."""
+"""An actor that is started and killed by others while code under test looks for it by name."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,12 +13,12 @@ from tests.waiting import WAIT_S, eventually
 
 
 class EndedWhileLookedUp:
-    """To get an actor or make it, Ray looks for its name three times. There is none; from the second time on there is
-    one that another process has started; and before the third time that is killed."""
+    """Ray looks an actor's name up three times when it gets or creates the actor. Here the first look-up finds none;
+    just before the second, another actor of that name is started; just before the third, it is killed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, start: Callable[[], ActorHandle[Any]], name: str) -> None:
         self.other: ActorHandle[Any]
-        """The one that was there meanwhile."""
+        """The actor that was started and killed."""
         self.looks = 0
         self._monkeypatch, self._start, self._name = monkeypatch, start, name
         self._get_actor = ray.get_actor

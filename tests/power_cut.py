@@ -1,4 +1,4 @@
-"""What a power cut would leave, by the fsyncs there were."""
+"""Tells which files would survive a power cut, from the calls of fsync."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 
 class PowerCut:
-    """Takes note of every fsync from now on."""
+    """Records every fsync from now on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._on_disk: dict[int, object] = {}  # by inode, as it was when it was synced
@@ -20,12 +20,12 @@ class PowerCut:
         monkeypatch.setattr(os, "fsync", noted)
 
     def leaves(self, path: Path) -> bool:
-        """Whether `path`, with all that is in it, would still be there, if its directory is."""
+        """Whether `path` and everything in it would survive, provided that its parent directory does."""
         names = self._on_disk.get(path.parent.stat().st_ino)
         return isinstance(names, set) and (path.name, path.stat().st_ino) in names and self.leaves_content(path)
 
     def leaves_content(self, path: Path) -> bool:
-        """The same, by whatever name."""
+        """As `leaves`, but `path` itself may lose its name."""
         return all(self._on_disk.get(entry.stat().st_ino) == _content(entry) for entry in [path, *path.rglob("*")])
 
 

@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on loopback: what `huggingface_hub` asks for when it downloads a model, and no more."""
+"""A small Hugging Face hub on loopback, with only the endpoints that `huggingface_hub` needs to download a model."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repo:
-    """A repository: its branches, tags and commits by name, each the commit it means; the files of each commit."""
+    """A repository: the commit of each branch and tag, and the directory with the files of each commit."""
 
     refs: dict[str, str]
     commits: dict[str, Path]
@@ -31,13 +31,13 @@ class SmallHub:
     requests: list[str] = field(default_factory=list)
     """`METHOD path` of each request, in order."""
     broken: bool = False
-    """Answer everything with 503."""
+    """Answer every request with 503."""
     closed: str = ""
-    """Answer what is asked of a file with 403 and this. Who may not read a model may see what it consists of."""
+    """If not empty: answer requests for files with 403 and this message. Their list may still be read."""
     tells_sizes: bool = True
-    """Say how large files are, as not every mirror does."""
+    """Include the sizes of files, which not every mirror does."""
     silent: str | None = None
-    """Requests whose path has this in it are taken and never answered."""
+    """Requests whose path contains this are accepted and never answered."""
     url: str = ""
 
     def add(self, name: str, folder: Path, *, gated: bool = False) -> str:
@@ -51,7 +51,7 @@ class SmallHub:
         return commit
 
     def downloads(self) -> list[str]:
-        """The files that were fetched, in order."""
+        """The names of the files that were downloaded, in order."""
         return [
             request.rpartition("/")[2]
             for request in self.requests
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
         if self.hub.silent is not None and self.hub.silent in path:
-            self.rfile.read()  # until the client goes away
+            self.rfile.read()  # blocks until the client closes the connection
             return
         if self.hub.broken:
             self._error(503, "", "the hub is being repaired")
@@ -103,10 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(repo, revision, file)
 
     def _found(self, name: str, revision: str) -> tuple[str, Path] | None:
-        """The commit and folder; None after an error has been sent, with the codes the real hub uses."""
+        """The commit and its folder; None if an error was sent, with a code as the real hub sends it."""
         repo = self.hub.repos.get(name)
         if repo is None:
-            self._error(401, "", "Invalid username or password.")  # as for a private one: it tells neither
+            self._error(401, "", "Invalid username or password.")  # the same as for a private one
             return None
         if repo.gated and self.headers.get("authorization") != f"Bearer {self.hub.token}":
             self._error(401, "GatedRepo", f"Access to model {name} is restricted.")

@@ -1,4 +1,4 @@
-"""cluster.yaml is what Ray's launcher takes, scales from zero and back, and starts the same service as `make serve`."""
+"""cluster.yaml: Ray's launcher accepts it, it scales from zero and back, and it starts the service of `make serve`."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_the_head_is_one_node_without_gpus(cluster: dict[str, Any]) -> None:
 
 
 def test_every_variable_is_set_in_one_place(cluster: dict[str, Any]) -> None:
-    """ray.env, plus one block of cluster.yaml for what differs on more than one machine; no start command sets any."""
+    """In ray.env, or in one block of cluster.yaml for what differs on a cluster; no start command sets any."""
     setup = "\n".join(cluster["setup_commands"])
     starts = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
     assert "cat ~/tunewright/serve_app/ray.env - > ~/cluster.env" in setup
@@ -73,7 +73,7 @@ def test_every_variable_is_set_in_one_place(cluster: dict[str, Any]) -> None:
 def test_the_file_of_variables_is_whole_and_takes_the_secrets_that_are_there_when_ray_starts(
     cluster: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The block is run, in a home of its own."""
+    """Runs the block in its own home directory."""
     (block,) = (command for command in cluster["setup_commands"] if "> ~/cluster.env" in command)
     (tmp_path / "tunewright").symlink_to(ROOT)
     secrets = tmp_path / "secrets.env"
@@ -95,7 +95,7 @@ def test_the_file_of_variables_is_whole_and_takes_the_secrets_that_are_there_whe
 
 
 def test_workers_compute_on_the_cpus_they_hold(cluster: dict[str, Any], tmp_path: Path) -> None:
-    """Ray's launcher runs its commands with OMP_NUM_THREADS=1, which the workers of a `ray start` would keep."""
+    """Ray's launcher runs commands with OMP_NUM_THREADS=1, which the workers of a `ray start` would inherit."""
     (tmp_path / "tunewright").symlink_to(ROOT)
     (tmp_path / ".bashrc").touch()
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
@@ -116,7 +116,7 @@ def test_workers_compute_on_the_cpus_they_hold(cluster: dict[str, Any], tmp_path
 
 
 def test_a_shell_on_a_node_has_what_ray_was_started_with(cluster: dict[str, Any], tmp_path: Path) -> None:
-    """Also one that isn't interactive, whose .bashrc may end in its first line."""
+    """Also a shell that isn't interactive, for which .bashrc may return in its first line."""
     bashrc = tmp_path / ".bashrc"
     bashrc.write_text("return\n")
     lines = [command for command in cluster["setup_commands"] if "~/.bashrc" in command]

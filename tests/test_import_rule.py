@@ -1,4 +1,4 @@
-"""serve_app -> trainers -> events: imports only ever point right, and torch stays out of what does not train."""
+"""Imports point one way, serve_app -> trainers -> events, and only modules that train or use models import torch."""
 
 import ast
 import subprocess
@@ -14,14 +14,14 @@ MAY_IMPORT = {
     "trainers": {"trainers", "events"},
     "serve_app": {"serve_app", "trainers", "events"},
 }
-# Within trainers: what each of these packages leaves alone.
+# Packages within trainers, and those that each must not import.
 MAY_NOT_IMPORT = {
     "planning": {"training", "running", "dispatching"},
     "training": {"running", "dispatching"},
     "dispatching": {"training", "running"},
 }
 HEAVY = ("torch", "torchtune", "ray.train")
-# What runs where a model is trained or used. The API, the dispatcher and the command line import everything else.
+# Modules that run where a model is trained or used. The API, the dispatcher and the command line import all others.
 TRAINING_MODULES = (
     "trainers.methods",
     "trainers.methods.dora",
@@ -63,7 +63,7 @@ TRAINING_MODULES = (
 
 
 def imports_of(source: Path) -> Iterator[str]:
-    """Dotted names of every import statement in the file, wherever it stands."""
+    """Dotted names in all import statements of the file, nested ones included."""
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""What the repository promises about itself: its README, its pins, its files."""
+"""Checks the README, the pinned versions and the set-up scripts against the repository."""
 
 import re
 import subprocess

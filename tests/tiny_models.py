@@ -1,6 +1,6 @@
 """Tiny random models in Hugging Face layout: about 100k parameters, a real tokenizer, made in milliseconds.
 
-They stand wherever a test needs "a model directory". Nothing here imports torch, transformers or this project, so a
+Tests use them wherever they need a model directory. Nothing here imports torch, transformers or this project, so that a
 mistake of ours can't hide in the fixture.
 """
 
@@ -168,7 +168,7 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
 
 
 def _tensor(config: dict[str, Any], name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Random everywhere (norms and biases too), so that a tensor that is dropped or swapped shows in the logits."""
+    """Random, for norms and biases, too, so that a tensor that is dropped or swapped changes the logits."""
     noise = rng.standard_normal(shape, dtype=np.float32)
     if "norm" in name:
         return 0.1 * noise + (0 if config["model_type"].startswith("gemma") else 1)

@@ -1,4 +1,4 @@
-"""Waiting for what nobody tells a test of: it looks again and again, and gives up with a reason."""
+"""Waits for conditions by polling, and fails with a reason after a time limit."""
 
 import asyncio
 import time
@@ -8,12 +8,12 @@ from typing import TypeVar, overload
 T = TypeVar("T")
 
 WAIT_S = 120.0
-"""For what takes seconds on an idle machine."""
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.25  # looking takes time from what is waited for
+"""Time limit for what takes seconds on an idle machine."""
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.25  # polling takes CPU time from what is waited for
 
 
 def eventually(condition: Callable[[], T | None], timeout_s: float, complaint: Callable[[], str]) -> T:
-    """The condition's value, as soon as it is a true one. Fails with the complaint if that takes longer."""
+    """Returns the condition's value as soon as it is true. Fails with `complaint()` after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     pause = _FIRST_PAUSE_S
     while not (value := condition()):
@@ -32,7 +32,7 @@ async def async_eventually(condition: Callable[[], T | None], timeout_s: float, 
 async def async_eventually(
     condition: Callable[[], Awaitable[T | None] | T | None], timeout_s: float, complaint: Callable[[], str]
 ) -> T:
-    """The same while other tasks of the event loop go on. The condition may be a coroutine function."""
+    """As `eventually`, without blocking the event loop. The condition may be a coroutine function."""
     deadline = time.monotonic() + timeout_s
     pause = _FIRST_PAUSE_S
     while True:

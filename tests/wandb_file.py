@@ -1,4 +1,4 @@
-"""What an offline run of W&B has on disk."""
+"""Reads the file that an offline run of W&B leaves."""
 
 import struct
 from pathlib import Path
@@ -9,7 +9,7 @@ _BLOCK = 1 << 15
 
 
 def end_of(run: Path) -> tuple[int | None, bool]:
-    """Of a run's directory: the exit code it ended with (None: it didn't), and whether it was marked as preempted."""
+    """The exit code of the run in a directory (None: it didn't end), and whether it was marked as preempted."""
     (file,) = run.glob("*.wandb")
     records = [Record.FromString(record) for record in _records(file.read_bytes())]
     codes = [record.exit.exit_code for record in records if record.HasField("exit")]
@@ -17,8 +17,8 @@ def end_of(run: Path) -> tuple[int | None, bool]:
 
 
 def _records(data: bytes) -> list[bytes]:
-    """A LevelDB log, whose header is 7 bytes of the first block: each piece has a checksum, its length and its kind (1:
-    all of a record; 2, 3, 4: its beginning, middle and end)."""
+    """The records of a file in LevelDB's log format, after a header of 7 bytes. Each piece of a record has a checksum,
+    a length and a kind (1: a whole record; 2, 3, 4: the beginning, middle and end of one)."""
     found, begun, at = list[bytes](), b"", 7
     while at + 7 <= len(data):
         if _BLOCK - at % _BLOCK < 7:

@@ -1,4 +1,4 @@
-"""A receiver of webhooks: a real HTTP server that verifies what it gets, and may answer badly or not at all."""
+"""A receiver of webhooks: a real HTTP server that records requests, and may answer with errors or not at all."""
 
 import socket
 import ssl
@@ -13,11 +13,11 @@ import openai
 from standardwebhooks import Webhook
 
 Answer = int | str
-"""A status, `hang` (no answer at all) or `drop` (the connection breaks off)."""
+"""A status code, `hang` (no answer) or `drop` (the connection is closed)."""
 
 
 class Got(NamedTuple):
-    """A request, and what it was answered."""
+    """A request, and the answer to it."""
 
     path: str
     headers: dict[str, str]
@@ -28,7 +28,7 @@ class Got(NamedTuple):
 class Receiver:
     """`with Receiver(answer) as receiver:` listens on `receiver.url`. `answer` gets the number of the request, from 0.
 
-    Requests of which one has no answer are kept waiting until the receiver is closed.
+    Requests that are answered with `hang` are kept waiting until the receiver is closed, or for 60 seconds.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Receiver:
             request_queue_size = 256
 
             def handle_error(self, *_: object) -> None:
-                """A sender that was killed has closed its connection."""
+                """Says nothing: a sender that was killed has closed its connection."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         if tls is not None:
@@ -73,7 +73,7 @@ class Receiver:
     def _receive(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["content-length"]))
         if len(body) < int(request.headers["content-length"]):
-            return  # the sender was killed amid it
+            return  # the sender was killed while sending
         with self._lock:
             answer = self._answer(len(self.got))
             self.got.append(Got(request.path, {k.lower(): v for k, v in request.headers.items()}, body, answer))
@@ -89,7 +89,7 @@ class Receiver:
             request.end_headers()
 
     def delivered(self) -> list[Got]:
-        """Requests that were answered well."""
+        """Requests that were answered with 200."""
         with self._lock:
             return [one for one in self.got if one.answer == 200]
 
@@ -107,7 +107,7 @@ class Receiver:
 
 
 def verified(got: Got, secret: str) -> Any:
-    """The event, as OpenAI's client makes it of the request. Raises unless both libraries accept the signature."""
+    """The event as OpenAI's client reads it from the request. Raises unless both libraries accept the signature."""
     Webhook(secret).verify(got.body, got.headers)
     event = _client().webhooks.unwrap(got.body, got.headers, secret=secret)
     assert event.id == got.headers["webhook-id"]

@@ -1,7 +1,7 @@
 """Runs model directories through transformers and peft, in the environment of tests/hf/requirements.txt.
 
-Usage: run_models.py CASES.json. CASES is a list of objects, all worked off by one process because importing
-transformers takes long:
+Usage: run_models.py CASES.json. CASES is a list of objects. One process runs all of them, because importing
+transformers is slow:
     model     model directory
     adapter   directory of a PEFT adapter to put on it (optional)
     tokens    [b][s] token ids, without padding
