@@ -330,7 +330,7 @@ def test_a_download_that_was_cut_short_is_noticed(tmp_path: Path) -> None:
     assert "cut short" in str(broken(tmp_path))
 
 
-def test_weights_that_git_lfs_has_not_fetched_are_called_that(tmp_path: Path) -> None:
+def test_git_lfs_pointers_in_place_of_weights_are_recognised(tmp_path: Path) -> None:
     make_tiny_model(tmp_path)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
     (tmp_path / "model.safetensors").write_text(pointer)

@@ -176,7 +176,7 @@ def test_flex_attention_visits_every_block_in_which_something_is_seen(
 
 
 @pytest.mark.parametrize(("layout", "exact"), [(line(130, 1, 170, 40, width=341), True), (LINES[2], False)])
-def test_numbers_in_bf16_are_attended_to_in_float32_where_segments_are_short(layout: Layout, exact: bool) -> None:
+def test_short_segments_in_bf16_are_attended_to_in_float32(layout: Layout, exact: bool) -> None:
     q, k, v = (x.detach().bfloat16() for x in random_qkv(1, 341))
     seen = Causal(341, {PLAIN}, CPU, layout, head_dim=HEAD_DIM, dtype=torch.float32)
     output = seen(q, k, v, still(q.shape[1]), PLAIN)

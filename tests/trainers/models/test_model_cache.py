@@ -67,9 +67,7 @@ def test_a_power_cut_leaves_nothing_incomplete_of_that_name(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "storage_full"), (errno.EIO, "storage_unreachable")])
-def test_a_disk_that_is_full_or_fails_while_it_is_made_is_the_operator_s(
-    tmp_path: Path, number: int, code: str
-) -> None:
+def test_a_full_or_failing_disk_is_an_infrastructure_error(tmp_path: Path, number: int, code: str) -> None:
     def make(partial: Path) -> None:
         raise OSError(number, os.strerror(number), str(partial))
 
@@ -78,7 +76,7 @@ def test_a_disk_that_is_full_or_fails_while_it_is_made_is_the_operator_s(
     assert (caught.value.error.code, caught.value.error.retryable) == (code, True)
 
 
-def test_what_could_not_be_made_has_no_name(tmp_path: Path) -> None:
+def test_a_failed_attempt_leaves_no_directory_of_the_final_name(tmp_path: Path) -> None:
     def fail(partial: Path) -> None:
         (partial / "half").touch()
         raise ValueError("no more disk")
@@ -113,7 +111,7 @@ def test_downloads_that_nobody_finishes_are_deleted_when_another_model_is_fetche
     assert list(of_user.rglob("*.incomplete"))
 
 
-def test_an_old_download_that_somebody_is_at_is_not_deleted(tmp_path: Path) -> None:
+def test_an_old_download_whose_lock_is_held_is_not_deleted(tmp_path: Path) -> None:
     partial = begun(tmp_path / ".model.partial", 2 * ABANDONED_S)
     with FileLock(lock_file(tmp_path / "model")):  # of another process: file locks know no threads
         delete_abandoned(tmp_path, [".*.partial"])

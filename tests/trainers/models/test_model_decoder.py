@@ -79,7 +79,7 @@ def test_a_model_for_shorter_sequences_has_the_same_outputs(tmp_path: Path, buil
     assert short.layers[0].attn.pos_embeddings.cos.shape == (64, 8)
 
 
-def test_our_norm_gives_the_bits_of_torchtunes_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+def test_our_norm_is_bit_identical_to_torchtunes_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
     x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
         ours, reference = FusedRMSNorm(64).to(dtype), RMSNorm(64).to(dtype)
@@ -149,7 +149,7 @@ def test_rows_of_a_line_compute_what_each_computes_alone(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_of_the_positions_that_are_wanted_a_layer_makes_what_it_does_of_all(
+def test_a_layer_computes_the_same_for_wanted_positions_as_for_all(
     family: str, tmp_path: Path, build_model: BuildModel
 ) -> None:
     layer = build_model(make_tiny_model(tmp_path, family)).layers[-1]

@@ -55,7 +55,7 @@ def test_answers_made_together_are_those_made_alone(family: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3, 6])
-def test_an_answer_whose_cache_memory_was_too_short_for_goes_on_once_there_is_some(
+def test_an_answer_goes_on_after_its_cache_could_not_grow(
     tmp_path: Path, build_model: BuildModel, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     model = build_model(make_tiny_model(tmp_path))
@@ -110,7 +110,7 @@ def test_logits_that_no_token_can_be_chosen_from_are_the_model_s_fault(temperatu
     assert caught.value.error.code == "model_broken"
 
 
-def test_where_no_token_is_found_for_one_answer_the_others_can_be_asked_again(
+def test_after_an_error_for_one_answer_all_of_them_can_be_advanced_again(
     tmp_path: Path, build_model: BuildModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the chat engine does when memory is short: each by itself."""

@@ -263,7 +263,7 @@ def test_files_that_a_token_may_not_read_are_no_fault_of_the_network(
     assert f"{hub.closed} Check the workers' HF_TOKEN." in str(error)
 
 
-def test_an_unreachable_hub_is_nobodys_fault_who_asked(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_not_the_users_fault(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_ports(1)[0]}")
     error = failure("acme/tiny", settings)
     assert isinstance(error, InfrastructureError)
@@ -335,7 +335,7 @@ def test_a_download_that_died_is_finished_by_the_next_one(tmp_path: Path, settin
     assert not partial.exists()
 
 
-def test_what_a_killed_download_had_of_a_file_is_deleted_before_there_is_a_second_one(
+def test_incomplete_files_of_a_killed_download_are_deleted_before_the_next_one(
     tmp_path: Path, settings: Settings, hub: SmallHub
 ) -> None:
     commit = hub.add("acme/tiny", make_tiny_model(tmp_path / "source"))
