@@ -149,7 +149,8 @@ def find_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict
 
     Raises UserError if a file isn't UTF-8, or if there are templates and none is called `default`.
     """
-    files = {file.stem: file for file in sorted((model_dir / "additional_chat_templates").glob("*.jinja"))}
+    found = sorted((model_dir / "additional_chat_templates").glob("*.jinja"))
+    files = {file.stem: file for file in found if file.is_file()}  # reading a pipe would never end
     if (model_dir / "chat_template.jinja").is_file():
         files["default"] = model_dir / "chat_template.jinja"
     entry = tokenizer_config.get("chat_template")

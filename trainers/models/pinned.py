@@ -86,7 +86,7 @@ def fingerprints(directory: Path) -> dict[str, str]:
     try:
         with storage_of(directory):
             whole = [file for pattern in _READ_WHOLE for file in sorted(directory.glob(pattern))]
-            digests = {f"{file.relative_to(directory)}": _sha256(file) for file in whole}
+            digests = {f"{file.relative_to(directory)}": _sha256(file) for file in whole if file.is_file()}
             return digests | {file.name: _of_weights(file) for file in weight_files(directory)}
     except OSError as error:
         raise incomplete(f"{directory} can't be read: {error}.") from None

@@ -1,6 +1,7 @@
 """Model directories as others leave them: each can be chatted with and exported, or is refused by what is wrong."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from trainers.data.chat import ChatTokenizer
 from trainers.errors import UserError
 from trainers.models.architecture import inspect_model_dir
 from trainers.models.chat_model import ChatModel
+from trainers.models.pinned import fingerprints
 from trainers.models.weights import load_weights
 from trainers.training.export import export_model
 
@@ -140,3 +142,17 @@ def test_several_ids_that_end_generation_are_all_exported_and_end_answers(tmp_pa
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == list(range(2, 300))
     pieces = answer(out)
     assert (pieces[-1].end, len(pieces) < ANSWER_TOKENS) == ("stop", True)
+
+
+def test_what_is_no_file_is_no_template(tmp_path: Path) -> None:
+    """Reading a pipe would never end."""
+    model = make_tiny_model(tmp_path / "model")
+    template_in_a_file(model)
+    before = fingerprints(model)
+    templates = model / "additional_chat_templates"
+    (templates / "folder.jinja").mkdir(parents=True)
+    os.mkfifo(templates / "pipe.jinja")
+    os.mkfifo(model / "special_tokens_map.json")
+    assert fingerprints(model) == before
+    (model / "special_tokens_map.json").unlink()
+    assert answer(exported(model)) == answer(model)
