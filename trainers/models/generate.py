@@ -234,7 +234,7 @@ def _rotating(attend_to: Callable[[Tensor, Tensor, Tensor, Rules], Tensor]) -> A
 def _visible(queries: Tensor, keys: Tensor, pads: Tensor, window: int | None) -> Tensor:
     """Which of the slots `keys` [t] the tokens in the slots `queries` [s] attend to: bool [b, 1, s, t].
 
-    A token attends to the slots from the row's first real token, or from the begin of its window, up to its own. A
+    A token attends to the slots from the row's first real token, or from the beginning of its window, up to its own. A
     padding token attends to itself, as a softmax over nothing is NaN.
     """
     distance = queries[:, None] - keys  # [s, t]

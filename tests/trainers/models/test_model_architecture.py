@@ -374,7 +374,7 @@ def test_a_header_that_lies_about_where_its_tensors_are_is_noticed(tmp_path: Pat
     tensors = json.loads(content[8 : 8 + length])
     embedding = tensors["model.embed_tokens.weight"]
 
-    def rewrite(start: int, end: int) -> None:
+    def rewrite(start: float, end: float) -> None:
         header = json.dumps(
             tensors | {"model.embed_tokens.weight": embedding | {"data_offsets": [start, end]}}
         ).encode()
@@ -383,7 +383,8 @@ def test_a_header_that_lies_about_where_its_tensors_are_is_noticed(tmp_path: Pat
     start, end = embedding["data_offsets"]
     rewrite(start, end)
     inspect_model_dir(tmp_path)
-    for lie in ((start + 4, end + 4), (start, end - 4), (start + 4, end)):
+    inexact = ((start, float(end)), (float(start), end))
+    for lie in ((start + 4, end + 4), (start, end - 4), (start + 4, end), *inexact):
         rewrite(*lie)
         error = broken(tmp_path)
         assert error.error.code == "model_incomplete"
