@@ -205,11 +205,11 @@ def _allowed(length: int) -> int:
 
 
 def _bytes_of_tensors(offsets: Iterable[tuple[int, int]]) -> int:
-    """The end of the last tensor. Raises ValueError unless they are contiguous, as the format demands."""
+    """The end of the last tensor. Raises ValueError or TypeError unless the offsets are contiguous integers."""
     position = 0
     for start, end in sorted(offsets):
         if not (isinstance(start, int) and isinstance(end, int)):
-            raise ValueError("data_offsets are no integers")
+            raise TypeError("data_offsets are no integers")
         if start != position or end < start:
             raise ValueError(f"no tensor begins at byte {position}")
         position = end
