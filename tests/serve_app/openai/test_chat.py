@@ -219,10 +219,8 @@ def test_an_answer_can_be_sent_back_as_a_message(client: openai.OpenAI, model: s
 def test_a_question_waits_for_no_longer_one(client: openai.OpenAI, model: str, endless: str) -> None:
     with client.chat.completions.create(model=endless, messages=ASKED, temperature=0, stream=True) as stream:
         next(iter(stream))
-        began = time.monotonic()
-        ask(client, model, max_completion_tokens=2)
-        assert time.monotonic() - began < WAIT_S
-        assert client.models.list().data  # nor does anything else
+        ask(client, model, max_completion_tokens=2)  # a time-out otherwise
+        assert client.models.list().data  # nor does anything else wait
 
 
 @pytest.mark.parametrize("stream", [True, False])
