@@ -1,5 +1,4 @@
-"""The routes of our own API: /fine_tuning, /healthz. Most read the request, call the event log, and answer with the
-job."""
+"""The routes of our own API, /fine_tuning and /healthz. They read the request, call the event log, and answer."""
 
 import asyncio
 import json
@@ -46,8 +45,7 @@ HEALTH_S = 5.0  # A log that takes longer to answer counts as unreachable.
 
 
 async def _backend(request: Request) -> Backend:
-    """Async, though it awaits nothing: FastAPI would call a plain function in a thread, which takes as long as a
-    request."""
+    """Async, though it awaits nothing: FastAPI would call a plain function in a thread, which costs as much as the rest."""
     backend: Backend = request.app.state.backend
     return backend
 
@@ -94,10 +92,11 @@ async def submit(request: Request, backend: TheBackend, idempotency_key: Idempot
 
     def same(job: FineTuningJob) -> bool:
         """A tuned model is compared by its name: its directory may be gone by now."""
-        origin, asked = job.resubmitted_from, config
-        if origin is not None and origin.model is not None and origin.model == config.get("model"):
-            asked = config | {"model": job.input_config["model"]}
-        return same_request(job, asked, None)
+        origin = job.resubmitted_from
+        if origin is None or origin.model is None:
+            return same_request(job, config, None)
+        directory = job.input_config["model"]
+        return config.get("model") == origin.model and same_request(job, config | {"model": directory}, None)
 
     if made := await made_before(backend, idempotency_key, same):
         return JSONResponse(made.wire())

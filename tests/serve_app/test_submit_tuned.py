@@ -80,7 +80,8 @@ def test_a_key_used_with_one_name_is_refused_with_another(
     """Even where both stand for the same checkpoint."""
     headers = {"Idempotency-Key": f"names of {trained.job_id}"}
     assert http.post(SUBMIT, json=config | {"model": trained.name}, headers=headers).status_code == 200
-    others = [*(name for name in trained.names if name != trained.name), MODEL]
+    directory = str(trained.directories[20] / "merged")
+    others = [*(name for name in trained.names if name != trained.name), directory, MODEL]
     for body in [*({"model": name} for name in others), {"model": trained.name, "metadata": {"other": True}}]:
         answer = http.post(SUBMIT, json=config | body, headers=headers)
         assert answer.json()["error"]["code"] == "idempotency_key_reused"
