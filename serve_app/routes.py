@@ -45,7 +45,7 @@ HEALTH_S = 5.0  # A log that takes longer to answer counts as unreachable.
 
 
 async def _backend(request: Request) -> Backend:
-    """Async, though it awaits nothing: FastAPI would call a plain function in a thread, which costs as much as the rest."""
+    """Async, though it awaits nothing: FastAPI would call a plain function in a thread, which takes longer."""
     backend: Backend = request.app.state.backend
     return backend
 
