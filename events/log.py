@@ -87,8 +87,8 @@ class EventLog:
         self._committing: asyncio.Task[None] | None = None
         self._in_doubt = False
         self._closing = threading.Event()
-        there = (self._jobs.position,)  # what is written from now on, this process wrote
-        self._checking = threading.Thread(target=self._check, args=there, name="event-log-check", daemon=True)
+        through = self._jobs.position  # later events are written by this process and need no check
+        self._checking = threading.Thread(target=self._check, args=(through,), name="event-log-check", daemon=True)
         self._checking.start()
         self._snapshot_if_due()
 

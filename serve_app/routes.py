@@ -225,7 +225,7 @@ async def resubmit(request: Request, backend: TheBackend, idempotency_key: Idemp
         return JSONResponse(made.wire())
     again = await asyncio.to_thread(resubmission, earlier, asked.checkpoint, asked.config)
     submitted, problems = await examined(backend, again.document)
-    if again.origin is None:  # then the model is the earlier job's, and nobody asked for it
+    if again.origin is None:  # the document has the earlier job's model then, which is not what was asked for
         problems = [problem for problem in problems if problem.param != "model"]
     problems = [*again.problems, *map(problem_of_resubmission, problems)]
     if submitted is None or problems:
