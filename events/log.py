@@ -10,7 +10,8 @@ read: at the start, those after the snapshot; after each start, a thread reads t
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -235,7 +236,7 @@ class EventLog:
     async def _read(self, read: Callable[[], list[Recorded]]) -> list[Recorded]:
         def read_and_report() -> list[Recorded]:
             history = read()
-            self._report_damage(self._jobs)
+            self._report_damage()
             return history
 
         try:
@@ -272,7 +273,7 @@ class EventLog:
         """Runs in the store's thread. Until it returns, the event loop only reads `_jobs`."""
         draft = self._recovered() if self._in_doubt else Draft(self._jobs)
         draft.know(self._store.find([event_id for proposal in batch for event_id in proposal.event_ids]))
-        self._report_damage(self._jobs)
+        self._report_damage()
         time = max(datetime.now(UTC), draft.time or _EPOCH)  # never backwards, whatever the clock does
         outcomes = [_try(proposal, draft, time) for proposal in batch]
         if draft.events:
@@ -288,16 +289,20 @@ class EventLog:
 
     def _replayed(self) -> Draft:
         draft = Draft(self._jobs)
-        unknown: dict[str, list[Recorded]] = {}
+        unknown = Counter[str]()
         while page := self._store.read_all(draft.position, _PAGE):
             draft.replay(page)
-            for recorded in page:
-                if isinstance(recorded.event, UnknownEvent):
-                    unknown.setdefault(recorded.event.kind, []).append(recorded)
-        for kind, history in unknown.items():
-            self._report_unknown(kind, history)
+            unknown.update(self._not_understood(page))
+        for kind, count in unknown.items():
+            logger.warning(
+                "this version of Tunewright can't read events of type %s and ignores them (%d in all). A newer version "
+                "has probably written them: run that one, or jobs may be shown and handled as if these events had not "
+                "happened",
+                kind,
+                count,
+            )
         draft.position = max(draft.position, self._store.last_position())  # beyond damaged ones at the end
-        self._report_damage(self._jobs)
+        self._report_damage()
         if lost := [damage for damage in self._store.damage.values() if damage.position and not damage.job_ids]:
             raise StoreFailedError(
                 f"the event at position {lost[0].position} (of {len(lost)}) is damaged and nothing tells whose it is, "
@@ -305,22 +310,18 @@ class EventLog:
             )
         return draft
 
-    def _report_unknown(self, kind: str, history: list[Recorded]) -> None:
-        """Logs events of one kind that this version can't read. A job that begins with one is no longer served, since
+    def _not_understood(self, history: Sequence[Recorded]) -> Iterator[str]:
+        """The kinds of the events that this version can't read. A job that begins with one is no longer served, since
         nothing is known about it. In other jobs the fold ignores them."""
-        logger.warning(
-            "this version of Tunewright can't read events of type %s and ignores them (%d in all, the first at "
-            "position %d, of job %s). A newer version has probably written them: run that one, or jobs may be shown "
-            "and handled as if these events had not happened",
-            kind, len(history), history[0].position, history[0].job_id,
-        )  # fmt: skip
         for recorded in history:
-            if recorded.version == 0:
-                self._jobs.not_understood(
-                    recorded.job_id, f"this version of Tunewright can't read its first event, {kind}"
-                )
+            if isinstance(recorded.event, UnknownEvent):
+                kind = recorded.event.kind
+                if recorded.version == 0:
+                    why = f"this version of Tunewright can't read its first event, {kind}"
+                    self._jobs.not_understood(recorded.job_id, why)
+                yield kind
 
-    def _report_damage(self, jobs: Jobs) -> None:
+    def _report_damage(self) -> None:
         """Logs the damage that reads have found, and stops serving those jobs. Runs in the store's thread."""
         found = list(self._store.damage.values())[self._damage_reported :]
         self._damage_reported += len(found)
@@ -328,14 +329,14 @@ class EventLog:
             of = f"of job {' or '.join(damage.job_ids)}" if damage.job_ids else "of an unknown job"
             logger.error("the event at position %d, %s, is damaged: %s", damage.position, of, damage.why)
             for job_id in damage.job_ids:
-                jobs.damage(job_id, f"event at position {damage.position}: {damage.why}")
+                self._jobs.damage(job_id, f"event at position {damage.position}: {damage.why}")
 
     def _check(self, through: int) -> None:
         """Checks the store up to position `through`, in steps between the commits, and reports the damage it finds."""
 
         def step(position: int) -> int:
             position = self._store.check(position)
-            self._report_damage(self._jobs)
+            self._report_damage()
             return position
 
         position = 0
