@@ -72,7 +72,7 @@ def examine(document: Mapping[str, Any], settings: Settings) -> Examined:
     except ValidationError as error:
         errors = error.errors(include_input=False, include_url=False)
         return Examined(sent, None, None, problems_of(errors) + _beyond(sent, errors, settings))
-    return Examined(sent, *_examine(config, settings))
+    return _examine(sent, config, settings)
 
 
 def problems_of(errors: Sequence[Mapping[str, Any]], body: type[BaseModel] = Config) -> list[Problem]:
@@ -172,16 +172,10 @@ def _beyond(document: dict[str, Any], errors: Sequence[Mapping[str, Any]], setti
         config = Config.model_validate(rest | dict.fromkeys(missing, "-"))
     except ValidationError:
         return []
-    return [problem for problem in _examine(config, settings).problems if problem.param not in missing]
+    return [problem for problem in _examine(rest, config, settings).problems if problem.param not in missing]
 
 
-class _Outcome(NamedTuple):
-    plan: Plan | None
-    architecture: Architecture | None
-    problems: list[Problem]
-
-
-def _examine(config: Config, settings: Settings) -> _Outcome:
+def _examine(document: dict[str, Any], config: Config, settings: Settings) -> Examined:
     try:
         plan, problems = make_plan(config), list[Problem]()
     except ConfigProblems as found:
@@ -191,7 +185,7 @@ def _examine(config: Config, settings: Settings) -> _Outcome:
     problems += _check_data("data", config.data, settings)
     if config.validation_data is not None:
         problems += _check_data("validation_data", config.validation_data, settings)
-    return _Outcome(plan, architecture, problems)
+    return Examined(document, plan, architecture, problems)
 
 
 def _remove(document: dict[str, Any], path: tuple[Any, ...]) -> None:
