@@ -98,8 +98,8 @@ def _or_nothing(make: Make) -> Make:
 
 
 def _use(entry: Path) -> tuple[float, int, Path] | None:
-    """When an entry was last used, its size in bytes, and the entry; None if it is gone."""
+    """When an entry was last used, its size in bytes, and the entry; None if it is gone, or isn't an entry."""
     try:
         return entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None

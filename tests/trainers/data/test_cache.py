@@ -70,6 +70,13 @@ def test_an_entry_that_is_too_large_for_the_cache_is_given_to_its_job_only(tmp_p
     assert visible(tmp_path / "cache") == []
 
 
+def test_a_file_that_somebody_put_into_the_cache_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "notes.txt").touch()
+    assert fetch(DataCache(tmp_path / "cache", 1000), "a", Maker(), tmp_path / "job").read_bytes() == b"tokens"
+    assert visible(tmp_path / "cache") == ["a", "notes.txt"]
+
+
 def test_an_entry_that_fails_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
     def fail(directory: Path) -> None:
         Maker()(directory)
