@@ -51,7 +51,7 @@ class Parts:
         self.answers: Answers = TorchtuneEngine(self._model)
 
     async def _model(self, name: str) -> ChatModel:
-        """As in a replica, but kept for good and without Ray."""
+        """As in a replica, but without Ray, and kept until the tests end."""
         if name not in self.models:
             self.models[name] = await asyncio.to_thread(load, name, self.settings)
         return self.models[name]
@@ -116,7 +116,8 @@ class Server:
         self.do(self.parts.log.append(job_id, list(events), [new_event_id() for _ in events]))
 
     def train(self, job_id: str, *steps: int) -> dict[int, Path]:
-        """The job begins to run and saves a checkpoint at each of the steps: their directories, which aren't there."""
+        """Records that the job runs and has saved a checkpoint at each of the steps. Returns the checkpoints'
+        directories, which don't exist yet."""
         checkpoints = self.parts.settings.job_dir(job_id) / "checkpoints"
         saved = {step: checkpoints / f"step-{step:08d}" for step in steps}
         facts = [CheckpointSaved(attempt=1, step=step, epoch=0, uri=path.as_uri()) for step, path in saved.items()]

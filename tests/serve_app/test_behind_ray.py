@@ -25,7 +25,7 @@ QUESTION = {"model": "smollm2-135m-instruct", "messages": [{"role": "user", "con
 
 @pytest.fixture
 def busy(ray_cluster: RayCluster) -> Iterator[DeploymentHandle[Any]]:
-    """Works on one question for ever; one more may wait."""
+    """Works on one question without end; one more may wait."""
 
     class Busy:
         async def answer(self, _question: Question) -> AsyncGenerator[Part, None]:
@@ -50,7 +50,7 @@ def test_a_question_that_nobody_has_time_for_is_a_429_that_says_when_to_come_bac
     server = serve(parts_type=BusyParts)
 
     async def ask_four() -> list[httpx.Response]:
-        """The answers of those that got one: of four, one is worked on and one waits."""
+        """The answers that were given: of four questions, one is worked on and one waits."""
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
             asked = [asyncio.create_task(http.post("/v1/chat/completions", json=QUESTION)) for _ in range(4)]
             answered: set[asyncio.Task[httpx.Response]] = set()

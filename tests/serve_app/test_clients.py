@@ -37,7 +37,7 @@ def test_a_client_generated_from_the_contract_submits_polls_cancels_and_reads(se
     done = threading.Event()
 
     def cancel_what_is_asked_to_be() -> None:
-        """The dispatcher's part of a cancellation."""
+        """Does the dispatcher's part of a cancellation."""
         while not done.wait(0.02):
             for job in server.do(server.parts.log.live_jobs()).jobs:
                 if job.cancel_requested:
@@ -92,7 +92,7 @@ def first_delivery(server: Server, endpoint_id: str) -> str:
 
 
 def exercise(operation: schemathesis.APIOperation[Any, Any, Any, Any], real: dict[str, str]) -> None:
-    """Half of the requests get `real` names where they name a job, a model or data: or none would get past 404."""
+    """Gives half of the requests `real` names of jobs, models and data: otherwise all would be answered with 404."""
     good = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
     bad = operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 

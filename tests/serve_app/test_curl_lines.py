@@ -1,4 +1,4 @@
-"""The curl lines of GET /docs do what they stand for when they are pasted into a shell."""
+"""The curl lines of GET /docs work when they are pasted into a shell."""
 
 import html
 import json
@@ -26,7 +26,7 @@ UNKNOWN = re.compile(r"unknown_(job|upload)|(file|model|checkpoint|webhook_endpo
 
 
 class Connected(Parts):
-    """Where example.com, the host of an example, has an address."""
+    """Makes example.com, the host in an example, resolve to an address."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def lines(server: Server) -> dict[str, str]:
-    """Of each operation, `METHOD path`, its line."""
+    """The curl line of each operation, by `METHOD path`."""
     page = httpx.get(f"{server.url}/docs").text
     pairs = re.findall(r'<section id="([A-Z]+)(/[^"]*)">.*?<pre>(curl .*?)</pre>', page, re.DOTALL)
     return {f"{method} {path}": html.unescape(line) for method, path, line in pairs}
@@ -70,7 +70,7 @@ def pasted(line: str) -> Answered:
 
 
 def run(line: str, directory: Path) -> str:
-    """What it prints, and the status in a last line."""
+    """The output of a curl line, with the status as its last line."""
     command = ["/bin/sh", "-c", f"{line} -s -w '\\n%{{http_code}}'"]
     return subprocess.run(command, capture_output=True, text=True, cwd=directory, timeout=200, check=False).stdout
 

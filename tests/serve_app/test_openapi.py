@@ -18,7 +18,8 @@ from serve_app import reference
 from trainers.data.rows import parse_row
 
 CONTRACT = yaml.safe_load((Path(__file__).parent / "fine_tuning_api.yaml").read_text())
-# What 3.0 and 3.1, or a narrower type, say differently, is compared by meaning; these are prose.
+# Prose, which isn't compared. What OpenAPI 3.0 and 3.1 express differently is compared by meaning, and so are narrower
+# types.
 PROSE = {"description", "summary", "title", "info", "openapi"}
 
 
@@ -100,8 +101,8 @@ def test_every_operation_parameter_and_field_is_described(served: dict[str, Any]
 def test_the_statuses_of_an_operation_are_those_it_may_answer_with(served: dict[str, Any]) -> None:
     for path, methods in served["paths"].items():
         for method, operation in methods.items():
-            assert ("403" in operation["responses"]) == (method != "get"), path  # what a page of another site gets
-            assert "421" in operation["responses"], path  # what is meant for another host
+            assert ("403" in operation["responses"]) == (method != "get"), path  # for a page of another site
+            assert "421" in operation["responses"], path  # for a request to another host
             assert not (path.startswith("/v1/") and "422" in operation["responses"]), path  # it is a 400 there
 
 

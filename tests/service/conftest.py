@@ -15,11 +15,11 @@ from tests.waiting import WAIT_S, eventually
 
 CPUS = 2
 FP32: dict[str, Any] = {"n_epochs": 10_000, "lr": 0.01, "extras": {"dtype": "fp32"}}
-"""A run without an end that learns fast and gives the same losses twice."""
+"""Options of a run that doesn't end by itself, learns fast, and has the same losses each time."""
 
 
 class Api:
-    """The service's HTTP face, and what the tests submit to it."""
+    """A client of the service's HTTP API, and the requests that the tests submit."""
 
     def __init__(self, service: LocalService, model: Path, data: Path) -> None:
         self.service = service
@@ -31,7 +31,7 @@ class Api:
         return {"model": str(self.model), "data": str(self.data)} | changes
 
     def endless(self, **changes: Any) -> dict[str, Any]:
-        """A job that runs until it is stopped."""
+        """The request for a job that runs until it is stopped."""
         options = {"n_epochs": 10_000, "extras": {"save_every_n_steps": 20}}
         return self.config(fine_tuning_options=options, **changes)
 
@@ -88,7 +88,7 @@ class Api:
 
 
 def title(process: psutil.Process) -> str:
-    """Empty of one that has just ended."""
+    """The command line of a process; empty if it has just ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -101,7 +101,7 @@ def path_of(uri: str) -> Path:
 
 
 def losses(job: dict[str, Any]) -> dict[int, float]:
-    """By step, from the job's metrics file. A step that was done twice fails the test."""
+    """The losses by step, from the job's metrics file. A step that was trained twice fails the test."""
     entries = [json.loads(line) for line in path_of(job["logs"]).read_text().splitlines()]
     steps = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     assert len(dict(steps)) == len(steps)
@@ -118,7 +118,7 @@ def workers_of(api: Api, job_id: str) -> list[psutil.Process]:
 
 
 def dashboard(api: Api, path: str) -> Any:
-    """What the dashboard answers, once it does: on a busy machine its state API runs into time limits of its own."""
+    """The dashboard's answer, asked again until there is one: on a busy machine its state API times out."""
     found: list[Any] = []
 
     def answers() -> bool:
@@ -132,7 +132,7 @@ def dashboard(api: Api, path: str) -> Any:
 
 
 def free_cpus(api: Api) -> float:
-    """What Ray's own books say is free."""
+    """The CPUs that are free, by Ray's own count."""
     nodes = dashboard(api, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
     total: float = sum(node["resources_total"].get("CPU", 0) for node in nodes if node["state"] == "ALIVE")
     groups = dashboard(api, "/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
@@ -177,7 +177,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def local_service(storage: Path, inputs: Path, **changes: str) -> LocalService:
-    """`changes` are settings."""
+    """A local service for tests; `changes` are settings."""
     env = {
         "TUNEWRIGHT_DATA_ROOTS": str(inputs),
         "TUNEWRIGHT_MODEL_ROOTS": str(inputs),
@@ -198,7 +198,7 @@ def api(storage: Path, inputs: Path) -> Iterator[Api]:
 
 @pytest.fixture(autouse=True)
 def no_job_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that fails leaves its jobs; holding CPUs, they would fail the tests after it."""
+    """Cancels the jobs that a failed test leaves: they would hold CPUs that the tests after it need."""
     yield
     if "api" not in request.fixturenames:
         return

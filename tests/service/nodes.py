@@ -1,4 +1,4 @@
-"""More nodes for a local service, all on this machine, to be taken away again: in good order or without notice."""
+"""More nodes for a local service, all on this machine. They leave when told to, or are killed without notice."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ class AnotherNode:
     _session: int
 
     def kill(self) -> None:
-        """SIGKILL to all that runs there, as if its power went."""
+        """Sends SIGKILL to every process there, as if its power failed."""
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 if os.getsid(process.pid) == self._session:
@@ -59,7 +59,7 @@ def another_node(service: LocalService, cpus: int = 1) -> Iterator[AnotherNode]:
 
 
 def nodes(service: LocalService) -> set[str]:
-    """The ids of those that live."""
+    """The ids of the nodes that are alive."""
     answer = httpx.get(service.dashboard_url + "/api/v0/nodes?detail=1", timeout=30, trust_env=False).json()
     return {node["node_id"] for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"}
 
@@ -75,7 +75,7 @@ def held_by(service: LocalService, job_id: str) -> dict[str, float]:
 
 
 def submit_to(api: Api, config: dict[str, Any]) -> str:
-    """As soon as the service knows of its nodes: what the cluster can hold is asked every few seconds."""
+    """Submits a job, again until the service knows of its nodes: it asks for the cluster's size every few seconds."""
     answer: httpx.Response | None = None
 
     def accepted() -> bool:
