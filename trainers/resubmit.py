@@ -14,6 +14,10 @@ from events.facts import Origin
 from events.job import FineTuningJob
 from events.jobs import same_request
 from trainers.errors import Problem
+from trainers.planning.merge import canonical_keys
+from trainers.planning.overrides import PARAM as OVERRIDES
+from trainers.planning.overrides import parse_overrides
+from trainers.planning.plan import EXTRAS
 from trainers.planning.preflight import without_nulls
 
 _TAGS = ("finetuning_type", "log_type")
@@ -44,6 +48,7 @@ def resubmission(job: FineTuningJob, checkpoint: str | int | None, changes: Mapp
             )
         )
     document = _merged(job.input_config, {key: value for key, value in changes.items() if key != "model"})
+    problems += _without_effect(changes, document)
     chosen = _chosen(job, checkpoint)
     if isinstance(chosen, Problem):
         return Resubmission(document, None, [*problems, chosen])
@@ -119,6 +124,39 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         else:
             merged[key] = change
     return merged
+
+
+def _without_effect(changes: Mapping[str, Any], document: Mapping[str, Any]) -> list[Problem]:
+    """A problem for each setting in `changes` that the earlier job also sets in a place that takes precedence."""
+    changed, all_places = _settings(changes), _settings(document)
+    problems = []
+    for number, place in enumerate(changed):
+        for key, param in place.items():
+            for later, still in zip(changed[number + 1 :], all_places[number + 1 :], strict=True):
+                if key in still and key not in later:
+                    message = f"has no effect, as the earlier job's {still[key]} sets {key}, too: change it there"
+                    problems.append(Problem(f"config.{param}", message, "duplicate_key"))
+    return problems
+
+
+def _settings(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """The settings in `fine_tuning_options`, `overrides` and `extras`, in the order of `make_plan`: by their canonical
+    names, each with its field. What has the wrong type is left out; the examination of the config refuses it later."""
+    options = _object(config.get("fine_tuning_options"))
+    custom = "custom_training_options"
+    fields = {key: f"fine_tuning_options.{key}" for key, value in options.items() if value is not None}
+    fields |= {key: f"fine_tuning_options.{custom}.{key}" for key in _object(options.get(custom))}
+    text = config.get("overrides")
+    overrides = parse_overrides(text)[0].settings if isinstance(text, str) else []
+    return (
+        fields,
+        dict.fromkeys(canonical_keys(overrides), OVERRIDES),
+        {key: f"{EXTRAS}.{spelled}" for key, spelled in canonical_keys(_object(options.get("extras")).items()).items()},
+    )
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _another_kind(before: Mapping[str, Any], change: Mapping[str, Any]) -> bool:

@@ -98,6 +98,47 @@ def test_changes_are_laid_over_the_old_config(http: httpx.Client, earlier: Earli
     assert job["resources"]["workers"] == 2
 
 
+@pytest.mark.parametrize(
+    ("old", "change", "field"),
+    [
+        ({"extras": {"optimizer": {"lr": 1e-4}}}, {"lr": 1e-5}, "lr"),
+        (
+            {"extras": {"lora_rank": 4}},
+            {"custom_training_options": {"lora_rank": 8}},
+            "custom_training_options.lora_rank",
+        ),
+    ],
+)
+def test_a_change_that_a_later_place_of_the_old_config_overrides_is_refused(
+    http: httpx.Client,
+    server: Server,
+    submit: Callable[..., str],
+    old: dict[str, Any],
+    change: dict[str, Any],
+    field: str,
+) -> None:
+    earlier = Earlier(server, submit(fine_tuning_options=OPTIONS | old))
+    config: dict[str, Any] = {"fine_tuning_options": change}
+    assert problems(http, earlier, config=config) == {f"config.fine_tuning_options.{field}": "duplicate_key"}
+    config["fine_tuning_options"] = change | {"extras": old["extras"]}
+    again(http, earlier, config=config)
+    config["fine_tuning_options"] = change | {"extras": dict.fromkeys(old["extras"])}
+    again(http, earlier, config=config)
+
+
+def test_a_change_of_an_option_that_overrides_set_names_them(
+    http: httpx.Client, server: Server, submit: Callable[..., str]
+) -> None:
+    earlier = Earlier(server, submit(fine_tuning_options={"extras": {"seed": 1}}, overrides="epochs=3 lr=1e-4"))
+    options = {"n_epochs": 2}
+    assert problems(http, earlier, config={"fine_tuning_options": options}) == {
+        "config.fine_tuning_options.n_epochs": "duplicate_key"
+    }
+    assert problems(http, earlier, config={"overrides": "seed=2"}) == {"config.overrides": "duplicate_key"}
+    job = again(http, earlier, config={"fine_tuning_options": options, "overrides": "lr=1e-4"})
+    assert job["input_config"]["fine_tuning_options"]["n_epochs"] == 2
+
+
 def test_another_method_takes_nothing_over_from_the_options_of_the_old_one(
     http: httpx.Client, earlier: Earlier
 ) -> None:

@@ -1,6 +1,6 @@
 """Merges layers of settings, later ones over earlier ones. Checks each value, and remembers where it came from."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from trainers.errors import MOST_PROBLEMS, Problem
@@ -163,6 +163,12 @@ class Merged:
         for name, message in conflicts(part.name, kwargs):
             self._problem(part.arguments[name], message)
         return part.name, kwargs
+
+
+def canonical_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """The canonical names of the settings in one layer, each with the spelling used there."""
+    leaves = (leaf for key, value in pairs for leaf in _leaves(str(key), value))
+    return {_canonical(key): key for key, _ in leaves}
 
 
 def _canonical(key: str) -> str:
