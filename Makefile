@@ -1,4 +1,4 @@
-# One door for every tool; .ci/run uses the same targets. Needs Python 3.11 or 3.12 and a package index, nothing else.
+# All commands of the project; .ci/run uses the same targets. They need only Python 3.11 or 3.12 and a package index.
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 export PYTHON
@@ -9,7 +9,7 @@ export PYTHON
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: .venv/.complete  ## make .venv with everything in it (quick the second time)
+setup: .venv/.complete  ## make .venv, with everything that is needed (quick the second time)
 
 demo: setup  ## fine-tune a real model through the real service, on this machine
 	$(BIN)/python -m examples.demo
@@ -20,7 +20,7 @@ serve: setup  ## run the service on 127.0.0.1 until Ctrl-C; ARGS='--port 8001 --
 test: setup .venv-hf/.complete  ## run the test suite, all but the fault tests; ARGS='tests/events -x'
 	$(PYTEST) --ignore=tests/faults --ignore=tests/cuda --ignore=tests/vllm $(ARGS)
 
-test-cuda: .venv-cuda/.complete  ## run what happens on GPUs only, without one: all but the numbers
+test-cuda: .venv-cuda/.complete  ## test the code for GPUs on a stand-in for CUDA that computes nothing
 	.venv-cuda/bin/python -m pytest -p no:cacheprovider tests/cuda $(ARGS)
 
 test-vllm: .venv-vllm/.complete  ## run the tests of chat by vLLM, on the CPU
@@ -32,10 +32,10 @@ check: setup  ## lint, formatting, types, import rule
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
 
-faults-short: setup  ## run the fault tests once through; ARGS='--faults-seed 7'
+faults-short: setup  ## run each fault test briefly; ARGS='--faults-seed 7'
 	$(PYTEST) tests/faults $(ARGS)
 
-faults: setup  ## the fault tests in full: hours; ARGS='--faults-seed 7'
+faults: setup  ## run the fault tests in full, for hours; ARGS='--faults-seed 7'
 	$(BIN)/python -m pytest -s tests/faults --long --timeout=0 $(ARGS)
 
 bench: setup  ## measure the service; writes benchmarks/README.md
