@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def full_disk(largest: int = 64) -> Iterator[None]:
-    """While it is in force, this process can't write a file larger than `largest` bytes."""
+    """Within it, this process can't write a file beyond `largest` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
     try:

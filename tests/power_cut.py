@@ -1,4 +1,4 @@
-"""Tells which files would survive a power cut, from the calls of fsync."""
+"""Finds out from the calls of fsync which files would survive a power cut."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ class PowerCut:
     """Records every fsync from now on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._on_disk: dict[int, object] = {}  # by inode, as it was when it was synced
+        self._on_disk: dict[int, object] = {}  # by inode: the content when it was last synced
         fsync = os.fsync
 
         def noted(descriptor: int) -> None:
@@ -25,7 +25,7 @@ class PowerCut:
         return isinstance(names, set) and (path.name, path.stat().st_ino) in names and self.leaves_content(path)
 
     def leaves_content(self, path: Path) -> bool:
-        """As `leaves`, but `path` itself may lose its name."""
+        """As `leaves`, but `path` itself may be missing from its directory."""
         return all(self._on_disk.get(entry.stat().st_ino) == _content(entry) for entry in [path, *path.rglob("*")])
 
 

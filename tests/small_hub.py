@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The commit and its folder; None if an error was sent, with a code as the real hub sends it."""
         repo = self.hub.repos.get(name)
         if repo is None:
-            self._error(401, "", "Invalid username or password.")  # the same as for a private one
+            self._error(401, "", "Invalid username or password.")  # the same as for a private repository
             return None
         if repo.gated and self.headers.get("authorization") != f"Bearer {self.hub.token}":
             self._error(401, "GatedRepo", f"Access to model {name} is restricted.")

@@ -34,7 +34,7 @@ def test_it_fits_ray_s_own_schema(cluster: dict[str, Any]) -> None:
 def test_the_launcher_accepts_it_with_its_defaults_filled_in(cluster: dict[str, Any]) -> None:
     filled = prepare_config(cluster)
     assert filled.keys() > cluster.keys()
-    validate_config(filled)  # it raises what it finds wrong
+    validate_config(filled)  # raises an error if something is wrong
 
 
 def test_gpu_nodes_scale_from_zero_and_back(cluster: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ def test_the_head_is_one_node_without_gpus(cluster: dict[str, Any]) -> None:
 
 
 def test_every_variable_is_set_in_one_place(cluster: dict[str, Any]) -> None:
-    """In ray.env, or in one block of cluster.yaml for what differs on a cluster; no start command sets any."""
+    """In ray.env, or in one block of cluster.yaml if it differs on a cluster. No start command sets any."""
     setup = "\n".join(cluster["setup_commands"])
     starts = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
     assert "cat ~/tunewright/serve_app/ray.env - > ~/cluster.env" in setup
@@ -73,7 +73,7 @@ def test_every_variable_is_set_in_one_place(cluster: dict[str, Any]) -> None:
 def test_the_file_of_variables_is_whole_and_takes_the_secrets_that_are_there_when_ray_starts(
     cluster: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Runs the block in its own home directory."""
+    """Runs the block with a home directory of its own."""
     (block,) = (command for command in cluster["setup_commands"] if "> ~/cluster.env" in command)
     (tmp_path / "tunewright").symlink_to(ROOT)
     secrets = tmp_path / "secrets.env"
@@ -116,7 +116,7 @@ def test_workers_compute_on_the_cpus_they_hold(cluster: dict[str, Any], tmp_path
 
 
 def test_a_shell_on_a_node_has_what_ray_was_started_with(cluster: dict[str, Any], tmp_path: Path) -> None:
-    """Also a shell that isn't interactive, for which .bashrc may return in its first line."""
+    """A shell that isn't interactive, too, for which .bashrc may return in its first line."""
     bashrc = tmp_path / ".bashrc"
     bashrc.write_text("return\n")
     lines = [command for command in cluster["setup_commands"] if "~/.bashrc" in command]

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "trainers": {"trainers", "events"},
     "serve_app": {"serve_app", "trainers", "events"},
 }
-# Packages within trainers, and those that each must not import.
+# For each package within trainers, those that it must not import.
 MAY_NOT_IMPORT = {
     "planning": {"training", "running", "dispatching"},
     "training": {"running", "dispatching"},
@@ -102,7 +102,7 @@ def test_a_module_that_may_import_torch_exists(module: str) -> None:
 
 def test_nothing_that_the_service_imports_brings_in_torch() -> None:
     light = [m for package in MAY_IMPORT for m in modules(package) if m not in TRAINING_MODULES and "__main__" not in m]
-    # One process, one import after the other, so that the first culprit is the one named.
+    # Imported one after the other in one process, so that the error names the first module that imports one of HEAVY.
     script = f"""
 import importlib, sys
 for module in {light!r}:

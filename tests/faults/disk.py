@@ -1,9 +1,9 @@
-"""Records with strace what a process does to its disk, and simulates what a power cut at any moment may leave of that.
+"""Records a process's writes and syncs with strace, and simulates what a power cut at any moment may leave of them.
 
 The model of the disk: data written before a sync of its file is on disk. Of data written since, each sector of 512
 bytes may be there, be missing, or be garbage, independently of the order of writes. Only a change of a file's size
-keeps its place among the writes to that file, as journaling file systems ensure. Until their directory is synced, a new
-file may be missing, and a removed one be there again.
+keeps its place among the writes to that file, as journaling file systems ensure. Until its directory is synced, a new
+file may be missing, and a removed one may still be there.
 """
 
 import random
@@ -55,7 +55,7 @@ class Sync:
 
 @dataclass(frozen=True)
 class Said:
-    """The process wrote this to its standard output: from now on others rely on it."""
+    """The process wrote this to its standard output: an acknowledgement, which others rely on from then on."""
 
     text: str
 
@@ -64,7 +64,7 @@ Step = Write | Resize | Create | Remove | Sync | Said
 
 
 def record(command: Sequence[str], directory: Path, trace: Path) -> list[Step]:
-    """Runs the command, and returns what it did to the files of `directory`, and said, in order."""
+    """Runs the command under strace. Returns its changes to the files of `directory` and its output, in order."""
     calls = "pwrite64,write,fsync,fdatasync,ftruncate,openat,unlink,rename,writev,pwritev,fallocate,lseek"
     strace = [
         "strace",
@@ -164,7 +164,7 @@ class Disk:
                 file.pending.clear()
 
     def crash(self, directory: Path, chance: random.Random) -> None:
-        """Writes into `directory` what is left: of the unsynced changes at random all, none or some."""
+        """Writes the files after a power cut into `directory`: with all unsynced changes, some or none, at random."""
         mood = chance.choice(["kept", "lost", "mixed", "mixed", "mixed"])
         for name, file in self._files.items():
             if (file.removed and mood == "kept") or ((file.removed or not file.named) and chance.random() < 0.5):
@@ -186,7 +186,7 @@ def _survivors(pending: list[Write | Resize], mood: str, chance: random.Random) 
         yield from _some(sectors, mood, chance)
         sectors = []
         if mood == "mixed" and chance.random() < 0.3:
-            return  # neither it nor anything after it
+            return  # this change of the size is lost, and all after it
         yield one
     yield from _some(sectors, mood, chance)
 

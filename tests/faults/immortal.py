@@ -1,4 +1,4 @@
-"""Keeps a process alive that may be killed at any moment: a new one takes its place at once.
+"""Replaces a process at once whenever it is killed.
 
 `python -m MODULE DIRECTORY` starts only the parent, which forks a new child whenever one dies: forking is faster than
 importing again. When its standard input ends, the parent ends, with its child.
@@ -33,7 +33,7 @@ def back_at_once(work: Callable[[Path], Coroutine[None, None, None]]) -> None:
 
 @contextmanager
 def kept_alive(module: str, directory: Path) -> Iterator[None]:
-    """While entered, the module's process runs, or a new one is being forked."""
+    """Within it, the module's process runs, or a new one is being forked."""
     command = [sys.executable, "-m", module, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as parent:
         yield

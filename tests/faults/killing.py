@@ -1,4 +1,4 @@
-"""A service whose parts can be killed one by one, jobs that show it, and how long each recovery takes."""
+"""Kills parts of a service one by one while jobs run, and measures how long each recovery takes."""
 
 import json
 import re
@@ -19,12 +19,12 @@ from tests.service.conftest import Api, local_service, make_inputs, title
 from tests.waiting import eventually
 
 RECOVERY_S = 600.0
-"""A job that was interrupted trains again within this, on a machine that is busy with other things."""
+"""Time limit for an interrupted job to train again, on a machine that is busy with other things."""
 UNOWNED_S = 30.0
-"""No job reads `running` for longer than this without a live owner."""
+"""Longest time that the status of a job may be `running` although a process that it depends on was killed."""
 ROWS, BATCH, EPOCHS, INTERVAL = 160, 2, 10, 20
 STEPS = ROWS // BATCH * EPOCHS
-"""Of a job of these tests; it saves a checkpoint every INTERVAL steps."""
+"""Steps of a job of these tests. It saves a checkpoint every INTERVAL steps."""
 
 
 def inputs_in(directory: Path) -> Path:
@@ -37,8 +37,9 @@ def a_service(storage: Path, inputs: Path) -> LocalService:
 
 
 class Recovery(NamedTuple):
-    """Seconds after a kill. `unowned_s`: until the job no longer read `running` (0: it lost no owner); `resumed_s`:
-    until it had trained a step further; `door_s`: until the API had answered for the last time with an error."""
+    """Seconds after a kill. `unowned_s`: until the job's status was no longer `running` (0: no process that it depends
+    on was killed); `resumed_s`: until it had trained a step further; `door_s`: until the last request that the API did
+    not answer, or answered with an error."""
 
     kind: str
     unowned_s: float
@@ -167,14 +168,14 @@ def step_of(job: dict[str, Any]) -> int:
 
 
 def logged(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The job's metrics, as its disk logger has them, without what depends on the clock or the machine."""
+    """The job's metrics from its disk logger, without those that depend on the clock or the machine."""
     varies = {"time", "tokens_per_second", "peak_memory_bytes"}
     lines = Path(job["logs"].removeprefix("file://")).read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in varies} for line in lines]
 
 
 def steps_by_attempt(messages: list[str]) -> list[list[int]]:
-    """The steps that the job's log lines tell of, for each attempt; each list begins with the step it went on after."""
+    """The steps in the job's log lines, a list for each attempt. Each list begins with the step it went on after."""
     attempts: list[list[int]] = []
     for message in messages:
         if re.match(r"\d+ workers? on ", message):

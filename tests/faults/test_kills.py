@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.faults.killing import INTERVAL, OTHERS, OWNERS, STEPS, UNOWNED_S, Faults, logged, step_of, steps_by_attempt
 
 TIMES = 20
-"""In the long suite each kind of process is killed this often."""
+"""How often the long suite kills each kind of process."""
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def test_whatever_is_killed_every_job_finishes_with_the_losses_of_the_undisturbe
         assert logged(job) == logged(undisturbed)
         lines = steps_by_attempt(faults.api.messages(job_id))
         for steps in lines:
-            assert steps == list(range(steps[0], steps[-1] + 1))  # no line is lost, none comes twice
+            assert steps == list(range(steps[0], steps[-1] + 1))  # no line is lost or repeated
         for lost, resumed in itertools.pairwise(lines):
             # A checkpoint may be under way when the next one is due; then training waits for it.
             assert 0 <= lost[-1] - resumed[0] <= 2 * INTERVAL
 
 
 def _killable(faults: Faults, job_id: str) -> bool:
-    """Waits until the job runs and has a checkpoint. False: it is so far that it might end before the kill."""
+    """Waits until the job runs and has a checkpoint. Returns False if it might end before the kill."""
     job = faults.until(job_id, lambda job: job["status"] == "success" or _has_run(job))
     return job["status"] == "running" and step_of(job) < 0.7 * STEPS
 

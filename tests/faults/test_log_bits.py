@@ -1,4 +1,4 @@
-"""Every bit of a log of 100 events, flipped: found, or without any effect on what is read."""
+"""Flips every bit of a log of 100 events: each is found, or has no effect on the events that are read."""
 
 import multiprocessing
 import os
@@ -25,7 +25,7 @@ JOBS = "abcd"
 
 @pytest.fixture(autouse=True)
 def stride(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first 64 events of the hundred are in `streams`."""
+    """Of the hundred events, the first 64 are in `streams`."""
     monkeypatch.setattr(sqlite, "_STRIDE", 64)
 
 
@@ -38,7 +38,7 @@ def write(store: SqliteStore, at_once: int = 5) -> None:
 
 
 def read(store: SqliteStore) -> tuple[list[Recorded], list[str]]:
-    """The events that can be read, and all that a check says is wrong."""
+    """The events that can be read, and all problems that a check finds."""
     check_all(store)
     history = store.read_all()
     problems = [damage.why for damage in store.damage.values()] + store.integrity()
@@ -56,7 +56,7 @@ def outcome(directory: Path, written: list[Recorded]) -> str:
             history, problems = read(store)
     except StoreFailedError:
         return "the log does not open"
-    # Whatever is served was written; and nothing is missing without a word.
+    # Every event that is served was written, and if one is missing, that is reported.
     assert all(one in written for one in history)
     if problems:
         return "reported"
@@ -65,7 +65,8 @@ def outcome(directory: Path, written: list[Recorded]) -> str:
 
 
 def outcomes(left: Path, name: str, bits: Sequence[int], written: list[Recorded]) -> Counter[str]:
-    """Of flipping each of these bits of that file, in what a process left behind."""
+    """Counts the outcomes of flipping each of `bits` in the file `name` of the directory `left`, which a process has
+    left behind."""
     content = (left / name).read_bytes()
     seen: Counter[str] = Counter()
     for bit in bits:
@@ -77,7 +78,7 @@ def outcomes(left: Path, name: str, bits: Sequence[int], written: list[Recorded]
 
 
 def flip(left: Path, name: str, sample: int | None, seed: int, written: list[Recorded]) -> Counter[str]:
-    """A sample of the bits, or all of them; on all cores."""
+    """The outcomes for a random sample of the file's bits, or for all (None). Uses all cores."""
     bits: Sequence[int] = range(8 * (left / name).stat().st_size)
     if sample is not None:
         bits = random.Random(seed).sample(bits, sample)  # noqa: S311  -- no secret
@@ -92,7 +93,7 @@ def flip(left: Path, name: str, sample: int | None, seed: int, written: list[Rec
 
 
 def test_a_flipped_bit_of_the_file_is_found_or_means_nothing(memory: Path, seed: int, long: bool) -> None:
-    """What means nothing is room on a page that holds no event: the file may differ there, what is read does not."""
+    """Only a bit in unused space on a page has no effect: the events that are read are the same."""
     left = memory / "left"
     left.mkdir()
     with closing(SqliteStore(left / "events.db")) as store:
@@ -104,14 +105,15 @@ def test_a_flipped_bit_of_the_file_is_found_or_means_nothing(memory: Path, seed:
 
 
 def test_a_flipped_bit_of_the_write_ahead_log_is_found_or_means_nothing(memory: Path, seed: int, long: bool) -> None:
-    """After a SIGKILL. SQLite alone would forget acknowledged events here, without a word. (In five transactions: each
-    page that one changes is there once more, so twenty would have four times the bits, and no others.)"""
+    """After a SIGKILL. SQLite alone would silently forget acknowledged events here. (The events are in five
+    transactions: each transaction writes the pages that it changes once more, so twenty would have four times the bits,
+    but no others.)"""
     alive, left = memory / "alive", memory / "left"
     alive.mkdir()
     with closing(SqliteStore(alive / "events.db")) as store:
         write(store, at_once=20)
         written, _ = read(store)
-        shutil.copytree(alive, left)  # as a process leaves it that does not get to close it
+        shutil.copytree(alive, left)  # as a killed process leaves it
     assert (left / "events.db-wal").stat().st_size > 50_000
     seen = flip(left, "events.db-wal", None if long else 150, seed, written)
     assert seen["the log does not open"] > 0
@@ -119,7 +121,7 @@ def test_a_flipped_bit_of_the_write_ahead_log_is_found_or_means_nothing(memory: 
 
 @pytest.fixture
 def killed(memory: Path) -> Iterator[Path]:
-    """As the test before leaves it, and no lock file that knows what was acknowledged: after a loss of power."""
+    """The files after a loss of power: without the lock file, which holds the last acknowledged position."""
     with closing(SqliteStore(memory / "events.db")) as store:
         write(store)
         copy = memory / "copy"

@@ -1,4 +1,4 @@
-"""SIGKILL of the log's process, again and again, while many write to it."""
+"""Kills the log's process again and again while many clients write to it."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ CLIENTS, JOBS = 20, 3
 
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """With a short path: that of a Unix socket may have about a hundred characters."""
+    """A directory with a short path: the path of a Unix socket may have about a hundred characters."""
     monkeypatch.setattr(sqlite, "_STRIDE", STRIDE)
     with tempfile.TemporaryDirectory(prefix="tw-", dir="/tmp") as directory:
         yield Path(directory)
@@ -49,7 +49,7 @@ async def kill(client: Client, chance: random.Random, pause_s: float) -> None:
 
 
 def test_kills_lose_nothing_double_nothing_and_leave_no_gap(directory: Path, seed: int, long: bool) -> None:
-    """64 writers, each with a job of its own, each sending its next event when the one before is acknowledged."""
+    """64 writers, each with a job of its own, send their next event when the one before is acknowledged."""
     kills, events = (1000, 500_000) if long else (15, 3_000)
     chance = random.Random(seed)  # noqa: S311  -- no secret
 
@@ -93,7 +93,7 @@ def test_kills_lose_nothing_double_nothing_and_leave_no_gap(directory: Path, see
 
 
 class Done(NamedTuple):
-    """An operation of a client: when it was asked for and answered, what it appended, what version it saw."""
+    """An operation of a client: when it was sent and answered, the event that it appended, the version that it saw."""
 
     asked: float
     answered: float
@@ -103,10 +103,10 @@ class Done(NamedTuple):
 
 
 def test_what_concurrent_clients_see_of_a_job_happened_in_one_order(directory: Path, seed: int, long: bool) -> None:
-    """20 clients read, append, and append where the job is as they saw it, while the server is killed.
+    """20 clients read, append, and append on condition that the job hasn't changed, while the server is killed.
 
-    Versions number the appends of a job, so they say what the one order must be. An operation that was answered before
-    another was asked for must not come after it: nothing else can contradict linearizability.
+    Versions number the appends of a job, so they give the only possible order. An operation that was answered before
+    another was sent must not come after it: nothing else can contradict linearizability.
     """
     operations, kills = (500, 60) if long else (25, 3)
 
@@ -155,8 +155,8 @@ def test_what_concurrent_clients_see_of_a_job_happened_in_one_order(directory: P
 
 
 def out_of_order(done: list[Done], version: dict[str, int]) -> Iterator[tuple[Done, Done]]:
-    """Pairs of which the first was answered before the second was asked for, but comes after it. An append comes at its
-    version; what was seen comes after that version and before the next."""
+    """Pairs of which the first was answered before the second was sent, but comes after it. An append comes at its
+    version; a read comes after the version that it saw and before the next."""
     for first in done:
         at = first.seen if first.event_id is None else max(version[first.event_id], first.seen)
         for second in done:

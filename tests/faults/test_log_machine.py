@@ -93,7 +93,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def duplicate(self, data: st.DataObject) -> None:
-        """A retry of an append that was written any time ago."""
+        """Repeats an append that was written at any time before."""
         written = {one.event_id for one in self.run(self.log.subscribe(0)) or []}
         reports = [one for one in self.sent if one[1] != [SUBMITTED] and written.issuperset(one[2])]
         if not reports:
@@ -124,10 +124,10 @@ class Machine(RuleBasedStateMachine):
         for job_id in "abc":
             history = self.run(self.log.read(job_id)) or []
             job = self.run(self.log.job(job_id))
-            # Of the same looks: a time that was read from a snapshot calls its UTC another name.
+            # Compared as text: times from a snapshot have another class of UTC, whose name `looks` replaces.
             assert looks(fold(history)) == looks(job)
             over = False
-            for end in range(1, len(history) + 1):  # any prefix is a job that there was
+            for end in range(1, len(history) + 1):  # each prefix was the job's history at some time
                 prefix = fold(history[:end])
                 assert prefix is not None
                 assert not over

@@ -1,4 +1,4 @@
-"""Loss of power at any moment: what was acknowledged is there, and of a batch that was not, all or nothing."""
+"""Loss of power at any moment: acknowledged batches are kept, and any other is there whole or not at all."""
 
 import random
 import shutil
@@ -24,7 +24,7 @@ STRIDE = 16  # of about two hundred events
 
 
 def batch(number: int) -> list[tuple[str, str, Event]]:
-    """One to twenty events, of three jobs; some of many sectors."""
+    """One to twenty events of three jobs; some take many sectors."""
     chance = random.Random(number)  # noqa: S311  -- no secret
     if number == 0:
         facts: list[Event] = [SUBMITTED, VALIDATED, ADMITTED, started(1)]
@@ -35,7 +35,7 @@ def batch(number: int) -> list[tuple[str, str, Event]]:
 
 
 def write(store: EventStore) -> Iterator[int]:
-    """The last position after each batch."""
+    """Writes all batches; yields the last position after each."""
     for number in range(BATCHES):
         yield add(store, batch(number))[-1].position
 

@@ -1,4 +1,4 @@
-"""Writes and syncs that fail: no acknowledgement, nothing acknowledged is lost, and it goes on once they work again."""
+"""Writes and syncs that fail are not acknowledged and lose nothing that was; once they work again, the log goes on."""
 
 import asyncio
 import random
@@ -31,7 +31,7 @@ FAILURES = [
 def test_a_call_that_fails_is_not_acknowledged_and_loses_nothing(
     tmp_path: Path, call: str, error: str, seed: int, long: bool
 ) -> None:
-    """The kernel's answers are replaced, some in a row, wherever in the log's life that falls."""
+    """strace replaces the results of one or several calls in a row, at a random time in the log's life."""
     chance = random.Random(f"{seed} {call} {error}")  # noqa: S311  -- no secret
     for number in range(100 if long else 1):
         directory = tmp_path / str(number)
@@ -49,7 +49,7 @@ def test_a_call_that_fails_is_not_acknowledged_and_loses_nothing(
         said = [line.split() for line in done.stdout.splitlines()]
         injected = [line for line in trace.read_text().splitlines() if "INJECTED" in line]
         assert injected, f"{inject} hit nothing"
-        noticed = [line for line in injected if "events.db.lock>" not in line]  # what that says may be out of date
+        noticed = [line for line in injected if "events.db.lock>" not in line]  # its position may be out of date
         assert any(what == "failed" for what, _ in said) == bool(noticed), f"{inject}: {injected}"
         acknowledged = [event_id for what, event_id in said if what == "acknowledged"]
         assert {one.event_id for one in history_of(directory)} == set(acknowledged)
@@ -59,7 +59,7 @@ def test_a_full_disk_refuses_appends_and_takes_them_once_there_is_room(tmp_path:
     async def scenario() -> None:
         async with opened(tmp_path / "events.db") as log:
             await submit(log, "before")
-            with full_disk(tmp_path / "events.db.lock"):  # of 32 bytes: nothing can be written behind them
+            with full_disk(tmp_path / "events.db.lock"):  # it has 32 bytes: no file can be written beyond that
                 for number in range(5):
                     with pytest.raises(LogUnavailable):
                         await submit(log, f"during-{number}")
@@ -73,16 +73,16 @@ def test_a_full_disk_refuses_appends_and_takes_them_once_there_is_room(tmp_path:
 
 
 def test_too_many_open_files_refuse_appends_and_take_them_later(tmp_path: Path) -> None:
-    """Files are opened anew after a failed write only."""
+    """The log opens files only at its start and after a failed write."""
 
     async def scenario() -> None:
         async with opened(tmp_path / "events.db") as log:
             await submit(log, "before")
-            await asyncio.to_thread(int)  # its thread, and what it needs, are there before nothing can be opened
+            await asyncio.to_thread(int)  # starts a thread and opens the files that it needs, while that is possible
             with full_disk(tmp_path / "events.db-wal"), pytest.raises(LogUnavailable):
                 await submit(log, "during")
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # those that are open stay open
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # files that are open stay open
             try:
                 for _ in range(3):
                     with pytest.raises(LogUnavailable, match="unable to open"):
@@ -97,7 +97,7 @@ def test_too_many_open_files_refuse_appends_and_take_them_later(tmp_path: Path) 
 
 
 async def _submit_sixty(file: Path) -> None:
-    """Says what became of each try. Each is made until it is acknowledged; the first is to open the log."""
+    """Opens the log and submits sixty jobs. Tries each until it succeeds, and prints the outcome of every try."""
     while True:
         try:
             log = EventLog(SqliteStore(file))
@@ -117,5 +117,5 @@ async def _submit_sixty(file: Path) -> None:
 if __name__ == "__main__":
     from events import sqlite
 
-    sqlite._WAL_BYTES = 64 << 10  # or it would never be emptied
+    sqlite._WAL_BYTES = 64 << 10  # otherwise the write-ahead log would never be emptied
     asyncio.run(_submit_sixty(Path(sys.argv[1])))

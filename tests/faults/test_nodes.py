@@ -1,4 +1,4 @@
-"""A node is lost without notice: its jobs go on elsewhere, with the losses of an undisturbed run."""
+"""A node is lost without notice: its jobs go on on another one, with the losses of an undisturbed run."""
 
 from contextlib import ExitStack
 from pathlib import Path

@@ -46,7 +46,7 @@ def test_every_submit_makes_one_job_however_often_it_is_sent_while_replicas_are_
 
 
 def _submit(faults: Faults, key: str) -> str:
-    """Sends a submit until somebody answers it, as a client would."""
+    """Sends a submit until it is answered, as a client would."""
 
     def answered() -> str | None:
         with suppress(httpx.HTTPError):
@@ -62,7 +62,7 @@ def _submit(faults: Faults, key: str) -> str:
 
 
 def _kill_replicas(faults: Faults, done: threading.Event) -> None:
-    """One after the other, each as soon as it works: at least one."""
+    """Until `done`, kills each replica as soon as it works; kills at least one."""
     while True:
         faults.kill("Serve replica", "")
         faults.until_up()
@@ -81,6 +81,6 @@ def _all_jobs(faults: Faults) -> list[str]:
 
 
 def _cancelled(faults: Faults, job_id: str) -> bool:
-    """True once the API has taken the request; a job that has ended meanwhile needs none."""
+    """Asks to cancel the job. True if the API accepted that, or if the job has ended meanwhile."""
     answer = faults.api.http.post("/fine_tuning/jobs/cancel", json={"job_id": job_id})
     return answer.status_code in (200, 409)

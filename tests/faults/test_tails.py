@@ -1,4 +1,4 @@
-"""Readers of a job's log that are cut off, again and again, or that stall."""
+"""Readers of a job's log whose connections break again and again, or who stall."""
 
 import json
 import random
@@ -33,7 +33,7 @@ async def write():
 asyncio.run(write())
 """
 LINES = 60_000
-"""Of some 600 bytes each in a tail: 36 MB for each reader, far more than sockets take in."""
+"""In a tail each has some 600 bytes: 36 MB for each reader, far more than the buffers of sockets hold."""
 STALLED = 10
 MAY_GROW = 100 << 20
 """Bytes by which the processes that serve the readers may grow. Output queued for all ten would take 360 MB."""
@@ -88,7 +88,7 @@ def test_stalled_readers_take_no_memory_and_do_not_slow_other_requests(faults: F
     done = threading.Event()
     other = threading.Thread(target=_ask_for_status, args=(faults, job_id, done, longest))
     other.start()
-    read = sum(len(line["logs"]) for line in faults.api.tail(job_id, follow="false"))  # a reader that does read
+    read = sum(len(line["logs"]) for line in faults.api.tail(job_id, follow="false"))  # this reader does read
     grown = _own_memory(servers) - before
     done.set()
     other.join()
@@ -128,5 +128,5 @@ def _ask_for_status(faults: Faults, job_id: str, done: threading.Event, longest:
 
 
 def _own_memory(processes: list[psutil.Process]) -> int:
-    """Memory that only these processes use: without Ray's shared object store, which would count for each of them."""
+    """Memory that only these processes use. Ray's object store, which they share, is not counted."""
     return sum(process.memory_full_info().uss for process in processes)

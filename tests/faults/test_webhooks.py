@@ -1,4 +1,4 @@
-"""SIGKILL of the process that sends webhooks, again and again, and of the log that it follows."""
+"""Kills the process that sends webhooks again and again, and sometimes the log that it follows."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from tests.webhook_receiver import Answer, Receiver, verified
 
 
 def test_kills_lose_no_webhook_and_change_none(seed: int, long: bool) -> None:
-    """Jobs end one after the other, the receiver fails three times in ten, and the sender dies all the time."""
+    """Jobs end one after the other, the receiver fails three times in ten, and the sender is killed again and again."""
     kills, jobs = (200, 10_000) if long else (12, 400)
     chance = random.Random(seed)  # noqa: S311  -- no secret
     fails = random.Random(seed + 1)  # noqa: S311  -- in other threads
@@ -38,7 +38,7 @@ def test_kills_lose_no_webhook_and_change_none(seed: int, long: bool) -> None:
         client.close()
 
     async def kill(directory: Path) -> None:
-        """The sender each time, and now and then the log with it. A sender lives for up to a second after its start."""
+        """Kills the sender, within a second after its start, and sometimes the log with it."""
         log = Client(directory)
 
         def next_sender() -> int:
@@ -46,7 +46,7 @@ def test_kills_lose_no_webhook_and_change_none(seed: int, long: bool) -> None:
             return 0 if sender in victims else sender
 
         for _ in range(kills):
-            await log.call("jobs", 1)  # to the log that lives now
+            await log.call("jobs", 1)  # connects to the log's current process
             sender = await async_eventually(next_sender, WAIT_S, lambda: "no sender starts")
             await asyncio.sleep(chance.uniform(0, 1))
             victims.add(sender)

@@ -18,7 +18,7 @@ from tests.service.conftest import CPUS, Api, title
 from tests.waiting import eventually
 
 TIMES = 20
-"""The whole cluster is lost this often in the long suite."""
+"""How often the long suite kills the whole cluster."""
 
 
 @pytest.mark.timeout(6 * 3600)
@@ -46,8 +46,8 @@ def test_after_the_whole_cluster_is_killed_nothing_is_lost_and_a_running_job_goe
 
 
 def _killed_while_it_trains(faults: Faults, word: str = "") -> str:
-    """Starts a job, and once it trains kills all processes of the cluster, or those with a word in their title, which
-    the rest does not survive. Returns the job's id."""
+    """Starts a job. Once it trains, kills all processes of the cluster, or only those with `word` in their titles,
+    without which the others end, too. Returns the job's id."""
     job_id = faults.submit()
     faults.until(
         job_id, lambda job: job["status"] == "running" and bool(job["checkpoints"]) and step_of(job) > INTERVAL
@@ -59,8 +59,8 @@ def _killed_while_it_trains(faults: Faults, word: str = "") -> str:
 
 
 def losses_on_record(storage: Path, job_id: str) -> dict[int, float | None]:
-    """The loss of each step as the job's events have it, those that an interruption made void left out. In an attempt
-    each step follows the one before it."""
+    """The loss of each step in the job's events; of steps that were repeated after an interruption, the last one. Fails
+    unless each step of an attempt follows the one before it."""
     store = SqliteStore(storage / "events.db")
     losses: dict[int, float | None] = {}
     last: int | None = None
@@ -98,7 +98,7 @@ def test_two_jobs_that_each_need_the_whole_cluster_leave_nothing_behind_however_
     for _ in range(100 if long else 2):
         pair = [faults.submit(overrides=whole) for _ in range(2)]
         jobs += pair
-        time.sleep(rng.uniform(0, 15))  # anywhere: being validated, waiting, being placed, training
+        time.sleep(rng.uniform(0, 15))  # in any state: validating, waiting, being placed, training
         rng.shuffle(pair)
         for job_id in pair:
             faults.api.cancel(job_id)
@@ -109,7 +109,7 @@ def test_two_jobs_that_each_need_the_whole_cluster_leave_nothing_behind_however_
     assert _groups(faults) == []
     orphans = [title(process) for process in faults.api.service.processes()]
     assert [words for words in orphans if any(job_id in words for job_id in jobs)] == []
-    last = faults.submit(overrides=whole)  # it gets all that they held
+    last = faults.submit(overrides=whole)  # it gets all resources that they held
     faults.until(last, lambda job: job["status"] == "running")
     faults.api.cancel(last)
     faults.api.until_status(last, "cancelled")
@@ -117,7 +117,7 @@ def test_two_jobs_that_each_need_the_whole_cluster_leave_nothing_behind_however_
 
 
 def _groups(faults: Faults) -> list[str]:
-    """The placement groups that Ray knows of."""
+    """The names of the placement groups that Ray has not removed."""
     url = faults.api.service.dashboard_url + "/api/v0/placement_groups?detail=1"
     groups = httpx.get(url, timeout=30, trust_env=False).json()["data"]["result"]["result"]
     return [group["name"] for group in groups if group["state"] != "REMOVED"]

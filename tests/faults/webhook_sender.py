@@ -19,7 +19,7 @@ PACE = Pace(first_pause_s=0.05, growth=1.5, longest_pause_s=0.5, timeout_s=0.5)
 
 
 class Log:
-    """The part of an event log that webhooks need: calls of the log server."""
+    """The methods of an event log that webhooks need. They call the log server."""
 
     def __init__(self, directory: Path) -> None:
         self._client = Client(directory)
