@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -77,6 +78,18 @@ def test_make_targets_named_in_readme_exist() -> None:
     named = set(re.findall(r"`make ([a-z-]+)", README)) | set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))
     assert named
     assert named <= targets
+
+
+def test_an_interpreter_may_have_a_space_in_its_path(tmp_path: Path) -> None:
+    python = tmp_path / "my python" / "python3"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    command = [ROOT / ".ci" / "find-python"]
+    done = subprocess.run(
+        command, env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, sys.executable), done.stderr
 
 
 def test_no_interpreter_fits_is_said_in_words() -> None:
