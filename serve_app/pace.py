@@ -35,15 +35,15 @@ async def time_of(plan: Plan, resources: Resources, found: Found, log: JobLog) -
         basis = f"measured on {len(speeds)} {'job' if len(speeds) == 1 else 'jobs'}"
     elif resources.gpus_per_worker:
         speed = plan.workers * resources.gpus_per_worker * GPU_FLOPS / found.flops_per_token
-        basis = f"assumed: {GPU_FLOPS:.0e} operations a second on each GPU, {unknown}"
+        basis = f"assumed: {GPU_FLOPS:.0e} operations a second on each GPU; {unknown}"
     else:
         # Only this machine's processor is known. The workers' may differ; the default dtype in estimates of memory
         # rests on the same assumption.
         in_bf16 = plan.dtype != "fp32" and await asyncio.to_thread(has_bf16, CPU_INFO)
         flops = BF16_CPU_FLOPS if in_bf16 else CPU_FLOPS
         speed = plan.workers * resources.cpus_per_worker * flops / found.flops_per_token
-        how = " in bf16, as the API's own processor computes," if in_bf16 else ","
-        basis = f"assumed: {flops:.2g} operations a second on each CPU{how} {unknown}"
+        how = " (in bf16, as on the API's node)" if in_bf16 else ""
+        basis = f"assumed: {flops:.2g} operations a second on each CPU{how}; {unknown}"
     tokens = found.steps * found.tokens_a_step
     if found.validation_data is not None:
         evaluations = 1 + evaluations_after(0, found.steps, plan.n_epochs, plan.run_val_every_n_steps)

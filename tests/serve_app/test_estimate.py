@@ -275,7 +275,7 @@ def test_the_time_is_measured_on_jobs_like_it_once_there_are_some(
 ) -> None:
     before = estimate(http, config)["time"]
     assert before["basis"].startswith("assumed: ")
-    assert before["basis"].endswith(", no similar job has run here")
+    assert before["basis"].endswith("; no similar job has run here")
     other = config | {"fine_tuning_options": {**config["fine_tuning_options"], "extras": {"dtype": "bf16"}}}
     for asked, speed in ((config, 200.0), (config, 220.0), (config, 240.0), (other, 9999.0)):
         job_id = http.post("/fine_tuning/jobs/submit", json=asked | {"metadata": {"speed": speed}}).json()["job_id"]
@@ -294,7 +294,7 @@ def test_the_time_of_a_packed_job_is_said_to_be_assumed_whatever_has_run_here(
     packed = {"extras": {"packed": True, "max_seq_len": MAX_SEQ_LEN}}
     basis = estimate(http, config | {"fine_tuning_options": packed})["time"]["basis"]
     assert basis.startswith("assumed: ")
-    assert basis.endswith(", the speed of packed jobs isn't measured")
+    assert basis.endswith("; the speed of packed jobs isn't measured")
 
 
 @pytest.mark.parametrize(
@@ -318,8 +318,8 @@ def test_the_speed_that_is_assumed_of_a_cpu_depends_on_whether_it_computes_in_bf
     if dtype is not None:
         config["fine_tuning_options"]["extras"]["dtype"] = dtype
     found = estimate(http, config)["time"]
-    in_bf16 = " in bf16, as the API's own processor computes," if operations > 1e11 else ","
+    in_bf16 = " (in bf16, as on the API's node)" if operations > 1e11 else ""
     speed = f"{operations:.2g} operations a second on each CPU"
-    assert found["basis"] == f"assumed: {speed}{in_bf16} no similar job has run here"
+    assert found["basis"] == f"assumed: {speed}{in_bf16}; no similar job has run here"
     weights = numbers_of(inspect_model_dir(Path(config["model"])))
     assert found["tokens_per_second"] == pytest.approx(operations / (6 * weights), rel=0.01)
