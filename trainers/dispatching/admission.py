@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from events.facts import Resources
+from trainers.planning.overrides import MAX_NODES
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Capacity:
         )
 
     def largest(self) -> tuple[Node, ...]:
-        """Every node there could ever be. Of a group, at most 1,024 are listed: no job can use more."""
-        return self.nodes + tuple(group.node for group in self.groups for _ in range(min(group.max_count, 1024)))
+        """Every node there could ever be. Of a group, at most MAX_NODES are listed: no job may ask for more."""
+        return self.nodes + tuple(group.node for group in self.groups for _ in range(min(group.max_count, MAX_NODES)))
 
 
 @dataclass(frozen=True)

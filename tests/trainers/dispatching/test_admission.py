@@ -1,5 +1,7 @@
 """The order in which jobs start, and what the others are told."""
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from trainers.dispatching.admission import (
     place,
     worker_memory,
 )
+from trainers.planning.overrides import MAX_NODES
 
 
 def cpus(workers: int, nodes: int = 1) -> Resources:
@@ -96,6 +99,11 @@ def test_what_an_autoscaler_may_add_makes_a_job_feasible() -> None:
     assert infeasible(gpus(16, nodes=2), capacity) is None
     assert infeasible(gpus(24, nodes=3), capacity) is not None
     assert capacity.has_gpus
+
+
+def test_a_group_counts_for_as_many_nodes_as_a_job_may_ask_for() -> None:
+    capacity = Capacity(nodes=(), free=(), groups=(NodeGroup(Node(1, 0), max_count=sys.maxsize),))
+    assert infeasible(cpus(MAX_NODES, nodes=MAX_NODES), capacity) is None
 
 
 def test_a_worker_counts_on_as_much_of_its_node_s_memory_as_of_its_cpus() -> None:
