@@ -107,8 +107,9 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def errno_of(error: BaseException) -> int | None:
-    """The errno of an error of the operating system, else None. That of safetensors' errors is in the message only."""
-    if isinstance(error, OSError):
+    """The errno of an error of the operating system, else None. Errors of safetensors, some of which are OSErrors, have
+    it in the message only."""
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     told = _OS_ERROR.search(str(error))
     return int(told[1]) if told else None

@@ -1,15 +1,17 @@
 """Errors of jobs: they can be pickled, they say what to do next, and docs/errors.md has every code."""
 
 import ast
+import errno
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from events.facts import DataReport, LineError
 from trainers.data.prepare import DataInvalid
-from trainers.errors import CapacityError, InfrastructureError, JobProblem, UserError, write_details
+from trainers.errors import CapacityError, InfrastructureError, JobProblem, UserError, errno_of, write_details
 from trainers.settings import ERROR_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +68,15 @@ def test_the_details_of_a_failure_hold_no_secrets_of_urls(tmp_path: Path) -> Non
         "ConnectionError: HTTPSConnectionPool: https://cdn.example/weights refused\n"
         "OSError: can't open 's3://bucket/model', while 2 of 3 were read: why?\n"
     )
+
+
+def test_the_errno_of_an_error_of_safetensors_is_in_its_message(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="os error") as caught:
+        safe_open(tmp_path, framework="pt")  # a directory: there is no other error of the disk that a test can make
+    assert caught.value.errno is None
+    assert errno_of(caught.value) == errno.ENODEV
+    assert errno_of(OSError(errno.EIO, "Input/output error")) == errno.EIO
+    assert errno_of(OSError("no number")) is None
 
 
 def test_only_what_changes_by_itself_is_worth_trying_again() -> None:
