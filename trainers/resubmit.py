@@ -134,7 +134,10 @@ def _without_effect(changes: Mapping[str, Any], document: Mapping[str, Any]) -> 
         for key, param in place.items():
             for later, still in zip(changed[number + 1 :], all_places[number + 1 :], strict=True):
                 if key in still and key not in later:
-                    message = f"has no effect, as the earlier job's {still[key]} sets {key}, too: change it there, or take it out there"
+                    message = (
+                        f"has no effect, as the earlier job's {still[key]} sets {key}, too: change it there, or take "
+                        "it out there"
+                    )
                     problems.append(Problem(f"config.{param}", message, "duplicate_key"))
     return problems
 
