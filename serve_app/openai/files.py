@@ -99,8 +99,8 @@ async def list_files(
     seen = 0
     sizes = await asyncio.to_thread(results.sizes_in, backend.settings.storage)
     deadline = time.monotonic() + PAGE_S
-    for item in found[:limit]:
-        if files and time.monotonic() > deadline:
+    for item in found:
+        if len(files) == limit or (files and time.monotonic() > deadline):
             break
         seen += 1
         try:
