@@ -12,7 +12,7 @@ Row = tuple[int, str, int, str, str, str, int]
 
 
 def checksum_of(*columns: object) -> int:
-    """CRC-32 of the columns as text. A value that was written with another type gives another checksum."""
+    """CRC-32 of the columns as text. Text that is read back as bytes, or an integer as a float, changes it, too."""
     return zlib.crc32("\0".join(map(str, columns)).encode(errors="surrogatepass"))
 
 

@@ -24,7 +24,7 @@ Sum = tuple[int, int]
 
 
 def lost_frames(wal: Path, recovered: int) -> str | None:
-    """What is wrong with a WAL of which SQLite has accepted the first `recovered` frames. None: nothing.
+    """What is wrong with a WAL of which SQLite has accepted the first `recovered` frames. None: nothing can be found.
 
     A frame's checksum continues that of the frame before it, so each frame can be checked with the checksum stored in
     the one before.

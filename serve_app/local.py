@@ -445,9 +445,7 @@ def main() -> int:
         return 1
     finally:
         for impatience in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(
-                impatience, signal.SIG_IGN
-            )  # stopping takes seconds, and an interrupt would leave Ray running
+            signal.signal(impatience, signal.SIG_IGN)  # an interrupt while it stops would leave Ray running
         service.stop()
     return 0
 

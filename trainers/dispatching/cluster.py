@@ -129,7 +129,8 @@ class Cluster:
         )
 
     def runner(self, job_id: str) -> Runner:
-        """The job's runner as Ray knows it. Raises RuntimeError or requests' errors when Ray gives no answer."""
+        """The job's runner as Ray knows it. Raises RuntimeError or OSError (as requests' errors are) if Ray gives no
+        answer."""
         try:
             info = self._jobs.get_job_info(job_id)
         except RuntimeError as error:

@@ -23,7 +23,7 @@ def clear(job: FineTuningJob, job_dir: Path) -> None:
     with suppress(OSError):
         (job_dir / REFERENCE).unlink()
     recorded = {Path(unquote(urlsplit(uri).path)).name for uri in job.checkpoints}
-    # One without a state was recorded, though the event log may be an older backup by now and not know of it.
+    # Only those with a state: one without was recorded once. The event log may be an older backup that doesn't know it.
     for state in list(checkpoints.glob("step-*/training_state")):
         checkpoint = state.parent
         if checkpoint.name in recorded:

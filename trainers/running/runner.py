@@ -147,7 +147,7 @@ def _outcome(job: FineTuningJob, log: AnyLog, tenure: Tenure, settings: Settings
 
 
 def _its_plan(job: FineTuningJob) -> Plan:
-    """As `plan_of`, but with UserError `config_outdated`: the config was accepted, so the version must have changed."""
+    """As `plan_of`, but an invalid config raises UserError `config_outdated`: another version has accepted it."""
     try:
         return plan_of(job)
     except (ConfigProblems, ValueError) as error:
@@ -247,9 +247,8 @@ def _make_data_ready(
     if (worker_bytes := worker_memory(needed(job), capacity())) is not None:
         rows = _training_rows(job, settings)
         if not surely_fits(plan, architecture, rows.lengths, worker_bytes):
-            from trainers.training.load import (
-                load_of,  # imports torch, which takes seconds: not for a job that surely fits
-            )
+            # Imports torch, which takes seconds: not for a job that surely fits.
+            from trainers.training.load import load_of
 
             check_memory(plan, architecture, load_of(plan, architecture, rows), worker_bytes)
     return tenure.append(DataValidated(data=data, validation_data=validation_data))
@@ -301,7 +300,7 @@ def _attempt(job: FineTuningJob, plan: Plan, model_dir: Path, settings: Settings
 
 
 def needed(job: FineTuningJob) -> Resources:
-    """The resources that the job was submitted with. The fold allows for a log without them, which is damaged then."""
+    """The resources that the job was submitted with. Raises InfrastructureError `damaged_log` if the log lacks them."""
     if job.resources is None:
         raise InfrastructureError(
             "damaged_log",

@@ -35,7 +35,7 @@ class Cancelled(Superseded):
 
 
 class Tenure:
-    """The right of one runner and its workers to append to their job. Afterwards their events are refused."""
+    """The right of one runner and its workers to append events to their job. Once it has ended, they are refused."""
 
     def __init__(self, log: AnyLog, job_id: str, interruptions: int) -> None:
         """`interruptions`: the job's count when the runner took it."""

@@ -102,9 +102,8 @@ def train_worker(config: dict[str, Any]) -> str:
         job_dir = Path(assignment.job_dir)
         train_data = job_dir / "data" / "train"
         check_storage(train_data)
-        from trainers.training.recipe import (
-            train,  # imports torchtune, whose warnings belong in the job's log
-        )
+        # Imports torchtune, whose warnings belong in the job's log.
+        from trainers.training.recipe import train
 
         plan = Plan.model_validate(assignment.plan)
         # One cache for each job: a compilation that is killed leaves broken files, which would fail every later job.

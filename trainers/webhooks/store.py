@@ -164,7 +164,7 @@ class WebhookStore:
         deleted meanwhile. Raises UserError `unknown_after`."""
         query = (
             "SELECT number FROM endpoints WHERE id = ? UNION ALL SELECT number FROM deleted_endpoints WHERE id = ? "
-            "ORDER BY number DESC LIMIT 1"  # both have an id that was deleted and then created again
+            "ORDER BY number DESC LIMIT 1"  # an id that was deleted and created again is in both tables
         )
         before = self._number(query, after, after, after)
         rows = self._db.execute(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import requests
 
 from tests.waiting import eventually
@@ -40,11 +39,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.hanging.is_set():
             self.server.over.wait()
             return
-        known = self.path == "/api/version"
-        text = json.dumps({"ray_version": ray.__version__}) if known else self.server.text
-        self.send_response(200 if known else self.server.status)
+        self.send_response(self.server.status)
         self.end_headers()
-        self.wfile.write(text.encode())
+        self.wfile.write(self.server.text.encode())
 
     def do_DELETE(self) -> None:
         self.server.deleted.append(self.path)
