@@ -49,8 +49,8 @@ class LineWriter:
 class JobOutput:
     """While entered, this process's output goes to the job's log, and all lines of that log are echoed to stdout.
 
-    On exit, everything printed is in the job's log and was echoed, unless the log queue is gone, or stdout takes no
-    more.
+    On exit, everything printed is in the job's log and was echoed, unless the log queue or its storage is gone, or
+    stdout takes no more.
     """
 
     def __init__(self, queue: LogQueueClient, job_id: str) -> None:
