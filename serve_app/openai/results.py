@@ -65,25 +65,26 @@ class Sizes:
     """Sizes of the result files that were listed before, in memory and on disk.
 
     Computing a size means reading the job's whole history: for a thousand jobs of 300 steps, 5 to 20 s. The file saves
-    that when a replica is started again. It has a line for each job: `<job id> <job version> <size> bytes`. Several
-    replicas may append to it, damaged lines are ignored, and without it sizes are computed again.
+    that when a replica is started again. It has a line for each job: `<job id> <time of its end> <size> bytes`. (A job
+    may end again, with other metrics, after a backup of the event log was restored.) Several replicas may append to
+    it, damaged lines are ignored, and without it sizes are computed again.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._known: dict[tuple[str, int], int] = {}
+        self._known: dict[str, int] = {}
         with suppress(OSError):
             text = file.read_text(errors="replace")
-            for job_id, version, size in re.findall(r"^([\w-]+) (\d+) (\d+) bytes$", text, re.MULTILINE):
-                self._known[job_id, int(version)] = int(size)
+            for end, size in re.findall(r"^(\S+ \S+) (\d+) bytes$", text, re.MULTILINE):
+                self._known[end] = int(size)
 
     async def of(self, log: JobLog, job: FineTuningJob) -> int:
         """The size of the result file of a job that is over."""
-        key = job.job_id, job.version
-        if key not in self._known:
-            self._known[key] = len(await result_csv(log, job))
-            await asyncio.to_thread(self._store, f"{job.job_id} {job.version} {self._known[key]} bytes")
-        return self._known[key]
+        end = f"{job.job_id} {(job.finished_at or job.created).isoformat()}"
+        if end not in self._known:
+            self._known[end] = len(await result_csv(log, job))
+            await asyncio.to_thread(self._store, f"{end} {self._known[end]} bytes")
+        return self._known[end]
 
     def _store(self, line: str) -> None:
         with suppress(OSError), self._file.open("a") as file:
