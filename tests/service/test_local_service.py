@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from serve_app.local import START_TIMEOUT_S, LocalService, ServiceError, _free_block, ray_env, serve_config
+from serve_app.scratch import LOCK_FILE, PREFIX
 from tests.service.conftest import FP32, Api, local_service, losses, step_of, workers_of
 from tests.waiting import WAIT_S, eventually
 
@@ -75,6 +77,8 @@ def test_a_service_that_is_told_to_end_ends_at_checkpoints_and_goes_on_after_its
     env = os.environ | roots | {"TUNEWRIGHT_STORAGE": str(storage), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "serve_app.local", "--port", ports[0], "--dashboard-port", ports[1]]
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    abandoned = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
+    (abandoned / LOCK_FILE).touch()
     with subprocess.Popen(command, cwd=ROOT, env=env) as process:
         try:
             before = Api(planned, inputs / "tiny", inputs / "rows.jsonl")
@@ -82,6 +86,10 @@ def test_a_service_that_is_told_to_end_ends_at_checkpoints_and_goes_on_after_its
             processes = psutil.Process(process.pid).children(recursive=True)
             assert listening_beyond_loopback(processes) == set()
             its_env = processes[0].environ()
+            assert not abandoned.exists()
+            lock = Path(its_env["RAY_TMPDIR"]) / LOCK_FILE
+            for holder in (psutil.Process(process.pid), processes[0]):
+                assert str(lock) in {file.path for file in holder.open_files()}
             for name, path in (("STATS", "stats"), ("METRICS", "metrics")):
                 port = its_env[f"RAY_SERVE_HAPROXY_{name}_PORT"]
                 assert httpx.get(f"http://127.0.0.1:{port}/{path}", trust_env=False).is_success
