@@ -65,7 +65,7 @@ class Recording:
     """The settings of the run, for the notes below the table."""
     steps: list[dict[str, float]] = field(default_factory=list)
     marks: dict[str, float] = field(default_factory=dict)
-    """When the start-up was `imported` (done with imports) and `loaded`."""
+    """When the imports were done (`imported`), and when the model was loaded (`loaded`)."""
 
     def mark(self, done: str) -> None:
         self.marks[done] = time.perf_counter()

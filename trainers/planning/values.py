@@ -16,7 +16,8 @@ _repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 80, 80
 
 
 def shown(value: object) -> str:
-    """`value` for an error message, shortened if it is long or deeply nested."""
+    """`value` for an error message, with JSON's words for null, true and false; shortened if it is long or deeply
+    nested."""
     words = {True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return "null" if value is None else words[value]

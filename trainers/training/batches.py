@@ -103,7 +103,7 @@ class Schedule:
         self.n_items = len(self._lengths) if self._packs is None else len(self._packs)
 
     def total_steps(self, progress: Progress) -> int:
-        """The number of steps of the whole run, of which `progress` has been made."""
+        """The number of steps of the whole run: those of `progress`, and those still to come with this schedule."""
         if progress.epoch >= self._n_epochs:
             return progress.step
         later_epochs = self._n_epochs - progress.epoch - 1

@@ -1,7 +1,7 @@
 """The model that the recipe trains: a decoder that computes its own loss, on one device or sharded over the ranks.
 
-A batch goes through `TrainingModel.forward`: embedding, layers, final norm, output head and loss. From the attention of
-the last layer on, only trained positions are computed, as the outputs at other positions are not used. That is exact,
+A batch goes through `TrainingModel.forward`: embedding, layers, final norm, output head and loss. After the attention
+of the last layer, only trained positions are computed, as the outputs at other positions are not used. That is exact,
 and saves the largest matrix product of a step for every token of a prompt.
 
 `build_training_model` builds the decoder on the meta device, shards it if need be, and loads the weights into it.
