@@ -127,7 +127,8 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def _without_effect(changes: Mapping[str, Any], document: Mapping[str, Any]) -> list[Problem]:
-    """A problem for each setting in `changes` that the earlier job also sets in a place that takes precedence."""
+    """A problem for each setting in `changes` that the earlier job also sets in a place that takes precedence; for none
+    that `changes` remove."""
     changed, all_places = _settings(changes), _settings(document)
     problems = []
     for number, place in enumerate(changed):
@@ -148,7 +149,8 @@ def _settings(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]
     options = _object(config.get("fine_tuning_options"))
     custom = "custom_training_options"
     fields = {key: f"fine_tuning_options.{key}" for key, value in options.items() if value is not None}
-    fields |= {key: f"fine_tuning_options.{custom}.{key}" for key in _object(options.get(custom))}
+    of_method = _object(options.get(custom))
+    fields |= {key: f"fine_tuning_options.{custom}.{key}" for key, value in of_method.items() if value is not None}
     text = config.get("overrides")
     overrides = parse_overrides(text)[0].settings if isinstance(text, str) else []
     return (

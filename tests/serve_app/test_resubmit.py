@@ -126,6 +126,14 @@ def test_a_change_that_a_later_place_of_the_old_config_overrides_is_refused(
     again(http, earlier, config=config)
 
 
+@pytest.mark.parametrize("removed", [{"lr": None}, {"custom_training_options": {"lora_rank": None}}])
+def test_an_option_that_a_later_place_overrides_can_be_removed(
+    http: httpx.Client, server: Server, submit: Callable[..., str], removed: dict[str, Any]
+) -> None:
+    options = OPTIONS | {"extras": {"lora_rank": 4, "optimizer": {"lr": 1e-4}}}
+    again(http, Earlier(server, submit(fine_tuning_options=options)), config={"fine_tuning_options": removed})
+
+
 def test_a_change_of_an_option_that_overrides_set_names_them(
     http: httpx.Client, server: Server, submit: Callable[..., str]
 ) -> None:
