@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -288,11 +288,18 @@ class EventLog:
         return self._replayed()
 
     def _replayed(self) -> Draft:
+        """Folds the events after those in memory. Logs the kinds that this version can't read, and stops
+        serving jobs that begin with one."""
         draft = Draft(self._jobs)
         unknown = Counter[str]()
         while page := self._store.read_all(draft.position, _PAGE):
             draft.replay(page)
-            unknown.update(self._not_understood(page))
+            for recorded in page:
+                if isinstance(recorded.event, UnknownEvent):
+                    unknown[recorded.event.kind] += 1
+                    if recorded.version == 0:  # then nothing is known of the job; elsewhere the fold ignores them
+                        why = f"this version of Tunewright can't read its first event, {recorded.event.kind}"
+                        self._jobs.not_understood(recorded.job_id, why)
         for kind, count in unknown.items():
             logger.warning(
                 "this version of Tunewright can't read events of type %s and ignores them (%d in all). A newer version "
@@ -309,17 +316,6 @@ class EventLog:
                 "so any job could be wrong. Restore a backup of the event log"
             )
         return draft
-
-    def _not_understood(self, history: Sequence[Recorded]) -> Iterator[str]:
-        """The kinds of the events that this version can't read. A job that begins with one is no longer served, since
-        nothing is known about it. In other jobs the fold ignores them."""
-        for recorded in history:
-            if isinstance(recorded.event, UnknownEvent):
-                kind = recorded.event.kind
-                if recorded.version == 0:
-                    why = f"this version of Tunewright can't read its first event, {kind}"
-                    self._jobs.not_understood(recorded.job_id, why)
-                yield kind
 
     def _report_damage(self) -> None:
         """Logs the damage that reads have found, and stops serving those jobs. Runs in the store's thread."""
