@@ -1,13 +1,14 @@
 """Submits one job from the command line and follows it to its end."""
 
 import asyncio
+import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from events.actors import StorageMismatchError
 from events.decide import Refused
@@ -206,9 +207,7 @@ async def follow(service: Service, job_id: str) -> FineTuningJob:
         try:
             batch = await service.logs.read(job_id, offset, BATCH_LINES, 0 if over else WAIT_S)
             offset = batch.next
-            for line in batch.lines:
-                sys.stdout.write(f"{line['message']}\n")
-            sys.stdout.flush()
+            _write(sys.stdout, "".join(f"{line['message']}\n" for line in batch.lines))
             job = await service.log.job(job_id)
         except LogUnavailable:
             await asyncio.sleep(RETRY_S)
@@ -235,5 +234,14 @@ def _report(job: FineTuningJob) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"tunewright: {text}\n")
-    sys.stderr.flush()
+    _write(sys.stderr, f"tunewright: {text}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Writes to stdout or stderr. If whoever read it has gone (`| head`), the rest of the output is dropped: the job
+    goes on, and this process waits for its outcome."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

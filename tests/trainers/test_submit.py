@@ -113,6 +113,29 @@ def test_following_a_job_and_cancelling_it_outlast_a_restart_of_the_log(
     assert capsys.readouterr().out == "one\ntwo\n"
 
 
+def test_a_job_is_followed_to_its_end_though_nobody_reads_the_output(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `python -m trainers job.json | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    async def scenario() -> FineTuningJob:
+        service: Any = Parts(settings)
+        await begin(service, JOB, settings)
+        await service.logs.append(JOB, "worker", 0, [("t", "one")])
+        following = asyncio.create_task(submit.follow(service, JOB))
+        await submit.cancel(service, JOB, asyncio.Event())
+        await service.logs.append(JOB, "worker", 1, [("t", "two")])
+        await service.log.append(JOB, [JobCancelled()], [new_event_id()])
+        await service.logs.wake(JOB)
+        return await following
+
+    with os.fdopen(writer, "w") as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        assert asyncio.run(scenario()).status == "cancelled"
+
+
 @pytest.mark.parametrize("after_work", [False, True], ids=["not written", "written"])
 def test_a_submit_whose_answer_does_not_come_is_repeated_and_makes_one_job(
     settings: Settings, after_work: bool, capsys: pytest.CaptureFixture[str]
