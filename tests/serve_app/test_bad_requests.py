@@ -134,6 +134,12 @@ def test_everything_wrong_is_reported_at_once(http: httpx.Client) -> None:
     }
 
 
+def test_several_problems_read_as_one_sentence(http: httpx.Client) -> None:
+    error = refused(http.post(SUBMIT, json={"model": "x y", "data": "/etc/passwd"}))
+    assert ".;" not in error["message"]
+    assert error["message"].count("; ") == 1
+
+
 NAMES = [f"k{number}" for number in range(20_000)]
 
 

@@ -210,7 +210,7 @@ def _check_data(param: str, uri: str, settings: Settings) -> list[Problem]:
         else:
             check_data_uri(uri, settings)
     except UserError as error:
-        return [Problem(param, error.error.message, error.error.code)]
+        return [_refusal(error, param)]
     except _NOT_A_PATH as error:
         return [Problem(param, _no_path(error), "data_not_found")]
     return []
@@ -224,10 +224,15 @@ def _check_model(model: str, plan: Plan | None, settings: Settings) -> tuple[Arc
         if plan is not None:
             check_suitable(plan, architecture)
     except UserError as error:
-        return None, [Problem(error.error.param or "model", error.error.message, error.error.code)]
+        return None, [_refusal(error, error.error.param or "model")]
     except _NOT_A_PATH as error:
         return None, [Problem("model", _no_path(error), "model_not_found")]
     return architecture, []
+
+
+def _refusal(error: UserError, param: str) -> Problem:
+    """Without the full stop: others may follow in the same sentence."""
+    return Problem(param, error.error.message.removesuffix("."), error.error.code)
 
 
 def _no_path(error: Exception) -> str:
