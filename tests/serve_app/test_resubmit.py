@@ -131,7 +131,10 @@ def test_an_option_that_a_later_place_overrides_can_be_removed(
     http: httpx.Client, server: Server, submit: Callable[..., str], removed: dict[str, Any]
 ) -> None:
     options = OPTIONS | {"extras": {"lora_rank": 4, "optimizer": {"lr": 1e-4}}}
-    again(http, Earlier(server, submit(fine_tuning_options=options)), config={"fine_tuning_options": removed})
+    job = again(http, Earlier(server, submit(fine_tuning_options=options)), config={"fine_tuning_options": removed})
+    left = job["input_config"]["fine_tuning_options"]
+    assert left["extras"] == options["extras"]
+    assert ("lr" in left, "lora_rank" in left["custom_training_options"]) == ("lr" not in removed, "lr" in removed)
 
 
 def test_a_change_of_an_option_that_overrides_set_names_them(

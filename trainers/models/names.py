@@ -105,8 +105,8 @@ def classify_model(model: str) -> ModelKind:
         return "hub"
     if model.startswith(("ft:", "ftckpt_")):
         raise _refused(
-            f"{model!r} can't be used here: a tuned model or a checkpoint can be named only in a request to the API, "
-            "as GET /v1/models or the list of the job's checkpoints shows it."
+            f"{model!r} names no model here: tuned models and checkpoints can be named only in requests to the API, "
+            "exactly as GET /v1/models or the list of a job's checkpoints shows them."
         )
     if "/" in model:
         raise _refused(

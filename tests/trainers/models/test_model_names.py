@@ -33,5 +33,5 @@ def test_a_refused_hub_id_learns_the_rule() -> None:
     "model", ["ft:m:tunewright::01M8PHHNMXECB6W84RB2F7J84V", "ft:m:tunewright:a/b:01:ckpt-step-8", "ftckpt_01-5"]
 )
 def test_the_name_of_a_tuned_model_is_refused_and_the_error_says_that_the_api_takes_it(model: str) -> None:
-    with pytest.raises(UserError, match="only in a request to the API, as GET /v1/models"):
+    with pytest.raises(UserError, match="only in requests to the API, exactly as GET /v1/models"):
         classify_model(model)
